@@ -1,0 +1,101 @@
+"""Student coordination: which exits of which clients train in a round (METHODS.md §1; CAFEDistill, arXiv 2601.10015)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+SELECTIONS = ("shallow-first", "deep-first", "random", "none")
+
+
+def student_budget(server_round: int, num_rounds: int, num_students: int) -> int:
+    """N_t = ceil(R(t) · students) with the ramp R(t) = min(2t/T, 1), in exact integer arithmetic.
+
+    Parameters
+    ----------
+    server_round
+        Round t, 1..T.
+    num_rounds
+        T.
+    num_students
+        (m − 1) · n_t, the student exits of all participants.
+
+    Examples
+    --------
+    >>> [student_budget(t, 8, 10) for t in (1, 2, 3, 4, 5, 8)]
+    [3, 5, 8, 10, 10, 10]
+    """
+    if num_rounds < 1:
+        raise ValueError(f"num_rounds must be at least 1, got {num_rounds}")
+    if server_round < 1:
+        raise ValueError(f"server_round counts from 1, got {server_round}")
+    return min(-(-2 * server_round * num_students // num_rounds), num_students)
+
+
+def active_exits(
+    server_round: int,
+    num_rounds: int,
+    similarity: ArrayLike,
+    *,
+    selection: str = "shallow-first",
+    rng: np.random.Generator | None = None,
+) -> NDArray[np.bool_]:
+    """Student exits that train in this round.
+
+    The budget of :func:`student_budget` is filled depth by depth: exit 1 of all clients, then exit 2, and so on;
+    within the depth that is filled only in part, the clients whose exit conflicts least with their last exit
+    (highest similarity) come first. Ties go to the client that comes first.
+
+    Parameters
+    ----------
+    server_round, num_rounds
+        Round t (from 1) and the number of rounds T.
+    similarity
+        (n, m−1): similarity of exit k of client i to the client's last exit, as last reported. NaN (not known yet)
+        counts as the greatest conflict.
+    selection
+        ``"shallow-first"`` is the published order. Ablations: ``"deep-first"`` fills from exit m−1 down,
+        ``"random"`` spreads the same budget over all students by chance, ``"none"`` trains all from round 1.
+    rng
+        Random generator, needed by ``"random"`` only.
+
+    Returns
+    -------
+    (n, m−1) bool: True where exit k of client i trains. From t = T/2 on all are True.
+
+    Examples
+    --------
+    >>> similarity = [[0.1, 0.5], [0.9, 0.2], [0.4, 0.8]]
+    >>> active_exits(1, 6, similarity).astype(int)  # budget: ceil(1/3 · 6) = 2 of 6
+    array([[0, 0],
+           [1, 0],
+           [1, 0]])
+    >>> active_exits(2, 6, similarity).astype(int)  # budget 4: exit 1 of all, exit 2 of the client at 0.8
+    array([[1, 0],
+           [1, 0],
+           [1, 1]])
+    """
+    scores = np.asarray(similarity, dtype=np.float64)
+    if scores.ndim != 2:
+        raise ValueError(f"similarity must have shape (clients, exits - 1), got {scores.shape}")
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}; got {selection!r}")
+    num_clients, depths = scores.shape
+    budget = student_budget(server_round, num_rounds, scores.size)
+    if selection == "none":
+        budget = scores.size
+    elif selection == "random":
+        if rng is None:
+            raise ValueError("selection='random' needs a random generator: pass rng=")
+        active = np.zeros(scores.size, dtype=bool)
+        active[rng.permutation(scores.size)[:budget]] = True
+        return active.reshape(scores.shape)
+
+    active = np.zeros((num_clients, depths), dtype=bool)
+    order = range(depths - 1, -1, -1) if selection == "deep-first" else range(depths)
+    for k in order:
+        take = min(budget, num_clients)
+        conflict = -np.nan_to_num(scores[:, k], nan=-np.inf)
+        active[np.argsort(conflict, kind="stable")[:take], k] = True
+        budget -= take
+    return active

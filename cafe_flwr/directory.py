@@ -1,0 +1,155 @@
+"""Which node hosts which client: asked of the nodes, since Flower's server does not know."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from cafe_flwr import __version__
+from cafe_flwr.log import logger
+from cafe_flwr.messages import Keys, NodeInfo
+
+_POLL_SECONDS = 1.0
+
+
+class Directory:
+    """The nodes of a federation, and whom they host.
+
+    Parameters
+    ----------
+    keys
+        Names of the records in messages.
+    question
+        What every node is asked: seed, method and its settings, and the number of clients where it is known.
+    """
+
+    def __init__(self, keys: Keys, question: Mapping[str, Any]) -> None:
+        self.keys = keys
+        self.question = question
+        self.nodes: dict[int, NodeInfo] = {}
+        self.hosts: dict[int, int] = {}
+        self.problems: list[str] = []
+        self._refused: set[int] = set()
+
+    @property
+    def reference(self) -> NodeInfo:
+        """The node all others must agree with: the one that hosts the first client."""
+        return self.nodes[self.hosts[min(self.hosts)]]
+
+    def by_node(self, clients: Sequence[int]) -> dict[int, list[int]]:
+        """The clients' nodes, each with its clients, in the order of the first client."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for client in sorted(clients):
+            groups[self.hosts[client]].append(client)
+        return dict(groups)
+
+    def wait(self, grid: Grid, *, min_nodes: int, num_clients: int | None, seconds: float) -> None:
+        """Wait until the clients are there; go on without some of them when the time is up.
+
+        In simulation a node says how many nodes there will be; elsewhere the wait is for ``num_clients``, or for
+        ``min_nodes`` where that is not known.
+
+        Raises
+        ------
+        RuntimeError
+            If no client can take part, with all reasons.
+        """
+        deadline = time.monotonic() + seconds
+        told = False
+        while True:
+            present = self.refresh(grid, timeout=max(seconds, _POLL_SECONDS))
+            expected = max((info.num_nodes for info in self.nodes.values()), default=0)
+            answered = len(self.nodes) + len(self._refused)
+            complete = answered >= max(min_nodes, expected) and (
+                bool(expected) or num_clients is None or len(self.hosts) >= num_clients or not self.nodes
+            )
+            if complete or time.monotonic() > deadline:
+                break
+            if not told:
+                logger.info("Waiting for nodes: %d here, %s", present, self._wanted(min_nodes, expected, num_clients))
+                told = True
+            time.sleep(_POLL_SECONDS)
+        for problem in self.problems:
+            logger.warning("%s", problem)
+        if not self.hosts:
+            reasons = "\n  ".join(self.problems) or f"no node was there within {seconds:.0f} s"
+            raise RuntimeError(f"no client can take part:\n  {reasons}")
+        if answered < min_nodes:
+            raise RuntimeError(
+                f"only {answered} of the {min_nodes} nodes asked for (min-available-nodes) were there within "
+                f"{seconds:.0f} s: start more nodes, or raise wait-seconds"
+            )
+        if num_clients is not None and len(self.hosts) < num_clients:
+            absent = sorted(set(range(num_clients)) - set(self.hosts))
+            logger.warning("Starting without clients %s", ", ".join(map(str, absent)))
+
+    def refresh(self, grid: Grid, timeout: float) -> int:
+        """Ask nodes that are new, forget nodes that are gone; the number of nodes there are."""
+        present = sorted(grid.get_node_ids())
+        for node in set(self.nodes) - set(present):
+            info = self.nodes.pop(node)
+            self.hosts = {client: host for client, host in self.hosts.items() if host != node}
+            logger.warning("The node of clients %s is gone", ", ".join(map(str, info.clients)))
+        new = [node for node in present if node not in self.nodes and node not in self._refused]
+        if new:
+            asked = {
+                node: Message(
+                    RecordDict({self.keys.config: ConfigRecord(dict(self.question))}), node, MessageType.QUERY
+                )
+                for node in new
+            }
+            replies = grid.send_and_receive(list(asked.values()), timeout=timeout)
+            node_of = {message.metadata.message_id: node for node, message in asked.items()}
+            answers = {node_of[reply.metadata.reply_to_message_id]: reply for reply in replies}
+            infos = self._read(answers)
+            # In the order of the clients: node ids are random, and the first node is the reference.
+            for node in sorted(infos, key=lambda node: min(infos[node].clients, default=-1)):
+                self._admit(node, infos[node])
+        return len(present)
+
+    def _read(self, answers: Mapping[int, Message]) -> dict[int, NodeInfo]:
+        infos = {}
+        for node, reply in answers.items():
+            if reply.has_error():
+                self._refuse(node, f"a node failed to start: {_last_line(reply.error.reason)}")
+                continue
+            try:
+                infos[node] = NodeInfo.from_message(reply, self.keys)
+            except (ValueError, KeyError) as error:
+                self._refuse(node, f"a node was refused: it {error}")
+        return infos
+
+    def _admit(self, node: int, info: NodeInfo) -> None:
+        self.problems += info.problems
+        who = f"the node of clients {', '.join(map(str, info.clients)) or '(none)'}"
+        if info.version != __version__:
+            self._refuse(node, f"{who} was refused: it runs cafe-flwr {info.version}, the server {__version__}")
+            return
+        if self.hosts and info.digest != self.reference.digest:
+            self._refuse(node, f"{who} was refused: its network differs from that of client {min(self.hosts)}")
+            return
+        taken = [client for client in info.clients if client in self.hosts]
+        if taken:
+            self.problems.append(f"{who}: clients {', '.join(map(str, taken))} are hosted by another node already")
+        self.nodes[node] = info
+        self.hosts |= {client: node for client in info.clients if client not in taken}
+
+    def _refuse(self, node: int, problem: str) -> None:
+        self._refused.add(node)
+        if problem not in self.problems:
+            self.problems.append(problem)
+
+    def _wanted(self, min_nodes: int, expected: int, num_clients: int | None) -> str:
+        if expected or num_clients is None:
+            return f"{max(min_nodes, expected)} wanted"
+        return f"{len(self.hosts)} of {num_clients} clients"
+
+
+def _last_line(reason: str) -> str:
+    """The line of a traceback that says what happened."""
+    return next((line.strip() for line in reversed(reason.splitlines()) if line.strip()), "no reason given")

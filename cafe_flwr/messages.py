@@ -1,0 +1,441 @@
+"""The message contract between strategy and nodes: one record of arrays, one of settings, one of metrics.
+
+A node hosts one or more clients, and one message a round carries the work of all that take part. Every message has one
+flat array (key ``flat``):
+
+- down: the shared part, then the download of every client in ``downloads``, in that order;
+- up: the shared part, then the upload of every client in ``clients``, in that order. A node that reports one client
+  sends its shared part as float32. A node that reports several sends the sum of n_i·θ_i over them, in float64: one
+  backbone per node, not per client, and the same average whatever node hosts whom (see ``aggregation``).
+
+Lists of per-client values are flattened, client after client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from numpy.typing import NDArray
+
+from cafe_flwr.metrics import ExitMetrics
+from cafe_flwr.schema import Schema
+from cafe_flwr.training import LocalBudget
+
+PROTOCOL = 1
+FLAT = "flat"
+METRICS = "metrics"
+PHASES = ("before", "after")  # local training
+
+
+def kebab(name: str) -> str:
+    """``num_examples`` → ``num-examples``."""
+    return name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Names of the records in a message, as Flower's strategies let users choose them."""
+
+    arrays: str = "arrays"
+    config: str = "config"
+    weight: str = "num-examples"
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """A node's answer to the first question: who are you, and whom do you host?
+
+    Attributes
+    ----------
+    version
+        Of this package on the node.
+    clients
+        Clients it hosts and can serve.
+    num_examples
+        Training examples of each.
+    problems
+        Clients it cannot serve, with the reason, in words.
+    num_nodes
+        How many nodes there are, where the node knows it (simulation); 0 otherwise.
+    digest
+        Fingerprint of network and method; all nodes of a run must agree on it.
+    shared, upload, download
+        What travels, for this network and method.
+    num_exits, num_parameters
+        m, and the values of the whole network.
+    macs
+        MACs of inference up to each exit, (m,).
+    """
+
+    version: str
+    clients: list[int]
+    num_examples: list[int]
+    problems: list[str]
+    num_nodes: int
+    digest: str
+    shared: Schema
+    upload: Schema
+    download: Schema
+    num_exits: int
+    num_parameters: int
+    macs: list[int]
+
+    def to_content(self, keys: Keys) -> RecordDict:
+        """As a Flower record."""
+        values = {kebab(f.name): getattr(self, f.name) for f in fields(self)}
+        for name in ("shared", "upload", "download"):
+            values[name] = values[name].to_json()
+        return RecordDict({keys.config: ConfigRecord(_filled({"protocol": PROTOCOL, **values}))})
+
+    @classmethod
+    def from_message(cls, message: Message, keys: Keys) -> NodeInfo:
+        """Read a node's answer; ValueError if it is not one."""
+        config = _record(message, keys.config, ConfigRecord)
+        if config.get("protocol") != PROTOCOL:
+            raise ValueError(
+                f"speaks message protocol {config.get('protocol')}, this server speaks {PROTOCOL}: "
+                "install the same version of cafe-flwr on both"
+            )
+        lists = {"clients", "num-examples", "problems"}
+        missing = {kebab(f.name) for f in fields(cls)} - set(config) - lists
+        if missing:
+            raise ValueError(f"answered without {', '.join(sorted(missing))}")
+        values: dict[str, Any] = {f.name: config.get(kebab(f.name), []) for f in fields(cls)}
+        for name in ("shared", "upload", "download"):
+            values[name] = Schema.from_json(values[name])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What a node is asked to do in a round (or, to evaluate only, after the last one).
+
+    Attributes
+    ----------
+    run, seed, digest
+        Token of the run, its seed, fingerprint of network and method.
+    server_round, num_rounds
+        t and T.
+    resumable_from
+        Oldest round that the run may be resumed from; older personal state is not needed.
+    clients
+        Clients that take part, ascending.
+    active
+        (clients, m−1) bool: which student exits train.
+    shared
+        Shared part, flat.
+    downloads
+        Flat array of a client's own, by client.
+    method, method_settings
+        Name of the method, and its settings.
+    budget
+        Local training.
+    """
+
+    run: str
+    seed: int
+    digest: str
+    server_round: int
+    num_rounds: int
+    resumable_from: int
+    clients: list[int]
+    active: NDArray[np.bool_]
+    shared: NDArray[np.float32]
+    downloads: Mapping[int, NDArray[np.float32]]
+    method: str
+    method_settings: Mapping[str, Any]
+    budget: LocalBudget
+
+    def to_content(self, keys: Keys, config: Mapping[str, Any]) -> RecordDict:
+        """As a Flower record; ``config`` is the user's own, sent along."""
+        mine = [c for c in self.clients if c in self.downloads]
+        flat = np.concatenate([self.shared, *(self.downloads[c] for c in mine)]).astype(np.float32, copy=False)
+        values = {
+            **config,
+            "protocol": PROTOCOL,
+            "run": self.run,
+            "seed": self.seed,
+            "digest": self.digest,
+            "server-round": self.server_round,
+            "num-rounds": self.num_rounds,
+            "resumable-from": self.resumable_from,
+            "clients": self.clients,
+            "downloads": mine,
+            "active-exits": self.active.flatten().tolist(),
+            **method_config(self.method, self.method_settings),
+            **{f"local.{kebab(f.name)}": getattr(self.budget, f.name) for f in fields(LocalBudget)},
+        }
+        return RecordDict({keys.arrays: ArrayRecord({FLAT: Array(flat)}), keys.config: ConfigRecord(_filled(values))})
+
+    @classmethod
+    def from_message(cls, message: Message, keys: Keys, *, shared_size: int, download_size: int) -> TrainRequest:
+        """Read a request on the node; ValueError if it does not fit the node's network."""
+        config = _record(message, keys.config, ConfigRecord)
+        if config.get("protocol") != PROTOCOL:
+            raise ValueError(f"the server speaks message protocol {config.get('protocol')}, this node {PROTOCOL}")
+        flat = _flat(message, keys.arrays)
+        with_download = _ints(config, "downloads")
+        sizes = [shared_size] + [download_size] * len(with_download)
+        if len(flat) != sum(sizes):
+            raise ValueError(f"the request carries {len(flat)} values, this node's network needs {sum(sizes)}")
+        shared, *downloads = np.split(flat, np.cumsum(sizes)[:-1])
+        clients = _ints(config, "clients")
+        active = np.asarray(config.get("active-exits", []), dtype=bool)
+        return cls(
+            run=str(config["run"]),
+            seed=int(config["seed"]),  # type: ignore[arg-type]
+            digest=str(config["digest"]),
+            server_round=int(config["server-round"]),  # type: ignore[arg-type]
+            num_rounds=int(config["num-rounds"]),  # type: ignore[arg-type]
+            resumable_from=int(config["resumable-from"]),  # type: ignore[arg-type]
+            clients=clients,
+            active=active.reshape(len(clients), -1),
+            shared=shared,
+            downloads=dict(zip(with_download, downloads, strict=True)),
+            method=str(config["method"]),
+            method_settings=prefixed(config, "method."),
+            budget=LocalBudget(**prefixed(config, "local.")),
+        )
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """One client's result of a round.
+
+    Attributes
+    ----------
+    client
+        Who.
+    num_examples, test_examples
+        Sizes of its training and test split.
+    train_loss
+        Mean loss of local training; NaN where it did not train.
+    similarity
+        (m−1,): similarity of its student exits to its last exit.
+    before, after
+        Exits on the test split, before and after local training.
+    seconds_train, seconds_evaluate
+        Time it took.
+    upload
+        Flat array of its own, not averaged.
+    """
+
+    client: int
+    num_examples: int
+    test_examples: int
+    train_loss: float
+    similarity: list[float]
+    before: ExitMetrics
+    after: ExitMetrics
+    seconds_train: float
+    seconds_evaluate: float
+    upload: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """A node's result of a round.
+
+    Attributes
+    ----------
+    server_round, digest
+        As in the request.
+    shared
+        Shared part of the one client reported (float32), or Σ n_i θ_i over several (float64).
+    reports
+        Clients that finished.
+    failures
+        Clients that did not, with the reason.
+    """
+
+    server_round: int
+    digest: str
+    shared: NDArray[Any]
+    reports: Sequence[ClientReport]
+    failures: Mapping[int, str]
+
+    @property
+    def weight(self) -> int:
+        """Training examples of all clients reported."""
+        return sum(report.num_examples for report in self.reports)
+
+    def to_content(self, keys: Keys) -> RecordDict:
+        """As a Flower record."""
+        config = {
+            "protocol": PROTOCOL,
+            "server-round": self.server_round,
+            "digest": self.digest,
+            "clients": [r.client for r in self.reports],
+            "failed-clients": list(self.failures),
+            "failures": list(self.failures.values()),
+        }
+        metrics: dict[str, list[int] | list[float]] = {
+            keys.weight: [r.num_examples for r in self.reports],
+            "test-examples": [r.test_examples for r in self.reports],
+            "train-loss": [r.train_loss for r in self.reports],
+            "seconds-train": [r.seconds_train for r in self.reports],
+            "seconds-evaluate": [r.seconds_evaluate for r in self.reports],
+            "similarity": [s for r in self.reports for s in r.similarity],
+        }
+        for phase in PHASES:
+            for f in fields(ExitMetrics):
+                metrics[f"{f.name}-{phase}"] = [v for r in self.reports for v in getattr(getattr(r, phase), f.name)]
+        flat = np.concatenate([self.shared, *(r.upload for r in self.reports)]).astype(self.shared.dtype, copy=False)
+        return RecordDict(
+            {
+                keys.arrays: ArrayRecord({FLAT: Array(flat)}),
+                METRICS: MetricRecord(_filled(metrics)),
+                keys.config: ConfigRecord(_filled(config)),
+            }
+        )
+
+    @classmethod
+    def from_message(
+        cls, message: Message, keys: Keys, *, digest: str, shared_size: int, upload_size: int, num_exits: int
+    ) -> TrainReply:
+        """Read a reply on the server; ValueError, in words, if anything in it is not as it should be."""
+        config = _record(message, keys.config, ConfigRecord)
+        metrics = _record(message, METRICS, MetricRecord)
+        if config.get("digest") != digest:
+            raise ValueError(f"its network has fingerprint {config.get('digest')}, expected {digest}")
+        clients = _ints(config, "clients")
+        failed = _ints(config, "failed-clients")
+        reasons = [str(reason) for reason in config.get("failures", [])]
+        n = len(clients)
+        if not n:
+            nothing = np.zeros(0, dtype=np.float32)
+            return cls(_round(config), digest, nothing, [], dict(zip(failed, reasons, strict=True)))
+        flat = _flat(message, keys.arrays)
+        size = shared_size + n * upload_size
+        if len(flat) != size:
+            raise ValueError(f"its array has {len(flat)} values, expected {size}")
+        expected = np.float32 if n == 1 else np.float64
+        if flat.dtype != expected:
+            raise ValueError(f"its array is {flat.dtype}, expected {np.dtype(expected)} for {n} client(s)")
+        if not np.isfinite(flat).all():
+            raise ValueError(f"{int((~np.isfinite(flat)).sum())} of the {size} values in its array are NaN or infinite")
+        uploads = np.split(flat[shared_size:].astype(np.float32), n)
+
+        def column(key: str, width: int = 1) -> list[list[Any]]:
+            values = metrics.get(key, [])
+            if not isinstance(values, list) or len(values) != n * width:
+                raise ValueError(f"its metrics need {n * width} values of {key!r}, got {values!r}")
+            return [values[i * width : (i + 1) * width] for i in range(n)]
+
+        weights = [int(w[0]) for w in column(keys.weight)]
+        if min(weights) < 1:
+            raise ValueError(f"{keys.weight!r} must be at least 1 for every client, got {weights}")
+        scalars = {k: column(k) for k in ("test-examples", "train-loss", "seconds-train", "seconds-evaluate")}
+        similarity = column("similarity", num_exits - 1)
+        exits = {
+            phase: {f.name: column(f"{f.name}-{phase}", num_exits) for f in fields(ExitMetrics)} for phase in PHASES
+        }
+        reports = [
+            ClientReport(
+                client=clients[i],
+                num_examples=weights[i],
+                test_examples=int(scalars["test-examples"][i][0]),
+                train_loss=float(scalars["train-loss"][i][0]),
+                similarity=similarity[i],
+                before=ExitMetrics(**{name: values[i] for name, values in exits["before"].items()}),
+                after=ExitMetrics(**{name: values[i] for name, values in exits["after"].items()}),
+                seconds_train=float(scalars["seconds-train"][i][0]),
+                seconds_evaluate=float(scalars["seconds-evaluate"][i][0]),
+                upload=uploads[i],
+            )
+            for i in range(n)
+        ]
+        return cls(_round(config), digest, flat[:shared_size], reports, dict(zip(failed, reasons, strict=True)))
+
+
+@dataclass(frozen=True)
+class FinalReport:
+    """One client's personal network after the last aggregation.
+
+    Attributes
+    ----------
+    client, train_examples, calibration_examples, test_examples, classes
+        Who, the sizes of its splits, and the number of classes in its training split.
+    exits
+        Exits on the test split.
+    left_calibration, left_test
+        (thresholds, m): examples that would leave at each exit (see ``metrics.dynamic_counts``).
+    correct_calibration, correct_test
+        (thresholds,): those classified correctly.
+    """
+
+    client: int
+    train_examples: int
+    calibration_examples: int
+    test_examples: int
+    classes: int
+    exits: ExitMetrics
+    left_calibration: NDArray[np.int64]
+    correct_calibration: NDArray[np.int64]
+    left_test: NDArray[np.int64]
+    correct_test: NDArray[np.int64]
+
+    _SCALARS = ("client", "train_examples", "calibration_examples", "test_examples", "classes")
+    _COUNTS = ("left_calibration", "correct_calibration", "left_test", "correct_test")
+
+    def to_record(self) -> MetricRecord:
+        """As a Flower record of its own."""
+        values: dict[str, Any] = {kebab(name): getattr(self, name) for name in self._SCALARS}
+        values |= {f.name: getattr(self.exits, f.name) for f in fields(ExitMetrics)}
+        values |= {kebab(name): getattr(self, name).flatten().tolist() for name in self._COUNTS}
+        return MetricRecord(values)
+
+    @classmethod
+    def from_record(cls, record: MetricRecord, num_exits: int) -> FinalReport:
+        """Read what :meth:`to_record` wrote."""
+        scalars: dict[str, Any] = {name: record[kebab(name)] for name in cls._SCALARS}
+        exits = ExitMetrics(**{f.name: record[f.name] for f in fields(ExitMetrics)})  # type: ignore[arg-type]
+        counts: dict[str, Any] = {name: np.asarray(record[kebab(name)], dtype=np.int64) for name in cls._COUNTS}
+        for name in ("left_calibration", "left_test"):
+            counts[name] = counts[name].reshape(-1, num_exits)
+        return cls(**scalars, exits=exits, **counts)
+
+
+def method_config(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A method and its settings, as every message to a node carries them."""
+    return {"method": name, **{f"method.{kebab(key)}": value for key, value in settings.items()}}
+
+
+def _filled(values: dict[str, Any]) -> dict[str, Any]:
+    """Without empty lists: Flower's records cannot count their bytes. A list that is not there is empty."""
+    return {key: value for key, value in values.items() if value != []}
+
+
+def _record(message: Message, key: str, kind: type[Any]) -> Any:
+    record = message.content.get(key)
+    if not isinstance(record, kind):
+        found = ", ".join(map(repr, message.content)) or "nothing"
+        raise ValueError(f"needs a {kind.__name__} named {key!r}, found {found}")
+    return record
+
+
+def _flat(message: Message, key: str) -> NDArray[Any]:
+    record = _record(message, key, ArrayRecord)
+    if list(record) != [FLAT]:
+        raise ValueError(f"needs exactly one array, {FLAT!r}, found {', '.join(map(repr, record)) or 'none'}")
+    flat = record[FLAT].numpy()
+    if flat.ndim != 1:
+        raise ValueError(f"its array must be flat, got shape {flat.shape}")
+    return np.asarray(flat)
+
+
+def _ints(config: ConfigRecord, key: str) -> list[int]:
+    return [int(v) for v in config.get(key, [])]
+
+
+def _round(config: ConfigRecord) -> int:
+    return int(config["server-round"])  # type: ignore[arg-type]
+
+
+def prefixed(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Values whose key begins with the prefix, under Python names: ``method.distill-weight`` → ``distill_weight``."""
+    return {k.removeprefix(prefix).replace("-", "_"): v for k, v in config.items() if k.startswith(prefix)}

@@ -1,0 +1,109 @@
+"""What is measured on one client's examples, and how clients are summed up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from cafe_flwr.data import Split
+from cafe_flwr.networks import EarlyExitNetwork
+
+ECE_BINS = 15
+_BATCH = 1024  # examples evaluated at once
+
+# Max-prob thresholds at which dynamic inference is counted; the last one is never reached: all exits run.
+THRESHOLDS = np.append(np.linspace(0.0, 1.0, 101), np.inf)
+
+
+@dataclass(frozen=True)
+class ExitMetrics:
+    """Accuracy, loss (cross-entropy) and expected calibration error of every exit, (m,) each; NaN without examples."""
+
+    accuracy: list[float]
+    loss: list[float]
+    ece: list[float]
+
+
+@torch.no_grad()
+def exit_logits(network: EarlyExitNetwork, x: Tensor) -> Tensor:
+    """Logits of all exits in evaluation mode, (m, N, C)."""
+    network.eval()
+    chunks = [torch.stack(network(part)) for part in x.split(_BATCH)]
+    return torch.cat(chunks, dim=1) if chunks else torch.zeros(network.num_exits, 0, network.num_classes)
+
+
+def exit_metrics(logits: Tensor, y: Tensor) -> ExitMetrics:
+    """Accuracy, cross-entropy and ECE (15 bins, L1) of every exit.
+
+    Parameters
+    ----------
+    logits
+        (m, N, C).
+    y
+        Labels, (N,).
+    """
+    m, n, num_classes = logits.shape
+    if n == 0:
+        nothing = [float("nan")] * m
+        return ExitMetrics(nothing, nothing, nothing)
+    accuracy = (logits.argmax(dim=2) == y).float().mean(dim=1).tolist()
+    loss = [F.cross_entropy(z, y).item() for z in logits]
+    ece = [
+        multiclass_calibration_error(p, y, num_classes, n_bins=ECE_BINS, validate_args=False).item()
+        for p in logits.softmax(dim=2)
+    ]
+    return ExitMetrics(accuracy, loss, ece)
+
+
+def evaluate(network: EarlyExitNetwork, data: Split) -> ExitMetrics:
+    """:func:`exit_metrics` of a network on a split."""
+    return exit_metrics(exit_logits(network, data.x), data.y)
+
+
+def dynamic_counts(logits: Tensor, y: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """How dynamic inference would go at every threshold: leave at the first exit with max-prob ≥ θ.
+
+    Parameters
+    ----------
+    logits
+        (m, N, C).
+    y
+        Labels, (N,).
+
+    Returns
+    -------
+    left
+        (thresholds, m): examples that leave at each exit, for the thresholds of ``THRESHOLDS``.
+    correct
+        (thresholds,): examples classified correctly at the exit they leave by.
+    """
+    confidence, label = (t.numpy() for t in logits.softmax(dim=2).max(dim=2))
+    right = label == y.numpy()
+    m = len(confidence)
+    passes = confidence[None] >= THRESHOLDS[:, None, None]
+    passes[:, -1] = True
+    exits = passes.argmax(axis=1)  # (thresholds, N): the first exit that passes
+    left = (exits[:, :, None] == np.arange(m)).sum(axis=1)
+    correct = np.take_along_axis(right, exits, axis=0).sum(axis=1)
+    return left.astype(np.int64), correct.astype(np.int64)
+
+
+def worst_share(values: ArrayLike, share: float = 0.1) -> float:
+    """Mean over the worst ``share`` of the clients (at least one), NaN left out.
+
+    Examples
+    --------
+    >>> worst_share([0.9, 0.2, 0.8, float("nan")])
+    0.2
+    """
+    known = np.sort(np.asarray(values, dtype=np.float64))
+    known = known[~np.isnan(known)]
+    if not len(known):
+        return float("nan")
+    return float(known[: max(1, int(round(len(known) * share)))].mean())

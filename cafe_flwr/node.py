@@ -1,0 +1,345 @@
+"""The client's side: a Flower ClientApp that hosts one or more clients on its node."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cafe_flwr import __version__
+from cafe_flwr.aggregation import weighted
+from cafe_flwr.cost import macs_per_exit
+from cafe_flwr.data import ClientData
+from cafe_flwr.log import logger
+from cafe_flwr.messages import (
+    FLAT,
+    ClientReport,
+    FinalReport,
+    Keys,
+    NodeInfo,
+    TrainReply,
+    TrainRequest,
+    prefixed,
+)
+from cafe_flwr.methods import METHODS, LocalTask, Method
+from cafe_flwr.metrics import dynamic_counts, evaluate, exit_logits, exit_metrics
+from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.participation import hosted_clients, rng_for
+from cafe_flwr.schema import Schema, digest
+from cafe_flwr.state import PersonalStore, personal_folder
+
+BuildNetwork = Callable[[Context], EarlyExitNetwork]
+LoadData = Callable[[int, Context], ClientData]
+
+
+def make_client_app(build_network: BuildNetwork, load_data: LoadData, *, keys: Keys | None = None) -> ClientApp:
+    """A ready Flower ClientApp for the strategies of this package.
+
+    Parameters
+    ----------
+    build_network
+        ``(context) -> EarlyExitNetwork``. Called once per process; torch's random generator is seeded with the run's
+        seed before, so that all clients start from the same weights.
+    load_data
+        ``(client, context) -> ClientData``. Called once per process and client.
+    keys
+        Names of the records in messages, if the strategy was given others than Flower's.
+
+    Examples
+    --------
+    >>> from cafe_flwr.networks import ConvNet
+    >>> from cafe_flwr.data import load_federation
+    >>> federation = load_federation("digits", num_clients=4)
+    >>> app = make_client_app(
+    ...     lambda context: ConvNet(federation.input_shape, federation.num_classes),
+    ...     lambda client, context: federation.load(client),
+    ... )
+    """
+    app = ClientApp()
+    node = _Node(build_network, load_data, keys or Keys())
+    app.query()(node.describe)
+    app.query("initial")(node.initial)
+    app.train()(node.train)
+    app.evaluate()(node.evaluate)
+    return app
+
+
+@dataclass(frozen=True)
+class _Workplace:
+    """The network and the method of one run, with what follows from them. Built once per process."""
+
+    network: EarlyExitNetwork
+    method: Method
+    weights: Mapping[str, Tensor]
+
+    @cached_property
+    def initial(self) -> dict[str, Tensor]:
+        """The personal parameters every client starts from."""
+        return {name: self.weights[name] for name in self.method.personal_names(self.network)}
+
+    @cached_property
+    def schemas(self) -> dict[str, Schema]:
+        """What travels, and what stays."""
+        tensors, method, network = self.network.state_dict(), self.method, self.network
+        return {
+            "shared": Schema.of(tensors, method.shared_names(network)),
+            "upload": Schema.of(tensors, method.upload_names(network)),
+            "download": Schema.of(tensors, method.download_names(network)),
+            "personal": Schema.of(tensors, method.personal_names(network)),
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """Fingerprint of all that."""
+        return digest(*(self.schemas[kind] for kind in ("shared", "upload", "download", "personal")))
+
+
+class _Node:
+    def __init__(self, build_network: BuildNetwork, load_data: LoadData, keys: Keys) -> None:
+        self.build_network = build_network
+        self.load_data = load_data
+        self.keys = keys
+        self._run: tuple[Any, ...] | None = None
+        self._network: EarlyExitNetwork | None = None
+        self._weights: dict[str, Tensor] = {}
+        self._workplaces: dict[Any, _Workplace] = {}
+        self._data: dict[int, ClientData] = {}
+
+    # --- messages ---
+
+    def describe(self, message: Message, context: Context) -> Message:
+        """Answer the strategy's first question: who is here, with which network and how much data?"""
+        work = self._workplace(context, *_method_of(message, self.keys))
+        hosted = _hosted(context, message.content[self.keys.config].get("num-clients"))
+        clients, sizes, problems, macs = [], [], [], [0] * work.network.num_exits
+        for client in hosted:
+            try:
+                data = self._data_of(client, context)
+                problems += [f"client {client} {note}" for note in _check_data(data, work.network.num_classes)]
+            except Exception as error:
+                logger.warning("client %d cannot serve: %s", client, error, exc_info=True)
+                problems.append(f"client {client} is left out: {error}")
+                continue
+            if not any(macs):
+                macs = macs_per_exit(work.network, data.train.x[:1])
+            clients.append(client)
+            sizes.append(len(data.train))
+        info = NodeInfo(
+            version=__version__,
+            clients=clients,
+            num_examples=sizes,
+            problems=problems,
+            num_nodes=0 if "clients" in context.node_config else int(context.node_config.get("num-partitions", 0)),
+            digest=work.digest,
+            shared=work.schemas["shared"],
+            upload=work.schemas["upload"],
+            download=work.schemas["download"],
+            num_exits=work.network.num_exits,
+            num_parameters=sum(t.numel() for t in work.network.state_dict().values()),
+            macs=macs,
+        )
+        return Message(info.to_content(self.keys), reply_to=message)
+
+    def initial(self, message: Message, context: Context) -> Message:
+        """The shared parameters every run of this seed starts from, flat."""
+        work = self._workplace(context, *_method_of(message, self.keys))
+        flat = work.schemas["shared"].pack(work.weights)
+        return Message(RecordDict({self.keys.arrays: ArrayRecord({FLAT: Array(flat)})}), reply_to=message)
+
+    def train(self, message: Message, context: Context) -> Message:
+        """Evaluate, train and evaluate again every client asked for; one reply for all."""
+        work, request, store = self._read(message, context)
+        schema = work.schemas["shared"]
+        shared = schema.unpack(request.shared)
+        reports: list[ClientReport] = []
+        updates: list[NDArray[np.float32]] = []
+        failures: dict[int, str] = {}
+        for row, client in enumerate(request.clients):
+            try:
+                data = self._data_of(client, context)
+                report = _train_client(work, request, row, data, shared, store)
+                updates.append(schema.pack(work.network.state_dict()))
+                reports.append(report)
+            except Exception as error:
+                logger.warning("client %d failed in round %d", client, request.server_round, exc_info=True)
+                failures[client] = f"{type(error).__name__}: {error}"
+        if len(updates) == 1:
+            total: NDArray[Any] = updates[0]
+        else:
+            total = np.zeros(schema.size)
+            for report, update in zip(reports, updates, strict=True):
+                total += weighted(update, report.num_examples)
+        reply = TrainReply(request.server_round, request.digest, total, reports, failures)
+        return Message(reply.to_content(self.keys), reply_to=message)
+
+    def evaluate(self, message: Message, context: Context) -> Message:
+        """Evaluate the personal networks with the shared part sent; after the last round, publish them."""
+        work, request, store = self._read(message, context)
+        shared = work.schemas["shared"].unpack(request.shared)
+        content = RecordDict()
+        for client in request.clients:
+            data = self._data_of(client, context)
+            personal = store.load(client, before=request.server_round + 1) or work.initial
+            work.network.load_state_dict({**shared, **personal})
+            report = _final_report(client, work.network, data)
+            if message.content[self.keys.config].get("publish"):
+                facts = {
+                    "run": request.run,
+                    "round": request.server_round,
+                    "method": request.method,
+                    "digest": request.digest,
+                    "num_exits": work.network.num_exits,
+                    "num_classes": work.network.num_classes,
+                    "personal": work.schemas["personal"].names,
+                    "accuracy_per_exit": report.exits.accuracy,
+                }
+                store.publish(client, work.network.state_dict(), facts)
+            content[f"client-{client}"] = report.to_record()
+        return Message(content, reply_to=message)
+
+    # --- what lives as long as the process ---
+
+    def _read(self, message: Message, context: Context) -> tuple[_Workplace, TrainRequest, PersonalStore]:
+        work = self._workplace(context, *_method_of(message, self.keys))
+        sizes = {f"{kind}_size": work.schemas[kind].size for kind in ("shared", "download")}
+        request = TrainRequest.from_message(message, self.keys, **sizes)
+        if request.digest != work.digest:
+            raise ValueError(
+                f"the server's network has fingerprint {request.digest}, this node's {work.digest}: "
+                "network, number of classes and method must be the same on both"
+            )
+        return work, request, PersonalStore(personal_folder(context), request.run)
+
+    def _workplace(self, context: Context, seed: Any, method: Any, settings: Mapping[str, Any]) -> _Workplace:
+        run = (seed, *sorted(context.run_config.items()))
+        if run != self._run:
+            torch.manual_seed(seed)
+            self._network = self.build_network(context)
+            self._weights = {name: tensor.clone() for name, tensor in self._network.state_dict().items()}
+            self._run, self._workplaces, self._data = run, {}, {}
+        assert self._network is not None
+        key = (method, *sorted(settings.items()))
+        if key not in self._workplaces:
+            if method not in METHODS:
+                raise ValueError(f"this node knows no method {method!r}, only {', '.join(METHODS)}")
+            self._workplaces[key] = _Workplace(self._network, METHODS[method](**settings), self._weights)
+        return self._workplaces[key]
+
+    def _data_of(self, client: int, context: Context) -> ClientData:
+        if client not in self._data:
+            self._data[client] = self.load_data(client, context)
+        return self._data[client]
+
+
+def _method_of(message: Message, keys: Keys) -> tuple[int, str, dict[str, Any]]:
+    """Seed, name of the method and its settings, as every message to a node carries them."""
+    config = message.content[keys.config]
+    return config["seed"], config["method"], prefixed(config, "method.")
+
+
+def _hosted(context: Context, num_clients: Any) -> list[int]:
+    """Clients this node hosts: named in its node-config, or by its place in a simulation."""
+    node = context.node_config
+    if "clients" in node:
+        try:
+            return sorted({int(c) for c in str(node["clients"]).split(",")})
+        except ValueError:
+            raise ValueError(f"node-config clients must be numbers like '3' or '3,7', got {node['clients']!r}") from None
+    if "partition-id" not in node:
+        raise ValueError("this node's node-config names no clients: give clients=<number> or partition-id=<number>")
+    partition = int(node["partition-id"])
+    if num_clients is None:
+        return [partition]
+    return hosted_clients(partition, int(node.get("num-partitions", num_clients)), int(num_clients))
+
+
+def _check_data(data: ClientData, num_classes: int) -> list[str]:
+    """What is unusual about a client's data, in words; ValueError if it cannot take part."""
+    if not len(data.train):
+        raise ValueError("its training split is empty")
+    for name in ("train", "calibration", "test"):
+        y = getattr(data, name).y
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
+            raise ValueError(f"its {name} split has labels {int(y.min())}..{int(y.max())}, expected 0..{num_classes - 1}")
+    notes = []
+    if len(data.train.y.unique()) == 1:
+        notes.append("has a single class in its training split; it takes part")
+    if not len(data.test):
+        notes.append("has an empty test split; it takes part, but its accuracy is unknown")
+    return notes
+
+
+def _train_client(
+    work: _Workplace,
+    request: TrainRequest,
+    row: int,
+    data: ClientData,
+    shared: Mapping[str, Tensor],
+    store: PersonalStore,
+) -> ClientReport:
+    """One client's round; its new personal state is on disk when this returns, and only then."""
+    client, network = request.clients[row], work.network
+    personal = store.load(client, before=request.server_round) or work.initial
+    network.load_state_dict({**shared, **personal})
+    start = time.perf_counter()
+    before = evaluate(network, data.test)
+    evaluated = time.perf_counter()
+    download: Mapping[str, Tensor] = {}
+    if client in request.downloads:
+        download = work.schemas["download"].unpack(request.downloads[client])
+    task = LocalTask(
+        network=network,
+        data=data.train,
+        active=request.active[row].tolist(),
+        download=download,
+        budget=request.budget,
+        rng=partial(rng_for, request.seed, request.server_round, client),
+    )
+    result = work.method.train(task)
+    trained = time.perf_counter()
+    after = evaluate(network, data.test)
+    done = time.perf_counter()
+    tensors = network.state_dict()
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"training ended with NaN or infinite values in {', '.join(broken[:3])}: lower learning-rate")
+    names = work.schemas["personal"].names
+    store.save(client, request.server_round, {n: tensors[n] for n in names}, keep_from=request.resumable_from)
+    return ClientReport(
+        client=client,
+        num_examples=len(data.train),
+        test_examples=len(data.test),
+        train_loss=result.loss,
+        similarity=result.similarity,
+        before=before,
+        after=after,
+        seconds_train=trained - evaluated,
+        seconds_evaluate=(evaluated - start) + (done - trained),
+        upload=work.schemas["upload"].pack(tensors),
+    )
+
+
+def _final_report(client: int, network: EarlyExitNetwork, data: ClientData) -> FinalReport:
+    counts: dict[str, Any] = {}
+    for name in ("calibration", "test"):
+        split = getattr(data, name)
+        logits = exit_logits(network, split.x)
+        counts[f"left_{name}"], counts[f"correct_{name}"] = dynamic_counts(logits, split.y)
+    return FinalReport(
+        client=client,
+        train_examples=len(data.train),
+        calibration_examples=len(data.calibration),
+        test_examples=len(data.test),
+        classes=len(data.train.y.unique()),
+        exits=exit_metrics(logits, data.test.y),
+        **counts,
+    )

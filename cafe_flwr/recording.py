@@ -1,0 +1,424 @@
+"""What a run leaves behind: callbacks after every round, and the files of a results folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cafe_flwr import __version__
+from cafe_flwr.log import logger
+from cafe_flwr.messages import PHASES, ClientReport, FinalReport
+from cafe_flwr.methods import RoundPlan
+from cafe_flwr.metrics import THRESHOLDS, ExitMetrics, worst_share
+from cafe_flwr.settings import Settings
+from cafe_flwr.state import Checkpoints, ServerState, write_atomically
+
+COLUMNS = ("round", "client", "phase", "exit", "accuracy", "loss", "ece", "examples")
+
+# Settings that may differ when a run is resumed: they do not change its numbers.
+_FREE_ON_RESUME = {"resume", "results-dir", "state-dir", "wait-seconds", "round-timeout", "min-available-nodes"}
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run, when it starts.
+
+    Attributes
+    ----------
+    run
+        Its token.
+    first_round, num_rounds
+        The round it starts with, and T.
+    clients
+        Clients there are.
+    num_exits, num_parameters, macs_per_exit
+        Of the network; MACs are cumulative.
+    """
+
+    run: str
+    first_round: int
+    num_rounds: int
+    clients: Sequence[int]
+    num_exits: int
+    num_parameters: int
+    macs_per_exit: Sequence[int]
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """A finished round.
+
+    Attributes
+    ----------
+    server_round, num_rounds
+        t and T.
+    participants, left_out
+        Clients asked; and those whose result was not used, with the reason.
+    plan
+        Active exits and teacher weights.
+    reports
+        Results of the clients, in their order.
+    learning_rate
+        Of this round.
+    bytes_down, bytes_up
+        Of all messages of the round.
+    seconds
+        ``total`` (wall clock), ``train`` and ``evaluate`` (sums over clients), ``server`` and ``other``.
+    """
+
+    server_round: int
+    num_rounds: int
+    participants: Sequence[int]
+    left_out: Mapping[int, str]
+    plan: RoundPlan
+    reports: Sequence[ClientReport]
+    learning_rate: float
+    bytes_down: int
+    bytes_up: int
+    seconds: Mapping[str, float]
+
+    def accuracy_per_exit(self, phase: str = "before") -> list[float]:
+        """Mean over clients, (m,), before or after local training."""
+        return _mean_rows(getattr(report, phase).accuracy for report in self.reports)
+
+    @property
+    def active_exits(self) -> list[int]:
+        """Number of clients whose student exit k trains, (m−1,)."""
+        return [int(n) for n in self.plan.active.sum(axis=0)]
+
+    def line(self) -> str:
+        """The round in one line, for the terminal."""
+        width = len(str(self.num_rounds))
+        left_out = f" ({len(self.left_out)} left out)" if self.left_out else ""
+        before, after = (" ".join(f"{a:.3f}" for a in self.accuracy_per_exit(p)) for p in PHASES)
+        return (
+            f"[ROUND {self.server_round:{width}}/{self.num_rounds}] "
+            f"{len(self.reports)} clients{left_out} · students {'/'.join(map(str, self.active_exits)) or '–'} · "
+            f"accuracy {before} → {after} · {self.seconds['total']:.1f} s"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The line of ``rounds.jsonl``."""
+        own, effective = _teaching(self.plan)
+        return {
+            "round": self.server_round,
+            "num_rounds": self.num_rounds,
+            "participants": list(self.participants),
+            "left_out": {str(client): reason for client, reason in sorted(self.left_out.items())},
+            "active_exits": self.active_exits,
+            "accuracy_per_exit": self.accuracy_per_exit("before"),
+            "accuracy_per_exit_after": self.accuracy_per_exit("after"),
+            "train_loss": _mean(report.train_loss for report in self.reports),
+            "learning_rate": self.learning_rate,
+            "similarity_per_exit": _mean_rows(report.similarity for report in self.reports),
+            "own_teacher_weight": own,
+            "effective_teachers": effective,
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "seconds": dict(self.seconds),
+        }
+
+
+class RoundCallback(Protocol):
+    """What may be called at the start, after every round and at the end of a run."""
+
+    def on_start(self, run: RunInfo) -> None:
+        """Before the first round."""
+
+    def on_round(self, record: RoundRecord, state: ServerState) -> None:
+        """After a round, with the server's state."""
+
+    def on_finish(self, reports: Sequence[FinalReport]) -> None:
+        """After the last round, with the evaluation of every personal network."""
+
+
+def open_results(settings: Settings) -> tuple[Path, ServerState | None]:
+    """Make the run's results folder ready, before the first round.
+
+    An earlier run of the same name is not overwritten: it is moved aside to ``<name>.1``, ``<name>.2``, …
+    With ``resume`` its folder is used, and its last checkpoint returned.
+
+    Raises
+    ------
+    ValueError
+        If the folder cannot be written, holds something else, or there is nothing to resume.
+    """
+    folder = settings.results
+    run_config = settings.to_run_config()
+    try:
+        state = None
+        if settings.resume:
+            state = _resumable(folder, run_config)
+        elif folder.exists() and any(folder.iterdir()):
+            _move_aside(folder)
+        text = json.dumps(run_config, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(folder / "settings.json", text)
+    except OSError as error:
+        raise ValueError(f"cannot write results to {folder}: {error}. Set results-dir to a folder you own") from error
+    logger.info("Results: %s", folder)
+    return folder, state
+
+
+def _resumable(folder: Path, run_config: Mapping[str, Any]) -> ServerState:
+    state = Checkpoints(folder / "checkpoint").load()
+    if state is None:
+        raise ValueError(f"resume = true, but there is no checkpoint in {folder / 'checkpoint'}")
+    before = json.loads((folder / "settings.json").read_text())
+    changed = [
+        f"{key} was {before.get(key)!r}, now {value!r}"
+        for key, value in run_config.items()
+        if key not in _FREE_ON_RESUME and before.get(key) != value
+    ]
+    if changed:
+        raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
+    return state
+
+
+def _move_aside(folder: Path) -> None:
+    if not (folder / "settings.json").exists():
+        raise ValueError(f"{folder} exists and is not a run of cafe-flwr: choose another name or results-dir")
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    logger.info("The earlier run of this name is now %s", aside)
+
+
+class Recorder:
+    """Writes a run's files: a line and a checkpoint after every round, tables and report at the end.
+
+    Parameters
+    ----------
+    folder
+        Results folder, as :func:`open_results` made it.
+    settings
+        Of the run.
+
+    Notes
+    -----
+    ``rounds.jsonl`` and ``checkpoint/clients.csv`` only grow, and every line is on disk when the round ends;
+    ``clients.parquet`` is made from the latter when the run ends, however it ends.
+    """
+
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.checkpoints = Checkpoints(folder / "checkpoint")
+        self._rows = folder / "checkpoint" / "clients.csv"
+        self._rounds = folder / "rounds.jsonl"
+        self._plan: RoundPlan | None = None
+        self._run: RunInfo | None = None
+        self._started = time.perf_counter()
+
+    def on_start(self, run: RunInfo) -> None:
+        """Drop what was written after the checkpoint that the run resumes from."""
+        self._run = run
+        self._started = time.perf_counter()
+        self._rows.parent.mkdir(parents=True, exist_ok=True)
+        if run.first_round == 1:
+            write_atomically(self._rounds, "")
+            write_atomically(self._rows, ",".join(COLUMNS) + "\n")
+            return
+        lines = self._rounds.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] < run.first_round]
+        write_atomically(self._rounds, "".join(kept))
+        header, *rows = self._rows.read_text().splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and int(row.split(",", 1)[0]) < run.first_round]
+        write_atomically(self._rows, "".join([header, *kept]))
+
+    def on_round(self, record: RoundRecord, state: ServerState) -> None:
+        """Write the round, then the checkpoint: a resumed run drops lines that have no checkpoint."""
+        rows = [
+            row
+            for report in record.reports
+            for phase in PHASES
+            for row in _rows(record.server_round, report.client, phase, getattr(report, phase), report.test_examples)
+        ]
+        self._append_rows(rows)
+        with open(self._rounds, "a") as file:
+            file.write(json.dumps(_without_nan(record.to_json()), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.checkpoints.save(state)
+        if record.plan.weights is not None:
+            self._plan = record.plan
+
+    def on_finish(self, reports: Sequence[FinalReport]) -> None:
+        """Write summary, tables and report."""
+        assert self._run is not None
+        self._append_rows(
+            [r for f in reports for r in _rows(self._run.num_rounds, f.client, "final", f.exits, f.test_examples)]
+        )
+        summary = self._summary(self._run, reports)
+        text = json.dumps(_without_nan(summary), indent=2, ensure_ascii=False)
+        write_atomically(self.folder / "summary.json", text + "\n")
+
+    def close(self) -> None:
+        """Make ``clients.parquet`` and the report from what there is; also after a run that failed."""
+        if self._run is None:
+            return
+        import pandas as pd
+
+        from cafe_flwr.report import write_report
+
+        parquet = self.folder / "clients.parquet"
+        write_atomically(parquet, pd.read_csv(self._rows).to_parquet(index=False))
+        try:
+            logger.info("Report: %s", write_report(self.folder))
+        except Exception:  # the run's own outcome, or error, counts more than its page
+            logger.exception("No report could be written; try: cafe-flwr report %s", self.folder)
+
+    def _append_rows(self, rows: Iterable[Sequence[Any]]) -> None:
+        with open(self._rows, "a", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _summary(self, run: RunInfo, reports: Sequence[FinalReport]) -> dict[str, Any]:
+        lines = [json.loads(line) for line in self._rounds.read_text().splitlines()]
+        messages = sum(len(line["participants"]) for line in lines) or 1
+        per_client = [_mean(f.exits.accuracy) for f in reports]
+        accuracy = _mean_rows(f.exits.accuracy for f in reports)
+        dynamic, curve = _dynamic(reports, np.asarray(run.macs_per_exit, dtype=np.float64))
+        plan = self._plan
+        return {
+            "name": self.settings.run_name,
+            "method": self.settings.method,
+            "dataset": self.settings.dataset,
+            "seed": self.settings.seed,
+            "num_rounds": run.num_rounds,
+            "num_clients": len(run.clients),
+            "accuracy": _mean(accuracy),
+            "accuracy_per_exit": accuracy,
+            "accuracy_last_exit": accuracy[-1] if accuracy else math.nan,
+            "accuracy_std_over_clients": float(np.nanstd(per_client)) if reports else math.nan,
+            "accuracy_worst_tenth": worst_share(per_client),
+            "ece_per_exit": _mean_rows(f.exits.ece for f in reports),
+            "loss_per_exit": _mean_rows(f.exits.loss for f in reports),
+            "num_parameters": run.num_parameters,
+            "macs_per_exit": list(run.macs_per_exit),
+            "macs_reduction_at_equal_accuracy": dynamic["macs_reduction"],
+            "dynamic": dynamic,
+            "curve": curve,
+            "bytes_up_per_client_round": round(sum(line["bytes_up"] for line in lines) / messages),
+            "bytes_down_per_client_round": round(sum(line["bytes_down"] for line in lines) / messages),
+            "bytes_fedavg_per_client_round": 4 * run.num_parameters,
+            "seconds": time.perf_counter() - self._started,
+            "teacher_weights": None
+            if plan is None or plan.weights is None
+            else {
+                "rows": list(plan.weight_rows),
+                "clients": list(plan.weight_columns),
+                "weights": plan.weights.round(4).tolist(),
+            },
+            "clients": [
+                {
+                    "client": f.client,
+                    "train": f.train_examples,
+                    "calibration": f.calibration_examples,
+                    "test": f.test_examples,
+                    "classes": f.classes,
+                    "accuracy_per_exit": f.exits.accuracy,
+                }
+                for f in reports
+            ],
+            "versions": _versions(),
+        }
+
+
+def _rows(
+    server_round: int, client: int, phase: str, exits: ExitMetrics, examples: int
+) -> list[tuple[int, int, str, int, float, float, float, int]]:
+    return [
+        (server_round, client, phase, k + 1, exits.accuracy[k], exits.loss[k], exits.ece[k], examples)
+        for k in range(len(exits.accuracy))
+    ]
+
+
+def _dynamic(reports: Sequence[FinalReport], macs: NDArray[np.float64]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inference that leaves at the first exit with max-prob ≥ θ, one θ for all clients.
+
+    θ is chosen on the calibration splits: the cheapest at which accuracy is not below that of the full network. What
+    is reported for it is measured on the test splits.
+    """
+    totals = {
+        name: sum((getattr(f, name) for f in reports), start=np.zeros(1, dtype=np.int64))
+        for name in ("left_calibration", "correct_calibration", "left_test", "correct_test")
+    }
+    examples = totals["left_test"].sum(axis=-1).max()
+    if not examples:
+        nothing = {"threshold": None, "accuracy": math.nan, "accuracy_full": math.nan, "macs_reduction": math.nan}
+        return {**nothing, "exit_shares": []}, {"threshold": [], "accuracy": [], "macs": [], "exit_shares": []}
+    shares = totals["left_test"] / examples
+    accuracy = totals["correct_test"] / examples
+    mean_macs = shares @ macs
+    chosen = len(THRESHOLDS) - 1  # never leave early
+    if totals["left_calibration"].any():
+        good = totals["correct_calibration"] >= totals["correct_calibration"][-1]
+        cost = np.where(good, totals["left_calibration"] @ macs, np.inf)
+        chosen = int(cost.argmin())
+    dynamic = {
+        "threshold": float(THRESHOLDS[chosen]) if np.isfinite(THRESHOLDS[chosen]) else None,
+        "accuracy": float(accuracy[chosen]),
+        "accuracy_full": float(accuracy[-1]),
+        "macs_reduction": float(1 - mean_macs[chosen] / macs[-1]),
+        "exit_shares": shares[chosen].tolist(),
+    }
+    curve = {
+        "threshold": [float(t) if np.isfinite(t) else None for t in THRESHOLDS],
+        "accuracy": accuracy.tolist(),
+        "macs": mean_macs.tolist(),
+        "exit_shares": shares.tolist(),
+    }
+    return dynamic, curve
+
+
+def _teaching(plan: RoundPlan) -> tuple[float | None, float | None]:
+    """Mean weight a client gives its own head, and mean effective number of teachers 1/Σw²."""
+    if plan.weights is None or not len(plan.weights):
+        return None, None
+    columns = {client: column for column, client in enumerate(plan.weight_columns)}
+    own = [plan.weights[row, columns[client]] for row, client in enumerate(plan.weight_rows)]
+    return float(np.mean(own)), float(np.mean(1.0 / (plan.weights**2).sum(axis=1)))
+
+
+def _mean(values: Iterable[float]) -> float:
+    """Mean of the values that are not NaN; NaN if there are none."""
+    known = [v for v in values if not math.isnan(v)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def _mean_rows(rows: Iterable[Sequence[float]]) -> list[float]:
+    return [_mean(column) for column in zip(*rows, strict=True)]
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return value
+
+
+def _versions() -> dict[str, str]:
+    found = {"cafe-flwr": __version__}
+    for package in ("flwr", "torch", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,114 @@
+"""The wire: named tensors as one flat float32 array, and the schema that says what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Names and shapes of tensors that travel as one flat array, in a fixed order.
+
+    The number of tensors is what makes a Flower message slow, not their size; and a flat array without names is how
+    heads get swapped. So a schema is agreed on once, and its digest is checked in every message.
+
+    Attributes
+    ----------
+    entries
+        (name, shape) of every tensor.
+
+    Examples
+    --------
+    >>> schema = Schema((("head.weight", (2, 3)), ("head.bias", (2,))))
+    >>> schema.size
+    8
+    >>> flat = schema.pack({"head.weight": torch.ones(2, 3), "head.bias": torch.zeros(2)})
+    >>> schema.unpack(flat)["head.bias"]
+    tensor([0., 0.])
+    """
+
+    entries: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], names: list[str]) -> Schema:
+        """Schema of the named tensors, in the order of ``names``."""
+        return cls(tuple((name, tuple(tensors[name].shape)) for name in names))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Names, in order."""
+        return [name for name, _ in self.entries]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Number of values of every tensor."""
+        return [int(np.prod(shape, dtype=np.int64)) for _, shape in self.entries]
+
+    @cached_property
+    def size(self) -> int:
+        """Number of values in all."""
+        return sum(self.sizes)
+
+    def to_json(self) -> str:
+        """The schema as JSON: a list of [name, shape]."""
+        return json.dumps([[name, list(shape)] for name, shape in self.entries], separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Schema:
+        """The schema that :meth:`to_json` wrote."""
+        return cls(tuple((str(name), tuple(int(n) for n in shape)) for name, shape in json.loads(text)))
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> NDArray[np.float32]:
+        """One flat float32 array from the tensors of these names; others are left alone.
+
+        Raises
+        ------
+        ValueError
+            If a name is missing or a shape differs.
+        """
+        missing = [name for name in self.names if name not in tensors]
+        if missing:
+            raise ValueError(f"missing tensors: {', '.join(missing)}")
+        for name, shape in self.entries:
+            if tuple(tensors[name].shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}")
+        if not self.entries:
+            return np.zeros(0, dtype=np.float32)
+        flat = torch.cat([tensors[name].detach().reshape(-1).to(torch.float32) for name in self.names])
+        return flat.cpu().numpy()
+
+    def unpack(self, flat: NDArray[np.floating]) -> dict[str, Tensor]:
+        """The named tensors (float32) of a flat array.
+
+        Raises
+        ------
+        ValueError
+            If the array has another size or values that are not finite.
+        """
+        if flat.shape != (self.size,):
+            raise ValueError(f"expected {self.size} values, got an array of shape {flat.shape}")
+        if not np.isfinite(flat).all():
+            raise ValueError(f"{int((~np.isfinite(flat)).sum())} of {self.size} values are NaN or infinite")
+        parts = torch.from_numpy(flat.astype(np.float32)).split(self.sizes)
+        return {name: part.reshape(shape) for (name, shape), part in zip(self.entries, parts, strict=True)}
+
+
+def digest(*schemas: Schema) -> str:
+    """Short fingerprint of schemas; equal exactly if names, shapes and order are equal.
+
+    Examples
+    --------
+    >>> digest(Schema((("a", (2,)),))) == digest(Schema((("a", (3,)),)))
+    False
+    """
+    text = "\n".join(schema.to_json() for schema in schemas)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

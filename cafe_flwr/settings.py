@@ -1,0 +1,210 @@
+"""Every setting of a run, in one place: typed, documented, validated before the first round."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.alias_generators import to_snake
+
+
+def _kebab(name: str) -> str:
+    return name.replace("_", "-")
+
+
+class Settings(BaseModel):
+    """Settings of a run. In ``pyproject.toml`` and on the command line the names are kebab-case.
+
+    Examples
+    --------
+    >>> settings = Settings.from_run_config({"num-clients": 10, "dirichlet-alpha": 0.3})
+    >>> settings.num_clients, settings.mu
+    (10, 0.5)
+    >>> Settings.from_run_config({"dirichlet-alhpa": 0.3})
+    Traceback (most recent call last):
+        ...
+    ValueError: unknown setting 'dirichlet-alhpa'; did you mean 'dirichlet-alpha'?
+    """
+
+    model_config = ConfigDict(
+        alias_generator=_kebab,
+        validate_by_name=True,
+        validate_by_alias=True,
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+    )
+
+    # The run
+    name: str = Field("", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=100)
+    """Name of the run and of its results folder; empty: made from data set, method and seed."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of everything that is random: partition, images, initial weights, participants, batches."""
+    results_dir: str = Field("~/cafe-flwr-results", min_length=1)
+    """Folder of all results, absolute or from '~'. A run writes to <results-dir>/<name>."""
+    state_dir: str = ""
+    """Folder of the clients' personal state; empty: <results-dir>/<name>/personal. A node's own node-config
+    'state-dir' comes first."""
+    resume: bool = False
+    """Go on from the last checkpoint of the run of this name."""
+
+    # The federation
+    method: Literal["cafedistill"] = "cafedistill"
+    """Method of federated learning."""
+    num_server_rounds: int = Field(100, ge=1)
+    """Rounds T. Schedules (learning rate, student exits) span all of them."""
+    num_clients: int = Field(20, ge=1)
+    """Clients, each with its own data and personal network. A node hosts one or more."""
+    fraction_train: float = Field(1.0, gt=0, le=1)
+    """Share of the clients that train in a round."""
+    min_train_nodes: int = Field(1, ge=1)
+    """At least so many clients train in a round, whatever fraction-train says."""
+    min_available_nodes: int = Field(1, ge=1)
+    """Wait for at least so many nodes before the first round."""
+    wait_seconds: float = Field(120.0, ge=0)
+    """How long to wait, before the first round, for the nodes that host the missing clients."""
+    round_timeout: float = Field(600.0, gt=0)
+    """Seconds after which a round goes on without the replies that are missing."""
+
+    # The data
+    dataset: str = Field("digit-pairs", pattern=r"^(digits|digit-pairs|local:.+)$")
+    """'digit-pairs', 'digits', or 'local:<path>' of a parquet file or image folder on every node."""
+    partition: Literal["dirichlet", "pathological"] = "dirichlet"
+    """How labels are dealt out: Dirichlet shares of every class, or a fixed number of classes per client."""
+    dirichlet_alpha: float = Field(0.1, gt=0)
+    """Concentration of the Dirichlet partition: small = very different clients."""
+    classes_per_client: int = Field(10, ge=1)
+    """Classes of a client in the pathological partition."""
+    examples_per_client: int = Field(200, ge=10)
+    """Embedded data sets: mean number of examples per client, all splits together."""
+    calibration_share: float = Field(0.12, ge=0, lt=1)
+    """Share of a client's examples kept for calibration (thresholds)."""
+    test_share: float = Field(0.40, gt=0, lt=1)
+    """Share of a client's examples kept for its test split."""
+    image_size: int = Field(0, ge=0)
+    """Local data: resize images to this height and width; 0: as they are."""
+    image_column: str = Field("image", min_length=1)
+    """Local data: column of the images."""
+    label_column: str = Field("label", min_length=1)
+    """Local data: column of the labels."""
+
+    # The network
+    network: Literal["conv"] = "conv"
+    """'conv': three convolutional blocks with group norm, an exit after each."""
+    feature_width: int = Field(24, ge=1)
+    """Width of the features that enter the classifier of every exit."""
+
+    # Local training
+    local_steps: int = Field(6, ge=1)
+    """Gradient steps of a client in a round; used where local-epochs is 0."""
+    local_epochs: int = Field(0, ge=0)
+    """Passes over the client's training split in a round; 0: count local-steps instead."""
+    batch_size: int = Field(16, ge=1)
+    """Examples a step."""
+    learning_rate: float = Field(0.3, gt=0)
+    """Of SGD: constant until half of the rounds, then a cosine down to 0."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Of SGD, within a round."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Of SGD."""
+    max_grad_norm: float = Field(0.0, ge=0)
+    """Scale gradients down to this norm; 0: leave them."""
+
+    # CAFEDistill
+    mu: float = Field(0.5, ge=0)
+    """μ of teacher matching: 0 = learn from oneself only, large = from all in proportion to their data."""
+    distill_weight: float = Field(1.0, ge=0)
+    """λ, the weight of distillation in the local loss; 0: no distillation."""
+    temperature: float = Field(3.0, gt=0)
+    """τ of distillation."""
+    selection: Literal["shallow-first", "deep-first", "random", "none"] = "shallow-first"
+    """Order in which student exits join: the published shallow-first, or an ablation ('none': all from round 1)."""
+    teachers: Literal["matched", "uniform", "own"] = "matched"
+    """Whose last exits teach: matched by the QP, all by their data, or only one's own."""
+    similarity_proxy: Literal["parameters", "gradients"] = "parameters"
+    """How an exit's conflict with the last exit is measured: cosine of the classifiers, or of the gradients."""
+    solver: str = Field("exact", min_length=1)
+    """Of the teacher QP: 'exact' or a solver of qpsolvers, e.g. 'osqp'."""
+    max_staleness: int = Field(0, ge=0)
+    """Forget the last exit of a client that has been away for more rounds than this; 0: never."""
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Any]) -> Settings:
+        """Read settings from a run config (kebab-case keys).
+
+        Raises
+        ------
+        ValueError
+            Naming every key that is unknown (with the nearest known one), has the wrong type or an impossible value.
+        """
+        try:
+            return cls.model_validate(dict(run_config))
+        except ValidationError as error:
+            raise ValueError("; ".join(_explain(cls, detail) for detail in error.errors())) from None
+
+    @classmethod
+    def keys(cls) -> list[str]:
+        """All setting names, in kebab-case."""
+        return [_kebab(name) for name in cls.model_fields]
+
+    def to_run_config(self) -> dict[str, bool | int | float | str]:
+        """All settings, in kebab-case."""
+        return self.model_dump(by_alias=True)
+
+    @model_validator(mode="after")
+    def _agree(self) -> Settings:
+        if self.calibration_share + self.test_share >= 1:
+            raise ValueError(
+                "calibration-share + test-share must leave something for training, "
+                f"got {self.calibration_share} + {self.test_share}"
+            )
+        if self.min_train_nodes > self.num_clients:
+            raise ValueError(
+                f"min-train-nodes ({self.min_train_nodes}) must not exceed num-clients ({self.num_clients})"
+            )
+        for key in ("results_dir", "state_dir"):
+            path = getattr(self, key)
+            if path and not Path(path).expanduser().is_absolute():
+                raise ValueError(
+                    f"{_kebab(key)} must be an absolute path or start with '~', got {path!r}: Flower's processes have "
+                    "their own working directory"
+                )
+        return self
+
+    @property
+    def run_name(self) -> str:
+        """The name of the run: as given, or made from data set, method and seed."""
+        if self.name:
+            return self.name
+        return f"{self.dataset.partition(':')[0]}-{self.method}-seed{self.seed}"
+
+    @property
+    def results(self) -> Path:
+        """Folder of this run's results."""
+        return Path(self.results_dir).expanduser() / self.run_name
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Shares of train, calibration and test."""
+        return (1 - self.calibration_share - self.test_share, self.calibration_share, self.test_share)
+
+
+def _explain(settings: type[Settings], detail: Any) -> str:
+    """One pydantic error in words for people."""
+    if not detail["loc"]:  # raised by a rule about several settings
+        return str(detail["ctx"]["error"])
+    key = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden":
+        known = settings.keys()
+        near = difflib.get_close_matches(key, known, n=1)
+        return f"unknown setting {key!r}; " + (
+            f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(known)}"
+        )
+    expected = detail["msg"].partition(" should ")[2] or detail["msg"]
+    about = (settings.model_fields[to_snake(key)].description or "").replace("\n", " ")
+    return f"{key} should {expected}, got {detail['input']!r} ({about})"

@@ -1,0 +1,242 @@
+"""State that survives: personal parameters on the client's disk, checkpoints on the server's.
+
+Files are safetensors with their facts as JSON in the header, written to a temporary name and then renamed, so a file is
+either whole or not there. A damaged one is reported and the version before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from cafe_flwr.log import logger
+
+STATE_VERSION = 1
+_VERSION_FILE = re.compile(r"round-(\d+)\.safetensors")
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a crash at any moment, finds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _versions(folder: Path) -> list[tuple[int, Path]]:
+    """(round, file) of the versions in a folder, newest first."""
+    found = []
+    for path in folder.glob("round-*.safetensors"):
+        match = _VERSION_FILE.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def _version_path(folder: Path, server_round: int) -> Path:
+    return folder / f"round-{server_round:06d}.safetensors"
+
+
+class PersonalStore:
+    """Personal parameters of the clients of one node, a file per client and round.
+
+    Training in round t starts from the newest version before t and writes version t. A message that arrives twice
+    therefore gives the same result twice, and a run that is resumed from an older checkpoint finds the older version.
+
+    Parameters
+    ----------
+    folder
+        Folder of the personal state, of any number of clients and runs.
+    run
+        Token of the run; state of other runs is neither read nor overwritten.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
+        if not re.fullmatch(r"[0-9a-f]{8,64}", run):
+            raise ValueError(f"run must be a hexadecimal token, got {run!r}")
+        self.folder = folder
+        self._versions = folder / "versions" / run
+
+    def _of(self, client: int) -> Path:
+        return self._versions / f"client-{client}"
+
+    def load(self, client: int, before: int) -> dict[str, Tensor] | None:
+        """The newest whole version from a round earlier than ``before``; None if there is none."""
+        for server_round, path in _versions(self._of(client)):
+            if server_round >= before:
+                continue
+            try:
+                with safe_open(path, framework="pt") as file:
+                    facts = file.metadata() or {}
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                logger.warning("client %d: state of round %d is damaged (%s), using an older", client, server_round, error)
+                continue
+            if facts.get("client") != str(client) or facts.get("state-version") != str(STATE_VERSION):
+                raise ValueError(
+                    f"{path} holds the state of client {facts.get('client')} in format {facts.get('state-version')}, "
+                    f"expected client {client} in format {STATE_VERSION}: give every client its own state folder"
+                )
+            return tensors
+        return None
+
+    def save(self, client: int, server_round: int, tensors: Mapping[str, Tensor], keep_from: int) -> None:
+        """Write the version of a round.
+
+        Parameters
+        ----------
+        client, server_round
+            Whose state, and after which round.
+        tensors
+            Personal parameters by name.
+        keep_from
+            Oldest round that may be resumed from; versions that are not needed for it are deleted.
+        """
+        facts = {"state-version": str(STATE_VERSION), "client": str(client), "round": str(server_round)}
+        content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, facts)
+        write_atomically(_version_path(self._of(client), server_round), content)
+        older = [(r, path) for r, path in _versions(self._of(client)) if r <= min(keep_from, server_round - 1)]
+        for _, path in older[1:]:
+            path.unlink(missing_ok=True)
+
+    def publish(self, client: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write the client's whole personal network: ``client-<partition>.safetensors`` and its facts as JSON."""
+        content = save_tensors({name: t.contiguous() for name, t in tensors.items()})
+        write_atomically(self.folder / f"client-{client}.safetensors", content)
+        text = json.dumps({"state-version": STATE_VERSION, "client": client, **facts}, indent=2)
+        write_atomically(self.folder / f"client-{client}.json", text + "\n")
+
+
+def personal_folder(context: Context) -> Path:
+    """Where a node keeps personal state: its own node-config, else the run's settings, else the user's state folder.
+
+    A path never comes from the server's messages. On a device, whose node-config names its ``clients``, the run's
+    settings have no say either.
+    """
+    from cafe_flwr.settings import Settings
+
+    own = str(context.node_config.get("state-dir", ""))
+    if own:
+        return Path(own).expanduser()
+    chosen = str(context.run_config.get("state-dir", ""))
+    results = str(context.run_config.get("results-dir", ""))
+    if "clients" not in context.node_config and (chosen or results):
+        return Path(chosen).expanduser() if chosen else Settings.from_run_config(context.run_config).results / "personal"
+    from platformdirs import user_state_path
+
+    return user_state_path("cafe-flwr")
+
+
+@dataclass
+class ClientRecord:
+    """What the server knows of a client: its last report.
+
+    Attributes
+    ----------
+    num_examples
+        Training examples.
+    seen
+        Round of the report.
+    upload
+        What the method had it send of its own, flat (CAFEDistill: its last exit's classifier).
+    similarity
+        (m−1,): how similar its student exits are to its last exit.
+    """
+
+    num_examples: int
+    seen: int
+    upload: NDArray[np.float32]
+    similarity: NDArray[np.float64]
+
+
+@dataclass
+class ServerState:
+    """All that the server carries from round to round.
+
+    Attributes
+    ----------
+    run
+        Token of the run.
+    round
+        Last finished round.
+    digest
+        Fingerprint of the network and of what travels.
+    shared
+        Shared parameters, flat.
+    known
+        Last report of every client that has taken part.
+    """
+
+    run: str
+    round: int
+    digest: str
+    shared: NDArray[np.float32]
+    known: dict[int, ClientRecord] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The last two states of the server, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, state: ServerState) -> None:
+        """Write the state of a round; the one before it stays."""
+        clients = sorted(state.known)
+        records = [state.known[c] for c in clients]
+        facts = {
+            "state-version": STATE_VERSION,
+            "run": state.run,
+            "round": state.round,
+            "digest": state.digest,
+            "clients": clients,
+            "num-examples": [r.num_examples for r in records],
+            "seen": [r.seen for r in records],
+        }
+        arrays = {"shared": state.shared}
+        if records:
+            arrays["uploads"] = np.stack([r.upload for r in records])
+            arrays["similarity"] = np.stack([r.similarity for r in records])
+        write_atomically(_version_path(self.folder, state.round), save(arrays, {"facts": json.dumps(facts)}))
+        for _, path in _versions(self.folder)[2:]:
+            path.unlink(missing_ok=True)
+
+    def load(self) -> ServerState | None:
+        """The newest whole checkpoint, None if there is none."""
+        for server_round, path in _versions(self.folder):
+            try:
+                with safe_open(path, framework="np") as file:
+                    facts = json.loads((file.metadata() or {})["facts"])
+                    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError, KeyError, ValueError) as error:
+                logger.warning("checkpoint of round %d is damaged (%s), using the one before", server_round, error)
+                continue
+            if facts["state-version"] != STATE_VERSION:
+                raise ValueError(f"{path} has format {facts['state-version']}, this version reads {STATE_VERSION}")
+            known = {
+                client: ClientRecord(
+                    facts["num-examples"][i], facts["seen"][i], arrays["uploads"][i], arrays["similarity"][i]
+                )
+                for i, client in enumerate(facts["clients"])
+            }
+            return ServerState(facts["run"], facts["round"], facts["digest"], arrays["shared"], known)
+        return None

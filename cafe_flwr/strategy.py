@@ -1,0 +1,566 @@
+"""Strategies for Flower: who takes part, what travels, and what is kept from round to round."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg, Result
+from numpy.typing import NDArray
+
+from cafe_flwr.aggregation import weighted, weighted_mean
+from cafe_flwr.directory import Directory
+from cafe_flwr.log import logger
+from cafe_flwr.messages import (
+    FLAT,
+    PHASES,
+    ClientReport,
+    FinalReport,
+    Keys,
+    NodeInfo,
+    TrainReply,
+    TrainRequest,
+    method_config,
+)
+from cafe_flwr.methods import CafeDistillMethod, Method, RoundPlan, settings_of
+from cafe_flwr.participation import rng_for, sample_clients
+from cafe_flwr.recording import RoundCallback, RoundRecord, RunInfo
+from cafe_flwr.settings import Settings
+from cafe_flwr.state import ClientRecord, ServerState
+from cafe_flwr.training import LocalBudget, learning_rate_at
+
+
+class FederatedStrategy(FedAvg):
+    """A method of this package as a Flower strategy.
+
+    Counts and fractions are of *clients*, the learners: a node hosts one or more, and is asked with one message a
+    round for all of its clients that take part. Where every node hosts one client, as in Flower's own examples, the
+    two are the same.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As for :class:`flwr.serverapp.strategy.FedAvg`, with ``fraction_evaluate`` 0 by default: clients evaluate
+        before and after local training inside the training message. ``train_metrics_aggr_fn`` and
+        ``evaluate_metrics_aggr_fn`` get one record per client.
+    method
+        What clients minimise and the server combines.
+    num_rounds
+        T: schedules (learning rate, student exits) span so many rounds.
+    local
+        Local training. Its learning rate is constant until T/2 and then falls like a cosine.
+    num_clients
+        Clients in simulation, spread over the nodes; None: one client per node.
+    seed
+        Seed of participants, batches and the clients' initial weights.
+    wait_seconds
+        How long to wait for nodes before the first round.
+    round_timeout
+        Seconds after which a round goes on without the replies that are missing.
+    callbacks
+        Called after every round, see :mod:`cafe_flwr.recording`.
+    resume_from
+        State of an earlier run to go on from, see :class:`cafe_flwr.state.Checkpoints`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        method: Method,
+        num_rounds: int = 100,
+        local: LocalBudget | None = None,
+        num_clients: int | None = None,
+        seed: int = 0,
+        wait_seconds: float = 120.0,
+        round_timeout: float = 600.0,
+        callbacks: Sequence[RoundCallback] = (),
+        resume_from: ServerState | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if len(args) < 2:
+            # FedAvg warns that evaluation is skipped at 0; here it is not: it is part of training.
+            fraction_evaluate = kwargs.pop("fraction_evaluate", 0.0)
+            super().__init__(*args, fraction_evaluate=fraction_evaluate or 1.0, **kwargs)
+            self.fraction_evaluate = fraction_evaluate
+        else:
+            super().__init__(*args, **kwargs)
+        if num_rounds < 1:
+            raise ValueError(f"num_rounds must be at least 1, got {num_rounds}")
+        self.method = method
+        self.num_rounds = num_rounds
+        self.local = local or LocalBudget()
+        self.num_clients = num_clients
+        self.seed = seed
+        self.wait_seconds = wait_seconds
+        self.round_timeout = round_timeout
+        self.callbacks = tuple(callbacks)
+        self.keys = Keys(self.arrayrecord_key, self.configrecord_key, self.weighted_by_key)
+        question = {"seed": seed, **method_config(method.name, settings_of(method))}
+        if num_clients is not None:
+            question["num-clients"] = num_clients
+        self.directory = Directory(self.keys, question)
+        self.state = resume_from
+        self._asked: list[tuple[Message, list[int]]] = []
+        self._round: dict[str, Any] = {}
+
+    # --- Flower's strategy interface ---
+
+    def summary(self) -> None:
+        """Log the configuration."""
+        logger.info("\t├──> Method: %s", self.method.name)
+        settings = settings_of(self.method)
+        for i, (name, value) in enumerate(settings.items()):
+            logger.info("\t│\t%s %s: %s", "└──" if i == len(settings) - 1 else "├──", name.replace("_", "-"), value)
+        local = self.local
+        length = f"{local.epochs} epochs" if local.epochs else f"{local.steps} steps"
+        logger.info("\t├──> Local training: %s of %d, SGD at %g", length, local.batch_size, local.learning_rate)
+        logger.info("\t├──> Seed: %d | round timeout: %g s", self.seed, self.round_timeout)
+        super().summary()
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One message for every node that hosts participants: each client its own download and active exits."""
+        self._connect(grid)
+        state = self._state(arrays)
+        if self.fraction_train == 0.0:
+            return []
+        clients = sample_clients(
+            list(self.directory.hosts),
+            self.fraction_train,
+            self.min_train_nodes,
+            seed=self.seed,
+            server_round=server_round,
+        )
+        plan = self.method.plan(
+            server_round,
+            self.num_rounds,
+            clients,
+            self.directory.reference.num_exits,
+            state.known,
+            rng_for(self.seed, server_round, -1, "selection"),
+        )
+        self._round = {"plan": plan, "clients": clients}
+        return self._messages(server_round, clients, plan, config, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average the shared parts of all clients that replied well; leave out the others with a warning.
+
+        Raises
+        ------
+        RuntimeError
+            If no client replied well, with all reasons.
+        """
+        assert self.state is not None
+        info = self.directory.reference
+        good, left_out = self._read(server_round, replies, info)
+        for client, reason in sorted(left_out.items()):
+            logger.warning("Round %d: client %d is left out: %s", server_round, client, reason)
+        reports = sorted((r for reply in good for r in reply.reports), key=lambda report: report.client)
+        self._round |= {"reports": reports, "left_out": left_out}
+        if not reports:
+            if not self._round["clients"]:
+                return None, None
+            reasons = "\n  ".join(f"client {client}: {reason}" for client, reason in sorted(left_out.items()))
+            raise RuntimeError(f"round {server_round} failed for every client:\n  {reasons}")
+        # A node that reports several clients has weighted its sum already.
+        sums = (weighted(r.shared, r.weight) if len(r.reports) == 1 else r.shared for r in good)
+        self.state.shared = weighted_mean(sums, sum(reply.weight for reply in good))
+        self.state.round = server_round
+        for r in reports:
+            similarity = np.asarray(r.similarity, dtype=np.float64)
+            self.state.known[r.client] = ClientRecord(r.num_examples, server_round, r.upload, similarity)
+        records = [RecordDict({"metrics": _client_metrics(r, self.weighted_by_key)}) for r in reports]
+        metrics = self.train_metrics_aggr_fn(records, self.weighted_by_key)
+        return self._arrays(self.state.shared), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask clients to evaluate the aggregated network with their own heads; nobody, by default."""
+        if self.fraction_evaluate == 0.0:
+            return []
+        self._connect(grid)
+        self._state(arrays)
+        clients = sample_clients(
+            list(self.directory.hosts),
+            self.fraction_evaluate,
+            self.min_evaluate_nodes,
+            seed=self.seed,
+            server_round=server_round,
+        )
+        return self._evaluate_messages(server_round, clients, config)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Average accuracy, loss and ECE per exit over the clients that replied."""
+        reports = self._read_evaluations(server_round, replies)
+        if not reports:
+            return None
+        records = [
+            MetricRecord({self.weighted_by_key: r.test_examples, "accuracy": r.exits.accuracy, "loss": r.exits.loss})
+            for r in reports
+            if r.test_examples
+        ]
+        return self.evaluate_metrics_aggr_fn([RecordDict({"metrics": r}) for r in records], self.weighted_by_key)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the federation: rounds, then one evaluation of every client's personal network.
+
+        Parameters
+        ----------
+        grid
+            Flower's grid.
+        initial_arrays
+            Initial parameters by name; more than the shared ones may be given. None: a node is asked for those that
+            the seed gives, so that the server needs neither network nor data.
+        num_rounds
+            Stop after this round; None: all of the strategy's own ``num_rounds``, which its schedules span.
+        timeout
+            Of a round, in seconds; None: the strategy's own.
+        train_config, evaluate_config
+            Sent along to the clients.
+        evaluate_fn
+            Evaluation on the server, called with (round, arrays) before the first and after every round.
+
+        Returns
+        -------
+        Flower's result: the shared parameters by name, and the metrics averaged over clients, per round.
+
+        Raises
+        ------
+        RuntimeError
+            If no client can take part, or all clients of a round fail.
+        """
+        started = time.perf_counter()
+        logger.info("Starting %s strategy:", type(self).__name__)
+        logger.info("\t├── Number of rounds: %d", self.num_rounds)
+        self.summary()
+        self.directory.wait(
+            grid, min_nodes=self.min_available_nodes, num_clients=self.num_clients, seconds=self.wait_seconds
+        )
+        resumed = self.state is not None
+        arrays = self._arrays(self.state.shared) if self.state else (initial_arrays or self._ask_initial(grid))
+        state = self._state(arrays)
+        info = self.directory.reference
+        run = RunInfo(
+            run=state.run,
+            first_round=state.round + 1,
+            num_rounds=self.num_rounds,
+            clients=sorted(self.directory.hosts),
+            num_exits=info.num_exits,
+            num_parameters=info.num_parameters,
+            macs_per_exit=info.macs,
+        )
+        nodes = len({*self.directory.hosts.values()})
+        logger.info("%d clients on %d node(s), %d parameters", len(run.clients), nodes, info.num_parameters)
+        if resumed:
+            logger.info("Resuming after round %d", state.round)
+        for callback in self.callbacks:
+            callback.on_start(run)
+
+        result = Result()
+        result.arrays = arrays
+        timeout = self.round_timeout if timeout is None else timeout
+        train_config = train_config or ConfigRecord()
+        evaluate_config = evaluate_config or ConfigRecord()
+        if evaluate_fn and (value := evaluate_fn(state.round, arrays)) is not None:
+            result.evaluate_metrics_serverapp[state.round] = value
+        last = self.num_rounds if num_rounds is None else min(num_rounds, self.num_rounds)
+        for server_round in range(state.round + 1, last + 1):
+            arrays = self._run_round(grid, server_round, arrays, train_config, timeout, result)
+            replies = grid.send_and_receive(
+                list(self.configure_evaluate(server_round, arrays, evaluate_config, grid)), timeout=timeout
+            )
+            if (metrics := self.aggregate_evaluate(server_round, replies)) is not None:
+                result.evaluate_metrics_clientapp[server_round] = metrics
+            if evaluate_fn and (value := evaluate_fn(server_round, arrays)) is not None:
+                result.evaluate_metrics_serverapp[server_round] = value
+        if state.round == self.num_rounds:
+            reports = self._evaluate_all(grid, evaluate_config, timeout)
+            for callback in self.callbacks:
+                callback.on_finish(reports)
+        logger.info("Finished after %.1f s", time.perf_counter() - started)
+        return result
+
+    # --- one round ---
+
+    def _run_round(
+        self,
+        grid: Grid,
+        server_round: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        timeout: float,
+        result: Result,
+    ) -> ArrayRecord:
+        start = time.perf_counter()
+        messages = list(self.configure_train(server_round, arrays, config, grid))
+        configured = time.perf_counter()
+        replies = list(grid.send_and_receive(messages, timeout=timeout))
+        received = time.perf_counter()
+        new_arrays, metrics = self.aggregate_train(server_round, replies)
+        if metrics is not None:
+            result.train_metrics_clientapp[server_round] = metrics
+        if new_arrays is not None:
+            result.arrays = arrays = new_arrays
+        done = time.perf_counter()
+        reports: list[ClientReport] = self._round.get("reports", [])
+        seconds = {
+            "total": done - start,
+            "train": sum(r.seconds_train for r in reports),
+            "evaluate": sum(r.seconds_evaluate for r in reports),
+            "server": (configured - start) + (done - received),
+        }
+        seconds["other"] = max(0.0, seconds["total"] - seconds["train"] - seconds["evaluate"] - seconds["server"])
+        record = RoundRecord(
+            server_round=server_round,
+            num_rounds=self.num_rounds,
+            participants=self._round.get("clients", []),
+            left_out=self._round.get("left_out", {}),
+            plan=self._round.get("plan", RoundPlan(np.zeros((0, 0), dtype=bool))),
+            reports=reports,
+            learning_rate=learning_rate_at(self.local.learning_rate, server_round, self.num_rounds),
+            bytes_down=sum(_num_bytes(message) for message in messages),
+            bytes_up=sum(_num_bytes(reply) for reply in replies if reply.has_content()),
+            seconds=seconds,
+        )
+        logger.info("%s", record.line())
+        assert self.state is not None
+        for callback in self.callbacks:
+            callback.on_round(record, self.state)
+        return arrays
+
+    def _messages(
+        self, server_round: int, clients: Sequence[int], plan: RoundPlan, config: Mapping[str, Any], message_type: str
+    ) -> list[Message]:
+        assert self.state is not None
+        row_of = {client: row for row, client in enumerate(clients)}
+        budget = LocalBudget(**{**vars(self.local), "learning_rate": self._learning_rate(server_round)})
+        messages: list[Message] = []
+        asked: list[list[int]] = []
+        for node, hosted in self.directory.by_node(clients).items():
+            request = TrainRequest(
+                run=self.state.run,
+                seed=self.seed,
+                digest=self.state.digest,
+                server_round=server_round,
+                num_rounds=self.num_rounds,
+                resumable_from=max(0, server_round - 2),  # the older of the two checkpoints kept
+                clients=hosted,
+                active=plan.active[[row_of[client] for client in hosted]],
+                shared=self.state.shared,
+                downloads=plan.downloads,
+                method=self.method.name,
+                method_settings=settings_of(self.method),
+                budget=budget,
+            )
+            messages.append(Message(request.to_content(self.keys, config), node, message_type))
+            asked.append(hosted)
+        self._asked = list(zip(messages, asked, strict=True))
+        return messages
+
+    def _learning_rate(self, server_round: int) -> float:
+        return learning_rate_at(self.local.learning_rate, server_round, self.num_rounds)
+
+    def _read(
+        self, server_round: int, replies: Iterable[Message], info: NodeInfo
+    ) -> tuple[list[TrainReply], dict[int, str]]:
+        """Replies that can be used, in the order of their clients, and clients left out with the reason."""
+        assert self.state is not None
+        asked = {message.metadata.message_id: clients for message, clients in self._asked}
+        good: list[TrainReply] = []
+        left_out: dict[int, str] = {}
+        for message in replies:
+            # By the message it answers: an error's sender may be the server itself.
+            clients = asked.pop(message.metadata.reply_to_message_id, [])
+            if message.has_error():
+                left_out |= dict.fromkeys(clients, f"its node failed: {message.error.reason.strip()}")
+                continue
+            try:
+                reply = TrainReply.from_message(
+                    message,
+                    self.keys,
+                    digest=self.state.digest,
+                    shared_size=info.shared.size,
+                    upload_size=info.upload.size,
+                    num_exits=info.num_exits,
+                )
+                answered = [report.client for report in reply.reports] + list(reply.failures)
+                if sorted(answered) != clients or reply.server_round != server_round:
+                    raise ValueError(f"it answers for clients {answered} of round {reply.server_round}, not as asked")
+            except (ValueError, KeyError, TypeError) as error:
+                left_out |= dict.fromkeys(clients, f"its node's reply cannot be used: {error}")
+                continue
+            left_out |= reply.failures
+            if reply.reports:
+                good.append(reply)
+        for clients in asked.values():
+            left_out |= dict.fromkeys(clients, f"no reply from its node within {self.round_timeout:g} s")
+        return sorted(good, key=lambda reply: reply.reports[0].client), left_out
+
+    # --- evaluation of the personal networks ---
+
+    def _evaluate_messages(
+        self, server_round: int, clients: Sequence[int], config: Mapping[str, Any], publish: bool = False
+    ) -> list[Message]:
+        active = np.zeros((len(clients), self.directory.reference.num_exits - 1), dtype=bool)
+        config = {**config, "publish": publish}
+        return self._messages(server_round, clients, RoundPlan(active), config, MessageType.EVALUATE)
+
+    def _read_evaluations(self, server_round: int, replies: Iterable[Message]) -> list[FinalReport]:
+        reports = []
+        num_exits = self.directory.reference.num_exits
+        for message in replies:
+            if message.has_error():
+                logger.warning("Round %d: a node failed to evaluate: %s", server_round, message.error.reason.strip())
+                continue
+            reports += [FinalReport.from_record(r, num_exits) for r in message.content.metric_records.values()]
+        return sorted(reports, key=lambda report: report.client)
+
+    def _evaluate_all(self, grid: Grid, config: ConfigRecord, timeout: float) -> list[FinalReport]:
+        """Every client there is evaluates its personal network and publishes it in its own folder."""
+        assert self.state is not None
+        self.directory.refresh(grid, timeout)
+        messages = self._evaluate_messages(self.state.round, sorted(self.directory.hosts), config, publish=True)
+        reports = self._read_evaluations(self.state.round, grid.send_and_receive(messages, timeout=timeout))
+        absent = set(self.directory.hosts) - {report.client for report in reports}
+        if absent:
+            logger.warning("No final evaluation of clients %s", ", ".join(map(str, sorted(absent))))
+        return reports
+
+    # --- shared parameters, flat and by name ---
+
+    def _connect(self, grid: Grid) -> None:
+        """Ask nodes that have come since, or all of them if nobody has asked yet."""
+        if self.directory.hosts:
+            self.directory.refresh(grid, self.wait_seconds)
+        if not self.directory.hosts:
+            self.directory.wait(
+                grid, min_nodes=self.min_available_nodes, num_clients=self.num_clients, seconds=self.wait_seconds
+            )
+
+    def _state(self, arrays: ArrayRecord) -> ServerState:
+        """The state with the given shared parameters; made in the first round."""
+        info = self.directory.reference
+        missing = [name for name in info.shared.names if name not in arrays]
+        if missing:
+            raise ValueError(f"the initial arrays lack shared parameters of the clients' network: {', '.join(missing)}")
+        parts = [arrays[name].numpy() for name in info.shared.names]
+        for (name, shape), part in zip(info.shared.entries, parts, strict=True):
+            if part.shape != shape:
+                raise ValueError(f"the initial array {name} has shape {part.shape}, the clients' network needs {shape}")
+        flat = np.concatenate([part.ravel() for part in parts]).astype(np.float32)
+        if self.state is None:
+            self.state = ServerState(secrets.token_hex(8), 0, info.digest, flat)
+        if self.state.digest != info.digest:
+            raise ValueError(
+                f"the checkpoint was made with another network or method (fingerprint {self.state.digest}, the clients' "
+                f"is {info.digest}): resume with the settings of the run"
+            )
+        self.state.shared = flat
+        return self.state
+
+    def _arrays(self, flat: NDArray[np.float32]) -> ArrayRecord:
+        """Shared parameters by name, as Flower's results hold them."""
+        schema = self.directory.reference.shared
+        parts = np.split(flat, np.cumsum(schema.sizes)[:-1])
+        return ArrayRecord({n: Array(p.reshape(s)) for (n, s), p in zip(schema.entries, parts, strict=True)})
+
+    def _ask_initial(self, grid: Grid) -> ArrayRecord:
+        node = self.directory.hosts[min(self.directory.hosts)]
+        content = RecordDict({self.keys.config: ConfigRecord(dict(self.directory.question))})
+        replies = list(
+            grid.send_and_receive([Message(content, node, f"{MessageType.QUERY}.initial")], timeout=self.round_timeout)
+        )
+        if not replies or replies[0].has_error():
+            reason = replies[0].error.reason if replies else "no reply"
+            raise RuntimeError(f"the node of client {min(self.directory.hosts)} gave no initial parameters: {reason}")
+        return self._arrays(cast(ArrayRecord, replies[0].content[self.keys.arrays])[FLAT].numpy())
+
+
+class CafeDistill(FederatedStrategy):
+    """CAFEDistill (arXiv 2601.10015) as a Flower strategy.
+
+    Averages the shared backbone, decides which student exits train on which client, and sends every client a teacher
+    head mixed from the last exits of similar clients. The method itself is
+    :class:`cafe_flwr.methods.cafedistill.CafeDistillMethod`.
+
+    Parameters
+    ----------
+    *args, **kwargs
+        As for :class:`FederatedStrategy`, and so for Flower's FedAvg.
+    num_rounds
+        T; the share of active student exits grows as min(2t/T, 1).
+    mu, distill_weight, temperature
+        μ of teacher matching, λ and τ of distillation.
+    selection, teachers, similarity_proxy, solver, max_staleness
+        Ablations and variants, see :class:`cafe_flwr.settings.Settings`.
+
+    Raises
+    ------
+    ValueError
+        For impossible values, naming the setting.
+
+    Examples
+    --------
+    In your own ServerApp::
+
+        strategy = CafeDistill(fraction_train=0.5, num_rounds=50, mu=0.5)
+        result = strategy.start(grid, initial_arrays=ArrayRecord(network.state_dict()))
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        num_rounds: int = 100,
+        mu: float = 0.5,
+        distill_weight: float = 1.0,
+        temperature: float = 3.0,
+        selection: str = "shallow-first",
+        teachers: str = "matched",
+        similarity_proxy: str = "parameters",
+        solver: str = "exact",
+        max_staleness: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        method = CafeDistillMethod(
+            mu=mu,
+            distill_weight=distill_weight,
+            temperature=temperature,
+            selection=selection,
+            teachers=teachers,
+            similarity_proxy=similarity_proxy,
+            solver=solver,
+            max_staleness=max_staleness,
+        )
+        own = {name.replace("_", "-"): value for name, value in settings_of(method).items()}
+        Settings.from_run_config({"num-server-rounds": num_rounds, **own})
+        super().__init__(*args, method=method, num_rounds=num_rounds, **kwargs)
+
+
+def _client_metrics(report: ClientReport, weight_key: str) -> MetricRecord:
+    values: dict[str, Any] = {weight_key: report.num_examples, "train-loss": report.train_loss}
+    for phase in PHASES:
+        values[f"accuracy-{phase}"] = getattr(report, phase).accuracy
+        values[f"loss-{phase}"] = getattr(report, phase).loss
+    return MetricRecord(values)
+
+
+def _num_bytes(message: Message) -> int:
+    return sum(record.count_bytes() for record in message.content.values())

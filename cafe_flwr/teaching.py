@@ -1,0 +1,127 @@
+"""Teacher matching: who teaches whom, and with which head (METHODS.md §1; CAFEDistill, arXiv 2601.10015)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+TEACHERS = ("matched", "uniform", "own")
+
+
+def cosine_similarity(rows: ArrayLike) -> NDArray[np.float64]:
+    """Cosine of every pair of rows, (n, d) → (n, n). A row of zeros is similar to nothing, itself included.
+
+    Examples
+    --------
+    >>> cosine_similarity([[3.0, 4.0], [4.0, 3.0], [0.0, 0.0]]).round(2)
+    array([[1.  , 0.96, 0.  ],
+           [0.96, 1.  , 0.  ],
+           [0.  , 0.  , 0.  ]])
+    """
+    x = np.asarray(rows, dtype=np.float64)
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    unit = np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
+    return np.clip(unit @ unit.T, -1.0, 1.0)
+
+
+def project_to_simplex(rows: ArrayLike) -> NDArray[np.float64]:
+    """Euclidean projection of every row onto {w ≥ 0, Σw = 1}, by sorting: O(n log n) a row.
+
+    Examples
+    --------
+    >>> project_to_simplex([[0.5, 0.5], [2.0, 0.0], [0.6, 0.8]])
+    array([[0.5, 0.5],
+           [1. , 0. ],
+           [0.4, 0.6]])
+    """
+    v = np.asarray(rows, dtype=np.float64)
+    v = v - v.max(axis=1, keepdims=True)  # the projection does not change; very large values keep their digits
+    descending = -np.sort(-v, axis=1)
+    excess = np.cumsum(descending, axis=1) - 1.0
+    count = np.arange(1, v.shape[1] + 1)
+    support = (descending * count > excess).sum(axis=1, keepdims=True)
+    shift = np.take_along_axis(excess, support - 1, axis=1) / support
+    return np.maximum(v - shift, 0.0)
+
+
+def teacher_weights(
+    similarity: ArrayLike, prior: ArrayLike, mu: float, solver: str = "exact"
+) -> NDArray[np.float64]:
+    """Weights of the teachers of every client, the solutions of one QP per client.
+
+    w_i = argmin_{w ∈ Δ}  −Σ_j s_ij w_j + μ ‖w − p‖²
+
+    The Hessian is 2μI, so w_i is the projection of p + s_i/(2μ) onto the simplex: ``solver="exact"`` does that for
+    all clients in one call. Any other name is a solver of `qpsolvers`, one call per client: the independent check,
+    and the place for richer QPs.
+
+    Parameters
+    ----------
+    similarity
+        (n, n), s_ij: how similar client j's last exit is to client i's.
+    prior
+        (n,) shares of the data, p_j = n_j/Σn; or (n, n), one prior a row.
+    mu
+        Pull towards the prior, ≥ 0. At 0 a client learns from the most similar one (itself); at infinity w = p.
+    solver
+        ``"exact"`` or a solver that qpsolvers finds installed, e.g. ``"osqp"``.
+
+    Returns
+    -------
+    (n, n), rows on the simplex.
+
+    Examples
+    --------
+    >>> teacher_weights([[1.0, 0.6], [0.6, 1.0]], [0.5, 0.5], mu=0.5)
+    array([[0.7, 0.3],
+           [0.3, 0.7]])
+    """
+    s = np.asarray(similarity, dtype=np.float64)
+    if s.ndim != 2 or s.shape[0] != s.shape[1]:
+        raise ValueError(f"similarity must be square, one row per client, got shape {s.shape}")
+    p = np.asarray(prior, dtype=np.float64)
+    if p.shape not in {(s.shape[1],), s.shape}:
+        raise ValueError(f"prior must have shape ({s.shape[1]},) or {s.shape}, got {p.shape}")
+    if not (np.isfinite(s).all() and np.isfinite(p).all()):
+        raise ValueError("similarity and prior must be finite")
+    if (p < 0).any() or not np.allclose(p.sum(axis=-1), 1.0, atol=1e-6):
+        raise ValueError("prior must be non-negative and sum to 1")
+    if not mu >= 0:
+        raise ValueError(f"mu must be 0 or more, got {mu}")
+    p = np.broadcast_to(p, s.shape)
+    if np.isinf(mu):
+        return p.copy()
+    if mu == 0:
+        best = s == s.max(axis=1, keepdims=True)
+        return best / best.sum(axis=1, keepdims=True)
+    if solver == "exact":
+        # Centred first, so that a tiny mu cannot overflow or drown the prior's digits.
+        return project_to_simplex(p + (s - s.max(axis=1, keepdims=True)) / (2.0 * mu))
+    return _solve_with(solver, s, p, mu)
+
+
+def _solve_with(
+    solver: str, s: NDArray[np.float64], p: NDArray[np.float64], mu: float
+) -> NDArray[np.float64]:
+    import qpsolvers
+    from scipy import sparse
+
+    if solver not in qpsolvers.available_solvers:
+        installed = ", ".join(qpsolvers.available_solvers)
+        raise ValueError(f"solver must be 'exact' or one of: {installed}; got {solver!r}")
+    n = s.shape[1]
+    sum_to_one = np.ones((1, n))
+    hessian: object = 2.0 * mu * np.eye(n)
+    if solver in qpsolvers.sparse_solvers:
+        hessian, sum_to_one = sparse.csc_matrix(hessian), sparse.csc_matrix(sum_to_one)
+    # OSQP stops at 1e-3 by default and returns weights down to −1e-3.
+    options = {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 100_000, "polish": True} if solver == "osqp" else {}
+    weights = np.empty_like(s)
+    for i in range(len(s)):
+        w = qpsolvers.solve_qp(
+            hessian, -(s[i] + 2.0 * mu * p[i]), A=sum_to_one, b=np.ones(1), lb=np.zeros(n), solver=solver, **options
+        )
+        if w is None:
+            raise RuntimeError(f"{solver} found no teacher weights for client {i}; use solver='exact'")
+        weights[i] = np.clip(w, 0.0, None)
+    return weights / weights.sum(axis=1, keepdims=True)

@@ -1,0 +1,24 @@
+"""The Flower ClientApp of this package: networks and data as the settings say."""
+
+import torch
+from flwr.app import Context
+
+from cafe_flwr import EarlyExitNetwork, make_client_app
+from cafe_flwr.data import ClientData
+from cafe_flwr.federation import build_network, federation
+from cafe_flwr.settings import Settings
+
+torch.set_num_threads(1)  # a worker per core; threads of one worker only get in each other's way
+
+
+def build(context: Context) -> EarlyExitNetwork:
+    """The network that the run's settings name."""
+    return build_network(Settings.from_run_config(context.run_config))
+
+
+def load(client: int, context: Context) -> ClientData:
+    """The data of one client."""
+    return federation(Settings.from_run_config(context.run_config)).load(client)
+
+
+app = make_client_app(build, load)

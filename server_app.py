@@ -1,0 +1,15 @@
+"""The Flower ServerApp of this package: settings → strategy → start → results."""
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from cafe_flwr.federation import run
+from cafe_flwr.settings import Settings
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the federation that the run's settings describe."""
+    run(grid, Settings.from_run_config(context.run_config))

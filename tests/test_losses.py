@@ -1,0 +1,120 @@
+"""The distillation loss: direction of the divergence, factor τ², and where gradients go."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cafe_flwr.losses import distillation
+
+
+def log_softmax(z):
+    z = z - z.max(axis=1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+
+def reference(student, teacher, tau):
+    """τ² · mean over the batch of Σ_c t_c (ln t_c − ln s_c), written out."""
+    log_t, log_s = log_softmax(np.asarray(teacher) / tau), log_softmax(np.asarray(student) / tau)
+    rows = (np.exp(log_t) * (log_t - log_s)).sum(axis=1)
+    return tau**2 * rows.mean()
+
+
+def logits(rows):
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_hand_example_direction_and_factor():
+    """Teacher (ln 3, 0) is (3/4, 1/4), student (0, 0) is (1/2, 1/2).
+
+    KL(teacher ‖ student) = 3/4·ln(3/2) + 1/4·ln(1/2) = 0.304099 − 0.173287 = 0.130812
+    KL(student ‖ teacher) = 1/2·ln(2/3) + 1/2·ln 2    = −0.202733 + 0.346574 = 0.143841: the wrong direction
+    τ = 2 with the teacher at (2 ln 3, 0): the same two distributions, times 4 = 0.523248
+    """
+    student = logits([[0.0, 0.0]])
+    assert distillation(student, logits([[math.log(3), 0.0]]), 1.0).item() == pytest.approx(0.130812, abs=1e-6)
+    assert distillation(logits([[math.log(3), 0.0]]), student, 1.0).item() == pytest.approx(0.143841, abs=1e-6)
+    assert distillation(student, logits([[2 * math.log(3), 0.0]]), 2.0).item() == pytest.approx(0.523248, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(
+    batch=st.integers(1, 6),
+    classes=st.integers(2, 8),
+    tau=st.floats(0.5, 20),
+    scale=st.floats(0.01, 30),
+    seed=st.integers(0, 10**6),
+)
+def test_agrees_with_the_written_out_sum(batch, classes, tau, scale, seed):
+    student, teacher = scale * np.random.default_rng(seed).normal(size=(2, batch, classes))
+    value = distillation(logits(student), logits(teacher), tau).item()
+    assert value == pytest.approx(reference(student, teacher, tau), rel=1e-9, abs=1e-10)
+    assert value >= -1e-12
+
+
+def test_it_is_the_mean_over_the_batch_of_single_examples():
+    student, teacher = np.random.default_rng(1).normal(size=(2, 5, 4))
+    together = distillation(logits(student), logits(teacher), 3.0).item()
+    alone = [distillation(logits(student[i : i + 1]), logits(teacher[i : i + 1]), 3.0).item() for i in range(5)]
+    assert together == pytest.approx(sum(alone) / 5, rel=1e-12)
+
+
+def test_only_the_distributions_count():
+    """Logits shifted by a constant a row are the same distribution: no loss. Any other difference is a loss."""
+    z = logits(np.random.default_rng(2).normal(size=(3, 4)))
+    shift = torch.tensor([[5.0], [-2.0], [100.0]], dtype=torch.float64)
+    assert distillation(z + shift, z, 3.0).item() == pytest.approx(0.0, abs=1e-12)
+    assert distillation(z * 1.5, z, 3.0).item() > 1e-3
+
+
+def test_no_gradient_flows_into_the_teacher():
+    student = logits([[0.5, -0.2, 0.1]]).requires_grad_()
+    teacher = logits([[1.0, 0.0, -1.0]]).requires_grad_()
+    distillation(student, teacher, 3.0).backward()
+    assert teacher.grad is None
+    assert student.grad.abs().max() > 0.01
+
+
+def test_no_gradient_through_a_teacher_that_depends_on_the_same_parameters():
+    """The own last exit teaches with features of the same backbone: the result must be as if the teacher were data."""
+    w = torch.tensor([[0.3, -0.7, 0.2]], dtype=torch.float64, requires_grad=True)
+    distillation(w, 2.0 * w + 1.0, 2.0).backward()
+    constant = w.detach().clone().requires_grad_()
+    distillation(constant, (2.0 * w + 1.0).detach(), 2.0).backward()
+    torch.testing.assert_close(w.grad, constant.grad, rtol=0, atol=0)
+
+
+@settings(deadline=None)
+@given(tau=st.floats(0.5, 50), seed=st.integers(0, 10**6))
+def test_gradient_is_the_difference_of_the_softened_distributions(tau, seed):
+    """∂/∂z_s of τ²·KL(t ‖ softmax(z_s/τ)) = τ·(softmax(z_s/τ) − t), divided by the batch size."""
+    student, teacher = np.random.default_rng(seed).normal(size=(2, 3, 5))
+    z = logits(student).requires_grad_()
+    distillation(z, logits(teacher), tau).backward()
+    softened = np.exp(log_softmax(student / tau)), np.exp(log_softmax(teacher / tau))
+    np.testing.assert_allclose(z.grad.numpy(), tau * (softened[0] - softened[1]) / 3, atol=1e-12)
+
+
+def test_size_of_the_gradient_does_not_depend_on_a_large_temperature():
+    """For τ → ∞ softmax(z/τ) ≈ 1/C + (z − mean z)/(Cτ), so the gradient tends to ((z_s − z̄_s) − (z_t − z̄_t))/(CB)."""
+    student, teacher = np.random.default_rng(3).normal(size=(2, 4, 10))
+    limit = ((student - student.mean(axis=1, keepdims=True)) - (teacher - teacher.mean(axis=1, keepdims=True))) / 40
+
+    def gradient(tau):
+        z = logits(student).requires_grad_()
+        distillation(z, logits(teacher), tau).backward()
+        return z.grad.numpy()
+
+    for tau, tolerance in ((20.0, 0.2), (200.0, 0.02), (2000.0, 0.002)):
+        assert np.linalg.norm(gradient(tau) - limit) < tolerance * np.linalg.norm(limit)
+
+
+def test_extreme_logits_stay_finite_in_float32():
+    student = torch.tensor([[1e4, 0.0], [0.0, 1e4]], requires_grad=True)
+    loss = distillation(student, torch.tensor([[0.0, 1e4], [0.0, 1e4]]), 1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(5e3)  # the first row is 1e4 nats away, the second not at all
+    assert torch.isfinite(student.grad).all()
