@@ -22,7 +22,7 @@ def weighted(values: ArrayLike, weight: float) -> NDArray[np.float64]:
     >>> bool((a + b) + c == a + (b + c))
     True
     """
-    return np.rint(np.asarray(values, dtype=np.float64) * weight * _GRID) / _GRID
+    return np.asarray(np.rint(np.asarray(values, dtype=np.float64) * weight * _GRID) / _GRID)
 
 
 def weighted_mean(sums: Iterable[NDArray[np.float64]], total_weight: float) -> NDArray[np.float32]:

@@ -1,4 +1,4 @@
-"""Student coordination: which exits of which clients train in a round (METHODS.md §1; CAFEDistill, arXiv 2601.10015)."""
+"""Student coordination: which exits of which clients train in a round (CAFEDistill, arXiv 2601.10015)."""
 
 from __future__ import annotations
 

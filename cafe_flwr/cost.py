@@ -27,7 +27,7 @@ def macs_per_exit(network: EarlyExitNetwork, example: Tensor) -> list[int]:
     --------
     >>> from cafe_flwr.networks import ConvNet
     >>> macs_per_exit(ConvNet((1, 16, 16), num_classes=100), torch.zeros(1, 1, 16, 16))
-    [27264, 112800, 200640]
+    [23904, 106176, 185376]
     """
     macs, h = [], example
     with FlopCounterMode(display=False) as counter:

@@ -12,7 +12,7 @@ import logging
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,13 +136,15 @@ def load_federation(
     if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
         raise ValueError(f"shares of train, calibration and test must be 0 or more and sum to 1, got {shares}")
     kind, _, path = dataset.partition(":")
+    if min(num_clients, examples_per_client, classes_per_client) < 1:
+        raise ValueError("num-clients, examples-per-client and classes-per-client must be at least 1")
     rows: NDArray[Any] | None = None
     if dataset in _EMBEDDED:
         class_names = tuple(f"{label:0{2 if dataset == 'digit-pairs' else 1}d}" for label in range(_EMBEDDED[dataset]))
         per_class = -(-num_clients * examples_per_client // len(class_names))
         labels = np.repeat(np.arange(len(class_names)), per_class)
         input_shape: tuple[int, ...] = (1, IMAGE_SIZE, IMAGE_SIZE)
-    elif kind == "local":
+    elif kind == "local" and path:
         rows, labels, class_names = _read_local(Path(path).expanduser(), image_size, image_column, label_column)
         input_shape = rows.shape[1:]
     else:
@@ -150,7 +152,7 @@ def load_federation(
 
     parts = partition_labels(labels, num_clients, partition, alpha, classes_per_client, seed)
 
-    @lru_cache(maxsize=None)
+    @cache
     def load(client: int) -> ClientData:
         if not 0 <= client < num_clients:
             raise ValueError(f"client must be in 0..{num_clients - 1}, got {client}")
@@ -202,12 +204,16 @@ def partition_labels(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns at every retry; what counts is whether it succeeds
         try:
-            return [np.asarray(partitioner.load_partition(i)["position"], dtype=np.int64) for i in range(num_clients)]
+            parts = [np.asarray(partitioner.load_partition(i)["position"], dtype=np.int64) for i in range(num_clients)]
+            smallest = min(len(part) for part in parts)
+            if smallest < minimum:
+                raise ValueError(f"the smallest client would have {smallest} of at least {minimum} examples")
+            return parts
         except ValueError as error:
             advice = (
                 "raise dirichlet-alpha or the number of examples, or lower num-clients"
                 if partition == "dirichlet"
-                else "lower classes-per-client or num-clients"
+                else "change classes-per-client, lower num-clients or raise the number of examples"
             )
             raise ValueError(
                 f"the {partition} partition of {len(labels)} examples over {num_clients} clients failed "
@@ -327,17 +333,27 @@ def _read_local(
     parquet = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"dataset = 'local:{path}': expected a .parquet file or a folder, got a {path.suffix} file")
-    if parquet:
-        dataset = Dataset.from_parquet([str(file) for file in parquet])
-    else:
-        dataset = load_dataset("imagefolder", data_dir=str(path), split="train")
+    try:
+        if parquet:
+            dataset = Dataset.from_parquet([str(file) for file in parquet])
+        else:
+            # All files: left to itself, imagefolder takes 'train' or 'test' in a folder's name for a split.
+            files = {"train": str(path / "**")}
+            dataset = load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
+    except Exception as error:
+        raise ValueError(
+            f"dataset = 'local:{path}' cannot be read ({type(error).__name__}: {error}): expected a parquet file, a "
+            "folder of parquet files, or a folder with one subfolder of images per class"
+        ) from error
     for column in (image_column, label_column):
         if column not in dataset.column_names:
             raise ValueError(
                 f"dataset = 'local:{path}' has no column {column!r}; it has {', '.join(dataset.column_names)}. "
                 "Set image-column and label-column"
             )
-    if dataset.features[label_column] == Value("string"):
+    if None in dataset.unique(label_column):
+        raise ValueError(f"dataset = 'local:{path}' has rows without a label in column {label_column!r}")
+    if dataset.features[label_column] in (Value("string"), Value("large_string")):
         dataset = dataset.class_encode_column(label_column)
     labels = np.asarray(dataset[label_column])
     feature = dataset.features[label_column]
@@ -350,9 +366,16 @@ def _read_local(
     if len(labels) == 0 or labels.min() < 0:
         raise ValueError(f"dataset = 'local:{path}' has rows without a label, or no rows")
 
-    if isinstance(dataset.features[image_column], dict):  # bytes and path, as the hub's parquet files hold them
-        dataset = dataset.cast_column(image_column, Image())
-    images = [_to_array(image, image_size) for image in dataset[image_column]]
+    if isinstance(dataset.features[image_column], dict) or dataset.features[image_column] == Value("binary"):
+        dataset = dataset.cast_column(image_column, Image())  # as the hub's parquet files hold them
+    images = []
+    for row in range(len(dataset)):
+        try:
+            images.append(_to_array(dataset[row][image_column], image_size))
+        except Exception as error:
+            raise ValueError(f"row {row} of 'local:{path}' holds no image that can be read: {error}") from error
+    if len({len(image) for image in images}) > 1:  # some are grey, some are not
+        images = [np.repeat(image, 3, axis=0) if len(image) == 1 else image for image in images]
     shapes = {image.shape for image in images}
     if len(shapes) != 1:
         raise ValueError(f"images of 'local:{path}' have {len(shapes)} different shapes: set image-size")
@@ -365,8 +388,10 @@ def _to_array(image: Any, size: int) -> NDArray[np.float32]:
 
     if not isinstance(image, Image.Image):
         image = Image.fromarray(np.asarray(image, dtype=np.uint8))
-    image = image.convert("L" if image.mode in ("1", "L", "I", "I;16", "F") else "RGB")
+    white = 65535.0 if image.mode.startswith("I") else 255.0  # "I" and "I;16" come from 16-bit files
+    grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+    image = image.convert("L").convert("F") if image.mode in ("1", "LA") else image.convert("F" if grey else "RGB")
     if size:
         image = image.resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image, dtype=np.float32) / 127.5 - 1.0
+    pixels = np.asarray(image, dtype=np.float32) / (white / 2) - 1.0
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()

@@ -116,7 +116,7 @@ class Directory:
         infos = {}
         for node, reply in answers.items():
             if reply.has_error():
-                self._refuse(node, f"a node failed to start: {_last_line(reply.error.reason)}")
+                self._refuse(node, f"a node failed to start: {last_line(reply.error.reason)}")
                 continue
             try:
                 infos[node] = NodeInfo.from_message(reply, self.keys)
@@ -150,6 +150,7 @@ class Directory:
         return f"{len(self.hosts)} of {num_clients} clients"
 
 
-def _last_line(reason: str) -> str:
+def last_line(reason: str | None) -> str:
     """The line of a traceback that says what happened."""
-    return next((line.strip() for line in reversed(reason.splitlines()) if line.strip()), "no reason given")
+    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

@@ -187,11 +187,11 @@ class TrainRequest:
         active = np.asarray(config.get("active-exits", []), dtype=bool)
         return cls(
             run=str(config["run"]),
-            seed=int(config["seed"]),  # type: ignore[arg-type]
+            seed=int(config["seed"]),
             digest=str(config["digest"]),
-            server_round=int(config["server-round"]),  # type: ignore[arg-type]
-            num_rounds=int(config["num-rounds"]),  # type: ignore[arg-type]
-            resumable_from=int(config["resumable-from"]),  # type: ignore[arg-type]
+            server_round=int(config["server-round"]),
+            num_rounds=int(config["num-rounds"]),
+            resumable_from=int(config["resumable-from"]),
             clients=clients,
             active=active.reshape(len(clients), -1),
             shared=shared,
@@ -428,12 +428,12 @@ def _flat(message: Message, key: str) -> NDArray[Any]:
     return np.asarray(flat)
 
 
-def _ints(config: ConfigRecord, key: str) -> list[int]:
+def _ints(config: Mapping[str, Any], key: str) -> list[int]:
     return [int(v) for v in config.get(key, [])]
 
 
-def _round(config: ConfigRecord) -> int:
-    return int(config["server-round"])  # type: ignore[arg-type]
+def _round(config: Mapping[str, Any]) -> int:
+    return int(config["server-round"])
 
 
 def prefixed(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:

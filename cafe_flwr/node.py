@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from cafe_flwr.messages import (
     prefixed,
 )
 from cafe_flwr.methods import METHODS, LocalTask, Method
-from cafe_flwr.metrics import dynamic_counts, evaluate, exit_logits, exit_metrics
+from cafe_flwr.metrics import dynamic_counts, evaluate, exit_logits, exit_metrics, fit_temperatures
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.participation import hosted_clients, rng_for
 from cafe_flwr.schema import Schema, digest
@@ -190,7 +190,7 @@ class _Node:
             data = self._data_of(client, context)
             personal = store.load(client, before=request.server_round + 1) or work.initial
             work.network.load_state_dict({**shared, **personal})
-            report = _final_report(client, work.network, data)
+            report, temperatures = _final_report(client, work.network, data)
             if message.content[self.keys.config].get("publish"):
                 facts = {
                     "run": request.run,
@@ -201,6 +201,7 @@ class _Node:
                     "num_classes": work.network.num_classes,
                     "personal": work.schemas["personal"].names,
                     "accuracy_per_exit": report.exits.accuracy,
+                    "temperatures": temperatures,
                 }
                 store.publish(client, work.network.state_dict(), facts)
             content[f"client-{client}"] = report.to_record()
@@ -242,8 +243,8 @@ class _Node:
 
 def _method_of(message: Message, keys: Keys) -> tuple[int, str, dict[str, Any]]:
     """Seed, name of the method and its settings, as every message to a node carries them."""
-    config = message.content[keys.config]
-    return config["seed"], config["method"], prefixed(config, "method.")
+    config = cast(Mapping[str, Any], message.content[keys.config])
+    return int(config["seed"]), str(config["method"]), prefixed(config, "method.")
 
 
 def _hosted(context: Context, num_clients: Any) -> list[int]:
@@ -253,7 +254,9 @@ def _hosted(context: Context, num_clients: Any) -> list[int]:
         try:
             return sorted({int(c) for c in str(node["clients"]).split(",")})
         except ValueError:
-            raise ValueError(f"node-config clients must be numbers like '3' or '3,7', got {node['clients']!r}") from None
+            raise ValueError(
+                f"node-config clients must be numbers like '3' or '3,7', got {node['clients']!r}"
+            ) from None
     if "partition-id" not in node:
         raise ValueError("this node's node-config names no clients: give clients=<number> or partition-id=<number>")
     partition = int(node["partition-id"])
@@ -269,7 +272,9 @@ def _check_data(data: ClientData, num_classes: int) -> list[str]:
     for name in ("train", "calibration", "test"):
         y = getattr(data, name).y
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
-            raise ValueError(f"its {name} split has labels {int(y.min())}..{int(y.max())}, expected 0..{num_classes - 1}")
+            raise ValueError(
+                f"its {name} split has labels {int(y.min())}..{int(y.max())}, expected 0..{num_classes - 1}"
+            )
     notes = []
     if len(data.train.y.unique()) == 1:
         notes.append("has a single class in its training split; it takes part")
@@ -328,18 +333,21 @@ def _train_client(
     )
 
 
-def _final_report(client: int, network: EarlyExitNetwork, data: ClientData) -> FinalReport:
+def _final_report(client: int, network: EarlyExitNetwork, data: ClientData) -> tuple[FinalReport, list[float]]:
+    """Evaluation of a personal network, and the temperature of each exit, fitted on the calibration split."""
+    calibration, test = exit_logits(network, data.calibration.x), exit_logits(network, data.test.x)
+    temperatures = fit_temperatures(calibration, data.calibration.y)
+    scale = torch.tensor(temperatures)[:, None, None]
     counts: dict[str, Any] = {}
-    for name in ("calibration", "test"):
-        split = getattr(data, name)
-        logits = exit_logits(network, split.x)
-        counts[f"left_{name}"], counts[f"correct_{name}"] = dynamic_counts(logits, split.y)
-    return FinalReport(
+    for name, logits in (("calibration", calibration), ("test", test)):
+        counts[f"left_{name}"], counts[f"correct_{name}"] = dynamic_counts(logits / scale, getattr(data, name).y)
+    report = FinalReport(
         client=client,
         train_examples=len(data.train),
         calibration_examples=len(data.calibration),
         test_examples=len(data.test),
         classes=len(data.train.y.unique()),
-        exits=exit_metrics(logits, data.test.y),
+        exits=exit_metrics(test, data.test.y),
         **counts,
     )
+    return report, temperatures

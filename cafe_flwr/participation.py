@@ -45,8 +45,7 @@ def hosted_clients(partition: int, num_partitions: int, num_clients: int) -> lis
     """
     if not 0 <= partition < num_partitions:
         raise ValueError(
-            f"partition-id must be in 0..{num_partitions - 1} (num-partitions is {num_partitions}), "
-            f"got {partition}"
+            f"partition-id must be in 0..{num_partitions - 1} (num-partitions is {num_partitions}), got {partition}"
         )
     return list(range(partition, num_clients, num_partitions))
 
@@ -68,6 +67,6 @@ def sample_clients(
         At least so many, as far as there are any.
     """
     clients = sorted(available)
-    size = min(len(clients), max(int(len(clients) * fraction), minimum))
+    size = min(len(clients), max(int(round(len(clients) * fraction, 9)), minimum))
     chosen = rng_for(seed, server_round, -1, "participants").permutation(len(clients))[:size]
     return [clients[i] for i in sorted(chosen)]

@@ -349,8 +349,8 @@ def _rows(
 def _dynamic(reports: Sequence[FinalReport], macs: NDArray[np.float64]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inference that leaves at the first exit with max-prob ≥ θ, one θ for all clients.
 
-    θ is chosen on the calibration splits: the cheapest at which accuracy is not below that of the full network. What
-    is reported for it is measured on the test splits.
+    Every client's exits are temperature-scaled on its own calibration split. θ is chosen on the calibration splits: the
+    cheapest at which accuracy is not below that of the full network. What is reported is measured on the test splits.
     """
     totals = {
         name: sum((getattr(f, name) for f in reports), start=np.zeros(1, dtype=np.int64))

@@ -90,7 +90,7 @@ class Run:
     @property
     def num_exits(self) -> int:
         """Number of exits, m."""
-        return self.accuracy.shape[1]
+        return len(self.accuracy.columns)
 
     def get(self, *keys: str) -> Any:
         """An entry of the summary, by a path of keys; None where it was not recorded."""
@@ -147,16 +147,16 @@ def read_run(folder: Path) -> Run:
     accuracy = measured.get("accuracy", pd.DataFrame.from_dict(known, orient="index", dtype=float))
     lists = [recorded.get("accuracy_per_exit"), recorded.get("macs_per_exit"), list(accuracy)]
     lists += [line.get("accuracy_per_exit") for line in rounds[-1:]]
-    columns = range(1, max(1, *(len(values or []) for values in lists)) + 1)
-    accuracy = accuracy.reindex(columns=columns)
+    num_exits = max(1, *(len(values) for values in lists if isinstance(values, list)))
+    accuracy = accuracy.reindex(columns=range(1, num_exits + 1))
 
     derived = _derive(rounds, accuracy, measured)
     derived |= {key: settings.get(key) for key in ("method", "dataset", "seed")} | {"name": folder.name}
     derived["num_rounds"] = derived["num_rounds"] or settings.get("num-server-rounds")
-    filled = {key: value for key, value in derived.items() if recorded.get(key) is None and value is not None}
+    filled = {key: value for key, value in derived.items() if recorded.get(key) in (None, []) and value is not None}
     if recorded and filled:
         notes.append(f"Not in summary.json, taken from the other records: {', '.join(filled)}.")
-    return Run(settings, {**recorded, **filled}, rounds, accuracy, notes)
+    return Run(settings, {**recorded, **filled, "clients": of_clients}, rounds, accuracy, notes)
 
 
 def _read_json(path: Path) -> dict[Any, Any]:
@@ -194,7 +194,8 @@ def _derive(rounds: list[dict[str, Any]], accuracy: pd.DataFrame, measured: dict
     per_exit = accuracy.mean().tolist() if len(accuracy) else numbers(last.get("accuracy_per_exit"), accuracy.shape[1])
     seen = [value for value in per_exit if math.isfinite(value)]
     visits = sum(len(line.get("participants") or []) for line in rounds)
-    seconds = sum(number((line.get("seconds") or {}).get("total")) for line in rounds)
+    phases = [line.get("seconds") for line in rounds]
+    seconds = sum(number(phase.get("total")) if isinstance(phase, Mapping) else number(phase) for phase in phases)
     return {
         "num_rounds": last.get("num_rounds"),
         "num_clients": len(accuracy) or len(last.get("participants") or []) or None,
@@ -215,11 +216,12 @@ def spread(run: Run) -> list[tuple[float, float, float]]:
     from cafe_flwr.metrics import worst_share
 
     columns = [*(run.accuracy[k] for k in run.accuracy), run.accuracy.mean(axis=1)]
-    measured = [(float(column.std(ddof=0)), worst_share(column)) for column in columns]
-    recorded = (run.number("accuracy_std_over_clients"), run.number("accuracy_worst_tenth"))
-    measured[-1] = tuple(b if math.isnan(a) else a for a, b in zip(recorded, measured[-1], strict=True))
     means = [*run.per_exit("accuracy_per_exit"), run.number("accuracy")]
-    return [(mean, std, worst) for mean, (std, worst) in zip(means, measured, strict=True)]
+    rows = [(mean, float(c.std(ddof=0)), worst_share(c)) for mean, c in zip(means, columns, strict=True)]
+    std, worst = run.number("accuracy_std_over_clients"), run.number("accuracy_worst_tenth")
+    if math.isfinite(std) and math.isfinite(worst):
+        rows[-1] = (means[-1], std, worst)
+    return rows
 
 
 def table_rows(run: Run) -> list[list[str]]:
@@ -242,8 +244,8 @@ def dynamic_line(run: Run) -> str:
         return ""
     if not math.isfinite(threshold):
         return f"no threshold keeps the accuracy of the full network: every input runs all exits ({fixed(accuracy)})"
-    cost = f"{percent(abs(saved))} {'more' if saved < 0 else 'fewer'} MACs"
-    return f"leaving at confidence ≥ {threshold:.3g}: {cost} at accuracy {fixed(accuracy)} (all exits run: {fixed(full)})"
+    cost = f"{percent(abs(saved))} {'more' if saved < 0 else 'fewer'} MACs at accuracy {fixed(accuracy)}"
+    return f"leaving at confidence ≥ {threshold:.3g}: {cost} (all exits run: {fixed(full)})"
 
 
 def bytes_line(run: Run) -> str:

@@ -167,6 +167,10 @@ class Settings(BaseModel):
             raise ValueError(
                 f"min-train-nodes ({self.min_train_nodes}) must not exceed num-clients ({self.num_clients})"
             )
+        if self.solver != "exact":
+            from cafe_flwr.teaching import check_solver
+
+            check_solver(self.solver)
         for key in ("results_dir", "state_dir"):
             path = getattr(self, key)
             if path and not Path(path).expanduser().is_absolute():

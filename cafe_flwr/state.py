@@ -23,6 +23,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from cafe_flwr.log import logger
+from cafe_flwr.methods.base import ClientRecord
 
 STATE_VERSION = 1
 _VERSION_FILE = re.compile(r"round-(\d+)\.safetensors")
@@ -89,7 +90,9 @@ class PersonalStore:
                     facts = file.metadata() or {}
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
-                logger.warning("client %d: state of round %d is damaged (%s), using an older", client, server_round, error)
+                logger.warning(
+                    "state of client %d, round %d, is damaged (%s); an older is used", client, server_round, error
+                )
                 continue
             if facts.get("client") != str(client) or facts.get("state-version") != str(STATE_VERSION):
                 raise ValueError(
@@ -140,32 +143,12 @@ def personal_folder(context: Context) -> Path:
     chosen = str(context.run_config.get("state-dir", ""))
     results = str(context.run_config.get("results-dir", ""))
     if "clients" not in context.node_config and (chosen or results):
-        return Path(chosen).expanduser() if chosen else Settings.from_run_config(context.run_config).results / "personal"
+        if chosen:
+            return Path(chosen).expanduser()
+        return Settings.from_run_config(context.run_config).results / "personal"
     from platformdirs import user_state_path
 
     return user_state_path("cafe-flwr")
-
-
-@dataclass
-class ClientRecord:
-    """What the server knows of a client: its last report.
-
-    Attributes
-    ----------
-    num_examples
-        Training examples.
-    seen
-        Round of the report.
-    upload
-        What the method had it send of its own, flat (CAFEDistill: its last exit's classifier).
-    similarity
-        (m−1,): how similar its student exits are to its last exit.
-    """
-
-    num_examples: int
-    seen: int
-    upload: NDArray[np.float32]
-    similarity: NDArray[np.float64]
 
 
 @dataclass

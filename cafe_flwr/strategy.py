@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
 from cafe_flwr.aggregation import weighted, weighted_mean
-from cafe_flwr.directory import Directory
+from cafe_flwr.directory import Directory, last_line
 from cafe_flwr.log import logger
 from cafe_flwr.messages import (
     FLAT,
@@ -27,11 +27,11 @@ from cafe_flwr.messages import (
     TrainRequest,
     method_config,
 )
-from cafe_flwr.methods import CafeDistillMethod, Method, RoundPlan, settings_of
+from cafe_flwr.methods import CafeDistillMethod, ClientRecord, Method, RoundPlan, settings_of
 from cafe_flwr.participation import rng_for, sample_clients
 from cafe_flwr.recording import RoundCallback, RoundRecord, RunInfo
 from cafe_flwr.settings import Settings
-from cafe_flwr.state import ClientRecord, ServerState
+from cafe_flwr.state import ServerState
 from cafe_flwr.training import LocalBudget, learning_rate_at
 
 
@@ -82,13 +82,10 @@ class FederatedStrategy(FedAvg):
         resume_from: ServerState | None = None,
         **kwargs: Any,
     ) -> None:
-        if len(args) < 2:
-            # FedAvg warns that evaluation is skipped at 0; here it is not: it is part of training.
-            fraction_evaluate = kwargs.pop("fraction_evaluate", 0.0)
-            super().__init__(*args, fraction_evaluate=fraction_evaluate or 1.0, **kwargs)
-            self.fraction_evaluate = fraction_evaluate
-        else:
-            super().__init__(*args, **kwargs)
+        given = len(args) > 1 or "fraction_evaluate" in kwargs
+        super().__init__(*args, **kwargs)
+        if not given:
+            self.fraction_evaluate = 0.0
         if num_rounds < 1:
             raise ValueError(f"num_rounds must be at least 1, got {num_rounds}")
         self.method = method
@@ -112,7 +109,7 @@ class FederatedStrategy(FedAvg):
 
     def summary(self) -> None:
         """Log the configuration."""
-        logger.info("\t├──> Method: %s", self.method.name)
+        logger.info("\t├──> Settings of %s:", self.method.name)
         settings = settings_of(self.method)
         for i, (name, value) in enumerate(settings.items()):
             logger.info("\t│\t%s %s: %s", "└──" if i == len(settings) - 1 else "├──", name.replace("_", "-"), value)
@@ -248,7 +245,7 @@ class FederatedStrategy(FedAvg):
             If no client can take part, or all clients of a round fail.
         """
         started = time.perf_counter()
-        logger.info("Starting %s strategy:", type(self).__name__)
+        logger.info("Starting %s:", self.method.name)
         logger.info("\t├── Number of rounds: %d", self.num_rounds)
         self.summary()
         self.directory.wait(
@@ -390,7 +387,7 @@ class FederatedStrategy(FedAvg):
             # By the message it answers: an error's sender may be the server itself.
             clients = asked.pop(message.metadata.reply_to_message_id, [])
             if message.has_error():
-                left_out |= dict.fromkeys(clients, f"its node failed: {message.error.reason.strip()}")
+                left_out |= dict.fromkeys(clients, f"its node failed: {last_line(message.error.reason)}")
                 continue
             try:
                 reply = TrainReply.from_message(
@@ -428,7 +425,7 @@ class FederatedStrategy(FedAvg):
         num_exits = self.directory.reference.num_exits
         for message in replies:
             if message.has_error():
-                logger.warning("Round %d: a node failed to evaluate: %s", server_round, message.error.reason.strip())
+                logger.warning("Round %d: a node failed to evaluate: %s", server_round, last_line(message.error.reason))
                 continue
             reports += [FinalReport.from_record(r, num_exits) for r in message.content.metric_records.values()]
         return sorted(reports, key=lambda report: report.client)
@@ -470,8 +467,8 @@ class FederatedStrategy(FedAvg):
             self.state = ServerState(secrets.token_hex(8), 0, info.digest, flat)
         if self.state.digest != info.digest:
             raise ValueError(
-                f"the checkpoint was made with another network or method (fingerprint {self.state.digest}, the clients' "
-                f"is {info.digest}): resume with the settings of the run"
+                f"the checkpoint was made with another network or method (fingerprint {self.state.digest}, the "
+                f"clients' is {info.digest}): resume with the settings of the run"
             )
         self.state.shared = flat
         return self.state

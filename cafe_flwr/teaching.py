@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -20,7 +22,7 @@ def cosine_similarity(rows: ArrayLike) -> NDArray[np.float64]:
     """
     x = np.asarray(rows, dtype=np.float64)
     norm = np.linalg.norm(x, axis=1, keepdims=True)
-    unit = np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
+    unit = np.divide(x, norm, out=np.zeros_like(x), where=norm != 0)  # NaN stays NaN
     return np.clip(unit @ unit.T, -1.0, 1.0)
 
 
@@ -44,9 +46,7 @@ def project_to_simplex(rows: ArrayLike) -> NDArray[np.float64]:
     return np.maximum(v - shift, 0.0)
 
 
-def teacher_weights(
-    similarity: ArrayLike, prior: ArrayLike, mu: float, solver: str = "exact"
-) -> NDArray[np.float64]:
+def teacher_weights(similarity: ArrayLike, prior: ArrayLike, mu: float, solver: str = "exact") -> NDArray[np.float64]:
     """Weights of the teachers of every client, the solutions of one QP per client.
 
     w_i = argmin_{w ∈ Δ}  −Σ_j s_ij w_j + μ ‖w − p‖²
@@ -89,33 +89,43 @@ def teacher_weights(
     if not mu >= 0:
         raise ValueError(f"mu must be 0 or more, got {mu}")
     p = np.broadcast_to(p, s.shape)
+    if solver != "exact":
+        check_solver(solver)
     if np.isinf(mu):
         return p.copy()
     if mu == 0:
-        best = s == s.max(axis=1, keepdims=True)
-        return best / best.sum(axis=1, keepdims=True)
+        best = s >= s.max(axis=1, keepdims=True) - 1e-9  # a cosine of 1 with oneself is 1 only up to rounding
+        return project_to_simplex(np.where(best, p, -np.inf))
     if solver == "exact":
         # Centred first, so that a tiny mu cannot overflow or drown the prior's digits.
         return project_to_simplex(p + (s - s.max(axis=1, keepdims=True)) / (2.0 * mu))
     return _solve_with(solver, s, p, mu)
 
 
-def _solve_with(
-    solver: str, s: NDArray[np.float64], p: NDArray[np.float64], mu: float
-) -> NDArray[np.float64]:
+def check_solver(solver: str) -> None:
+    """Raise ValueError, with those installed, if qpsolvers knows no solver of this name."""
     import qpsolvers
-    from scipy import sparse
 
     if solver not in qpsolvers.available_solvers:
         installed = ", ".join(qpsolvers.available_solvers)
         raise ValueError(f"solver must be 'exact' or one of: {installed}; got {solver!r}")
+
+
+def _solve_with(solver: str, s: NDArray[np.float64], p: NDArray[np.float64], mu: float) -> NDArray[np.float64]:
+    import qpsolvers
+    from scipy import sparse
+
     n = s.shape[1]
     sum_to_one = np.ones((1, n))
     hessian: object = 2.0 * mu * np.eye(n)
     if solver in qpsolvers.sparse_solvers:
         hessian, sum_to_one = sparse.csc_matrix(hessian), sparse.csc_matrix(sum_to_one)
     # OSQP stops at 1e-3 by default and returns weights down to −1e-3.
-    options = {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 100_000, "polish": True} if solver == "osqp" else {}
+    options: dict[str, Any] = (
+        {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 100_000, "polishing": True, "raise_error": False}
+        if solver == "osqp"
+        else {}
+    )
     weights = np.empty_like(s)
     for i in range(len(s)):
         w = qpsolvers.solve_qp(

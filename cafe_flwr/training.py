@@ -40,11 +40,18 @@ class LocalBudget:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
 
-    def num_steps(self, num_examples: int) -> int:
-        """Gradient steps of a client with ``num_examples`` training examples."""
+    def __post_init__(self) -> None:
+        for name, low in (("batch_size", 1), ("steps", 1), ("epochs", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be greater than 0, got {self.learning_rate}")
+
+    def num_draws(self, num_examples: int) -> int:
+        """Examples drawn in a round by a client with ``num_examples`` of them."""
         if self.epochs:
-            return self.epochs * math.ceil(num_examples / self.batch_size)
-        return self.steps
+            return self.epochs * num_examples
+        return self.steps * min(self.batch_size, num_examples)
 
 
 def learning_rate_at(base: float, server_round: int, num_rounds: int) -> float:
@@ -61,25 +68,26 @@ def learning_rate_at(base: float, server_round: int, num_rounds: int) -> float:
 
 
 def batches(
-    num_examples: int, batch_size: int, num_steps: int, rng: np.random.Generator
+    num_examples: int, batch_size: int, num_draws: int, rng: np.random.Generator
 ) -> Iterator[NDArray[np.int64]]:
-    """Positions of ``num_steps`` mini-batches: shuffled passes over the data, cut into batches.
+    """Positions of mini-batches: ``num_draws`` examples from shuffled passes over the data, cut into batches.
 
-    A batch may reach over the end of a pass, so that all have the same size.
+    A batch may reach over the end of a pass; only the last one may be smaller than the others.
 
     Examples
     --------
     >>> rng = np.random.default_rng(0)
-    >>> sorted(np.concatenate(list(batches(6, 4, 3, rng))).tolist())  # two full passes
-    [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    >>> parts = list(batches(6, 4, 12, rng))  # two full passes in three batches
+    >>> [len(part) for part in parts], sorted(np.concatenate(parts).tolist())
+    ([4, 4, 4], [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5])
     """
     if num_examples < 1:
         raise ValueError("no training examples")
     size = min(batch_size, num_examples)
-    passes = -(-num_steps * size // num_examples)
-    order = np.concatenate([rng.permutation(num_examples) for _ in range(passes)])
-    for step in range(num_steps):
-        yield order[step * size : (step + 1) * size]
+    passes = -(-num_draws // num_examples)
+    order = np.concatenate([rng.permutation(num_examples) for _ in range(passes)])[:num_draws]
+    for start in range(0, num_draws, size):
+        yield order[start : start + size]
 
 
 def train(
@@ -115,9 +123,8 @@ def train(
     optimizer = torch.optim.SGD(
         parameters, budget.learning_rate, momentum=budget.momentum, weight_decay=budget.weight_decay
     )
-    total = torch.zeros(())
-    num_steps = budget.num_steps(len(data))
-    for positions in batches(len(data), budget.batch_size, num_steps, rng):
+    losses = []
+    for positions in batches(len(data), budget.batch_size, budget.num_draws(len(data)), rng):
         index = torch.from_numpy(positions)
         optimizer.zero_grad(set_to_none=True)
         value = loss(data.x[index], data.y[index])
@@ -125,5 +132,5 @@ def train(
         if budget.max_grad_norm:
             nn.utils.clip_grad_norm_(parameters, budget.max_grad_norm)
         optimizer.step()
-        total += value.detach()
-    return total.item() / num_steps
+        losses.append(value.detach())
+    return torch.stack(losses).mean().item()

@@ -12,7 +12,7 @@ from cafe_flwr.participation import hosted_clients, rng_for, sample_clients
 
 def test_rng_is_reproducible_and_every_coordinate_gives_another_stream():
     # -1 is the server; it must not share numbers with client 0 or any other client.
-    keys = list(itertools.product((0, 1, 99), (0, 1, 2), (-1, 0, 1, 2), ("batches", "split", "participants")))
+    keys = list(itertools.product((0, 1, 99), (0, 1, 2), (-1, 0, 1, 2), ("batches", "split", "tilps")))
     first = [rng_for(*key).integers(2**63, size=2).tolist() for key in keys]
     again = [rng_for(*key).integers(2**63, size=2).tolist() for key in keys]
     assert first == again

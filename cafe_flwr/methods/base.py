@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cafe_flwr.data import Split
 from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.state import ClientRecord
 from cafe_flwr.training import LocalBudget
 
 
@@ -50,6 +49,28 @@ class LocalResult:
 
     loss: float
     similarity: list[float]
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What the server knows of a client: its last report.
+
+    Attributes
+    ----------
+    num_examples
+        Training examples.
+    seen
+        Round of the report.
+    upload
+        What the method had it send of its own, flat (CAFEDistill: its last exit's classifier).
+    similarity
+        (m−1,): how similar its student exits are to its last exit.
+    """
+
+    num_examples: int
+    seen: int
+    upload: NDArray[np.float32]
+    similarity: NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,8 @@ from torch.nn import functional as F
 
 from cafe_flwr.coordination import active_exits
 from cafe_flwr.losses import distillation
-from cafe_flwr.methods.base import LocalResult, LocalTask, RoundPlan
+from cafe_flwr.methods.base import ClientRecord, LocalResult, LocalTask, RoundPlan
 from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.state import ClientRecord
 from cafe_flwr.teaching import cosine_similarity, teacher_weights
 from cafe_flwr.training import batches, train
 
@@ -168,7 +167,8 @@ class CafeDistillMethod:
     def _similarity(self, task: LocalTask) -> list[float]:
         network, last = task.network, task.network.num_exits - 1
         if self.similarity_proxy == "gradients":
-            positions = next(batches(len(task.data), task.budget.batch_size, 1, task.rng("similarity")))
+            size = task.budget.batch_size
+            positions = next(batches(len(task.data), size, size, task.rng("similarity")))
             index = torch.from_numpy(positions)
             return gradient_similarity(network, task.data.x[index], task.data.y[index])
         tensors = network.state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -77,7 +78,7 @@ class EarlyExitNetwork(nn.Module):
     @property
     def num_classes(self) -> int:
         """C, the number of classes."""
-        return int(self.exits[0].head.out_features)
+        return self._head(0).out_features
 
     def stage(self, k: int, h: Tensor) -> Tensor:
         """Output of stage k from that of stage k − 1 (from the input, if k is 0)."""
@@ -95,9 +96,12 @@ class EarlyExitNetwork(nn.Module):
             logits.append(self.exit(k, x)[1])
         return logits
 
+    def _head(self, k: int) -> nn.Linear:
+        return cast(Exit, self.exits[k]).head
+
     def head_names(self, k: int) -> list[str]:
         """State-dict names of the classifier of exit k (weight and bias)."""
-        return [f"exits.{k}.head.{name}" for name in self.exits[k].head.state_dict()]
+        return [f"exits.{k}.head.{name}" for name in self._head(k).state_dict()]
 
     def personal_names(self) -> list[str]:
         """State-dict names that stay on the client: the classifiers of all exits."""

@@ -38,7 +38,7 @@ class ConvNet(EarlyExitNetwork):
     --------
     >>> network = ConvNet(input_shape=(1, 16, 16), num_classes=100)
     >>> sum(p.numel() for p in network.parameters())
-    25156
+    25948
     """
 
     def __init__(
