@@ -21,7 +21,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from cafe_flwr.metrics import ExitMetrics
+from cafe_flwr.metrics import DynamicCounts, ExitMetrics
 from cafe_flwr.schema import Schema
 from cafe_flwr.training import LocalBudget
 
@@ -362,10 +362,8 @@ class FinalReport:
         Who, the sizes of its splits, and the number of classes in its training split.
     exits
         Exits on the test split.
-    left_calibration, left_test
-        (thresholds, m): examples that would leave at each exit (see ``metrics.dynamic_counts``).
-    correct_calibration, correct_test
-        (thresholds,): those classified correctly.
+    calibration, test
+        Dynamic inference at every threshold, on these splits.
     """
 
     client: int
@@ -374,19 +372,18 @@ class FinalReport:
     test_examples: int
     classes: int
     exits: ExitMetrics
-    left_calibration: NDArray[np.int64]
-    correct_calibration: NDArray[np.int64]
-    left_test: NDArray[np.int64]
-    correct_test: NDArray[np.int64]
+    calibration: DynamicCounts
+    test: DynamicCounts
 
     _SCALARS = ("client", "train_examples", "calibration_examples", "test_examples", "classes")
-    _COUNTS = ("left_calibration", "correct_calibration", "left_test", "correct_test")
 
     def to_record(self) -> MetricRecord:
         """As a Flower record of its own."""
         values: dict[str, Any] = {kebab(name): getattr(self, name) for name in self._SCALARS}
         values |= {f.name: getattr(self.exits, f.name) for f in fields(ExitMetrics)}
-        values |= {kebab(name): getattr(self, name).flatten().tolist() for name in self._COUNTS}
+        for split in ("calibration", "test"):
+            counts = getattr(self, split)._asdict()
+            values |= {f"{split}-{name}": value.flatten().tolist() for name, value in counts.items()}
         return MetricRecord(values)
 
     @classmethod
@@ -394,10 +391,14 @@ class FinalReport:
         """Read what :meth:`to_record` wrote."""
         scalars: dict[str, Any] = {name: record[kebab(name)] for name in cls._SCALARS}
         exits = ExitMetrics(**{f.name: record[f.name] for f in fields(ExitMetrics)})  # type: ignore[arg-type]
-        counts: dict[str, Any] = {name: np.asarray(record[kebab(name)], dtype=np.int64) for name in cls._COUNTS}
-        for name in ("left_calibration", "left_test"):
-            counts[name] = counts[name].reshape(-1, num_exits)
-        return cls(**scalars, exits=exits, **counts)
+
+        def counts(split: str) -> DynamicCounts:
+            left, correct, changed = (
+                np.asarray(record[f"{split}-{name}"], dtype=np.int64) for name in DynamicCounts._fields
+            )
+            return DynamicCounts(left.reshape(-1, num_exits), correct, changed)
+
+        return cls(**scalars, exits=exits, calibration=counts("calibration"), test=counts("test"))
 
 
 def method_config(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,7 +87,25 @@ def fit_temperatures(logits: Tensor, y: Tensor) -> list[float]:
     return [_TEMPERATURES[i] for i in losses.argmin(dim=0).tolist()]
 
 
-def dynamic_counts(logits: Tensor, y: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+class DynamicCounts(NamedTuple):
+    """Counts of examples at every threshold of ``THRESHOLDS``; they add up over clients.
+
+    Attributes
+    ----------
+    left
+        (thresholds, m): leave at each exit.
+    correct
+        (thresholds,): classified correctly at the exit they leave by.
+    changed
+        (thresholds,): right there and wrong at the last exit, or the other way round.
+    """
+
+    left: NDArray[np.int64]
+    correct: NDArray[np.int64]
+    changed: NDArray[np.int64]
+
+
+def dynamic_counts(logits: Tensor, y: Tensor) -> DynamicCounts:
     """How dynamic inference would go at every threshold: leave at the first exit with max-prob ≥ θ.
 
     Parameters
@@ -95,13 +114,6 @@ def dynamic_counts(logits: Tensor, y: Tensor) -> tuple[NDArray[np.int64], NDArra
         (m, N, C).
     y
         Labels, (N,).
-
-    Returns
-    -------
-    left
-        (thresholds, m): examples that leave at each exit, for the thresholds of ``THRESHOLDS``.
-    correct
-        (thresholds,): examples classified correctly at the exit they leave by.
     """
     confidence, label = (t.numpy() for t in logits.softmax(dim=2).max(dim=2))
     right = label == y.numpy()
@@ -110,8 +122,9 @@ def dynamic_counts(logits: Tensor, y: Tensor) -> tuple[NDArray[np.int64], NDArra
     passes[:, -1] = True
     exits = passes.argmax(axis=1)  # (thresholds, N): the first exit that passes
     left = (exits[:, :, None] == np.arange(m)).sum(axis=1)
-    correct = np.take_along_axis(right, exits, axis=0).sum(axis=1)
-    return left.astype(np.int64), correct.astype(np.int64)
+    outcome = np.take_along_axis(right, exits, axis=0)
+    changed = (outcome != right[-1]).sum(axis=1)
+    return DynamicCounts(left.astype(np.int64), outcome.sum(axis=1, dtype=np.int64), changed.astype(np.int64))
 
 
 def worst_share(values: ArrayLike, share: float = 0.1) -> float:

@@ -338,9 +338,6 @@ def _final_report(client: int, network: EarlyExitNetwork, data: ClientData) -> t
     calibration, test = exit_logits(network, data.calibration.x), exit_logits(network, data.test.x)
     temperatures = fit_temperatures(calibration, data.calibration.y)
     scale = torch.tensor(temperatures)[:, None, None]
-    counts: dict[str, Any] = {}
-    for name, logits in (("calibration", calibration), ("test", test)):
-        counts[f"left_{name}"], counts[f"correct_{name}"] = dynamic_counts(logits / scale, getattr(data, name).y)
     report = FinalReport(
         client=client,
         train_examples=len(data.train),
@@ -348,6 +345,7 @@ def _final_report(client: int, network: EarlyExitNetwork, data: ClientData) -> t
         test_examples=len(data.test),
         classes=len(data.train.y.unique()),
         exits=exit_metrics(test, data.test.y),
-        **counts,
+        calibration=dynamic_counts(calibration / scale, data.calibration.y),
+        test=dynamic_counts(test / scale, data.test.y),
     )
     return report, temperatures

@@ -20,7 +20,7 @@ from cafe_flwr import __version__
 from cafe_flwr.log import logger
 from cafe_flwr.messages import PHASES, ClientReport, FinalReport
 from cafe_flwr.methods import RoundPlan
-from cafe_flwr.metrics import THRESHOLDS, ExitMetrics, worst_share
+from cafe_flwr.metrics import THRESHOLDS, DynamicCounts, ExitMetrics, worst_share
 from cafe_flwr.settings import Settings
 from cafe_flwr.state import Checkpoints, ServerState, write_atomically
 
@@ -350,24 +350,26 @@ def _dynamic(reports: Sequence[FinalReport], macs: NDArray[np.float64]) -> tuple
     """Inference that leaves at the first exit with max-prob ≥ θ, one θ for all clients.
 
     Every client's exits are temperature-scaled on its own calibration split. θ is chosen on the calibration splits: the
-    cheapest at which accuracy is not below that of the full network. What is reported is measured on the test splits.
+    cheapest whose accuracy exceeds that of the full network by at least one standard error of the difference (without
+    this margin the choice among many thresholds is too lucky to hold), or never to leave. What is reported for it is
+    measured on the test splits.
     """
-    totals = {
-        name: sum((getattr(f, name) for f in reports), start=np.zeros(1, dtype=np.int64))
-        for name in ("left_calibration", "correct_calibration", "left_test", "correct_test")
-    }
-    examples = totals["left_test"].sum(axis=-1).max()
+    examples = sum(f.test_examples for f in reports)
     if not examples:
         nothing = {"threshold": None, "accuracy": math.nan, "accuracy_full": math.nan, "macs_reduction": math.nan}
         return {**nothing, "exit_shares": []}, {"threshold": [], "accuracy": [], "macs": [], "exit_shares": []}
-    shares = totals["left_test"] / examples
-    accuracy = totals["correct_test"] / examples
+    calibration, test = (
+        DynamicCounts(*(np.sum(counts, axis=0) for counts in zip(*(getattr(f, s) for f in reports), strict=True)))
+        for s in ("calibration", "test")
+    )
+    shares = test.left / examples
+    accuracy = test.correct / examples
     mean_macs = shares @ macs
-    chosen = len(THRESHOLDS) - 1  # never leave early
-    if totals["left_calibration"].any():
-        good = totals["correct_calibration"] >= totals["correct_calibration"][-1]
-        cost = np.where(good, totals["left_calibration"] @ macs, np.inf)
-        chosen = int(cost.argmin())
+    gain = calibration.correct - calibration.correct[-1]
+    spread = np.sqrt(np.maximum(calibration.changed - gain**2 / max(1, calibration.left[0].sum()), 0.0))
+    chosen = int(np.where(gain >= spread, calibration.left @ macs, np.inf).argmin())
+    if not calibration.left.any():
+        chosen = len(THRESHOLDS) - 1  # nothing to choose by: never leave early
     dynamic = {
         "threshold": float(THRESHOLDS[chosen]) if np.isfinite(THRESHOLDS[chosen]) else None,
         "accuracy": float(accuracy[chosen]),

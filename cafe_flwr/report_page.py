@@ -45,7 +45,7 @@ def canvas(height: float = 2.8, rows: int = 1) -> tuple[Figure, list[Axes]]:
         axis.yaxis.label.set(color=MUTED, size=9.5)
         axis.grid(axis="y", color=LINE, linewidth=0.8)
         axis.set_axisbelow(True)
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     return figure, axes
 
 
@@ -71,7 +71,7 @@ def draw_lines(run: Run, panels: dict[str, list[tuple[Any, str]]], height: float
     for axis, (label, lines) in zip(axes, panels.items(), strict=True):
         for values, line_colour in lines:
             again = line_colour in [line.get_color() for line in axis.lines]
-            style: dict[str, Any] = {"lw": 1.0, "ls": (0, (3, 2))} if again else {"lw": 1.8}
+            style: dict[str, Any] = {"lw": 1.0, "ls": (0, (3, 2)), "mfc": PAPER} if again else {"lw": 1.8}
             axis.plot(t, values, color=line_colour, marker="o" if len(t) < 3 else "", **style)
         axis.set_ylabel(label)
     axes[-1].set_xlabel("round")
@@ -80,7 +80,7 @@ def draw_lines(run: Run, panels: dict[str, list[tuple[Any, str]]], height: float
 
 def draw_bars(bars: dict[str, tuple[float, str, str]]) -> Figure:
     """Horizontal bars: name → length, label, colour."""
-    figure, (axis,) = canvas(height=0.5 + 0.42 * len(bars))
+    figure, (axis,) = canvas(height=0.25 + 0.42 * len(bars))
     lengths, labels, colours = zip(*bars.values(), strict=True)
     axis.bar_label(axis.barh([*bars], lengths, height=0.55, color=colours), labels, color=INK, fontsize=9.5, padding=4)
     axis.grid(visible=False)
@@ -118,8 +118,8 @@ def draw_ramp(run: Run) -> Drawn:
     if top[:, -1].min() > 0.999 or not rounds > 0:
         return figure, f"{text}; here all of them from the first round on."
     x = np.linspace(t[0], t[-1], 200)
-    for style in ({"color": PAPER, "lw": 3.5}, {"color": INK, "lw": 1.5, "ls": (0, (1, 1.5))}):
-        axis.plot(x, np.minimum(2 * x / rounds, 1), **style)
+    axis.plot(x, np.minimum(2 * x / rounds, 1), color=PAPER, lw=2.5)
+    axis.plot(x, np.minimum(2 * x / rounds, 1), color=INK, lw=1.5, ls=(0, (1, 1.5)))
     return figure, f"{text}; dotted: the ramp R(t) = min(2t/T, 1) that lets them in."
 
 
@@ -131,13 +131,21 @@ def draw_clients(run: Run) -> Drawn:
     ranked, place, worst = run.accuracy.loc[mean.index], np.arange(len(mean)), min(5, max(1, round(len(mean) / 10)))
     figure, (axis,) = canvas()
     axis.vlines(place, ranked.min(axis=1), ranked.max(axis=1), color=LINE, lw=1.5, zorder=1)
-    for k in ranked:
-        axis.scatter(place, ranked[k], s=20, color=colour(k), marker=[*MARKS][(k - 1) % 5], lw=0, zorder=2)
-    axis.set_xticks(place[: len(place) if len(place) <= 25 else worst], labels=None)
-    axis.set_xticklabels([str(mean.index[i]) for i in axis.get_xticks()], fontsize=8)
+    for k in range(1, run.num_exits + 1):
+        axis.scatter(
+            place,
+            ranked[k],
+            s=20 if len(mean) <= 40 else 7,
+            color=colour(k),
+            marker=[*MARKS][(k - 1) % 5],
+            lw=0,
+            zorder=2,
+        )
+    ticks = place[:: -(-len(mean) // 20)]
+    axis.set_xticks(ticks, [str(client) for client in mean.index[ticks]], fontsize=8)
     axis.set(xlabel="client, worst on the left", ylabel="accuracy on own test data")
-    names = ", ".join(f"client {client} ({fixed(value)} over exits)" for client, value in mean[:worst].items())
-    return figure, f"A column is a client, a mark one of its exits; a long line: its exits disagree. Worst: {names}."
+    names = ", ".join(f"client {client} ({fixed(value)})" for client, value in mean[:worst].items())
+    return figure, f"A column is a client, a mark one of its exits. Worst on average over its exits: {names}."
 
 
 def pooled_accuracy(run: Run) -> list[float]:
@@ -189,7 +197,7 @@ def draw_teachers(run: Run) -> Drawn:
     weights = np.array([numbers(row, len(clients)) for row in run.get("teacher_weights", "weights") or []])
     if not np.isfinite(weights).any():
         return None
-    figure, (axis,) = canvas(height=3.8)
+    figure, (axis,) = canvas(height=1.0 + 2.8 * min(1, len(students) / len(clients)))
     shades = LinearSegmentedColormap.from_list("weight", [to_rgba("#e0701c", 0), to_rgba("#e0701c", 1)])
     image = axis.imshow(weights, cmap=shades, vmin=0, interpolation="none")
     bar = figure.colorbar(image, shrink=0.7, aspect=18, pad=0.02)
@@ -270,7 +278,7 @@ h3 { font-size: 1rem; margin: 0 0 .3rem }
 .tiles div { background: var(--panel); border-radius: 6px; padding: .8rem .95rem; font-size: .86rem; height: 100%;
   box-sizing: border-box; color: var(--muted) }
 .tiles b { display: block; font-size: 1.4rem; font-weight: 600; color: var(--ink); white-space: nowrap }
-.pair { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 2rem 2.5rem }
+.pair { grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 2rem 2.5rem }
 figure { margin: 0; min-width: 0; break-inside: avoid }
 figure svg { display: block; width: 100%; max-width: 34rem; height: auto }
 svg text { font-family: inherit !important }
@@ -287,8 +295,12 @@ th:first-child, td:first-child, .text td, .text th { text-align: left }
 .text td { white-space: normal; overflow-wrap: anywhere; vertical-align: top }
 .final tr:last-child td { font-weight: 600 }
 dt { font-weight: 600; margin-top: .6rem } dd { margin: 0; max-width: 46rem }
-@media print { body { font-size: 11pt } main { padding: 0; max-width: none } h2 { break-after: avoid }
-  .tall { max-height: none; overflow: visible } .pair { grid-template-columns: 1fr 1fr } }
+@media (max-width: 30rem) { th, td { padding-right: .55rem; font-size: .84rem } .final td { white-space: normal } }
+@media print { body { font-size: 10.5pt } main { padding: 0; max-width: none } h2, .key { break-after: avoid }
+  h2 { margin-top: 1.5rem } section { break-inside: avoid } .pair { grid-template-columns: 1fr 1fr }
+  .tiles { grid-template-columns: repeat(6, 1fr) } .tiles b { font-size: 1.1rem }
+  .tall { max-height: none; overflow: visible }
+  .tall table { font-size: .72rem } .tall :is(th, td) { padding-right: .4rem } }
 """
 
 PAGE = """<!doctype html>
@@ -329,7 +341,8 @@ exit.</figcaption></figure>{% endif %}
 <h2>Settings and versions</h2><div class="pair">
 {% for title, entries in tables.items() %}{% if entries %}
 <table class="text"><tr><th>{{ title }}</th><th></th></tr>{% for key, value in entries.items() %}
-<tr><td>{{ key }}</td><td>{{ value | tojson if value is boolean else value }}</td></tr>{% endfor %}</table>{% endif %}{% endfor %}</div>
+<tr><td>{{ key }}</td><td>{{ value | tojson if value is boolean else value }}</td></tr>
+{% endfor %}</table>{% endif %}{% endfor %}</div>
 <h2>Words</h2><dl>{% for word, meaning in glossary.items() %}<dt>{{ word }}</dt><dd>{{ meaning }}</dd>{% endfor %}</dl>
 </main></body></html>
 """
@@ -361,9 +374,8 @@ def plain_words(run: Run) -> str:
     text = f"{count(clients, 'client')} trained networks with {count(m, 'exit')}"
     text += f" on {run.get('dataset')}" if run.get("dataset") else ""
     text += f" with the method {run.get('method')}" if run.get("method") else ""
-    text += (
-        "." if done is None else f", for {done} of {rounds} rounds." if done != rounds else f", for {rounds} rounds."
-    )
+    span = count(done, "round") if done == rounds else f"{done} of {rounds} rounds"
+    text += f", for {span}." if done is not None else "."
     accuracy, last, worst = run.number("accuracy"), run.number("accuracy_last_exit"), report.spread(run)[-1][2]
     if np.isfinite(accuracy):
         text += f" A client's network labels {percent(accuracy)} of the client's test data correctly"
@@ -398,7 +410,7 @@ def key_figures(run: Run) -> list[tuple[str, str]]:
         (report.spread(run)[-1][2], fixed, "accuracy, worst 10 % of clients"),
         (run.number("macs_reduction_at_equal_accuracy"), percent, "fewer MACs at equal accuracy"),
         ((up + down) / (2 * fedavg), percent, "of the bytes of FedAvg"),
-        (run.number("seconds"), duration, "from start to end"),
+        (run.number("seconds"), duration, "wall clock"),
     ]
     return [(write(value), label) for value, write, label in tiles if np.isfinite(value)]
 
@@ -426,7 +438,7 @@ def render(run: Run) -> str:
         for title, draw in drawings.items():
             drawn = draw(run)
             if drawn is None:
-                absent.append(title)
+                absent += [title] if draw is not draw_ramp or run.num_exits > 1 else []  # one exit: no students
                 continue
             drawing = Markup(svg(drawn[0], draw.__name__, title))  # its text is ours and numbers, nothing to escape
             sections.setdefault(section, []).append({"title": title, "svg": drawing, "caption": drawn[1]})
@@ -439,7 +451,7 @@ def render(run: Run) -> str:
         m=m,
         blend=[100 * k // max(m - 2, 1) for k in range(m - 1)],
         marks=[[*MARKS.values()][k % 5] for k in range(m)],
-        summary=plain_words(run),
+        summary=plain_words(run).replace(" %", "\u00a0%"),
         notes=notes,
         tiles=key_figures(run),
         columns=report.COLUMNS,

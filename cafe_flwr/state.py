@@ -145,7 +145,9 @@ def personal_folder(context: Context) -> Path:
     if "clients" not in context.node_config and (chosen or results):
         if chosen:
             return Path(chosen).expanduser()
-        return Settings.from_run_config(context.run_config).results / "personal"
+        known = set(Settings.keys())
+        ours = {key: value for key, value in context.run_config.items() if key in known}
+        return Settings.from_run_config(ours).results / "personal"
     from platformdirs import user_state_path
 
     return user_state_path("cafe-flwr")

@@ -13,6 +13,8 @@ TEACHERS = ("matched", "uniform", "own")
 def cosine_similarity(rows: ArrayLike) -> NDArray[np.float64]:
     """Cosine of every pair of rows, (n, d) → (n, n). A row of zeros is similar to nothing, itself included.
 
+    Rows of float32 are multiplied as such, twice as fast; everything else in float64.
+
     Examples
     --------
     >>> cosine_similarity([[3.0, 4.0], [4.0, 3.0], [0.0, 0.0]]).round(2)
@@ -20,10 +22,11 @@ def cosine_similarity(rows: ArrayLike) -> NDArray[np.float64]:
            [0.96, 1.  , 0.  ],
            [0.  , 0.  , 0.  ]])
     """
-    x = np.asarray(rows, dtype=np.float64)
-    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    x = np.asarray(rows)
+    x = x if x.dtype == np.float32 else x.astype(np.float64)
+    norm = np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))[:, None].astype(x.dtype)
     unit = np.divide(x, norm, out=np.zeros_like(x), where=norm != 0)  # NaN stays NaN
-    return np.clip(unit @ unit.T, -1.0, 1.0)
+    return np.clip((unit @ unit.T).astype(np.float64), -1.0, 1.0)
 
 
 def project_to_simplex(rows: ArrayLike) -> NDArray[np.float64]:

@@ -106,12 +106,12 @@ class CafeDistillMethod:
         pupils = [c for c in participants if c in set(teachers)]  # in its first round a client teaches itself
         if self.teachers == "own" or not pupils:
             return RoundPlan(active)
-        heads = np.stack([known[c].upload for c in teachers]).astype(np.float64)
+        heads = np.stack([known[c].upload for c in teachers])
         examples = np.array([known[c].num_examples for c in teachers], dtype=np.float64)
         mu = np.inf if self.teachers == "uniform" else self.mu
         weights = teacher_weights(cosine_similarity(heads), examples / examples.sum(), mu, self.solver)
         weights = weights[np.searchsorted(teachers, pupils)]
-        mixed = (weights @ heads).astype(np.float32)
+        mixed = weights.astype(np.float32) @ heads
         return RoundPlan(active, dict(zip(pupils, mixed, strict=True)), weights, pupils, teachers)
 
     def _is_stale(self, record: ClientRecord, server_round: int) -> bool:

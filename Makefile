@@ -1,0 +1,32 @@
+# Needs Python >= 3.11 and make. Everything is installed into .venv, and nothing outside this folder is changed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test lint bench clean
+
+help: ## Show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; name one with: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	@touch $@
+
+demo: .venv/.installed ## Train the default federation, write results/demo, print the final table
+	$(BIN)/cafe-flwr run . --run-config 'name="demo"' --results-dir results
+
+test: lint ## Lint, types and all tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed ## Lint and types only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed ## Every figure of the README's table of bounds (about 10 minutes)
+	$(BIN)/python -m benchmarks
+
+clean: ## Remove the environment and caches; results stay
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

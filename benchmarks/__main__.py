@@ -1,0 +1,10 @@
+"""Run every benchmark in turn, each in a process of its own."""
+
+import subprocess
+import sys
+
+NAMES = ("local_training", "server_step", "demo", "paired")
+
+if __name__ == "__main__":
+    failed = [n for n in NAMES if subprocess.run([sys.executable, "-m", f"benchmarks.{n}"], check=False).returncode]
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
