@@ -153,4 +153,4 @@ class Directory:
 def last_line(reason: str | None) -> str:
     """The line of a traceback that says what happened."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return lines[-1] if lines else "no reason given"
+    return lines[-1].removesuffix("'>") if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>

@@ -73,6 +73,7 @@ def private_superlink() -> Iterator[dict[str, str]]:
                     *("--control-api-address", f"127.0.0.1:{control_port}"),
                 ],
                 env=env,
+                cwd=home,  # Ray's workers look for modules here first: not in whatever folder this was called from
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

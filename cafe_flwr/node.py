@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -103,27 +104,39 @@ class _Workplace:
         return digest(*(self.schemas[kind] for kind in ("shared", "upload", "download", "personal")))
 
 
+class _Process:
+    """What a process builds once for a run: the network, and the data of its clients."""
+
+    def __init__(self, network: EarlyExitNetwork) -> None:
+        self.network = network
+        self.weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        self.workplaces: dict[Any, _Workplace] = {}
+        self.data: dict[int, ClientData] = {}
+
+
+# One run at a time. It lives here, in the module, because the Simulation Engine sends the ClientApp itself, pickled,
+# with every message: what the app object remembers is forgotten.
+_PROCESSES: dict[Any, _Process] = {}
+
+
 class _Node:
     def __init__(self, build_network: BuildNetwork, load_data: LoadData, keys: Keys) -> None:
         self.build_network = build_network
         self.load_data = load_data
         self.keys = keys
-        self._run: tuple[Any, ...] | None = None
-        self._network: EarlyExitNetwork | None = None
-        self._weights: dict[str, Tensor] = {}
-        self._workplaces: dict[Any, _Workplace] = {}
-        self._data: dict[int, ClientData] = {}
+        self.token = secrets.token_hex(8)  # of this app; a pickled copy keeps it
 
     # --- messages ---
 
     def describe(self, message: Message, context: Context) -> Message:
         """Answer the strategy's first question: who is here, with which network and how much data?"""
-        work = self._workplace(context, *_method_of(message, self.keys))
+        seed, method, settings = _method_of(message, self.keys)
+        work = self._workplace(context, seed, method, settings)
         hosted = _hosted(context, message.content[self.keys.config].get("num-clients"))
         clients, sizes, problems, macs = [], [], [], [0] * work.network.num_exits
         for client in hosted:
             try:
-                data = self._data_of(client, context)
+                data = self._data_of(client, context, seed)
                 problems += [f"client {client} {note}" for note in _check_data(data, work.network.num_classes)]
             except Exception as error:
                 logger.warning("client %d cannot serve: %s", client, error, exc_info=True)
@@ -165,7 +178,7 @@ class _Node:
         failures: dict[int, str] = {}
         for row, client in enumerate(request.clients):
             try:
-                data = self._data_of(client, context)
+                data = self._data_of(client, context, request.seed)
                 report = _train_client(work, request, row, data, shared, store)
                 updates.append(schema.pack(work.network.state_dict()))
                 reports.append(report)
@@ -187,7 +200,7 @@ class _Node:
         shared = work.schemas["shared"].unpack(request.shared)
         content = RecordDict()
         for client in request.clients:
-            data = self._data_of(client, context)
+            data = self._data_of(client, context, request.seed)
             personal = store.load(client, before=request.server_round + 1) or work.initial
             work.network.load_state_dict({**shared, **personal})
             report, temperatures = _final_report(client, work.network, data)
@@ -220,25 +233,29 @@ class _Node:
             )
         return work, request, PersonalStore(personal_folder(context), request.run)
 
-    def _workplace(self, context: Context, seed: Any, method: Any, settings: Mapping[str, Any]) -> _Workplace:
-        run = (seed, *sorted(context.run_config.items()))
-        if run != self._run:
+    def _process(self, context: Context, seed: int) -> _Process:
+        key = (self.token, seed, *sorted(context.run_config.items()))
+        if key not in _PROCESSES:
             torch.manual_seed(seed)
-            self._network = self.build_network(context)
-            self._weights = {name: tensor.clone() for name, tensor in self._network.state_dict().items()}
-            self._run, self._workplaces, self._data = run, {}, {}
-        assert self._network is not None
+            process = _Process(self.build_network(context))
+            _PROCESSES.clear()
+            _PROCESSES[key] = process
+        return _PROCESSES[key]
+
+    def _workplace(self, context: Context, seed: int, method: str, settings: Mapping[str, Any]) -> _Workplace:
+        process = self._process(context, seed)
         key = (method, *sorted(settings.items()))
-        if key not in self._workplaces:
+        if key not in process.workplaces:
             if method not in METHODS:
                 raise ValueError(f"this node knows no method {method!r}, only {', '.join(METHODS)}")
-            self._workplaces[key] = _Workplace(self._network, METHODS[method](**settings), self._weights)
-        return self._workplaces[key]
+            process.workplaces[key] = _Workplace(process.network, METHODS[method](**settings), process.weights)
+        return process.workplaces[key]
 
-    def _data_of(self, client: int, context: Context) -> ClientData:
-        if client not in self._data:
-            self._data[client] = self.load_data(client, context)
-        return self._data[client]
+    def _data_of(self, client: int, context: Context, seed: int) -> ClientData:
+        data = self._process(context, seed).data
+        if client not in data:
+            data[client] = self.load_data(client, context)
+        return data[client]
 
 
 def _method_of(message: Message, keys: Keys) -> tuple[int, str, dict[str, Any]]:

@@ -1,5 +1,8 @@
 """One torch thread per process, as in the workers; Flower's home in a temporary folder."""
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -13,3 +16,37 @@ def _own_homes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("FLWR_HOME", str(home / "flwr"))
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+
+
+class FlowerLog(logging.Handler):
+    """What Flower's logger was told, whether it propagates or not."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.records.append(record)
+
+    def text(self, level: int = logging.WARNING) -> str:
+        """All messages from a level on, a line each."""
+        return "\n".join(record.getMessage() for record in self.records if record.levelno >= level)
+
+
+@pytest.fixture
+def flower_log() -> Iterator[FlowerLog]:
+    """The log of the package, which is Flower's."""
+    handler, logger = FlowerLog(), logging.getLogger("flwr")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(before)
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write no page: it takes longer than all the rest of a small run."""
+    monkeypatch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")

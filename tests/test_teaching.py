@@ -88,9 +88,6 @@ def test_agrees_with_sequential_quadratic_programming(n, mu):
         np.testing.assert_allclose(w[i], result.x, atol=1e-6)
 
 
-# OSQP 1.x warns about its own coming defaults and about the name of an option; neither is what is tested here.
-@pytest.mark.filterwarnings("ignore:The default value of raise_error:PendingDeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.polish. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("n", [1, 2, 7, 20])
 @pytest.mark.parametrize("mu", [0.05, 0.5, 5.0])
 def test_agrees_with_osqp(n, mu):
@@ -169,6 +166,45 @@ def test_numbering_of_the_clients_does_not_matter(problem, seed):
     shuffled = teacher_weights(s[np.ix_(order, order)], p[np.ix_(order, order)], mu)
     # Rounding of s − max(s) is magnified by 1/(2μ) in the weights, though not in the objective.
     np.testing.assert_allclose(shuffled, teacher_weights(s, p, mu)[np.ix_(order, order)], atol=1e-12 + 1e-15 / mu)
+
+
+@pytest.mark.parametrize("mu", [0.0, 1e-300, 1e-12, 1e-6])
+def test_at_mu_zero_ties_share_as_the_prior_projected_on_them(mu):
+    """s_1 ties clients 1, 2 and 4 (up to rounding of a cosine), p on them is (0.1, 0.05, 0.2), 0.65 short of 1: a third
+    of it, 0.21667, for each. The third client is less similar by 1e-3 and is out, whatever its prior.
+
+    s_2 has one leader, s_3 a tie of all four: the prior itself."""
+    s = np.array([[1.0, 1.0 - 4e-16, 0.999, 1.0], [0.2, 0.9, 0.1, 0.2], [0.3] * 4, [0.0, 0.0, 1.0, 1.0]])
+    p = np.array([0.1, 0.05, 0.65, 0.2])
+    w = teacher_weights(s, p, mu)
+    third = 0.65 / 3
+    expected = [[0.1 + third, 0.05 + third, 0, 0.2 + third], [0, 1, 0, 0], p, [0, 0, 0.65 + 0.075, 0.2 + 0.075]]
+    # A rounding error of 4e-16 in s is 2e-10 in w at μ = 1e-6, but decides everything at μ = 1e-300: only μ = 0 ignores
+    # it. The other rows have exact ties.
+    rows = slice(0, 4) if mu in (0.0, 1e-6) else slice(1, 4)
+    np.testing.assert_allclose(w[rows], expected[rows], atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", ["exact", "osqp"])
+@pytest.mark.parametrize("mu", [0.0, math.inf])
+def test_the_limits_do_not_depend_on_the_solver(mu, solver):
+    rng = np.random.default_rng(1)
+    s, p = cosine_similarity(rng.normal(size=(5, 3))), rng.dirichlet(np.ones(5))
+    expected = np.eye(5) if mu == 0 else np.tile(p, (5, 1))
+    np.testing.assert_allclose(teacher_weights(s, p, mu, solver), expected, atol=1e-12)
+
+
+def test_a_head_that_is_not_finite_is_not_taken_for_a_dissimilar_one():
+    """A diverged client must be noticed where its head enters, not diluted: its cosines are NaN, and no weights are
+    made from them."""
+    heads = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    for broken in (np.nan, np.inf):
+        heads[2, 3] = broken
+        with np.errstate(invalid="ignore"):
+            s = cosine_similarity(heads)
+        assert np.isnan(s[2]).all()
+        with pytest.raises(ValueError, match="similarity and prior must be finite"):
+            teacher_weights(s, np.full(4, 0.25), 0.5)
 
 
 def test_the_more_similar_of_two_equal_clients_teaches_more():
@@ -260,8 +296,17 @@ def test_cosine_is_what_its_definition_says(n, d, seed):
     np.testing.assert_allclose(cosine, cosine.T, atol=1e-15)
 
 
-def test_cosine_of_zero_rows_is_zero_and_float32_is_fine():
+@pytest.mark.parametrize(("kind", "tolerance"), [(np.float32, 2.0**-22), (np.float64, 1e-15), (int, 1e-15)])
+def test_cosine_of_zero_rows_is_zero_and_float32_is_as_good_as_float32(kind, tolerance):
     """(1, 1) and (1, −1) are orthogonal, (1, 1) and (−2, −2) opposite; the row of zeros is similar to nothing."""
-    rows = np.array([[1, 1], [1, -1], [-2, -2], [0, 0]], dtype=np.float32)
+    rows = np.array([[1, 1], [1, -1], [-2, -2], [0, 0]], dtype=kind)
     expected = [[1, 0, -1, 0], [0, 1, 0, 0], [-1, 0, 1, 0], [0, 0, 0, 0]]
-    np.testing.assert_allclose(cosine_similarity(rows), expected, atol=1e-15)
+    np.testing.assert_allclose(cosine_similarity(rows), expected, atol=tolerance)
+    assert cosine_similarity(rows).dtype == np.float64
+
+
+def test_very_small_and_very_large_heads_have_directions_too():
+    """1e-30 squared is less than the smallest float32, 1e30 squared more than the largest."""
+    rows = np.array([[3.0, 4.0], [4.0, 3.0]], dtype=np.float32)
+    for scale in (1e-30, 1e30):
+        np.testing.assert_allclose(cosine_similarity(rows * np.float32(scale)), [[1, 0.96], [0.96, 1]], atol=1e-6)

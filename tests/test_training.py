@@ -15,11 +15,12 @@ from cafe_flwr.training import LocalBudget, batches, learning_rate_at, train
 
 
 @settings(deadline=None)
-@given(n=st.integers(1, 60), batch_size=st.integers(1, 70), steps=st.integers(1, 40), seed=st.integers(0, 1000))
-def test_batches_cover_all_examples_evenly(n, batch_size, steps, seed):
-    chosen = list(batches(n, batch_size, steps, np.random.default_rng(seed)))
+@given(n=st.integers(1, 60), batch_size=st.integers(1, 70), draws=st.integers(1, 400), seed=st.integers(0, 1000))
+def test_batches_cover_all_examples_evenly(n, batch_size, draws, seed):
+    chosen = list(batches(n, batch_size, draws, np.random.default_rng(seed)))
     size = min(batch_size, n)
-    assert [len(batch) for batch in chosen] == [size] * steps
+    full, rest = divmod(draws, size)
+    assert [len(batch) for batch in chosen] == [size] * full + [rest] * (rest > 0)
     stream = np.concatenate(chosen)
     counts = np.bincount(stream, minlength=n)
     assert len(counts) == n
@@ -31,7 +32,7 @@ def test_batches_cover_all_examples_evenly(n, batch_size, steps, seed):
 
 def test_batches_are_shuffled_anew_in_every_pass_and_repeat_with_the_generator():
     def order(seed):
-        return np.concatenate(list(batches(50, 10, 10, np.random.default_rng(seed)))).tolist()
+        return np.concatenate(list(batches(50, 10, 100, np.random.default_rng(seed)))).tolist()
 
     assert order(0) == order(0)
     assert order(0) != order(1)
@@ -44,14 +45,61 @@ def test_a_client_without_examples_is_an_error():
         list(batches(0, 4, 1, np.random.default_rng(0)))
 
 
+def steps_of(budget, n):
+    """Sizes of the batches of one round of a client with n examples."""
+    return [len(b) for b in batches(n, budget.batch_size, budget.num_draws(n), np.random.default_rng(0))]
+
+
 def test_steps_count_unless_epochs_are_set():
-    """20 examples in batches of 16 are ceil(20/16) = 2 steps an epoch."""
-    assert LocalBudget(batch_size=16, steps=6).num_steps(20) == 6
-    assert LocalBudget(batch_size=16, steps=6).num_steps(2000) == 6
-    assert LocalBudget(batch_size=16, steps=6, epochs=3).num_steps(20) == 6
-    assert LocalBudget(batch_size=16, steps=6, epochs=3).num_steps(32) == 6
-    assert LocalBudget(batch_size=16, steps=6, epochs=3).num_steps(33) == 9
-    assert LocalBudget(batch_size=16, steps=6, epochs=1).num_steps(5) == 1
+    """Six steps are six steps whatever the client has; three epochs of 20 examples are 60 draws, 16·3 + 12."""
+    assert steps_of(LocalBudget(batch_size=16, steps=6), 20) == [16] * 6
+    assert steps_of(LocalBudget(batch_size=16, steps=6), 2000) == [16] * 6
+    assert steps_of(LocalBudget(batch_size=16, steps=6), 5) == [5] * 6
+    assert steps_of(LocalBudget(batch_size=16, steps=6, epochs=3), 20) == [16, 16, 16, 12]
+    assert steps_of(LocalBudget(batch_size=16, steps=6, epochs=3), 32) == [16] * 6
+    assert steps_of(LocalBudget(batch_size=16, steps=6, epochs=1), 5) == [5]
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 90), batch_size=st.integers(1, 40), epochs=st.integers(1, 5))
+def test_an_epoch_draws_every_example_exactly_once(n, batch_size, epochs):
+    budget = LocalBudget(batch_size=batch_size, epochs=epochs)
+    drawn = np.concatenate(list(batches(n, batch_size, budget.num_draws(n), np.random.default_rng(0))))
+    assert np.bincount(drawn, minlength=n).tolist() == [epochs] * n
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"steps": -2}, "steps must be at least 1, got -2"),
+        ({"epochs": -1}, "epochs must be at least 0, got -1"),
+        ({"learning_rate": 0.0}, "learning_rate must be greater than 0, got 0.0"),
+        ({"learning_rate": -0.1}, "learning_rate must be greater than 0, got -0.1"),
+        ({"learning_rate": math.nan}, "learning_rate must be greater than 0, got nan"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_refused_by_name(values, message):
+    with pytest.raises(ValueError, match=message):
+        LocalBudget(**values)
+
+
+def test_the_loss_reported_is_the_mean_over_the_steps_of_an_epoch():
+    """Three points in batches of two: (4 + 9)/2 or the like, then a batch of one; w = 2 stays, the rate is tiny."""
+    points = Split(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 3, 0]), torch.zeros(3, 1))
+    line = Line()
+    loss = train(
+        line,
+        points,
+        lambda x, y: ((line.w * x - y) ** 2).mean(),
+        LocalBudget(batch_size=2, epochs=1, learning_rate=1e-9),
+        np.random.default_rng(0),
+    )
+    errors = {0: 4.0, 1: 9.0, 2: 16.0}  # of every point, squared, at w = 2
+    first, second = batches(3, 2, 3, np.random.default_rng(0))
+    assert (len(first), len(second)) == (2, 1)
+    assert loss == pytest.approx((np.mean([errors[i] for i in first]) + errors[second[0]]) / 2)
 
 
 @pytest.mark.parametrize("num_rounds", [*range(1, 12), 40, 99, 100])
@@ -187,7 +235,7 @@ def test_agrees_with_a_loop_written_out():
     mean = train(net, data, lambda x, y: cross_entropy(net(x)[-1], y), BUDGET, np.random.default_rng(7))
 
     velocity, losses = {}, []
-    for positions in batches(len(data), 5, 4, np.random.default_rng(7)):
+    for positions in batches(len(data), 5, 4 * 5, np.random.default_rng(7)):
         value = cross_entropy(reference(data.x[positions])[-1], data.y[positions])
         losses.append(value.item())
         names = [name for name, _ in reference.named_parameters()]

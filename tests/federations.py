@@ -1,0 +1,220 @@
+"""Small federations with real Flower parts, for the system tests: digits as settings name them, or toys made here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cafe_flwr import EarlyExitNetwork, make_client_app
+from cafe_flwr.data import ClientData, Split
+from cafe_flwr.engine import InProcessGrid
+from cafe_flwr.federation import build_network, build_strategy, federation
+from cafe_flwr.federation import run as run_federation
+from cafe_flwr.networks import Exit
+from cafe_flwr.recording import Recorder, open_results
+from cafe_flwr.settings import Settings
+
+SMALL = {
+    "name": "small",
+    "dataset": "digits",
+    "num-clients": 5,
+    "num-server-rounds": 4,
+    "examples-per-client": 40,
+    "dirichlet-alpha": 1.0,
+    "local-steps": 2,
+}
+
+
+def small_settings(folder: Path, **changes: Any) -> Settings:
+    """Settings of a run of about a tenth of a second, in a folder; changes as Python names."""
+    changes = {key.replace("_", "-"): value for key, value in changes.items()}
+    return Settings.from_run_config({**SMALL, "results-dir": str(folder), **changes})
+
+
+def digits_app() -> ClientApp:
+    """The ClientApp of the settings, as ``client_app.py`` makes it; with caches of its own, like a new process."""
+    return make_client_app(
+        lambda context: build_network(Settings.from_run_config(context.run_config)),
+        lambda client, context: federation(Settings.from_run_config(context.run_config)).load(client),
+    )
+
+
+# --- toys: networks and data of a few numbers, under the control of a test -------------------------------------------
+
+INPUTS, CLASSES = 5, 3
+
+
+def toy_network(exits: int = 3, width: int = 4) -> EarlyExitNetwork:
+    """An MLP with an exit after every layer."""
+    layers = [nn.Sequential(nn.Linear(8 if k else INPUTS, 8), nn.Tanh()) for k in range(exits)]
+    return EarlyExitNetwork(layers, [Exit(nn.Linear(8, width), width, CLASSES) for _ in range(exits)])
+
+
+def toy_split(client: int, size: int, salt: int, classes: int = CLASSES) -> Split:
+    """Examples of one client: every class around its own centre, one of them more often than the others."""
+    rng = np.random.default_rng([client, salt])
+    y = np.arange(size) % classes
+    y[size // 2 :] = client % classes
+    centres = np.random.default_rng(99).normal(size=(CLASSES, INPUTS)) * 1.5
+    x = centres[y] + rng.normal(size=(size, INPUTS)) + 0.2 * client
+    return Split(torch.from_numpy(x).float(), torch.from_numpy(y), torch.arange(size)[:, None])
+
+
+def toy_data(client: int) -> ClientData:
+    """Client i has 12 + 5i training, 6 calibration and 9 test examples."""
+    return ClientData(toy_split(client, 12 + 5 * client, 0), toy_split(client, 6, 1), toy_split(client, 9, 2))
+
+
+def toy_app(
+    load: Callable[[int], ClientData] = toy_data, build: Callable[[], EarlyExitNetwork] = toy_network, **options: Any
+) -> ClientApp:
+    """A ready ClientApp of toy clients."""
+    return make_client_app(lambda context: build(), lambda client, context: load(client), **options)
+
+
+# --- a run, and what it leaves behind --------------------------------------------------------------------------------
+
+
+def run_small(settings: Settings, num_nodes: int = 2, app: Any = None, grid: InProcessGrid | None = None) -> Any:
+    """Run the settings' federation in this process."""
+    grid = grid or InProcessGrid(app or digits_app(), num_nodes, settings.to_run_config())
+    return run_federation(grid, settings)
+
+
+def run_until(settings: Settings, last_round: int, num_nodes: int = 2, app: Any = None) -> None:
+    """Run the first rounds only, as a run that is stopped there would leave it."""
+    folder, state = open_results(settings)
+    recorder = Recorder(folder, settings)
+    grid = InProcessGrid(app or digits_app(), num_nodes, settings.to_run_config())
+    try:
+        build_strategy(settings, recorder, state).start(grid, num_rounds=last_round)
+    finally:
+        recorder.close()
+
+
+def strict_json(text: str) -> Any:
+    """JSON as the standard has it, without NaN."""
+
+    def refuse(token: str) -> None:
+        raise ValueError(f"{token} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@dataclass
+class Recorded:
+    """The files of a run, without what may differ between equal runs: times, and the run's random token."""
+
+    rounds: list[dict[str, Any]]
+    summary: dict[str, Any]
+    rows: pd.DataFrame
+    networks: dict[int, dict[str, Tensor]]
+    facts: dict[int, dict[str, Any]]
+    versions: dict[str, bytes]
+    run: str
+
+    @classmethod
+    def read(cls, folder: Path) -> Recorded:
+        """Read a results folder."""
+        rounds = [strict_json(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        summary = strict_json((folder / "summary.json").read_text())
+        for line in [*rounds, summary]:
+            del line["seconds"]
+        paths = sorted((folder / "personal").glob("client-*.json"))
+        facts = {int(path.stem.split("-")[1]): json.loads(path.read_text()) for path in paths}
+        tokens = {fact.pop("run") for fact in facts.values()}
+        (versions,) = (folder / "personal" / "versions").iterdir()
+        assert tokens <= {versions.name}
+        return cls(
+            rounds=rounds,
+            summary=summary,
+            rows=pd.read_parquet(folder / "clients.parquet"),
+            networks={c: load_file(folder / "personal" / f"client-{c}.safetensors") for c in facts},
+            facts=facts,
+            versions={
+                str(path.relative_to(versions)): path.read_bytes() for path in sorted(versions.rglob("*.safetensors"))
+            },
+            run=versions.name,
+        )
+
+    def assert_same(self, other: Recorded, *, but: Iterable[str] = ()) -> None:
+        """Equal bit for bit, apart from keys of rounds and summary that are named."""
+        but = set(but)
+
+        def kept(line: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in line.items() if key not in but}
+
+        assert [kept(line) for line in self.rounds] == [kept(line) for line in other.rounds]
+        assert kept(self.summary) == kept(other.summary)
+        pd.testing.assert_frame_equal(self.rows, other.rows, check_exact=True)
+        assert list(self.networks) == list(other.networks)
+        for client, tensors in self.networks.items():
+            assert same_tensors(tensors, other.networks[client]), f"client {client}"
+        assert self.facts == other.facts
+        assert self.versions == other.versions
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether the tensors are equal bit for bit."""
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def same_arrays(a: Any, b: Any) -> bool:
+    """Whether two of Flower's array records are equal bit for bit."""
+    return list(a) == list(b) and all(a[name].data == b[name].data for name in a)
+
+
+# --- apps and grids that misbehave -----------------------------------------------------------------------------------
+
+Answer = Callable[[Message, Context], Message]
+
+
+class FaultyApp:
+    """A ClientApp in whose place ``fault(answer, message, context)`` is called; ``answer`` is the real app."""
+
+    def __init__(self, app: ClientApp, fault: Callable[[Answer, Message, Context], Message]) -> None:
+        self.app = app
+        self.fault = fault
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Handle a message, badly."""
+        return self.fault(self.app, message, context)
+
+
+class WatchedGrid(InProcessGrid):
+    """Keeps every message with its reply; ``lose(message)`` says which messages never get one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.traffic: list[tuple[Message, Message]] = []
+        self.lose: Callable[[Message], bool] = lambda message: False
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Push, and remember."""
+        messages = list(messages)
+        ids = list(super().push_messages(messages))
+        for message, message_id in zip(messages, ids, strict=True):
+            self.traffic.append((message, self._replies[message_id]))
+            if self.lose(message):
+                del self._replies[message_id]
+        return ids
+
+    def of_type(self, message_type: str) -> list[tuple[Message, Message]]:
+        """Messages of a type, with their replies."""
+        return [(m, r) for m, r in self.traffic if m.metadata.message_type == message_type]
+
+
+def asked(message: Message) -> list[int]:
+    """Clients that a message is for."""
+    return [int(client) for client in message.content["config"].get("clients", [])]

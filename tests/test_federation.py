@@ -1,0 +1,717 @@
+"""A federation from settings to files: what a run leaves behind, and that it is the same run however it was run."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from federations import (
+    Recorded,
+    WatchedGrid,
+    asked,
+    digits_app,
+    run_small,
+    run_until,
+    same_arrays,
+    same_tensors,
+    small_settings,
+    strict_json,
+)
+from safetensors.torch import load_file
+
+from cafe_flwr.cost import macs_per_exit
+from cafe_flwr.engine import InProcessGrid
+from cafe_flwr.federation import build_network, build_strategy, federation
+from cafe_flwr.recording import Recorder, open_results
+from cafe_flwr.state import Checkpoints
+
+EXITS = 3
+CLIENTS = 5
+
+
+# --- what a run leaves behind ---
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 5 clients on 2 nodes with its report: the folder, its settings, Flower's result and the messages."""
+    settings = small_settings(tmp_path_factory.mktemp("finished"))
+    grid = WatchedGrid(digits_app(), 2, settings.to_run_config())
+    result = run_small(settings, grid=grid)
+    return settings.results, settings, result, grid
+
+
+def test_all_files_are_there_and_nothing_else(finished):
+    """The results folder is what DESIGN.md lists; nothing is left of temporary files."""
+    folder, _, _, _ = finished
+    assert {p.name for p in folder.iterdir()} == {
+        "settings.json",
+        "summary.json",
+        "rounds.jsonl",
+        "clients.parquet",
+        "personal",
+        "checkpoint",
+        "report.html",
+    }
+    personal = {p.name for p in (folder / "personal").iterdir()}
+    expected = {f"client-{c}.{kind}" for c in range(CLIENTS) for kind in ("safetensors", "json")}
+    assert personal == expected | {"versions"}
+    assert not [p for p in folder.rglob("*") if p.name.startswith(".") or p.suffix == ".tmp"]
+    assert all(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def test_settings_on_disk_are_those_of_the_run(finished):
+    folder, settings, _, _ = finished
+    assert strict_json((folder / "settings.json").read_text()) == settings.to_run_config()
+
+
+def test_summary_has_what_is_promised_and_it_agrees_with_the_long_table(finished):
+    folder, settings, _, _ = finished
+    summary = strict_json((folder / "summary.json").read_text())
+    promised = (
+        "method seed num_rounds num_clients accuracy_per_exit accuracy accuracy_last_exit macs_per_exit "
+        "macs_reduction_at_equal_accuracy bytes_up_per_client_round bytes_down_per_client_round seconds"
+    )
+    assert set(promised.split()) <= set(summary)
+    assert (summary["method"], summary["seed"]) == ("cafedistill", 0)
+    assert (summary["num_rounds"], summary["num_clients"]) == (4, CLIENTS)
+
+    final = pd.read_parquet(folder / "clients.parquet").query("phase == 'final'")
+    per_exit = final.groupby("exit").accuracy.mean()
+    assert summary["accuracy_per_exit"] == pytest.approx(per_exit.tolist(), abs=1e-12)
+    assert summary["accuracy"] == pytest.approx(per_exit.mean(), abs=1e-12)
+    assert summary["accuracy_last_exit"] == summary["accuracy_per_exit"][-1]
+    assert summary["loss_per_exit"] == pytest.approx(final.groupby("exit").loss.mean().tolist(), abs=1e-12)
+    assert summary["ece_per_exit"] == pytest.approx(final.groupby("exit").ece.mean().tolist(), abs=1e-12)
+    of_clients = final.groupby("client").accuracy.mean()
+    assert summary["accuracy_std_over_clients"] == pytest.approx(of_clients.std(ddof=0))
+    assert summary["accuracy_worst_tenth"] == pytest.approx(of_clients.min())
+    assert summary["seconds"] > 0
+
+    network = build_network(settings)
+    assert summary["macs_per_exit"] == macs_per_exit(network, torch.zeros(1, 1, 16, 16))
+    assert summary["num_parameters"] == sum(t.numel() for t in network.state_dict().values())
+
+
+def test_summary_counts_the_clients_own_data(finished):
+    folder, settings, _, _ = finished
+    rows = strict_json((folder / "summary.json").read_text())["clients"]
+    assert [row["client"] for row in rows] == list(range(CLIENTS))
+    for row in rows:
+        data = federation(settings).load(row["client"])
+        sizes = (len(data.train), len(data.calibration), len(data.test), len(data.train.y.unique()))
+        assert (row["train"], row["calibration"], row["test"], row["classes"]) == sizes
+
+
+def test_a_line_a_round_agrees_with_the_long_table(finished):
+    """R(t) = min(2t/4, 1): in round 1 half of the 10 student exits train, the first exit of all clients; then all."""
+    folder, _, _, _ = finished
+    lines = [strict_json(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2, 3, 4]
+    table = pd.read_parquet(folder / "clients.parquet")
+    for line in lines:
+        assert line["participants"] == list(range(CLIENTS))
+        assert line["left_out"] == {}
+        assert line["active_exits"] == ([5, 0] if line["round"] == 1 else [5, 5])
+        for key, phase in (("accuracy_per_exit", "before"), ("accuracy_per_exit_after", "after")):
+            rows = table[(table["round"] == line["round"]) & (table.phase == phase)]
+            assert line[key] == pytest.approx(rows.groupby("exit").accuracy.mean().tolist(), abs=1e-12)
+        seconds = line["seconds"]
+        assert {"total", "train", "evaluate"} <= set(seconds)
+        parts = sum(value for key, value in seconds.items() if key != "total")
+        assert parts == pytest.approx(seconds["total"], rel=1e-6)
+        assert min(seconds.values()) >= 0
+
+
+def test_bytes_are_those_of_the_messages(finished):
+    folder, _, _, grid = finished
+    lines = [strict_json(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    for line in lines:
+        exchanged = [
+            (m, r) for m, r in grid.of_type("train") if m.content["config"]["server-round"] == line["round"]
+        ]
+        assert len(exchanged) == 2
+        arrays = [sum(len(a.data) for a in x.content["arrays"].values()) for m, r in exchanged for x in (m, r)]
+        down, up = sum(arrays[::2]), sum(arrays[1::2])
+        assert down <= line["bytes_down"] < down + 5000
+        assert up <= line["bytes_up"] < up + 5000
+    summary = strict_json((folder / "summary.json").read_text())
+    for way in ("up", "down"):
+        mean = sum(line[f"bytes_{way}"] for line in lines) / (4 * CLIENTS)
+        assert summary[f"bytes_{way}_per_client_round"] == pytest.approx(mean, abs=0.5)
+
+
+def test_the_long_table_has_every_client_exit_and_phase_of_every_round_once(finished):
+    folder, settings, _, _ = finished
+    table = pd.read_parquet(folder / "clients.parquet")
+    assert list(table.columns) == ["round", "client", "phase", "exit", "accuracy", "loss", "ece", "examples"]
+    key = ["round", "client", "phase", "exit"]
+    got = sorted(table[key].itertuples(index=False, name=None))
+    expected = [
+        (t, c, phase, k)
+        for t in (1, 2, 3, 4)
+        for c in range(CLIENTS)
+        for phase in ("before", "after")
+        for k in range(1, EXITS + 1)
+    ] + [(4, c, "final", k) for c in range(CLIENTS) for k in range(1, EXITS + 1)]
+    assert got == sorted(expected)
+    for client, rows in table.groupby("client"):
+        assert set(rows.examples) == {len(federation(settings).load(client).test)}
+    assert table.accuracy.between(0, 1).all()
+    assert table.ece.between(0, 1).all()
+    assert (table.loss > 0).all()
+
+
+def test_the_long_table_keeps_every_digit(finished):
+    """What a client measured comes back from the file bit for bit."""
+    folder, _, _, _ = finished
+    final = pd.read_parquet(folder / "clients.parquet").query("phase == 'final'")
+    for client, rows in final.groupby("client"):
+        facts = strict_json((folder / "personal" / f"client-{client}.json").read_text())
+        assert rows.accuracy.tolist() == facts["accuracy_per_exit"]
+
+
+@pytest.mark.parametrize("client", range(CLIENTS))
+def test_a_personal_network_loads_and_reproduces_its_recorded_accuracy(finished, client):
+    """The published network is the shared part of the last round and the client's own heads, whole and usable."""
+    folder, settings, result, _ = finished
+    network = build_network(settings)
+    tensors = load_file(folder / "personal" / f"client-{client}.safetensors")
+    network.load_state_dict(tensors, strict=True)
+    network.eval()
+    test = federation(settings).load(client).test
+    with torch.no_grad():
+        logits = torch.stack(network(test.x)).numpy()
+    accuracy = (logits.argmax(axis=2) == test.y.numpy()).mean(axis=1)
+
+    facts = strict_json((folder / "personal" / f"client-{client}.json").read_text())
+    assert facts["client"] == client
+    assert (facts["round"], facts["method"]) == (4, "cafedistill")
+    assert (facts["num_exits"], facts["num_classes"]) == (EXITS, 10)
+    assert facts["personal"] == network.personal_names()
+    assert facts["accuracy_per_exit"] == pytest.approx(accuracy, abs=1e-7)
+    rows = pd.read_parquet(folder / "clients.parquet").query(f"phase == 'final' and client == {client}")
+    assert rows.accuracy.tolist() == pytest.approx(accuracy, abs=1e-7)
+
+    assert len(facts["temperatures"]) == EXITS
+    for name in network.shared_names():
+        np.testing.assert_array_equal(tensors[name].numpy(), result.arrays[name].numpy())
+    heads = [load_file(path) for path in (folder / "personal").rglob(f"client-{client}/round-000004.safetensors")]
+    assert len(heads) == 1
+    assert same_tensors(heads[0], {name: tensors[name] for name in heads[0]})
+    assert sorted(heads[0]) == sorted(network.personal_names())
+
+
+def test_personal_networks_differ_in_the_heads_only(finished):
+    folder, settings, _, _ = finished
+    one, other = (load_file(folder / "personal" / f"client-{c}.safetensors") for c in (0, 1))
+    personal = set(build_network(settings).personal_names())
+    assert {name for name in one if not torch.equal(one[name], other[name])} == personal
+
+
+def test_flowers_result_has_the_shared_part_and_the_metrics_of_every_round(finished):
+    folder, settings, result, _ = finished
+    assert list(result.arrays) == build_network(settings).shared_names()
+    assert sorted(result.train_metrics_clientapp) == [1, 2, 3, 4]
+    table = pd.read_parquet(folder / "clients.parquet").query("phase == 'before'")
+    for server_round, metrics in result.train_metrics_clientapp.items():
+        rows = table[table["round"] == server_round]
+        weights = [len(federation(settings).load(c).train) for c in rows.client]
+        for k in range(EXITS):
+            mine = (rows.exit == k + 1).to_numpy()
+            mean = np.average(rows.accuracy[mine], weights=np.array(weights)[mine])
+            assert metrics["accuracy-before"][k] == pytest.approx(mean)
+
+
+def test_the_checkpoint_is_the_state_after_the_last_round(finished):
+    folder, settings, result, _ = finished
+    assert sorted(p.name for p in (folder / "checkpoint").glob("round-*")) == [
+        "round-000003.safetensors",
+        "round-000004.safetensors",
+    ]
+    state = Checkpoints(folder / "checkpoint").load()
+    assert state.round == 4
+    assert sorted(state.known) == list(range(CLIENTS))
+    flat = np.concatenate([result.arrays[name].numpy().ravel() for name in result.arrays])
+    assert state.shared.tobytes() == flat.tobytes()
+    for client, record in state.known.items():
+        assert record.seen == 4
+        assert record.num_examples == len(federation(settings).load(client).train)
+        heads = load_file(folder / "personal" / f"client-{client}.safetensors")
+        last = torch.cat([heads[f"exits.{EXITS - 1}.head.{part}"].flatten() for part in ("weight", "bias")])
+        assert record.upload.tobytes() == last.numpy().tobytes()
+
+
+def test_it_learns(tmp_path, no_report):
+    """Twelve rounds bring all exits far above chance (0.1), and the second half of them is no waste."""
+    settings = small_settings(tmp_path, num_server_rounds=12, examples_per_client=80, local_steps=6)
+    run_small(settings)
+    recorded = Recorded.read(settings.results)
+    assert min(recorded.summary["accuracy_per_exit"]) > 0.45
+    losses = [line["train_loss"] / (1 + sum(line["active_exits"]) / CLIENTS) for line in recorded.rounds]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+# --- the same numbers, however it is run ---
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """One client a node, the plainest grouping, with everything on that depends on who is who."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
+        settings = small_settings(tmp_path_factory.mktemp("reference"), **VARIED)
+        result = run_small(settings, num_nodes=CLIENTS)
+    return Recorded.read(settings.results), result.arrays
+
+
+VARIED = {"selection": "random", "similarity_proxy": "gradients", "fraction_train": 0.7, "num_server_rounds": 5}
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 3, CLIENTS, 8])
+def test_numbers_do_not_depend_on_how_clients_are_grouped_on_nodes(tmp_path, reference, no_report, num_nodes):
+    """Bit for bit: shared parameters, personal files, tables. Only the bytes differ: a backbone travels once a node."""
+    settings = small_settings(tmp_path, **VARIED)
+    arrays = run_small(settings, num_nodes).arrays
+    recorded, shared = reference
+    assert same_arrays(arrays, shared)
+    per_grouping = {"bytes_up", "bytes_down", "bytes_up_per_client_round", "bytes_down_per_client_round"}
+    Recorded.read(settings.results).assert_same(recorded, but=() if num_nodes == CLIENTS else per_grouping)
+
+
+def test_fewer_nodes_need_fewer_bytes_and_one_client_a_node_fewer_than_fedavg(tmp_path, no_report):
+    """`bytes_*_per_client_round` against 4 bytes a parameter, FedAvg of the whole network."""
+    down = {}
+    for num_nodes in (1, CLIENTS):
+        settings = small_settings(tmp_path, name=f"nodes-{num_nodes}", dataset="digit-pairs", num_server_rounds=2)
+        run_small(settings, num_nodes)
+        summary = Recorded.read(settings.results).summary
+        fedavg = summary["bytes_fedavg_per_client_round"]
+        assert fedavg == 4 * summary["num_parameters"]
+        assert summary["bytes_up_per_client_round"] <= fedavg
+        assert summary["bytes_down_per_client_round"] <= fedavg
+        down[num_nodes] = summary["bytes_down_per_client_round"]
+    assert down[1] < down[CLIENTS] / 2
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, no_report):
+    """Byte for byte, apart from times and from where it was written."""
+    runs = {}
+    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
+        settings = small_settings(tmp_path / folder, seed=seed)
+        arrays = run_small(settings).arrays
+        runs[folder] = Recorded.read(settings.results), arrays
+    runs["a"][0].assert_same(runs["b"][0])
+    assert same_arrays(runs["a"][1], runs["b"][1])
+    assert runs["a"][0].run != runs["b"][0].run  # the token of a run is its own
+    assert not same_arrays(runs["a"][1], runs["c"][1])
+    assert runs["a"][0].summary["accuracy_per_exit"] != runs["c"][0].summary["accuracy_per_exit"]
+
+
+class ShuffledGrid(InProcessGrid):
+    """Node ids as Flower gives them: random, and in no order that says who hosts whom. Replies in any order too."""
+
+    def __init__(self, shuffle, *args):
+        super().__init__(*args)
+        rng = np.random.default_rng(shuffle)
+        ids = [int(i) for i in rng.integers(2**40, 2**60, size=len(self.contexts))]
+        contexts = dict(zip(ids, self.contexts.values(), strict=True))
+        for node_id, context in contexts.items():
+            context.node_id = node_id
+        self.contexts = {node: contexts[node] for node in rng.permutation(ids).tolist()}
+        self.rng = rng
+
+    def pull_messages(self, message_ids):
+        """Pull, in any order."""
+        replies = list(super().pull_messages(message_ids))
+        return [replies[i] for i in self.rng.permutation(len(replies))]
+
+
+def test_partial_participation_is_seeded_by_client_not_by_node(tmp_path, no_report):
+    """Half of 6 clients: the same seed takes the same ones although nodes have other ids and other orders."""
+    runs = []
+    for shuffle, seed in ((1, 0), (2, 0), (3, 1)):
+        settings = small_settings(
+            tmp_path / f"{shuffle}", seed=seed, num_clients=6, fraction_train=0.5, num_server_rounds=6
+        )
+        grid = ShuffledGrid(shuffle, digits_app(), 6, settings.to_run_config())
+        run_small(settings, grid=grid)
+        runs.append(Recorded.read(settings.results))
+    first, second, other = ([line["participants"] for line in r.rounds] for r in runs)
+    assert all(len(clients) == 3 for clients in first)
+    assert len({tuple(clients) for clients in first}) > 1
+    runs[0].assert_same(runs[1])
+    assert first == second
+    assert first != other
+
+
+def test_a_client_that_was_away_goes_on_with_its_own_last_heads(tmp_path, no_report):
+    """Between two rounds it takes part in, a client's heads on disk do not change."""
+    settings = small_settings(tmp_path, fraction_train=0.4, num_server_rounds=8)
+    heads = {}
+
+    class Watch(Recorder):
+        def on_round(self, record, state):
+            super().on_round(record, state)
+            for path in (settings.results / "personal" / "versions" / state.run).glob("*/round-*"):
+                heads[path.parent.name, int(path.stem.split("-")[1])] = load_file(path)
+
+    folder, _ = open_results(settings)
+    grid = WatchedGrid(digits_app(), 2, settings.to_run_config())
+    build_strategy(settings, Watch(folder, settings)).start(grid)
+    took_part = {}
+    for message, reply in grid.of_type("train"):
+        assert not reply.has_error()
+        for client in asked(message):
+            took_part.setdefault(client, []).append(message.content["config"]["server-round"])
+    assert any(b - a > 1 for rounds in took_part.values() for a, b in zip(rounds, rounds[1:], strict=False))
+    # A version for every round that the client took part in, and for no other.
+    assert sorted(heads) == sorted((f"client-{c}", t) for c, rounds in took_part.items() for t in rounds)
+
+
+def test_heads_of_exits_that_do_not_train_stay_as_they_are_on_disk(tmp_path, no_report):
+    """T = 10 and 5 clients: N_t = 2, 4, 6, 8, 10 of 10 student exits. In every round, exactly the heads of the active
+    exits and of the last one change, client by client."""
+    settings = small_settings(tmp_path, num_server_rounds=10)
+    heads, active = {}, {}
+
+    class Watch(Recorder):
+        def on_round(self, record, state):
+            super().on_round(record, state)
+            active[record.server_round] = record.plan.active
+            for client in range(CLIENTS):
+                versions = settings.results / "personal" / "versions" / state.run / f"client-{client}"
+                heads[client, record.server_round] = load_file(versions / f"round-{record.server_round:06d}.safetensors")
+
+    folder, _ = open_results(settings)
+    grid = InProcessGrid(digits_app(), 2, settings.to_run_config())
+    build_strategy(settings, Watch(folder, settings)).start(grid, num_rounds=6)
+    network = build_network(settings)
+    torch.manual_seed(settings.seed)
+    initial = build_network(settings).state_dict()
+    assert [int(active[t].sum()) for t in range(1, 7)] == [2, 4, 6, 8, 10, 10]
+    for client in range(CLIENTS):
+        heads[client, 0] = initial
+        for t in range(1, 7):
+            trained = [*active[t][client], True]
+            for k in range(EXITS):
+                for name in network.head_names(k):
+                    changed = not torch.equal(heads[client, t - 1][name], heads[client, t][name])
+                    assert changed == trained[k], (client, t, name)
+
+
+# --- 2 + 2 = 4 ---
+
+STOPPED = {"fraction_train": 0.6, "num_clients": 5, "mu": 0.2}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Four rounds at a stretch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
+        settings = small_settings(tmp_path_factory.mktemp("undisturbed"), **STOPPED)
+        arrays = run_small(settings).arrays
+    return Recorded.read(settings.results), arrays
+
+
+class Stop(Exception):  # noqa: N818 (it is no error)
+    """What stops a run."""
+
+
+def stopped_run(folder, how, last_round=2, **changes):
+    """A run that ended after two of four rounds; its settings."""
+    settings = small_settings(folder, **{**STOPPED, **changes})
+    if how == "asked to":
+        run_until(settings, last_round)
+        return settings
+    results, _ = open_results(settings)
+    recorder = Recorder(results, settings)
+
+    class Bomb:
+        def on_start(self, run):
+            pass
+
+        def on_round(self, record, state):
+            if record.server_round == last_round + (how == "before it was recorded"):
+                raise Stop
+
+    strategy = build_strategy(settings, recorder)
+    bomb = Bomb()
+    strategy.callbacks = (bomb, recorder) if how == "before it was recorded" else (recorder, bomb)
+    with pytest.raises(Stop):
+        strategy.start(InProcessGrid(digits_app(), 2, settings.to_run_config()))
+    recorder.close()
+    return settings
+
+
+def resume(settings, **changes):
+    """Go on in what might be another process, with caches of its own."""
+    again = type(settings).from_run_config({**settings.to_run_config(), "resume": True, **changes})
+    return run_small(again, app=digits_app()).arrays
+
+
+@pytest.mark.parametrize("how", ["asked to", "after it was recorded", "before it was recorded"])
+def test_two_and_two_rounds_are_four(tmp_path, undisturbed, no_report, flower_log, how):
+    """A run that stops after round 2, or dies in round 3 when clients have trained already, and is resumed, leaves the
+    same parameters, personal files and tables behind as one that was never disturbed."""
+    settings = stopped_run(tmp_path, how)
+    assert len((settings.results / "rounds.jsonl").read_text().splitlines()) == 2
+    assert not (settings.results / "summary.json").exists()
+    arrays = resume(settings)
+    recorded, shared = undisturbed
+    assert same_arrays(arrays, shared)
+    Recorded.read(settings.results).assert_same(recorded)
+    assert "damaged" not in flower_log.text()
+
+
+@pytest.mark.parametrize("teachers", ["own", "uniform"])
+def test_two_and_two_rounds_are_four_for_the_ablations(tmp_path, no_report, teachers):
+    """With `teachers = own` a client uploads nothing of its own, and a checkpoint holds none of it."""
+    whole = small_settings(tmp_path / "whole", teachers=teachers, **STOPPED)
+    arrays = run_small(whole).arrays
+    settings = stopped_run(tmp_path / "parts", "asked to", teachers=teachers)
+    assert same_arrays(resume(settings), arrays)
+    Recorded.read(settings.results).assert_same(Recorded.read(whole.results))
+
+
+def truncate(path, to=0.6):
+    """A file that was not written to its end."""
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * to)])
+
+
+@pytest.mark.parametrize("to", [0.0, 0.02, 0.6, 0.999])
+def test_a_half_written_checkpoint_is_reported_and_the_one_before_is_used(
+    tmp_path, undisturbed, no_report, flower_log, to
+):
+    """Round 2 is simply done again, from the personal state of round 1, with the same outcome."""
+    settings = stopped_run(tmp_path, "asked to")
+    truncate(settings.results / "checkpoint" / "round-000002.safetensors", to)
+    arrays = resume(settings)
+    assert "checkpoint of round 2 is damaged" in flower_log.text()
+    recorded, shared = undisturbed
+    assert same_arrays(arrays, shared)
+    Recorded.read(settings.results).assert_same(recorded)
+
+
+def test_half_written_lines_are_dropped_on_resume(tmp_path, undisturbed, no_report):
+    """A crash may leave a piece of a line at the end of both growing files."""
+    settings = stopped_run(tmp_path, "asked to")
+    with open(settings.results / "rounds.jsonl", "a") as file:
+        file.write('{"round": 3, "num_rou')
+    with open(settings.results / "checkpoint" / "clients.csv", "a") as file:
+        file.write("3,1,before,1,0.25,2.0,0.1,16\n3,1,bef")
+    arrays = resume(settings)
+    recorded, shared = undisturbed
+    assert same_arrays(arrays, shared)
+    Recorded.read(settings.results).assert_same(recorded)
+
+
+def personal_versions(settings, client):
+    return sorted((settings.results / "personal" / "versions").glob(f"*/client-{client}/round-*.safetensors"))
+
+
+def test_a_damaged_personal_version_is_made_again_when_its_round_is(tmp_path, undisturbed, no_report, flower_log):
+    """A crash that damaged the checkpoint of round 2 and personal files of round 2: nothing is lost but the round."""
+    settings = stopped_run(tmp_path, "asked to")
+    truncate(settings.results / "checkpoint" / "round-000002.safetensors")
+    damaged = [personal_versions(settings, c)[-1] for c in range(CLIENTS) if personal_versions(settings, c)]
+    damaged = [path for path in damaged if path.name == "round-000002.safetensors"]
+    assert len(damaged) == 3
+    for path in damaged:
+        truncate(path)
+    arrays = resume(settings)
+    recorded, shared = undisturbed
+    assert same_arrays(arrays, shared)
+    Recorded.read(settings.results).assert_same(recorded)
+
+
+def test_a_damaged_personal_version_that_is_needed_is_reported_and_the_one_before_is_used(
+    tmp_path, undisturbed, no_report, flower_log
+):
+    """Where it cannot be made again the run goes on with the client's older heads, and says whose."""
+    settings = stopped_run(tmp_path, "asked to", fraction_train=1.0)
+    assert [p.name[6:12] for p in personal_versions(settings, 3)] == ["000001", "000002"]
+    truncate(personal_versions(settings, 3)[-1])
+    resume(settings)
+    assert "state of client 3, round 2, is damaged" in flower_log.text()
+    recorded = Recorded.read(settings.results)
+    assert [line["left_out"] for line in recorded.rounds] == [{}] * 4
+    assert recorded.summary["num_rounds"] == 4
+
+
+def test_resume_of_a_finished_run_changes_nothing_but_times(tmp_path, no_report):
+    settings = small_settings(tmp_path, **STOPPED)
+    arrays = run_small(settings).arrays
+    before = Recorded.read(settings.results)
+    assert same_arrays(resume(settings), arrays)
+    Recorded.read(settings.results).assert_same(before)
+
+
+def test_a_run_that_died_in_its_final_evaluation_is_finished_by_resume(tmp_path, undisturbed, no_report):
+    settings = small_settings(tmp_path, **STOPPED)
+    results, _ = open_results(settings)
+    strategy = build_strategy(settings, Recorder(results, settings))
+
+    def die(*_):
+        raise Stop
+
+    strategy._evaluate_all = die
+    with pytest.raises(Stop):
+        strategy.start(InProcessGrid(digits_app(), 2, settings.to_run_config()))
+    assert same_arrays(resume(settings), undisturbed[1])
+    Recorded.read(settings.results).assert_same(undisturbed[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mu": 0.3}, r"cannot resume .*small with other settings: mu was 0.2, now 0.3"),
+        ({"num-server-rounds": 8}, "num-server-rounds was 4, now 8"),
+        ({"seed": 1, "dataset": "digit-pairs"}, "seed was 0, now 1; dataset was 'digits', now 'digit-pairs'"),
+    ],
+)
+def test_resume_with_other_settings_is_refused(tmp_path, no_report, changes, message):
+    """What was there stays: the settings on disk too."""
+    settings = stopped_run(tmp_path, "asked to")
+    before = {p: p.read_bytes() for p in settings.results.rglob("*") if p.is_file()}
+    with pytest.raises(ValueError, match=message):
+        resume(settings, **changes)
+    assert {p: p.read_bytes() for p in settings.results.rglob("*") if p.is_file()} == before
+
+
+def test_settings_that_change_no_number_may_change_on_resume(tmp_path, undisturbed, no_report):
+    settings = stopped_run(tmp_path, "asked to")
+    moved = tmp_path / "moved"
+    shutil.move(settings.results_dir, moved)
+    arrays = resume(settings, **{"results-dir": str(moved), "round-timeout": 5.0, "wait-seconds": 1.0})
+    assert same_arrays(arrays, undisturbed[1])
+
+
+def test_resume_without_a_checkpoint_is_refused(tmp_path, no_report):
+    """No run of this name, a run that has not finished a round, and one with both checkpoints damaged."""
+    settings = small_settings(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="resume = true, but there is no checkpoint in .*small/checkpoint"):
+        run_small(settings)
+    assert not settings.results.exists()
+
+    settings = stopped_run(tmp_path, "asked to")
+    for path in (settings.results / "checkpoint").glob("round-*"):
+        truncate(path)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        resume(settings)
+
+
+def test_resume_with_another_network_is_refused(tmp_path, no_report):
+    """The clients' network is what counts, whatever the settings say."""
+    settings = stopped_run(tmp_path, "asked to")
+    path = settings.results / "settings.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "feature-width": 12}))
+    with pytest.raises(ValueError, match="the checkpoint was made with another network or method"):
+        resume(settings, **{"feature-width": 12})
+
+
+# --- harmless repetition ---
+
+
+def test_a_train_message_that_arrives_twice_is_harmless(tmp_path, no_report):
+    """The same reply, the same files, and the same run afterwards: Flower may deliver a message again."""
+    settings = small_settings(tmp_path, fraction_train=0.6)
+
+    class Twice(InProcessGrid):
+        repeated = 0
+
+        def _handle(self, message):
+            versions = settings.results / "personal" / "versions"
+            first = super()._handle(message)
+            files = {p: p.read_bytes() for p in versions.rglob("*") if p.is_file()}
+            again = super()._handle(message)
+            assert {p: p.read_bytes() for p in versions.rglob("*") if p.is_file()} == files
+            if message.metadata.message_type == "train":
+                for key, record in first.content.items():
+                    if key == "metrics":
+                        assert record.pop("seconds-train")
+                        assert record.pop("seconds-evaluate")
+                        values = dict(again.content[key])
+                        assert dict(record) == {k: v for k, v in values.items() if not k.startswith("seconds")}
+                    elif key == "arrays":
+                        assert record["flat"].data == again.content[key]["flat"].data
+                    else:
+                        assert dict(record) == dict(again.content[key])
+                self.repeated += 1
+            return again
+
+    grid = Twice(digits_app(), 2, settings.to_run_config())
+    arrays = run_small(settings, grid=grid).arrays
+    assert grid.repeated >= 4
+    once = small_settings(tmp_path, name="once", fraction_train=0.6)
+    assert same_arrays(arrays, run_small(once).arrays)
+
+
+# --- the results folder ---
+
+
+def test_a_run_of_the_same_name_moves_the_old_one_aside(tmp_path, no_report):
+    """Three runs: the first two are whole under other names, oldest first."""
+    for mu in (0.1, 0.2, 0.3):
+        run_small(small_settings(tmp_path, mu=mu, num_server_rounds=1))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["small", "small.1", "small.2"]
+    for name, mu in (("small.1", 0.1), ("small.2", 0.2), ("small", 0.3)):
+        assert json.loads((tmp_path / name / "settings.json").read_text())["mu"] == mu
+        recorded = Recorded.read(tmp_path / name)
+        assert len(recorded.rounds) == 1
+        assert sorted(recorded.networks) == list(range(CLIENTS))
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"small exists and is not a run of cafe-flwr: choose another name"):
+        run_small(small_settings(tmp_path))
+    assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["small", "small/thesis.tex"]
+
+
+def test_an_empty_folder_is_used(tmp_path, no_report):
+    (tmp_path / "small").mkdir()
+    run_small(small_settings(tmp_path, num_server_rounds=1))
+    assert (tmp_path / "small" / "summary.json").exists()
+    assert not (tmp_path / "small.1").exists()
+
+
+@pytest.mark.parametrize("below", ["", "/deep/down"])
+def test_an_unwritable_results_folder_is_an_error_before_the_first_round(tmp_path, below):
+    """No message is sent. (A path below a regular file cannot be written even by root.)"""
+    (tmp_path / "file").write_text("in the way")
+    settings = small_settings(tmp_path / f"file{below}")
+    grid = WatchedGrid(digits_app(), 2, settings.to_run_config())
+    with pytest.raises(ValueError, match="cannot write results to .*/file.*Set results-dir"):
+        run_small(settings, grid=grid)
+    assert grid.traffic == []
+
+
+def test_results_of_an_unusable_accuracy_are_null_in_json(tmp_path, no_report):
+    """JSON has no NaN: whatever is unknown is null, in every file."""
+    settings = small_settings(tmp_path, num_server_rounds=1)
+
+    def load(client, context):
+        data = federation(settings).load(client)
+        nothing = type(data.test)(*(part[:0] for part in data.test))
+        return type(data)(data.train, nothing, nothing)
+
+    from cafe_flwr import make_client_app
+
+    run_small(settings, app=make_client_app(lambda context: build_network(settings), load))
+    summary = strict_json((settings.results / "summary.json").read_text())
+    assert summary["accuracy"] is None
+    assert summary["accuracy_per_exit"] == [None] * EXITS
+    (line,) = (strict_json(text) for text in (settings.results / "rounds.jsonl").read_text().splitlines())
+    assert line["accuracy_per_exit"] == [None] * EXITS
+    assert math.isfinite(line["train_loss"])
+    for client in range(CLIENTS):
+        facts = strict_json((settings.results / "personal" / f"client-{client}.json").read_text())
+        assert facts["accuracy_per_exit"] == [None] * EXITS
+        assert facts["temperatures"] == [1.0] * EXITS
