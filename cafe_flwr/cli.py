@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Personalised federated early-exit networks.")
 console = Console()
@@ -50,6 +52,17 @@ def run(
     if not status.completed:
         _fail(f"the run ended as {status.status}; what it wrote until then is in {results}")
     show(results)
+
+
+@app.command()
+def settings() -> None:
+    """List every setting with its default and meaning."""
+    from cafe_flwr.settings import Settings
+
+    table = Table("setting", "default", "meaning", box=box.SIMPLE_HEAD)
+    for name, field in Settings.model_fields.items():
+        table.add_row(name.replace("_", "-"), repr(field.default), (field.description or "").replace("\n", " "))
+    console.print(table)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -121,7 +122,7 @@ class Recorded:
     rows: pd.DataFrame
     networks: dict[int, dict[str, Tensor]]
     facts: dict[int, dict[str, Any]]
-    versions: dict[str, bytes]
+    versions: dict[str, tuple[dict[str, str], dict[str, Tensor]]]
     run: str
 
     @classmethod
@@ -143,7 +144,8 @@ class Recorded:
             networks={c: load_file(folder / "personal" / f"client-{c}.safetensors") for c in facts},
             facts=facts,
             versions={
-                str(path.relative_to(versions)): path.read_bytes() for path in sorted(versions.rglob("*.safetensors"))
+                str(path.relative_to(versions)): facts_and_tensors(path)
+                for path in sorted(versions.rglob("*.safetensors"))
             },
             run=versions.name,
         )
@@ -162,12 +164,21 @@ class Recorded:
         for client, tensors in self.networks.items():
             assert same_tensors(tensors, other.networks[client]), f"client {client}"
         assert self.facts == other.facts
-        assert self.versions == other.versions
+        assert list(self.versions) == list(other.versions)
+        for name, (facts, tensors) in self.versions.items():
+            assert facts == other.versions[name][0], name
+            assert same_tensors(tensors, other.versions[name][1]), name
+
+
+def facts_and_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """What a safetensors file holds; the order of the facts in its header is left to chance by the library."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {}), load_file(path)
 
 
 def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether the tensors are equal bit for bit."""
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+    return sorted(a) == sorted(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def same_arrays(a: Any, b: Any) -> bool:
