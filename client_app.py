@@ -21,4 +21,10 @@ def load(client: int, context: Context) -> ClientData:
     return federation(Settings.from_run_config(context.run_config)).load(client)
 
 
-app = make_client_app(build, load)
+def state_dir(context: Context) -> str:
+    """Folder of the clients' personal state, where the node's own node-config names none."""
+    settings = Settings.from_run_config(context.run_config)
+    return settings.state_dir or str(settings.results / "personal")
+
+
+app = make_client_app(build, load, state_dir=state_dir)

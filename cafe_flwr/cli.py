@@ -16,6 +16,8 @@ from rich.table import Table
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Personalised federated early-exit networks.")
 console = Console()
 
+_PAIR = r"""(\S+?)=('[^']*'|"[^"]*"|\S+)"""  # as Flower reads its run config
+
 
 @app.callback()
 def main() -> None:
@@ -93,9 +95,12 @@ def _overrides(run_config: list[str]) -> dict[str, Any]:
     try:
         if len(run_config) == 1 and run_config[0].endswith(".toml"):
             return tomllib.loads(Path(run_config[0]).expanduser().read_text())
-        pairs = re.findall(r"""(\S+?)=('[^']*'|"[^"]*"|\S+)""", " ".join(run_config))
+        text = " ".join(run_config)
+        pairs = re.findall(_PAIR, text)
+        if re.sub(_PAIR, "", text).strip():
+            raise ValueError(f"{re.sub(_PAIR, '', text).strip()!r} is no pair")
         return tomllib.loads("\n".join(f"{key} = {value}" for key, value in pairs))
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         return _fail(f"--run-config takes 'key=1 other=\"text\"' or one TOML file: {error}")
 
 

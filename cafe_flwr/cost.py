@@ -29,10 +29,12 @@ def macs_per_exit(network: EarlyExitNetwork, example: Tensor) -> list[int]:
     >>> macs_per_exit(ConvNet((1, 16, 16), num_classes=100), torch.zeros(1, 1, 16, 16))
     [23904, 106176, 185376]
     """
-    macs, h = [], example
+    macs, h, training = [], example, network.training
+    network.eval()
     with FlopCounterMode(display=False) as counter:
         for k in range(network.num_exits):
             h = network.stage(k, h)
             network.exit(k, h)
             macs.append(counter.get_total_flops() // (2 * len(example)))
+    network.train(training)
     return macs

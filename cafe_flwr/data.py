@@ -37,12 +37,12 @@ class Split(NamedTuple):
     y
         Labels 0..C−1, (N,) int64.
     source
-        (N, s) int64: rows of the underlying data set each example was made from.
+        (N, s) int64: rows of the underlying data set each example was made from, where that is known.
     """
 
     x: Tensor
     y: Tensor
-    source: Tensor
+    source: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
@@ -278,6 +278,8 @@ def _render(
     dataset: str, labels: NDArray[np.int64], split: str, seed: int, rng: np.random.Generator
 ) -> tuple[Tensor, NDArray[np.int64]]:
     """Images for the labels, (N, 1, 16, 16), and the base digits they were made from, (N, digits per image)."""
+    if not len(labels):
+        return torch.zeros(0, 1, IMAGE_SIZE, IMAGE_SIZE), np.zeros((0, 1), dtype=np.int64)
     pairs = dataset == "digit-pairs"
     digits = np.stack([labels // 10, labels % 10], axis=1) if pairs else labels[:, None]
     pools = digit_pools(seed)[split]

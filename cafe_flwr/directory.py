@@ -15,6 +15,9 @@ from cafe_flwr.log import logger
 from cafe_flwr.messages import Keys, NodeInfo
 
 _POLL_SECONDS = 1.0
+_GRACE_SECONDS = 5.0  # how long to wait for a sound node when all that are there failed
+_LATE_SECONDS = 10.0  # how long a round waits for the answer of a node that has just come
+_RETRY_SECONDS = 30.0  # a node that failed to answer is asked again after so long
 
 
 class Directory:
@@ -35,6 +38,8 @@ class Directory:
         self.hosts: dict[int, int] = {}
         self.problems: list[str] = []
         self._refused: set[int] = set()
+        self._asked_at: dict[int, float] = {}
+        self._suspects: set[int] = set()
 
     @property
     def reference(self) -> NodeInfo:
@@ -65,8 +70,12 @@ class Directory:
             present = self.refresh(grid, timeout=max(seconds, _POLL_SECONDS))
             expected = max((info.num_nodes for info in self.nodes.values()), default=0)
             answered = len(self.nodes) + len(self._refused)
+            if not self.nodes and present >= min_nodes and self.problems:
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)  # all that are here failed
             complete = answered >= max(min_nodes, expected) and (
-                bool(expected) or num_clients is None or len(self.hosts) >= num_clients or not self.nodes
+                bool(expected)
+                or (num_clients is not None and len(self.hosts) >= num_clients)
+                or (num_clients is None and bool(self.nodes))
             )
             if complete or time.monotonic() > deadline:
                 break
@@ -74,12 +83,10 @@ class Directory:
                 logger.info("Waiting for nodes: %d here, %s", present, self._wanted(min_nodes, expected, num_clients))
                 told = True
             time.sleep(_POLL_SECONDS)
-        for problem in self.problems:
-            logger.warning("%s", problem)
         if not self.hosts:
             reasons = "\n  ".join(self.problems) or f"no node was there within {seconds:.0f} s"
             raise RuntimeError(f"no client can take part:\n  {reasons}")
-        if answered < min_nodes:
+        if not complete and answered < min_nodes:
             raise RuntimeError(
                 f"only {answered} of the {min_nodes} nodes asked for (min-available-nodes) were there within "
                 f"{seconds:.0f} s: start more nodes, or raise wait-seconds"
@@ -88,15 +95,17 @@ class Directory:
             absent = sorted(set(range(num_clients)) - set(self.hosts))
             logger.warning("Starting without clients %s", ", ".join(map(str, absent)))
 
-    def refresh(self, grid: Grid, timeout: float) -> int:
+    def refresh(self, grid: Grid, timeout: float = _LATE_SECONDS) -> int:
         """Ask nodes that are new, forget nodes that are gone; the number of nodes there are."""
         present = sorted(grid.get_node_ids())
         for node in set(self.nodes) - set(present):
             info = self.nodes.pop(node)
-            self.hosts = {client: host for client, host in self.hosts.items() if host != node}
             logger.warning("The node of clients %s is gone", ", ".join(map(str, info.clients)))
-        new = [node for node in present if node not in self.nodes and node not in self._refused]
+        now = time.monotonic()
+        known = self._refused | set(self.nodes)
+        new = [n for n in present if n not in known and now - self._asked_at.get(n, -_RETRY_SECONDS) >= _RETRY_SECONDS]
         if new:
+            self._asked_at |= dict.fromkeys(new, now)
             asked = {
                 node: Message(
                     RecordDict({self.keys.config: ConfigRecord(dict(self.question))}), node, MessageType.QUERY
@@ -110,13 +119,33 @@ class Directory:
             # In the order of the clients: node ids are random, and the first node is the reference.
             for node in sorted(infos, key=lambda node: min(infos[node].clients, default=-1)):
                 self._admit(node, infos[node])
+        self._assign()
         return len(present)
+
+    def suspect(self, node: int, failed: bool) -> None:
+        """Note that a node failed, or that it is well again: where two host a client, the sound one is asked."""
+        if failed:
+            self._suspects.add(node)
+        else:
+            self._suspects.discard(node)
+
+    def _assign(self) -> None:
+        """Who is asked for a client: the first node that hosts it, those that failed last coming last."""
+        self.hosts = {}
+        for node in sorted(self.nodes, key=lambda node: node in self._suspects):  # stable: in the order of arrival
+            for client in self.nodes[node].clients:
+                self.hosts.setdefault(client, node)
+
+    def _problem(self, text: str) -> None:
+        if text not in self.problems:
+            self.problems.append(text)
+            logger.warning("%s", text)
 
     def _read(self, answers: Mapping[int, Message]) -> dict[int, NodeInfo]:
         infos = {}
         for node, reply in answers.items():
             if reply.has_error():
-                self._refuse(node, f"a node failed to start: {last_line(reply.error.reason)}")
+                self._problem(f"a node failed to start: {last_line(reply.error.reason)}")
                 continue
             try:
                 infos[node] = NodeInfo.from_message(reply, self.keys)
@@ -125,24 +154,24 @@ class Directory:
         return infos
 
     def _admit(self, node: int, info: NodeInfo) -> None:
-        self.problems += info.problems
         who = f"the node of clients {', '.join(map(str, info.clients)) or '(none)'}"
         if info.version != __version__:
             self._refuse(node, f"{who} was refused: it runs cafe-flwr {info.version}, the server {__version__}")
             return
-        if self.hosts and info.digest != self.reference.digest:
-            self._refuse(node, f"{who} was refused: its network differs from that of client {min(self.hosts)}")
+        if self.nodes and info.digest != next(iter(self.nodes.values())).digest:
+            self._refuse(node, f"{who} was refused: its network or method differs from that of the nodes before it")
             return
-        taken = [client for client in info.clients if client in self.hosts]
+        for problem in info.problems:
+            self._problem(problem)
+        hosted = {client for other in self.nodes.values() for client in other.clients}
+        taken = [client for client in info.clients if client in hosted]
         if taken:
-            self.problems.append(f"{who}: clients {', '.join(map(str, taken))} are hosted by another node already")
+            self._problem(f"{who}: clients {', '.join(map(str, taken))} are hosted by another node already")
         self.nodes[node] = info
-        self.hosts |= {client: node for client in info.clients if client not in taken}
 
     def _refuse(self, node: int, problem: str) -> None:
         self._refused.add(node)
-        if problem not in self.problems:
-            self.problems.append(problem)
+        self._problem(problem)
 
     def _wanted(self, min_nodes: int, expected: int, num_clients: int | None) -> str:
         if expected or num_clients is None:

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-# Not Flower's public API: what its engines set before an app runs, and without which no Message can be made.
+# Not Flower's public API, but what its engines do before an app runs; without it no Message can be made.
 from flwr.supercore.task_identity import TaskIdentity
 
 if TYPE_CHECKING:
@@ -125,5 +125,5 @@ class InProcessGrid(Grid):
 
 
 def _copy(record: Any) -> Any:
-    """A record of its own for the node: what a client does to a message must not reach the server."""
+    """What a client does to a record must not reach the server; arrays are bytes, which nobody can change."""
     return ConfigRecord(dict(record)) if isinstance(record, ConfigRecord) else record

@@ -80,9 +80,10 @@ def run(grid: Grid, settings: Settings) -> Result:
     RuntimeError
         If no client can take part, or all fail in a round. What was recorded until then is kept.
     """
-    folder, state = open_results(settings)
-    recorder = Recorder(folder, settings)
+    results = open_results(settings)
+    recorder = Recorder(results.folder, settings)
     try:
-        return build_strategy(settings, recorder, state).start(grid)
+        return build_strategy(settings, recorder, results.state).start(grid)
     finally:
         recorder.close()
+        results.lock.close()

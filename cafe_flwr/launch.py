@@ -20,6 +20,7 @@ from urllib.request import urlopen
 
 _START_SECONDS = 60.0
 _POLL_SECONDS = 1.0
+_MAX_FAILURES = 10  # in a row
 _CONNECTION = "private"
 
 
@@ -117,12 +118,15 @@ def run_app(
 
 
 def _wait_until_finished(env: dict[str, str], run_id: int) -> str:
-    while True:
-        runs = _flwr(env, "ls", _CONNECTION, "--run-id", str(run_id), "--format", "json").get("runs", [])
-        status = str(runs[0]["status"]) if runs else ""
-        if status.startswith("finished"):
-            return status
+    failures = 0
+    while failures < _MAX_FAILURES:
+        answer = _flwr(env, "ls", _CONNECTION, "--run-id", str(run_id), "--format", "json")
+        runs = answer.get("runs", [])
+        failures = 0 if runs else failures + 1
+        if runs and str(runs[0]["status"]).startswith("finished"):
+            return str(runs[0]["status"])
         time.sleep(_POLL_SECONDS)
+    raise RuntimeError(f"the SuperLink no longer answers: {answer.get('error-message')}")
 
 
 def _flwr(env: dict[str, str], *arguments: str) -> dict[str, Any]:

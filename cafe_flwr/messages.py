@@ -4,8 +4,8 @@ A node hosts one or more clients, and one message a round carries the work of al
 flat array (key ``flat``):
 
 - down: the shared part, then the download of every client in ``downloads``, in that order;
-- up: the shared part, then the upload of every client in ``clients``, in that order. A node that reports one client
-  sends its shared part as float32. A node that reports several sends the sum of n_i·θ_i over them, in float64: one
+- up: the shared part, then the upload of every client in ``clients``, in that order. A node that reports several
+  clients sends the sum of n_i·θ_i over them as its shared part, in float64, each value in the place of two float32: one
   backbone per node, not per client, and the same average whatever node hosts whom (see ``aggregation``).
 
 Lists of per-client values are flattened, client after client.
@@ -29,6 +29,14 @@ PROTOCOL = 1
 FLAT = "flat"
 METRICS = "metrics"
 PHASES = ("before", "after")  # local training
+
+# Keys of a request's config that a user's own must leave alone, as all that begin with "method." or "local.".
+RESERVED = frozenset(
+    {
+        *("protocol", "run", "seed", "digest", "server-round", "num-rounds", "num-clients", "resumable-from"),
+        *("clients", "versions", "downloads", "active-exits", "method", "publish"),
+    }
+)
 
 
 def kebab(name: str) -> str:
@@ -94,7 +102,7 @@ class NodeInfo:
     @classmethod
     def from_message(cls, message: Message, keys: Keys) -> NodeInfo:
         """Read a node's answer; ValueError if it is not one."""
-        config = _record(message, keys.config, ConfigRecord)
+        config = record_of(message, keys.config, ConfigRecord)
         if config.get("protocol") != PROTOCOL:
             raise ValueError(
                 f"speaks message protocol {config.get('protocol')}, this server speaks {PROTOCOL}: "
@@ -122,8 +130,8 @@ class TrainRequest:
         t and T.
     resumable_from
         Oldest round that the run may be resumed from; older personal state is not needed.
-    clients
-        Clients that take part, ascending.
+    clients, versions
+        Clients that take part, ascending; and the round after which each one's personal state is taken up, 0 for none.
     active
         (clients, m−1) bool: which student exits train.
     shared
@@ -143,6 +151,7 @@ class TrainRequest:
     num_rounds: int
     resumable_from: int
     clients: list[int]
+    versions: list[int]
     active: NDArray[np.bool_]
     shared: NDArray[np.float32]
     downloads: Mapping[int, NDArray[np.float32]]
@@ -164,6 +173,7 @@ class TrainRequest:
             "num-rounds": self.num_rounds,
             "resumable-from": self.resumable_from,
             "clients": self.clients,
+            "versions": self.versions,
             "downloads": mine,
             "active-exits": self.active.flatten().tolist(),
             **method_config(self.method, self.method_settings),
@@ -174,7 +184,7 @@ class TrainRequest:
     @classmethod
     def from_message(cls, message: Message, keys: Keys, *, shared_size: int, download_size: int) -> TrainRequest:
         """Read a request on the node; ValueError if it does not fit the node's network."""
-        config = _record(message, keys.config, ConfigRecord)
+        config = record_of(message, keys.config, ConfigRecord)
         if config.get("protocol") != PROTOCOL:
             raise ValueError(f"the server speaks message protocol {config.get('protocol')}, this node {PROTOCOL}")
         flat = _flat(message, keys.arrays)
@@ -193,6 +203,7 @@ class TrainRequest:
             num_rounds=int(config["num-rounds"]),
             resumable_from=int(config["resumable-from"]),
             clients=clients,
+            versions=_ints(config, "versions"),
             active=active.reshape(len(clients), -1),
             shared=shared,
             downloads=dict(zip(with_download, downloads, strict=True)),
@@ -270,8 +281,7 @@ class TrainReply:
             "server-round": self.server_round,
             "digest": self.digest,
             "clients": [r.client for r in self.reports],
-            "failed-clients": list(self.failures),
-            "failures": list(self.failures.values()),
+            **failed(self.failures),
         }
         metrics: dict[str, list[int] | list[float]] = {
             keys.weight: [r.num_examples for r in self.reports],
@@ -284,7 +294,7 @@ class TrainReply:
         for phase in PHASES:
             for f in fields(ExitMetrics):
                 metrics[f"{f.name}-{phase}"] = [v for r in self.reports for v in getattr(getattr(r, phase), f.name)]
-        flat = np.concatenate([self.shared, *(r.upload for r in self.reports)]).astype(self.shared.dtype, copy=False)
+        flat = np.concatenate([self.shared.view(np.float32), *(r.upload for r in self.reports)])
         return RecordDict(
             {
                 keys.arrays: ArrayRecord({FLAT: Array(flat)}),
@@ -298,27 +308,25 @@ class TrainReply:
         cls, message: Message, keys: Keys, *, digest: str, shared_size: int, upload_size: int, num_exits: int
     ) -> TrainReply:
         """Read a reply on the server; ValueError, in words, if anything in it is not as it should be."""
-        config = _record(message, keys.config, ConfigRecord)
-        metrics = _record(message, METRICS, MetricRecord)
+        config = record_of(message, keys.config, ConfigRecord)
+        metrics = record_of(message, METRICS, MetricRecord)
         if config.get("digest") != digest:
             raise ValueError(f"its network has fingerprint {config.get('digest')}, expected {digest}")
         clients = _ints(config, "clients")
-        failed = _ints(config, "failed-clients")
-        reasons = [str(reason) for reason in config.get("failures", [])]
+        failures = failures_of(config)
         n = len(clients)
         if not n:
             nothing = np.zeros(0, dtype=np.float32)
-            return cls(_round(config), digest, nothing, [], dict(zip(failed, reasons, strict=True)))
+            return cls(_round(config), digest, nothing, [], failures)
         flat = _flat(message, keys.arrays)
-        size = shared_size + n * upload_size
-        if len(flat) != size:
-            raise ValueError(f"its array has {len(flat)} values, expected {size}")
-        expected = np.float32 if n == 1 else np.float64
-        if flat.dtype != expected:
-            raise ValueError(f"its array is {flat.dtype}, expected {np.dtype(expected)} for {n} client(s)")
-        if not np.isfinite(flat).all():
-            raise ValueError(f"{int((~np.isfinite(flat)).sum())} of the {size} values in its array are NaN or infinite")
-        uploads = np.split(flat[shared_size:].astype(np.float32), n)
+        places = shared_size if n == 1 else 2 * shared_size
+        if len(flat) != places + n * upload_size:
+            raise ValueError(f"its array has {len(flat)} values, expected {places + n * upload_size}")
+        shared: NDArray[Any] = flat[:places] if n == 1 else flat[:places].view(np.float64)
+        uploads = np.split(flat[places:], n)
+        broken = sum(int((~np.isfinite(part)).sum()) for part in (shared, *uploads))
+        if broken:
+            raise ValueError(f"{broken} of the values in its array are NaN or infinite")
 
         def column(key: str, width: int = 1) -> list[list[Any]]:
             values = metrics.get(key, [])
@@ -326,11 +334,13 @@ class TrainReply:
                 raise ValueError(f"its metrics need {n * width} values of {key!r}, got {values!r}")
             return [values[i * width : (i + 1) * width] for i in range(n)]
 
-        weights = [int(w[0]) for w in column(keys.weight)]
-        if min(weights) < 1:
-            raise ValueError(f"{keys.weight!r} must be at least 1 for every client, got {weights}")
+        weights = [w[0] for w in column(keys.weight)]
+        if not all(isinstance(w, int) and 1 <= w < 2**53 for w in weights):
+            raise ValueError(f"{keys.weight!r} must be a whole number of at least 1 for every client, got {weights}")
         scalars = {k: column(k) for k in ("test-examples", "train-loss", "seconds-train", "seconds-evaluate")}
         similarity = column("similarity", num_exits - 1)
+        if any(abs(value) > 1.01 for row in similarity for value in row):
+            raise ValueError("its similarities must lie between −1 and 1")
         exits = {
             phase: {f.name: column(f"{f.name}-{phase}", num_exits) for f in fields(ExitMetrics)} for phase in PHASES
         }
@@ -349,7 +359,7 @@ class TrainReply:
             )
             for i in range(n)
         ]
-        return cls(_round(config), digest, flat[:shared_size], reports, dict(zip(failed, reasons, strict=True)))
+        return cls(_round(config), digest, shared, reports, failures)
 
 
 @dataclass(frozen=True)
@@ -401,9 +411,25 @@ class FinalReport:
         return cls(**scalars, exits=exits, calibration=counts("calibration"), test=counts("test"))
 
 
+def read_evaluation(message: Message, keys: Keys, num_exits: int) -> tuple[list[FinalReport], dict[int, str]]:
+    """Reports of an evaluation reply, and the clients that failed with the reason."""
+    reports = [FinalReport.from_record(record, num_exits) for record in message.content.metric_records.values()]
+    return reports, failures_of(record_of(message, keys.config, ConfigRecord))
+
+
 def method_config(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A method and its settings, as every message to a node carries them."""
     return {"method": name, **{f"method.{kebab(key)}": value for key, value in settings.items()}}
+
+
+def failed(failures: Mapping[int, str]) -> dict[str, Any]:
+    """Clients that failed and why, as replies carry them."""
+    return _filled({"failed-clients": list(failures), "failures": list(failures.values())})
+
+
+def failures_of(config: Mapping[str, Any]) -> dict[int, str]:
+    """What :func:`failed` wrote."""
+    return dict(zip(_ints(config, "failed-clients"), map(str, config.get("failures", [])), strict=True))
 
 
 def _filled(values: dict[str, Any]) -> dict[str, Any]:
@@ -411,7 +437,8 @@ def _filled(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value != []}
 
 
-def _record(message: Message, key: str, kind: type[Any]) -> Any:
+def record_of(message: Message, key: str, kind: type[Any]) -> Any:
+    """A record of a message; ValueError, with those found, if it is not there."""
     record = message.content.get(key)
     if not isinstance(record, kind):
         found = ", ".join(map(repr, message.content)) or "nothing"
@@ -420,12 +447,12 @@ def _record(message: Message, key: str, kind: type[Any]) -> Any:
 
 
 def _flat(message: Message, key: str) -> NDArray[Any]:
-    record = _record(message, key, ArrayRecord)
+    record = record_of(message, key, ArrayRecord)
     if list(record) != [FLAT]:
         raise ValueError(f"needs exactly one array, {FLAT!r}, found {', '.join(map(repr, record)) or 'none'}")
     flat = record[FLAT].numpy()
-    if flat.ndim != 1:
-        raise ValueError(f"its array must be flat, got shape {flat.shape}")
+    if flat.ndim != 1 or flat.dtype != np.float32:
+        raise ValueError(f"its array must be flat float32, got {flat.dtype} of shape {flat.shape}")
     return np.asarray(flat)
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,7 +30,9 @@ from cafe_flwr.messages import (
     NodeInfo,
     TrainReply,
     TrainRequest,
+    failed,
     prefixed,
+    record_of,
 )
 from cafe_flwr.methods import METHODS, LocalTask, Method
 from cafe_flwr.metrics import dynamic_counts, evaluate, exit_logits, exit_metrics, fit_temperatures
@@ -42,7 +45,13 @@ BuildNetwork = Callable[[Context], EarlyExitNetwork]
 LoadData = Callable[[int, Context], ClientData]
 
 
-def make_client_app(build_network: BuildNetwork, load_data: LoadData, *, keys: Keys | None = None) -> ClientApp:
+def make_client_app(
+    build_network: BuildNetwork,
+    load_data: LoadData,
+    *,
+    keys: Keys | None = None,
+    state_dir: Callable[[Context], str] | None = None,
+) -> ClientApp:
     """A ready Flower ClientApp for the strategies of this package.
 
     Parameters
@@ -54,6 +63,9 @@ def make_client_app(build_network: BuildNetwork, load_data: LoadData, *, keys: K
         ``(client, context) -> ClientData``. Called once per process and client.
     keys
         Names of the records in messages, if the strategy was given others than Flower's.
+    state_dir
+        ``(context) -> folder`` of the personal state where the node's own node-config names none; without it, the
+        user's state folder.
 
     Examples
     --------
@@ -66,7 +78,7 @@ def make_client_app(build_network: BuildNetwork, load_data: LoadData, *, keys: K
     ... )
     """
     app = ClientApp()
-    node = _Node(build_network, load_data, keys or Keys())
+    node = _Node(build_network, load_data, keys or Keys(), state_dir or _no_choice)
     app.query()(node.describe)
     app.query("initial")(node.initial)
     app.train()(node.train)
@@ -120,7 +132,10 @@ _PROCESSES: dict[Any, _Process] = {}
 
 
 class _Node:
-    def __init__(self, build_network: BuildNetwork, load_data: LoadData, keys: Keys) -> None:
+    def __init__(
+        self, build_network: BuildNetwork, load_data: LoadData, keys: Keys, state_dir: Callable[[Context], str]
+    ) -> None:
+        self.state_dir = state_dir
         self.build_network = build_network
         self.load_data = load_data
         self.keys = keys
@@ -136,7 +151,7 @@ class _Node:
         clients, sizes, problems, macs = [], [], [], [0] * work.network.num_exits
         for client in hosted:
             try:
-                data = self._data_of(client, context, seed)
+                data = self._data_of(client, context, seed, hosted)
                 problems += [f"client {client} {note}" for note in _check_data(data, work.network.num_classes)]
             except Exception as error:
                 logger.warning("client %d cannot serve: %s", client, error, exc_info=True)
@@ -173,12 +188,13 @@ class _Node:
         work, request, store = self._read(message, context)
         schema = work.schemas["shared"]
         shared = schema.unpack(request.shared)
+        hosted = _hosted(context, message.content[self.keys.config].get("num-clients"))
         reports: list[ClientReport] = []
         updates: list[NDArray[np.float32]] = []
         failures: dict[int, str] = {}
         for row, client in enumerate(request.clients):
             try:
-                data = self._data_of(client, context, request.seed)
+                data = self._data_of(client, context, request.seed, hosted)
                 report = _train_client(work, request, row, data, shared, store)
                 updates.append(schema.pack(work.network.state_dict()))
                 reports.append(report)
@@ -198,13 +214,20 @@ class _Node:
         """Evaluate the personal networks with the shared part sent; after the last round, publish them."""
         work, request, store = self._read(message, context)
         shared = work.schemas["shared"].unpack(request.shared)
+        config = message.content[self.keys.config]
+        hosted = _hosted(context, config.get("num-clients"))
         content = RecordDict()
-        for client in request.clients:
-            data = self._data_of(client, context, request.seed)
-            personal = store.load(client, before=request.server_round + 1) or work.initial
-            work.network.load_state_dict({**shared, **personal})
-            report, temperatures = _final_report(client, work.network, data)
-            if message.content[self.keys.config].get("publish"):
+        failures: dict[int, str] = {}
+        for client, version in zip(request.clients, request.versions, strict=True):
+            try:
+                data = self._data_of(client, context, request.seed, hosted)
+                work.network.load_state_dict({**shared, **(store.load(client, version) or work.initial)})
+                report, temperatures = _final_report(client, work.network, data)
+            except Exception as error:
+                logger.warning("client %d could not be evaluated", client, exc_info=True)
+                failures[client] = f"{type(error).__name__}: {error}"
+                continue
+            if config.get("publish"):
                 facts = {
                     "run": request.run,
                     "round": request.server_round,
@@ -218,6 +241,7 @@ class _Node:
                 }
                 store.publish(client, work.network.state_dict(), facts)
             content[f"client-{client}"] = report.to_record()
+        content[self.keys.config] = ConfigRecord(failed(failures))
         return Message(content, reply_to=message)
 
     # --- what lives as long as the process ---
@@ -231,13 +255,13 @@ class _Node:
                 f"the server's network has fingerprint {request.digest}, this node's {work.digest}: "
                 "network, number of classes and method must be the same on both"
             )
-        return work, request, PersonalStore(personal_folder(context), request.run)
+        return work, request, PersonalStore(personal_folder(context, self.state_dir(context)), request.run)
 
     def _process(self, context: Context, seed: int) -> _Process:
         key = (self.token, seed, *sorted(context.run_config.items()))
         if key not in _PROCESSES:
-            torch.manual_seed(seed)
-            process = _Process(self.build_network(context))
+            with seeded(seed):
+                process = _Process(self.build_network(context))
             _PROCESSES.clear()
             _PROCESSES[key] = process
         return _PROCESSES[key]
@@ -251,16 +275,31 @@ class _Node:
             process.workplaces[key] = _Workplace(process.network, METHODS[method](**settings), process.weights)
         return process.workplaces[key]
 
-    def _data_of(self, client: int, context: Context, seed: int) -> ClientData:
+    def _data_of(self, client: int, context: Context, seed: int, hosted: Sequence[int]) -> ClientData:
+        if client not in hosted:
+            raise ValueError(f"this node does not host client {client}, only {', '.join(map(str, hosted)) or 'none'}")
         data = self._process(context, seed).data
         if client not in data:
-            data[client] = self.load_data(client, context)
+            with seeded(int(rng_for(seed, 0, client, "data").integers(2**63))):
+                data[client] = self.load_data(client, context)
         return data[client]
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global generator seeded inside, and as before outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _no_choice(context: Context) -> str:
+    return ""
 
 
 def _method_of(message: Message, keys: Keys) -> tuple[int, str, dict[str, Any]]:
     """Seed, name of the method and its settings, as every message to a node carries them."""
-    config = cast(Mapping[str, Any], message.content[keys.config])
+    config = cast(Mapping[str, Any], record_of(message, keys.config, ConfigRecord))
     return int(config["seed"]), str(config["method"]), prefixed(config, "method.")
 
 
@@ -292,6 +331,10 @@ def _check_data(data: ClientData, num_classes: int) -> list[str]:
             raise ValueError(
                 f"its {name} split has labels {int(y.min())}..{int(y.max())}, expected 0..{num_classes - 1}"
             )
+    if data.train.x.dtype != torch.float32 or data.train.y.dtype != torch.int64:
+        raise ValueError(
+            f"its inputs must be float32 and its labels int64, got {data.train.x.dtype} and {data.train.y.dtype}"
+        )
     notes = []
     if len(data.train.y.unique()) == 1:
         notes.append("has a single class in its training split; it takes part")
@@ -309,24 +352,25 @@ def _train_client(
     store: PersonalStore,
 ) -> ClientReport:
     """One client's round; its new personal state is on disk when this returns, and only then."""
-    client, network = request.clients[row], work.network
-    personal = store.load(client, before=request.server_round) or work.initial
-    network.load_state_dict({**shared, **personal})
+    client, version, network = request.clients[row], request.versions[row], work.network
+    network.load_state_dict({**shared, **(store.load(client, version) or work.initial)})
     start = time.perf_counter()
     before = evaluate(network, data.test)
     evaluated = time.perf_counter()
     download: Mapping[str, Tensor] = {}
     if client in request.downloads:
         download = work.schemas["download"].unpack(request.downloads[client])
+    rng = partial(rng_for, request.seed, request.server_round, client)
     task = LocalTask(
         network=network,
         data=data.train,
         active=request.active[row].tolist(),
         download=download,
         budget=request.budget,
-        rng=partial(rng_for, request.seed, request.server_round, client),
+        rng=rng,
     )
-    result = work.method.train(task)
+    with seeded(int(rng("torch").integers(2**63))):  # for networks that draw, e.g. dropout
+        result = work.method.train(task)
     trained = time.perf_counter()
     after = evaluate(network, data.test)
     done = time.perf_counter()
@@ -335,7 +379,8 @@ def _train_client(
     if broken:
         raise ValueError(f"training ended with NaN or infinite values in {', '.join(broken[:3])}: lower learning-rate")
     names = work.schemas["personal"].names
-    store.save(client, request.server_round, {n: tensors[n] for n in names}, keep_from=request.resumable_from)
+    personal = {name: tensors[name] for name in names}
+    store.save(client, request.server_round, personal, base=version, resumable_from=request.resumable_from)
     return ClientReport(
         client=client,
         num_examples=len(data.train),

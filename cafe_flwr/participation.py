@@ -51,9 +51,15 @@ def hosted_clients(partition: int, num_partitions: int, num_clients: int) -> lis
 
 
 def sample_clients(
-    available: Sequence[int], fraction: float, minimum: int, *, seed: int, server_round: int
+    available: Sequence[int],
+    fraction: float,
+    minimum: int,
+    *,
+    seed: int,
+    server_round: int,
+    purpose: str = "participants",
 ) -> list[int]:
-    """Clients that train in this round, in ascending order.
+    """Clients that take part in this round, in ascending order.
 
     The same seed, round and set of clients give the same sample whatever nodes host them.
 
@@ -68,5 +74,5 @@ def sample_clients(
     """
     clients = sorted(available)
     size = min(len(clients), max(int(round(len(clients) * fraction, 9)), minimum))
-    chosen = rng_for(seed, server_round, -1, "participants").permutation(len(clients))[:size]
+    chosen = rng_for(seed, server_round, -1, purpose).permutation(len(clients))[:size]
     return [clients[i] for i in sorted(chosen)]

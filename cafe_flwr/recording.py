@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,7 +143,15 @@ class RoundCallback(Protocol):
         """After the last round, with the evaluation of every personal network."""
 
 
-def open_results(settings: Settings) -> tuple[Path, ServerState | None]:
+class Results(NamedTuple):
+    """A results folder that is ready: its path, the state to resume from, and the lock that keeps others out."""
+
+    folder: Path
+    state: ServerState | None
+    lock: IO[str]
+
+
+def open_results(settings: Settings) -> Results:
     """Make the run's results folder ready, before the first round.
 
     An earlier run of the same name is not overwritten: it is moved aside to ``<name>.1``, ``<name>.2``, …
@@ -152,7 +160,8 @@ def open_results(settings: Settings) -> tuple[Path, ServerState | None]:
     Raises
     ------
     ValueError
-        If the folder cannot be written, holds something else, or there is nothing to resume.
+        If the folder cannot be written, holds something else or a run that is still under way, or there is nothing to
+        resume.
     """
     folder = settings.results
     run_config = settings.to_run_config()
@@ -162,19 +171,41 @@ def open_results(settings: Settings) -> tuple[Path, ServerState | None]:
             state = _resumable(folder, run_config)
         elif folder.exists() and any(folder.iterdir()):
             _move_aside(folder)
+        lock = _lock(folder)
         text = json.dumps(run_config, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / "settings.json", text)
     except OSError as error:
         raise ValueError(f"cannot write results to {folder}: {error}. Set results-dir to a folder you own") from error
     logger.info("Results: %s", folder)
-    return folder, state
+    return Results(folder, state, lock)
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Hold the folder until the file is closed, or the process ends however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")  # noqa: SIM115 (open as long as the run)
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"another run is still writing to {folder}: stop it (`flwr ls`, `flwr stop`) or choose another name"
+        ) from None
+    return file
 
 
 def _resumable(folder: Path, run_config: Mapping[str, Any]) -> ServerState:
     state = Checkpoints(folder / "checkpoint").load()
     if state is None:
         raise ValueError(f"resume = true, but there is no checkpoint in {folder / 'checkpoint'}")
-    before = json.loads((folder / "settings.json").read_text())
+    try:
+        before = json.loads((folder / "settings.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot resume {folder}: its settings.json cannot be read ({error})") from error
     changed = [
         f"{key} was {before.get(key)!r}, now {value!r}"
         for key, value in run_config.items()
@@ -188,6 +219,7 @@ def _resumable(folder: Path, run_config: Mapping[str, Any]) -> ServerState:
 def _move_aside(folder: Path) -> None:
     if not (folder / "settings.json").exists():
         raise ValueError(f"{folder} exists and is not a run of cafe-flwr: choose another name or results-dir")
+    _lock(folder).close()  # not while a run writes there
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1
@@ -234,7 +266,7 @@ class Recorder:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] < run.first_round]
         write_atomically(self._rounds, "".join(kept))
         header, *rows = self._rows.read_text().splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and int(row.split(",", 1)[0]) < run.first_round]
+        kept = [row for row in rows if row.endswith("\n") and _is_before(row, run.first_round)]
         write_atomically(self._rows, "".join([header, *kept]))
 
     def on_round(self, record: RoundRecord, state: ServerState) -> None:
@@ -298,7 +330,7 @@ class Recorder:
             "dataset": self.settings.dataset,
             "seed": self.settings.seed,
             "num_rounds": run.num_rounds,
-            "num_clients": len(run.clients),
+            "num_clients": len({*run.clients, *(f.client for f in reports)}),
             "accuracy": _mean(accuracy),
             "accuracy_per_exit": accuracy,
             "accuracy_last_exit": accuracy[-1] if accuracy else math.nan,
@@ -335,6 +367,12 @@ class Recorder:
             ],
             "versions": _versions(),
         }
+
+
+def _is_before(row: str, server_round: int) -> bool:
+    """Whether a row of the long table belongs to an earlier round, and not to the evaluation at the end."""
+    number, _, phase, *_ = row.split(",")
+    return int(number) < server_round and phase != "final"
 
 
 def _rows(

@@ -125,7 +125,7 @@ class Settings(BaseModel):
     selection: Literal["shallow-first", "deep-first", "random", "none"] = "shallow-first"
     """Order in which student exits join: the published shallow-first, or an ablation ('none': all from round 1)."""
     teachers: Literal["matched", "uniform", "own"] = "matched"
-    """Whose last exits teach: matched by the QP, all by their data, or only one's own."""
+    """Whose last exits teach: matched by the QP, all alike, or only one's own."""
     similarity_proxy: Literal["parameters", "gradients"] = "parameters"
     """How an exit's conflict with the last exit is measured: cosine of the classifiers, or of the gradients."""
     solver: str = Field("exact", min_length=1)
@@ -143,7 +143,7 @@ class Settings(BaseModel):
             Naming every key that is unknown (with the nearest known one), has the wrong type or an impossible value.
         """
         try:
-            return cls.model_validate(dict(run_config))
+            return cls.model_validate(dict(run_config), by_alias=True, by_name=False)
         except ValidationError as error:
             raise ValueError("; ".join(_explain(cls, detail) for detail in error.errors())) from None
 
@@ -171,8 +171,10 @@ class Settings(BaseModel):
             from cafe_flwr.teaching import check_solver
 
             check_solver(self.solver)
-        for key in ("results_dir", "state_dir"):
+        for key in ("results_dir", "state_dir", "dataset"):
             path = getattr(self, key)
+            if key == "dataset":
+                path = path.partition(":")[2]
             if path and not Path(path).expanduser().is_absolute():
                 raise ValueError(
                     f"{_kebab(key)} must be an absolute path or start with '~', got {path!r}: Flower's processes have "

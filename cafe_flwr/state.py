@@ -60,8 +60,9 @@ def _version_path(folder: Path, server_round: int) -> Path:
 class PersonalStore:
     """Personal parameters of the clients of one node, a file per client and round.
 
-    Training in round t starts from the newest version before t and writes version t. A message that arrives twice
-    therefore gives the same result twice, and a run that is resumed from an older checkpoint finds the older version.
+    The server says which version a client starts from: that of the last report it has of the client. A message that
+    arrives twice therefore gives the same result twice, a reply that got lost counts as not given, and a run that is
+    resumed from an older checkpoint goes on from the older version.
 
     Parameters
     ----------
@@ -80,10 +81,25 @@ class PersonalStore:
     def _of(self, client: int) -> Path:
         return self._versions / f"client-{client}"
 
-    def load(self, client: int, before: int) -> dict[str, Tensor] | None:
-        """The newest whole version from a round earlier than ``before``; None if there is none."""
+    def load(self, client: int, version: int) -> dict[str, Tensor] | None:
+        """Personal parameters after the given round; None for version 0, what a client starts from.
+
+        If the file is damaged, the newest whole one before it is used, with a warning.
+
+        Raises
+        ------
+        ValueError
+            If there is no such version, or it belongs to another client.
+        """
+        if version == 0:
+            return None
+        if not _version_path(self._of(client), version).exists():
+            raise ValueError(
+                f"its personal state of round {version} is not in {self._of(client)}: bring the folder back, or set "
+                "state-dir to where it is"
+            )
         for server_round, path in _versions(self._of(client)):
-            if server_round >= before:
+            if server_round > version:
                 continue
             try:
                 with safe_open(path, framework="pt") as file:
@@ -91,7 +107,7 @@ class PersonalStore:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 logger.warning(
-                    "state of client %d, round %d, is damaged (%s); an older is used", client, server_round, error
+                    "state of client %d, round %d, is damaged (%s): using an older", client, server_round, error
                 )
                 continue
             if facts.get("client") != str(client) or facts.get("state-version") != str(STATE_VERSION):
@@ -102,7 +118,9 @@ class PersonalStore:
             return tensors
         return None
 
-    def save(self, client: int, server_round: int, tensors: Mapping[str, Tensor], keep_from: int) -> None:
+    def save(
+        self, client: int, server_round: int, tensors: Mapping[str, Tensor], *, base: int, resumable_from: int
+    ) -> None:
         """Write the version of a round.
 
         Parameters
@@ -111,14 +129,18 @@ class PersonalStore:
             Whose state, and after which round.
         tensors
             Personal parameters by name.
-        keep_from
-            Oldest round that may be resumed from; versions that are not needed for it are deleted.
+        base
+            Version that training started from. Versions between it and this one were never acknowledged: they go.
+        resumable_from
+            Oldest round that the run may be resumed from; versions that are not needed for it go, too.
         """
         facts = {"state-version": str(STATE_VERSION), "client": str(client), "round": str(server_round)}
         content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, facts)
         write_atomically(_version_path(self._of(client), server_round), content)
-        older = [(r, path) for r, path in _versions(self._of(client)) if r <= min(keep_from, server_round - 1)]
-        for _, path in older[1:]:
+        versions = _versions(self._of(client))
+        lost = [path for r, path in versions if base < r < server_round]
+        old = [path for r, path in versions if r <= min(base, resumable_from)]
+        for path in lost + old[1:]:
             path.unlink(missing_ok=True)
 
     def publish(self, client: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
@@ -129,28 +151,25 @@ class PersonalStore:
         write_atomically(self.folder / f"client-{client}.json", text + "\n")
 
 
-def personal_folder(context: Context) -> Path:
-    """Where a node keeps personal state: its own node-config, else the run's settings, else the user's state folder.
+def personal_folder(context: Context, chosen: str = "") -> Path:
+    """Where a node keeps personal state: its own node-config ``state-dir``, else ``chosen``, else the user's folder.
 
-    A path never comes from the server's messages. On a device, whose node-config names its ``clients``, the run's
-    settings have no say either.
+    A path never comes from the server's messages.
+
+    Raises
+    ------
+    ValueError
+        If the folder is not absolute: Flower's processes have their own working directory.
     """
-    from cafe_flwr.settings import Settings
+    path = str(context.node_config.get("state-dir", "")) or chosen
+    if not path:
+        from platformdirs import user_state_path
 
-    own = str(context.node_config.get("state-dir", ""))
-    if own:
-        return Path(own).expanduser()
-    chosen = str(context.run_config.get("state-dir", ""))
-    results = str(context.run_config.get("results-dir", ""))
-    if "clients" not in context.node_config and (chosen or results):
-        if chosen:
-            return Path(chosen).expanduser()
-        known = set(Settings.keys())
-        ours = {key: value for key, value in context.run_config.items() if key in known}
-        return Settings.from_run_config(ours).results / "personal"
-    from platformdirs import user_state_path
-
-    return user_state_path("cafe-flwr")
+        return user_state_path("cafe-flwr")
+    folder = Path(path).expanduser()
+    if not folder.is_absolute():
+        raise ValueError(f"state-dir must be an absolute path or start with '~', got {path!r}")
+    return folder
 
 
 @dataclass

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -18,7 +20,9 @@ from cafe_flwr.directory import Directory, last_line
 from cafe_flwr.log import logger
 from cafe_flwr.messages import (
     FLAT,
+    METRICS,
     PHASES,
+    RESERVED,
     ClientReport,
     FinalReport,
     Keys,
@@ -26,6 +30,7 @@ from cafe_flwr.messages import (
     TrainReply,
     TrainRequest,
     method_config,
+    read_evaluation,
 )
 from cafe_flwr.methods import CafeDistillMethod, ClientRecord, Method, RoundPlan, settings_of
 from cafe_flwr.participation import rng_for, sample_clients
@@ -33,6 +38,18 @@ from cafe_flwr.recording import RoundCallback, RoundRecord, RunInfo
 from cafe_flwr.settings import Settings
 from cafe_flwr.state import ServerState
 from cafe_flwr.training import LocalBudget, learning_rate_at
+
+DEFAULT_ROUNDS = 100
+
+
+@dataclass
+class _Round:
+    """The round under way."""
+
+    clients: Sequence[int] = ()
+    plan: RoundPlan = field(default_factory=lambda: RoundPlan(np.zeros((0, 0), dtype=bool)))
+    reports: Sequence[ClientReport] = ()
+    left_out: Mapping[int, str] = field(default_factory=dict)
 
 
 class FederatedStrategy(FedAvg):
@@ -45,13 +62,14 @@ class FederatedStrategy(FedAvg):
     Parameters
     ----------
     *args, **kwargs
-        As for :class:`flwr.serverapp.strategy.FedAvg`, with ``fraction_evaluate`` 0 by default: clients evaluate
-        before and after local training inside the training message. ``train_metrics_aggr_fn`` and
+        As for :class:`flwr.serverapp.strategy.FedAvg`, with other defaults: ``fraction_evaluate`` is 0, since clients
+        evaluate before and after local training inside the training message; ``min_train_nodes`` and
+        ``min_available_nodes`` are 1, since a node may host many clients. ``train_metrics_aggr_fn`` and
         ``evaluate_metrics_aggr_fn`` get one record per client.
     method
         What clients minimise and the server combines.
     num_rounds
-        T: schedules (learning rate, student exits) span so many rounds.
+        T: schedules (learning rate, student exits) span so many rounds. None: as many as :meth:`start` is told.
     local
         Local training. Its learning rate is constant until T/2 and then falls like a cosine.
     num_clients
@@ -72,7 +90,7 @@ class FederatedStrategy(FedAvg):
         self,
         *args: Any,
         method: Method,
-        num_rounds: int = 100,
+        num_rounds: int | None = None,
         local: LocalBudget | None = None,
         num_clients: int | None = None,
         seed: int = 0,
@@ -82,14 +100,24 @@ class FederatedStrategy(FedAvg):
         resume_from: ServerState | None = None,
         **kwargs: Any,
     ) -> None:
+        if len(args) < 3:  # FedAvg's 2 would overrule fractions, and make one node with many clients wait for another
+            kwargs.setdefault("min_train_nodes", 1)
+        if len(args) < 5:
+            kwargs.setdefault("min_available_nodes", 1)
         given = len(args) > 1 or "fraction_evaluate" in kwargs
         super().__init__(*args, **kwargs)
         if not given:
             self.fraction_evaluate = 0.0
-        if num_rounds < 1:
-            raise ValueError(f"num_rounds must be at least 1, got {num_rounds}")
+        checked = {"seed": seed, "wait-seconds": wait_seconds, "round-timeout": round_timeout}
+        checked |= {"num-server-rounds": num_rounds} if num_rounds is not None else {}
+        checked |= {"num-clients": num_clients} if num_clients is not None else {}
+        Settings.from_run_config(checked)
+        for name in ("fraction_train", "fraction_evaluate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
         self.method = method
-        self.num_rounds = num_rounds
+        self._planned_rounds = num_rounds
+        self.num_rounds = DEFAULT_ROUNDS if num_rounds is None else num_rounds
         self.local = local or LocalBudget()
         self.num_clients = num_clients
         self.seed = seed
@@ -102,8 +130,10 @@ class FederatedStrategy(FedAvg):
             question["num-clients"] = num_clients
         self.directory = Directory(self.keys, question)
         self.state = resume_from
-        self._asked: list[tuple[Message, list[int]]] = []
-        self._round: dict[str, Any] = {}
+        self._resume_from = resume_from
+        self._asked: list[tuple[Message, int, list[int]]] = []
+        self._round = _Round()
+        self._seconds: deque[float] = deque(maxlen=10)
 
     # --- Flower's strategy interface ---
 
@@ -123,10 +153,14 @@ class FederatedStrategy(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message for every node that hosts participants: each client its own download and active exits."""
-        self._connect(grid)
-        state = self._state(arrays)
+        self._round, self._asked = _Round(), []
+        reserved = [key for key in config if key in RESERVED or key.startswith(("method.", "local."))]
+        if reserved:
+            raise ValueError(f"the train config must not hold keys of the strategy's own: {', '.join(reserved)}")
         if self.fraction_train == 0.0:
             return []
+        self._connect(grid)
+        state = self._state(arrays)
         clients = sample_clients(
             list(self.directory.hosts),
             self.fraction_train,
@@ -142,7 +176,7 @@ class FederatedStrategy(FedAvg):
             state.known,
             rng_for(self.seed, server_round, -1, "selection"),
         )
-        self._round = {"plan": plan, "clients": clients}
+        self._round = _Round(clients, plan)
         return self._messages(server_round, clients, plan, config, MessageType.TRAIN)
 
     def aggregate_train(
@@ -155,33 +189,38 @@ class FederatedStrategy(FedAvg):
         RuntimeError
             If no client replied well, with all reasons.
         """
-        assert self.state is not None
+        if self.state is None or not self._round.clients:
+            return None, None
         info = self.directory.reference
         good, left_out = self._read(server_round, replies, info)
         for client, reason in sorted(left_out.items()):
             logger.warning("Round %d: client %d is left out: %s", server_round, client, reason)
         reports = sorted((r for reply in good for r in reply.reports), key=lambda report: report.client)
-        self._round |= {"reports": reports, "left_out": left_out}
+        self._round.reports, self._round.left_out = reports, left_out
         if not reports:
-            if not self._round["clients"]:
-                return None, None
             reasons = "\n  ".join(f"client {client}: {reason}" for client, reason in sorted(left_out.items()))
             raise RuntimeError(f"round {server_round} failed for every client:\n  {reasons}")
         # A node that reports several clients has weighted its sum already.
         sums = (weighted(r.shared, r.weight) if len(r.reports) == 1 else r.shared for r in good)
-        self.state.shared = weighted_mean(sums, sum(reply.weight for reply in good))
+        with np.errstate(over="ignore"):
+            mean = weighted_mean(sums, sum(reply.weight for reply in good))
+        if not np.isfinite(mean).all():
+            raise RuntimeError(f"round {server_round}: the average of the shared parameters is too large for float32")
+        self.state.shared = mean
         self.state.round = server_round
         for r in reports:
             similarity = np.asarray(r.similarity, dtype=np.float64)
             self.state.known[r.client] = ClientRecord(r.num_examples, server_round, r.upload, similarity)
-        records = [RecordDict({"metrics": _client_metrics(r, self.weighted_by_key)}) for r in reports]
-        metrics = self.train_metrics_aggr_fn(records, self.weighted_by_key)
+        measured = [r for r in reports if r.test_examples]  # without a test split there is nothing but NaN
+        records = [RecordDict({METRICS: _client_metrics(r, self.weighted_by_key)}) for r in measured]
+        metrics = self.train_metrics_aggr_fn(records, self.weighted_by_key) if records else None
         return self._arrays(self.state.shared), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask clients to evaluate the aggregated network with their own heads; nobody, by default."""
+        self._asked = []
         if self.fraction_evaluate == 0.0:
             return []
         self._connect(grid)
@@ -192,20 +231,21 @@ class FederatedStrategy(FedAvg):
             self.min_evaluate_nodes,
             seed=self.seed,
             server_round=server_round,
+            purpose="evaluators",
         )
         return self._evaluate_messages(server_round, clients, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Average accuracy, loss and ECE per exit over the clients that replied."""
+        """Average accuracy, loss and ECE per exit over the clients that replied, by their test examples."""
         reports = self._read_evaluations(server_round, replies)
         if not reports:
             return None
         records = [
-            MetricRecord({self.weighted_by_key: r.test_examples, "accuracy": r.exits.accuracy, "loss": r.exits.loss})
+            RecordDict({METRICS: MetricRecord({self.weighted_by_key: r.test_examples, **vars(r.exits)})})
             for r in reports
             if r.test_examples
         ]
-        return self.evaluate_metrics_aggr_fn([RecordDict({"metrics": r}) for r in records], self.weighted_by_key)
+        return self.evaluate_metrics_aggr_fn(records, self.weighted_by_key) if records else None
 
     def start(
         self,
@@ -224,10 +264,11 @@ class FederatedStrategy(FedAvg):
         grid
             Flower's grid.
         initial_arrays
-            Initial parameters by name; more than the shared ones may be given. None: a node is asked for those that
-            the seed gives, so that the server needs neither network nor data.
+            Initial shared parameters by name; others are not looked at, since personal ones are the clients' own.
+            None: a node is asked for those that the seed gives, so that the server needs neither network nor data.
         num_rounds
-            Stop after this round; None: all of the strategy's own ``num_rounds``, which its schedules span.
+            Stop after this round. The schedules span the ``num_rounds`` the strategy was made with, or these here if it
+            was made without. None: all of them.
         timeout
             Of a round, in seconds; None: the strategy's own.
         train_config, evaluate_config
@@ -245,8 +286,14 @@ class FederatedStrategy(FedAvg):
             If no client can take part, or all clients of a round fail.
         """
         started = time.perf_counter()
+        if self._planned_rounds is None:
+            self.num_rounds = num_rounds or DEFAULT_ROUNDS
+        last = self.num_rounds if num_rounds is None else num_rounds
+        if not 1 <= last <= self.num_rounds:
+            raise ValueError(f"num_rounds must be in 1..{self.num_rounds}, for which the strategy was made, got {last}")
+        self.state, self._resume_from = self._resume_from, None
         logger.info("Starting %s:", self.method.name)
-        logger.info("\t├── Number of rounds: %d", self.num_rounds)
+        logger.info("\t├── Number of rounds: %d%s", self.num_rounds, f", stop after {last}" * (last < self.num_rounds))
         self.summary()
         self.directory.wait(
             grid, min_nodes=self.min_available_nodes, num_clients=self.num_clients, seconds=self.wait_seconds
@@ -278,7 +325,6 @@ class FederatedStrategy(FedAvg):
         evaluate_config = evaluate_config or ConfigRecord()
         if evaluate_fn and (value := evaluate_fn(state.round, arrays)) is not None:
             result.evaluate_metrics_serverapp[state.round] = value
-        last = self.num_rounds if num_rounds is None else min(num_rounds, self.num_rounds)
         for server_round in range(state.round + 1, last + 1):
             arrays = self._run_round(grid, server_round, arrays, train_config, timeout, result)
             replies = grid.send_and_receive(
@@ -317,7 +363,7 @@ class FederatedStrategy(FedAvg):
         if new_arrays is not None:
             result.arrays = arrays = new_arrays
         done = time.perf_counter()
-        reports: list[ClientReport] = self._round.get("reports", [])
+        reports = self._round.reports
         seconds = {
             "total": done - start,
             "train": sum(r.seconds_train for r in reports),
@@ -328,17 +374,20 @@ class FederatedStrategy(FedAvg):
         record = RoundRecord(
             server_round=server_round,
             num_rounds=self.num_rounds,
-            participants=self._round.get("clients", []),
-            left_out=self._round.get("left_out", {}),
-            plan=self._round.get("plan", RoundPlan(np.zeros((0, 0), dtype=bool))),
+            participants=self._round.clients,
+            left_out=self._round.left_out,
+            plan=self._round.plan,
             reports=reports,
             learning_rate=learning_rate_at(self.local.learning_rate, server_round, self.num_rounds),
             bytes_down=sum(_num_bytes(message) for message in messages),
             bytes_up=sum(_num_bytes(reply) for reply in replies if reply.has_content()),
             seconds=seconds,
         )
-        logger.info("%s", record.line())
-        assert self.state is not None
+        self._seconds.append(seconds["total"])
+        left = sum(self._seconds) / len(self._seconds) * (self.num_rounds - server_round)
+        logger.info("%s · %s", record.line(), f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left")
+        if self.state is None:  # nobody trains
+            return arrays
         for callback in self.callbacks:
             callback.on_round(record, self.state)
         return arrays
@@ -349,8 +398,10 @@ class FederatedStrategy(FedAvg):
         assert self.state is not None
         row_of = {client: row for row, client in enumerate(clients)}
         budget = LocalBudget(**{**vars(self.local), "learning_rate": self._learning_rate(server_round)})
+        if self.num_clients is not None:
+            config = {**config, "num-clients": self.num_clients}
         messages: list[Message] = []
-        asked: list[list[int]] = []
+        self._asked = []
         for node, hosted in self.directory.by_node(clients).items():
             request = TrainRequest(
                 run=self.state.run,
@@ -360,6 +411,7 @@ class FederatedStrategy(FedAvg):
                 num_rounds=self.num_rounds,
                 resumable_from=max(0, server_round - 2),  # the older of the two checkpoints kept
                 clients=hosted,
+                versions=[self.state.known[c].seen if c in self.state.known else 0 for c in hosted],
                 active=plan.active[[row_of[client] for client in hosted]],
                 shared=self.state.shared,
                 downloads=plan.downloads,
@@ -368,8 +420,7 @@ class FederatedStrategy(FedAvg):
                 budget=budget,
             )
             messages.append(Message(request.to_content(self.keys, config), node, message_type))
-            asked.append(hosted)
-        self._asked = list(zip(messages, asked, strict=True))
+            self._asked.append((messages[-1], node, hosted))
         return messages
 
     def _learning_rate(self, server_round: int) -> float:
@@ -380,12 +431,13 @@ class FederatedStrategy(FedAvg):
     ) -> tuple[list[TrainReply], dict[int, str]]:
         """Replies that can be used, in the order of their clients, and clients left out with the reason."""
         assert self.state is not None
-        asked = {message.metadata.message_id: clients for message, clients in self._asked}
+        asked = {message.metadata.message_id: (node, clients) for message, node, clients in self._asked}
         good: list[TrainReply] = []
         left_out: dict[int, str] = {}
         for message in replies:
             # By the message it answers: an error's sender may be the server itself.
-            clients = asked.pop(message.metadata.reply_to_message_id, [])
+            node, clients = asked.pop(message.metadata.reply_to_message_id, (0, []))
+            self.directory.suspect(node, message.has_error())
             if message.has_error():
                 left_out |= dict.fromkeys(clients, f"its node failed: {last_line(message.error.reason)}")
                 continue
@@ -401,13 +453,17 @@ class FederatedStrategy(FedAvg):
                 answered = [report.client for report in reply.reports] + list(reply.failures)
                 if sorted(answered) != clients or reply.server_round != server_round:
                     raise ValueError(f"it answers for clients {answered} of round {reply.server_round}, not as asked")
-            except (ValueError, KeyError, TypeError) as error:
+                wrong = [r.client for r in reply.reports if r.num_examples != self._examples(r.client)]
+                if wrong:
+                    raise ValueError(f"clients {wrong} report other numbers of examples than at the start")
+            except Exception as error:  # whatever a node may send: the round goes on without it
                 left_out |= dict.fromkeys(clients, f"its node's reply cannot be used: {error}")
                 continue
             left_out |= reply.failures
             if reply.reports:
                 good.append(reply)
-        for clients in asked.values():
+        for node, clients in asked.values():
+            self.directory.suspect(node, True)
             left_out |= dict.fromkeys(clients, f"no reply from its node within {self.round_timeout:g} s")
         return sorted(good, key=lambda reply: reply.reports[0].client), left_out
 
@@ -421,32 +477,51 @@ class FederatedStrategy(FedAvg):
         return self._messages(server_round, clients, RoundPlan(active), config, MessageType.EVALUATE)
 
     def _read_evaluations(self, server_round: int, replies: Iterable[Message]) -> list[FinalReport]:
-        reports = []
-        num_exits = self.directory.reference.num_exits
+        """Reports of the clients that were asked; the others are named in the log, with the reason."""
+        asked = {message.metadata.message_id: clients for message, _, clients in self._asked}
+        reports: list[FinalReport] = []
+        missing: dict[int, str] = {}
         for message in replies:
+            clients = asked.pop(message.metadata.reply_to_message_id, [])
             if message.has_error():
-                logger.warning("Round %d: a node failed to evaluate: %s", server_round, last_line(message.error.reason))
+                missing |= dict.fromkeys(clients, f"its node failed: {last_line(message.error.reason)}")
                 continue
-            reports += [FinalReport.from_record(r, num_exits) for r in message.content.metric_records.values()]
+            try:
+                read = read_evaluation(message, self.keys, self.directory.reference.num_exits)
+                if sorted([report.client for report in read[0]] + list(read[1])) != clients:
+                    raise ValueError("it does not answer for the clients asked")
+            except Exception as error:  # whatever a node may send: the others count
+                missing |= dict.fromkeys(clients, f"its node's reply cannot be used: {error}")
+                continue
+            reports += read[0]
+            missing |= read[1]
+        for clients in asked.values():
+            missing |= dict.fromkeys(clients, "no reply from its node")
+        for client, reason in sorted(missing.items()):
+            logger.warning("Round %d: no evaluation of client %d: %s", server_round, client, reason)
         return sorted(reports, key=lambda report: report.client)
 
     def _evaluate_all(self, grid: Grid, config: ConfigRecord, timeout: float) -> list[FinalReport]:
         """Every client there is evaluates its personal network and publishes it in its own folder."""
         assert self.state is not None
-        self.directory.refresh(grid, timeout)
+        self.directory.refresh(grid)
+        if not self.directory.hosts:
+            logger.warning("No final evaluation: all nodes are gone")
+            return []
         messages = self._evaluate_messages(self.state.round, sorted(self.directory.hosts), config, publish=True)
-        reports = self._read_evaluations(self.state.round, grid.send_and_receive(messages, timeout=timeout))
-        absent = set(self.directory.hosts) - {report.client for report in reports}
-        if absent:
-            logger.warning("No final evaluation of clients %s", ", ".join(map(str, sorted(absent))))
-        return reports
+        return self._read_evaluations(self.state.round, grid.send_and_receive(messages, timeout=timeout))
+
+    def _examples(self, client: int) -> int:
+        """Training examples of a client, as its node said when it was first asked."""
+        info = self.directory.nodes[self.directory.hosts[client]]
+        return info.num_examples[info.clients.index(client)]
 
     # --- shared parameters, flat and by name ---
 
     def _connect(self, grid: Grid) -> None:
         """Ask nodes that have come since, or all of them if nobody has asked yet."""
         if self.directory.hosts:
-            self.directory.refresh(grid, self.wait_seconds)
+            self.directory.refresh(grid)
         if not self.directory.hosts:
             self.directory.wait(
                 grid, min_nodes=self.min_available_nodes, num_clients=self.num_clients, seconds=self.wait_seconds
@@ -503,7 +578,7 @@ class CafeDistill(FederatedStrategy):
     *args, **kwargs
         As for :class:`FederatedStrategy`, and so for Flower's FedAvg.
     num_rounds
-        T; the share of active student exits grows as min(2t/T, 1).
+        T; the share of active student exits grows as min(2t/T, 1). None: as many as ``start`` is told.
     mu, distill_weight, temperature
         μ of teacher matching, λ and τ of distillation.
     selection, teachers, similarity_proxy, solver, max_staleness
@@ -525,7 +600,7 @@ class CafeDistill(FederatedStrategy):
     def __init__(
         self,
         *args: Any,
-        num_rounds: int = 100,
+        num_rounds: int | None = None,
         mu: float = 0.5,
         distill_weight: float = 1.0,
         temperature: float = 3.0,
@@ -547,7 +622,7 @@ class CafeDistill(FederatedStrategy):
             max_staleness=max_staleness,
         )
         own = {name.replace("_", "-"): value for name, value in settings_of(method).items()}
-        Settings.from_run_config({"num-server-rounds": num_rounds, **own})
+        Settings.from_run_config(own)
         super().__init__(*args, method=method, num_rounds=num_rounds, **kwargs)
 
 

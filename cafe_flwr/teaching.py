@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def teacher_weights(similarity: ArrayLike, prior: ArrayLike, mu: float, solver: 
     Parameters
     ----------
     similarity
-        (n, n), s_ij: how similar client j's last exit is to client i's.
+        (n, n), s_ij: how similar client j's last exit is to client i's. Fewer rows give the weights of those clients.
     prior
         (n,) shares of the data, p_j = n_j/Σn; or (n, n), one prior a row.
     mu
@@ -71,7 +72,7 @@ def teacher_weights(similarity: ArrayLike, prior: ArrayLike, mu: float, solver: 
 
     Returns
     -------
-    (n, n), rows on the simplex.
+    (n, n), like the similarity; rows on the simplex.
 
     Examples
     --------
@@ -80,8 +81,8 @@ def teacher_weights(similarity: ArrayLike, prior: ArrayLike, mu: float, solver: 
            [0.3, 0.7]])
     """
     s = np.asarray(similarity, dtype=np.float64)
-    if s.ndim != 2 or s.shape[0] != s.shape[1]:
-        raise ValueError(f"similarity must be square, one row per client, got shape {s.shape}")
+    if s.ndim != 2:
+        raise ValueError(f"similarity must have shape (clients, teachers), got {s.shape}")
     p = np.asarray(prior, dtype=np.float64)
     if p.shape not in {(s.shape[1],), s.shape}:
         raise ValueError(f"prior must have shape ({s.shape[1]},) or {s.shape}, got {p.shape}")
@@ -134,7 +135,8 @@ def _solve_with(solver: str, s: NDArray[np.float64], p: NDArray[np.float64], mu:
         w = qpsolvers.solve_qp(
             hessian, -(s[i] + 2.0 * mu * p[i]), A=sum_to_one, b=np.ones(1), lb=np.zeros(n), solver=solver, **options
         )
-        if w is None:
-            raise RuntimeError(f"{solver} found no teacher weights for client {i}; use solver='exact'")
+        if w is None:  # at extreme values of mu; the projection is exact whatever they are
+            warnings.warn(f"{solver} found no teacher weights for row {i}: the exact ones are used", stacklevel=3)
+            w = teacher_weights(s[i : i + 1], p[i], mu)[0]
         weights[i] = np.clip(w, 0.0, None)
     return weights / weights.sum(axis=1, keepdims=True)

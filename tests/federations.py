@@ -226,6 +226,48 @@ class WatchedGrid(InProcessGrid):
         return [(m, r) for m, r in self.traffic if m.metadata.message_type == message_type]
 
 
+class DeviceGrid(WatchedGrid):
+    """Nodes as in deployment: node-config names their clients, and they come and go.
+
+    ``hosted`` has the clients of every node; ``there`` the rounds (from, to) in which a node is registered, all if it
+    is not named.
+    """
+
+    def __init__(
+        self, app: Any, hosted: list[str], state: Path, there: dict[int, tuple[float, float]] | None = None
+    ) -> None:
+        super().__init__(app, len(hosted))
+        for context, clients in zip(self.contexts.values(), hosted, strict=True):
+            context.node_config = {"clients": clients, "state-dir": str(state)}
+        self.there = there or {}
+        self.round = 0
+
+    def is_there(self, position: int) -> bool:
+        """Whether the node at a position of ``hosted`` is registered now."""
+        first, last = self.there.get(position, (0, float("inf")))
+        return first <= self.round <= last
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Ids of the nodes that are there in the round that is about to begin."""
+        return [node for position, node in enumerate(self.contexts) if self.is_there(position)]
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Push; when the messages of a round are under way, the next one is about to begin."""
+        messages = list(messages)
+        ids = super().push_messages(messages)
+        for message in messages:
+            if message.metadata.message_type == "train":
+                self.round = int(message.content["config"]["server-round"]) + 1
+            else:
+                self.round = max(self.round, 1)
+        return ids
+
+    def _handle(self, message: Message) -> Message:
+        if not self.is_there(list(self.contexts).index(message.metadata.dst_node_id)):
+            raise AssertionError("a message to a node that is not there")
+        return super()._handle(message)
+
+
 def asked(message: Message) -> list[int]:
     """Clients that a message is for."""
     return [int(client) for client in message.content["config"].get("clients", [])]

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafe_flwr.coordination import active_exits
+from cafe_flwr.coordination import SELECTIONS, active_exits
 from cafe_flwr.losses import distillation
 from cafe_flwr.methods.base import ClientRecord, LocalResult, LocalTask, RoundPlan
 from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.teaching import cosine_similarity, teacher_weights
+from cafe_flwr.teaching import TEACHERS, cosine_similarity, teacher_weights
 from cafe_flwr.training import batches, train
+
+PROXIES = ("parameters", "gradients")
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,16 @@ class CafeDistillMethod:
     selection
         Order in which student exits join, see :func:`cafe_flwr.coordination.active_exits`.
     teachers
-        ``"matched"`` by the QP; ``"uniform"``: w = p; ``"own"``: each client's own last exit, nothing is exchanged.
+        ``"matched"`` by the QP; ``"uniform"``: all alike, w = 1/n; ``"own"``: each client's own last exit, nothing is
+        exchanged.
     similarity_proxy
         What a client reports as the similarity of exit k to its last exit: ``"parameters"``, the cosine of the two
         classifiers, or ``"gradients"``, the cosine of the two losses' gradients on the shared stages 1..k.
     solver
         Of the teacher QP, see :func:`cafe_flwr.teaching.teacher_weights`.
     max_staleness
-        A client away for more rounds than this no longer teaches; 0: it always does, with its last head.
+        A client away for more rounds than this no longer teaches, and teaches itself in its first round back; 0: it
+        always does, with its last head.
     """
 
     name: ClassVar[str] = "cafedistill"
@@ -65,6 +69,11 @@ class CafeDistillMethod:
     similarity_proxy: str = "parameters"
     solver: str = "exact"
     max_staleness: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("selection", SELECTIONS), ("teachers", TEACHERS), ("similarity_proxy", PROXIES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
 
     # --- what travels ---
 
@@ -103,19 +112,21 @@ class CafeDistillMethod:
         active = active_exits(server_round, num_rounds, similarity, selection=self.selection, rng=rng)
 
         teachers = [c for c in sorted(known) if not self._is_stale(known[c], server_round)]
-        pupils = [c for c in participants if c in set(teachers)]  # in its first round a client teaches itself
+        pupils = sorted(set(participants) & set(teachers))  # in its first round a client teaches itself
         if self.teachers == "own" or not pupils:
             return RoundPlan(active)
         heads = np.stack([known[c].upload for c in teachers])
         examples = np.array([known[c].num_examples for c in teachers], dtype=np.float64)
-        mu = np.inf if self.teachers == "uniform" else self.mu
-        weights = teacher_weights(cosine_similarity(heads), examples / examples.sum(), mu, self.solver)
-        weights = weights[np.searchsorted(teachers, pupils)]
+        if self.teachers == "uniform":
+            weights = np.full((len(pupils), len(teachers)), 1.0 / len(teachers))
+        else:
+            rows = cosine_similarity(heads)[np.searchsorted(teachers, pupils)]
+            weights = teacher_weights(rows, examples / examples.sum(), self.mu, self.solver)
         mixed = weights.astype(np.float32) @ heads
         return RoundPlan(active, dict(zip(pupils, mixed, strict=True)), weights, pupils, teachers)
 
     def _is_stale(self, record: ClientRecord, server_round: int) -> bool:
-        return bool(self.max_staleness) and server_round - record.seen > self.max_staleness
+        return bool(self.max_staleness) and server_round - 1 - record.seen > self.max_staleness
 
     # --- client half ---
 
@@ -181,6 +192,7 @@ def gradient_similarity(network: EarlyExitNetwork, x: Tensor, y: Tensor) -> list
 
     The conflict itself, on one batch, where the classifiers' cosine is a proxy (METHODS.md §1, beyond the paper).
     """
+    network.eval()  # a look, that no running statistics may notice
     losses = [F.cross_entropy(z, y) for z in network(x)]
     stages = [[p for p in network.stages[k].parameters() if p.requires_grad] for k in range(network.num_exits - 1)]
 

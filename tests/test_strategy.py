@@ -1,0 +1,804 @@
+"""CafeDistill as a foreign Flower project uses it, and its numbers against METHODS.md §1 written out by hand."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from federations import (
+    CLASSES,
+    WatchedGrid,
+    asked,
+    same_arrays,
+    toy_app,
+    toy_data,
+    toy_network,
+)
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from flwr.serverapp.strategy import FedAvg, Strategy
+from safetensors.torch import load_file
+from scipy.optimize import minimize
+from torch import nn
+
+from cafe_flwr import CafeDistill
+from cafe_flwr import strategy as strategy_module
+from cafe_flwr.engine import InProcessGrid
+from cafe_flwr.messages import Keys
+from cafe_flwr.state import Checkpoints
+from cafe_flwr.training import LocalBudget
+
+FULL_BATCH = LocalBudget(batch_size=1000, steps=2, learning_rate=0.2)  # the order of examples does not matter
+N = 3
+
+
+class Notes:
+    """A callback that keeps what it is told."""
+
+    def __init__(self):
+        self.run, self.records, self.reports = None, {}, None
+
+    def on_start(self, run):
+        self.run = run
+
+    def on_round(self, record, state):
+        self.records[record.server_round] = record
+
+    def on_finish(self, reports):
+        self.reports = reports
+
+
+def grid_of(folder, num_nodes=N, app=None):
+    return WatchedGrid(app or toy_app(), num_nodes, node_config={"state-dir": str(folder)})
+
+
+def start(folder, *args, num_nodes=N, app=None, run=None, **kwargs):
+    """Start a CafeDistill of T = 6 rounds on toys: its result, notes and messages."""
+    notes = Notes()
+    kwargs = {
+        "num_rounds": 6,
+        "num_clients": N,
+        "local": FULL_BATCH,
+        "wait_seconds": 0.0,
+        "callbacks": [notes],
+    } | kwargs
+    kwargs = {"min_available_nodes": 1} | kwargs if len(args) < 5 else kwargs
+    grid = grid_of(folder, num_nodes, app)
+    result = CafeDistill(*args, **kwargs).start(grid, **(run or {}))
+    return result, notes, grid
+
+
+def personal(folder, client, server_round):
+    (path,) = (folder / "versions").glob(f"*/client-{client}/round-{server_round:06d}.safetensors")
+    return load_file(path)
+
+
+# --- METHODS.md §1, slowly ---
+
+
+def slsqp(s, p, mu):
+    """argmin over the simplex of −sᵀw + μ‖w − p‖², by sequential quadratic programming."""
+    result = minimize(
+        lambda w: -s @ w + mu * np.sum((w - p) ** 2),
+        p,
+        jac=lambda w: -s + 2 * mu * (w - p),
+        method="SLSQP",
+        bounds=[(0, 1)] * len(p),
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
+        options={"ftol": 1e-16, "maxiter": 1000},
+    )
+    assert result.success
+    return result.x
+
+
+def cosine(a, b):
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+class ByHand:
+    """CAFEDistill of toys in float64: dictionaries of tensors, loops, and no line of the package's training."""
+
+    def __init__(self, n, T, mu, lam, tau, steps, lr, seed=0, max_staleness=None):
+        torch.manual_seed(seed)
+        start = {name: t.double() for name, t in toy_network().state_dict().items()}
+        self.T, self.mu, self.lam, self.tau, self.steps, self.lr = T, mu, lam, tau, steps, lr
+        self.m = 3
+        self.shared = {name: t for name, t in start.items() if ".head." not in name}
+        self.heads = [{name: t for name, t in start.items() if ".head." in name} for _ in range(n)]
+        self.data = [toy_data(i).train for i in range(n)]
+        self.known = {}  # client → (n_i, last head, similarity of the student heads), as last seen
+        self.weights = {}
+        self.losses = {}
+
+    def logits(self, w, x):
+        """Features of the last exit and logits of all."""
+        h, z = x.double(), []
+        for k in range(self.m):
+            h = torch.tanh(h @ w[f"stages.{k}.0.weight"].T + w[f"stages.{k}.0.bias"])
+            features = h @ w[f"exits.{k}.projection.weight"].T + w[f"exits.{k}.projection.bias"]
+            z.append(features @ w[f"exits.{k}.head.weight"].T + w[f"exits.{k}.head.bias"])
+        return features, z
+
+    def flat_head(self, heads, k):
+        return torch.cat([heads[f"exits.{k}.head.weight"].flatten(), heads[f"exits.{k}.head.bias"]]).numpy()
+
+    def active(self, t, clients):
+        """N_t = ⌈min(2t/T, 1)·(m−1)·n_t⌉ exits: exit 1 of all, exit 2 of all…; within a depth the most similar first."""
+        budget = math.ceil(min(2 * t / self.T, 1) * (self.m - 1) * len(clients) - 1e-9)
+        on = {client: [False] * (self.m - 1) for client in clients}
+        for k in range(self.m - 1):
+            similarity = {c: self.known[c][2][k] if c in self.known else -2.0 for c in clients}
+            for client in sorted(clients, key=lambda c: (-similarity[c], c)):
+                if budget > 0:
+                    on[client][k] = True
+                    budget -= 1
+        return on
+
+    def teacher(self, client):
+        """h̄_i = Σ_j w_ij h_j over all clients known, present or not; None in the client's first round."""
+        if client not in self.known:
+            return None
+        others = sorted(self.known)
+        examples = np.array([self.known[j][0] for j in others], dtype=float)
+        s = np.array([cosine(self.known[client][1], self.known[j][1]) for j in others])
+        w = slsqp(s, examples / examples.sum(), self.mu)
+        self.weights[client] = dict(zip(others, w, strict=True))
+        return torch.from_numpy(sum(w_j * self.known[j][1] for w_j, j in zip(w, others, strict=True)))
+
+    def loss(self, w, x, y, active, teacher):
+        features, z = self.logits(w, x)
+
+        def cross_entropy(z_k):
+            return -sum(torch.log_softmax(row, 0)[label] for row, label in zip(z_k, y, strict=True)) / len(y)
+
+        total = cross_entropy(z[-1])
+        with torch.no_grad():
+            if teacher is None:
+                taught = z[-1].clone()
+            else:
+                weight, bias = teacher[:-CLASSES].reshape(CLASSES, -1), teacher[-CLASSES:]
+                taught = features @ weight.T + bias
+            q = torch.softmax(taught / self.tau, 1)
+        for k in range(self.m - 1):
+            if active[k]:
+                log_p = torch.log_softmax(z[k] / self.tau, 1)
+                divergence = (q * (torch.log(q) - log_p)).sum() / len(y)
+                total = total + cross_entropy(z[k]) + self.lam * self.tau**2 * divergence
+        return total
+
+    def round(self, t, clients):
+        active = self.active(t, clients)
+        teachers = {client: self.teacher(client) for client in clients}
+        after, reports = {}, {}
+        for client in clients:
+            w = {name: t.clone().requires_grad_() for name, t in (self.shared | self.heads[client]).items()}
+            losses = []
+            for _ in range(self.steps):
+                data = self.data[client]
+                value = self.loss(w, data.x, data.y, active[client], teachers[client])
+                losses.append(value.item())
+                gradients = torch.autograd.grad(value, list(w.values()), allow_unused=True)
+                w = {
+                    name: (p.detach() - self.lr * g).requires_grad_() if g is not None else p
+                    for (name, p), g in zip(w.items(), gradients, strict=True)
+                }
+            w = {name: p.detach() for name, p in w.items()}
+            after[client] = w
+            self.losses[t, client] = np.mean(losses)
+            self.heads[client] = {name: p for name, p in w.items() if ".head." in name}
+            last = self.flat_head(w, self.m - 1)
+            similarity = [cosine(self.flat_head(w, k), last) for k in range(self.m - 1)]
+            reports[client] = (len(self.data[client]), last, similarity)
+        total = sum(len(self.data[c]) for c in clients)
+        self.shared = {name: sum(len(self.data[c]) * after[c][name] for c in clients) / total for name in self.shared}
+        self.known |= reports
+
+
+@pytest.mark.parametrize("num_nodes", [1, N])
+@pytest.mark.parametrize(
+    "participants",
+    [{1: [0, 1, 2], 2: [0, 1, 2], 3: [0, 1, 2], 4: [0, 1, 2]}, {1: [0, 1], 2: [1, 2], 3: [0, 2], 4: [0, 1, 2]}],
+    ids=["all", "some"],
+)
+def test_it_is_the_method_written_out_by_hand(tmp_path, monkeypatch, participants, num_nodes):
+    """Four rounds of T = 6 (R = 1/3, 2/3, 1, 1), with everything that §1 has: averaging by n_i, teacher heads by a QP
+    over present and absent clients, students joining depth first and least conflicting first, the loss. Parameters,
+    losses, similarities and teacher weights agree."""
+    monkeypatch.setattr(strategy_module, "sample_clients", lambda *_, server_round, **__: participants[server_round])
+    mu, lam, tau = 0.15, 0.7, 2.0
+    # A constant learning rate to T/2; after it the package's schedule is not what is tested here.
+    monkeypatch.setattr(strategy_module, "learning_rate_at", lambda base, *_: base)
+    result, notes, _ = start(
+        tmp_path,
+        mu=mu,
+        distill_weight=lam,
+        temperature=tau,
+        num_nodes=num_nodes,
+        run={"num_rounds": 4},
+    )
+    hand = ByHand(N, 6, mu, lam, tau, FULL_BATCH.steps, FULL_BATCH.learning_rate)
+    for t, clients in participants.items():
+        hand.weights.clear()
+        expected_active = hand.active(t, clients)
+        hand.round(t, clients)
+        record = notes.records[t]
+        assert record.participants == clients
+        assert record.plan.active.tolist() == [expected_active[c] for c in clients]
+        assert sorted(hand.weights) == list(record.plan.weight_rows)
+        for row, client in enumerate(record.plan.weight_rows):
+            weights = dict(zip(record.plan.weight_columns, record.plan.weights[row], strict=True))
+            assert weights == pytest.approx(hand.weights[client], abs=2e-6)
+        for report in record.reports:
+            assert report.train_loss == pytest.approx(hand.losses[t, report.client], abs=1e-5)
+            assert report.similarity == pytest.approx(hand.known[report.client][2], abs=1e-5)
+            for name, tensor in personal(tmp_path, report.client, t).items() if t > 2 else ():
+                torch.testing.assert_close(tensor.double(), hand.heads[report.client][name], rtol=0, atol=1e-5)
+    for name, expected in hand.shared.items():
+        np.testing.assert_allclose(result.arrays[name].numpy(), expected.numpy(), rtol=0, atol=1e-5)
+    # It was a real test: the weights were neither equal nor all on one, and parameters have moved far.
+    mixed = notes.records[4].plan.weights
+    assert ((mixed > 0.01) & (mixed < 0.99)).any()
+    torch.manual_seed(0)
+    moved = toy_network().state_dict()
+    assert max(np.abs(result.arrays[name].numpy() - moved[name].numpy()).max() for name in hand.shared) > 0.05
+
+
+def test_the_learning_rate_falls_only_after_half_time(tmp_path):
+    """T = 6: constant in rounds 1 to 3, then ½(1 + cos(π(t − 3)/4)) of it: .853553, .5, .146447."""
+    _, notes, grid = start(tmp_path)
+    factors = [1, 1, 1, 0.853553, 0.5, 0.146447]
+    for t, factor in enumerate(factors, start=1):
+        assert notes.records[t].learning_rate == pytest.approx(0.2 * factor, abs=1e-6)
+    sent = [m.content["config"]["local.learning-rate"] for m, _ in grid.of_type("train")]
+    assert sent == pytest.approx([0.2 * factor for factor in factors for _ in range(N)], abs=1e-6)
+
+
+# --- variants ---
+
+
+def patch_participants(monkeypatch, participants):
+    monkeypatch.setattr(strategy_module, "sample_clients", lambda *_, server_round, **__: participants[server_round])
+
+
+AWAY = {1: [0, 1, 2], 2: [0, 1], 3: [0, 1], 4: [0, 1], 5: [0, 1, 2], 6: [0, 1, 2]}
+
+
+@pytest.mark.parametrize(("max_staleness", "forgotten_in"), [(0, []), (1, [3, 4, 5]), (2, [4, 5]), (4, []), (3, [5])])
+def test_absent_clients_teach_until_they_are_forgotten(tmp_path, monkeypatch, max_staleness, forgotten_in):
+    """Client 2 is seen in round 1 and then not until round 5: in round t its head is t − 1 rounds old."""
+    patch_participants(monkeypatch, AWAY)
+    _, notes, grid = start(tmp_path, max_staleness=max_staleness, mu=5.0)
+    for t in range(2, 7):
+        columns = [0, 1] if t in forgotten_in else [0, 1, 2]
+        plan = notes.records[t].plan
+        assert list(plan.weight_columns) == columns
+        assert (plan.weights > 0).all()  # μ is large: whoever is known teaches
+        # Forgotten, it teaches nobody, and itself is taught by its own last exit when it is back.
+        assert list(plan.weight_rows) == [c for c in AWAY[t] if c in columns]
+    back = [m for m, _ in grid.of_type("train") if m.content["config"]["server-round"] == 5 and asked(m) == [2]]
+    assert len(back) == 1
+    assert list(back[0].content["config"].get("downloads", [])) == ([] if 5 in forgotten_in else [2])
+
+
+def test_a_stale_head_teaches_as_it_was_last_seen(tmp_path, monkeypatch):
+    """With μ → ∞ the teacher is Σ p_j h_j; from round 2 on, h_2 is client 2's head of round 1."""
+    patch_participants(monkeypatch, AWAY)
+    _, _, grid = start(tmp_path, teachers="uniform", run={"num_rounds": 4})
+    sizes = [len(toy_data(c).train) for c in range(N)]
+    last = {}
+    for message, reply in grid.of_type("train"):
+        config = message.content["config"]
+        if config["server-round"] > 1:
+            teacher = message.content["arrays"]["flat"].numpy()[-15:]
+            heads = [last[config["server-round"] - 1 if c < 2 else 1, c] for c in range(N)]
+            expected = np.average(heads, axis=0, weights=sizes)
+            np.testing.assert_allclose(teacher, expected, atol=1e-6)
+        last[config["server-round"], asked(message)[0]] = reply.content["arrays"]["flat"].numpy()[-15:]
+
+
+def test_own_teachers_exchange_nothing_but_the_shared_part(tmp_path):
+    """`teachers = own`: no classifier leaves a client, none comes down."""
+    _, notes, grid = start(tmp_path, teachers="own")
+    shared = sum(t.numel() for name, t in toy_network().state_dict().items() if ".head." not in name)
+    exchanges = grid.of_type("train")
+    assert len(exchanges) == 6 * N
+    for message, reply in exchanges:
+        assert message.content["arrays"]["flat"].shape == (shared,)
+        assert reply.content["arrays"]["flat"].shape == (shared,)
+        assert "downloads" not in message.content["config"]
+    assert all(record.plan.weights is None for record in notes.records.values())
+
+
+def test_own_teachers_are_mu_zero(tmp_path):
+    """The limit μ → 0 (all weight on oneself) is local distillation, up to when the teacher is read: the own head at
+    the start of the round against the own head of the moment. With one step a round there is no difference."""
+    budget = LocalBudget(batch_size=1000, steps=1, learning_rate=0.2)
+    own, _, _ = start(tmp_path / "own", teachers="own", local=budget)
+    zero, notes, _ = start(tmp_path / "zero", mu=0.0, local=budget)
+    np.testing.assert_array_equal(notes.records[6].plan.weights, np.eye(N))
+    for name in own.arrays:
+        np.testing.assert_allclose(own.arrays[name].numpy(), zero.arrays[name].numpy(), atol=1e-6)
+
+
+def test_osqp_gives_the_same_run_as_the_closed_form(tmp_path):
+    exact, one, _ = start(tmp_path / "exact", mu=0.2)
+    osqp, two, _ = start(tmp_path / "osqp", mu=0.2, solver="osqp")
+    for name in exact.arrays:
+        np.testing.assert_allclose(exact.arrays[name].numpy(), osqp.arrays[name].numpy(), atol=1e-4)
+    for t in range(2, 7):
+        np.testing.assert_allclose(one.records[t].plan.weights, two.records[t].plan.weights, atol=1e-4)
+    assert not np.allclose(one.records[6].plan.weights, np.eye(N), atol=0.01)
+
+
+@pytest.mark.parametrize("num_nodes", [1, N])
+def test_gradient_similarity_is_what_autograd_says(tmp_path, num_nodes):
+    """cos(∇CE_k, ∇CE_m) on stages 1..k, at the parameters each client has after training, on its whole data."""
+    _, notes, grid = start(tmp_path, similarity_proxy="gradients", num_nodes=N, run={"num_rounds": 2})
+    for message, reply in grid.of_type("train"):
+        (client,) = asked(message)
+        t = message.content["config"]["server-round"]
+        network = toy_network()
+        flat = torch.from_numpy(reply.content["arrays"]["flat"].numpy().copy())
+        state = dict(personal(tmp_path, client, t))
+        for name in network.shared_names():
+            size = network.state_dict()[name].numel()
+            state[name], flat = flat[:size].reshape(network.state_dict()[name].shape), flat[size:]
+        network.load_state_dict(state)
+        data = toy_data(client).train
+        cross_entropy = nn.CrossEntropyLoss()
+        expected = []
+        for k in range(2):
+            vectors = []
+            for exit in (k, 2):
+                network.zero_grad()
+                cross_entropy(network(data.x)[exit], data.y).backward()
+                stages = [p.grad.flatten() for j in range(k + 1) for p in network.stages[j].parameters()]
+                vectors.append(torch.cat(stages).double().numpy())
+            expected.append(cosine(*vectors))
+        (report,) = (r for r in notes.records[t].reports if r.client == client)
+        assert report.similarity == pytest.approx(expected, abs=1e-5)
+        assert reply.content["metrics"]["similarity"] == report.similarity
+
+
+def test_parameter_similarity_is_the_cosine_of_the_classifiers(tmp_path):
+    _, notes, _ = start(tmp_path, run={"num_rounds": 1})
+    for report in notes.records[1].reports:
+        heads = personal(tmp_path, report.client, 1)
+        flat = [np.concatenate([heads[f"exits.{k}.head.{p}"].flatten() for p in ("weight", "bias")]) for k in range(3)]
+        assert report.similarity == pytest.approx([cosine(flat[k], flat[2]) for k in range(2)], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        ("shallow-first", [[3, 0], [3, 1], [3, 3]]),
+        ("deep-first", [[0, 3], [1, 3], [3, 3]]),
+        ("none", [[3, 3]] * 3),
+    ],
+)
+def test_selection_is_what_clients_are_told(tmp_path, selection, expected):
+    """T = 6, hosts of one client each: R = 1/3, 2/3, 1 of 6 student exits is 2, 4, 6; here 9 clients on 3 nodes, so
+    that active exits of several clients travel in one message."""
+    expected = [[3 * a for a in pair] for pair in expected]
+    if selection != "none":
+        expected = {"shallow-first": [[6, 0], [9, 3], [9, 9]], "deep-first": [[0, 6], [3, 9], [9, 9]]}[selection]
+    _, notes, grid = start(tmp_path, selection=selection, num_clients=9, run={"num_rounds": 3})
+    assert [notes.records[t].active_exits for t in (1, 2, 3)] == expected
+    for t in (1, 2, 3):
+        told = {}
+        for message, _ in grid.of_type("train"):
+            config = message.content["config"]
+            if config["server-round"] == t:
+                flags = np.array(config["active-exits"]).reshape(3, 2)
+                told |= dict(zip(asked(message), flags.tolist(), strict=True))
+        assert [told[c] for c in range(9)] == notes.records[t].plan.active.tolist()
+
+
+# --- Flower's interface ---
+
+
+def test_it_is_a_flower_strategy():
+    strategy = CafeDistill()
+    assert isinstance(strategy, Strategy)
+    assert isinstance(strategy, FedAvg)
+
+
+def test_positional_arguments_of_fedavg_mean_what_they_mean():
+    def fn(records, key):
+        return MetricRecord({})
+
+    arguments = (0.5, 0.25, 3, 4, 5, "weight", "a", "c", fn, fn)
+    ours, flowers = vars(CafeDistill(*arguments)), vars(FedAvg(*arguments))
+    assert {key: ours[key] for key in flowers} == flowers
+    assert ours["fraction_evaluate"] == 0.25
+
+
+def test_keyword_arguments_of_fedavg_mean_what_they_mean():
+    """Only that clients are not evaluated once more, unless asked for, differs from FedAvg."""
+    assert {k: v for k, v in vars(CafeDistill()).items() if k in vars(FedAvg())} == {
+        **vars(FedAvg()),
+        "fraction_evaluate": 0.0,
+    }
+    assert CafeDistill(0.3).fraction_evaluate == 0.0
+    assert CafeDistill(fraction_evaluate=0.5).fraction_evaluate == 0.5
+    assert CafeDistill(0.3, 0.5).fraction_evaluate == 0.5
+    assert CafeDistill(min_train_nodes=7).min_train_nodes == 7
+
+
+@pytest.mark.parametrize(
+    ("fraction", "minimum", "expected"), [(1.0, 1, 9), (0.5, 1, 4), (0.1, 3, 3), (0.1, 1, 1), (0.5, 100, 9)]
+)
+def test_fractions_and_minima_are_of_clients_whoever_hosts_them(tmp_path, fraction, minimum, expected):
+    for num_nodes in (1, 9):
+        _, notes, _ = start(
+            tmp_path / str(num_nodes),
+            fraction_train=fraction,
+            min_train_nodes=minimum,
+            num_clients=9,
+            num_nodes=num_nodes,
+            run={"num_rounds": 2},
+        )
+        assert [len(notes.records[t].participants) for t in (1, 2)] == [expected] * 2
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="min_available_nodes counts nodes, two by default")
+def test_one_node_that_hosts_all_clients_is_enough(tmp_path):
+    """`Counts and fractions are of clients`, says the docstring; so three clients on a node are three."""
+    grid = grid_of(tmp_path, num_nodes=1)
+    CafeDistill(num_rounds=1, num_clients=3, local=FULL_BATCH, wait_seconds=0.0).start(grid)
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="the participants of a round without training are not known")
+def test_without_training_nothing_changes(tmp_path):
+    """`fraction_train = 0` skips training in Flower's strategies, and evaluates only."""
+    result, _, grid = start(tmp_path, fraction_train=0.0, fraction_evaluate=1.0, run={"num_rounds": 2})
+    assert grid.of_type("train") == []
+    torch.manual_seed(0)
+    initial = toy_network().state_dict()
+    for name, array in result.arrays.items():
+        np.testing.assert_array_equal(array.numpy(), initial[name].numpy())
+    assert sorted(result.evaluate_metrics_clientapp) == [1, 2]
+
+
+def test_without_num_clients_every_node_is_a_client(tmp_path):
+    """The simple case of a foreign project: partition-id is the client."""
+    _, notes, _ = start(tmp_path, num_clients=None, num_nodes=4, run={"num_rounds": 1})
+    assert notes.run.clients == [0, 1, 2, 3]
+    assert notes.records[1].participants == [0, 1, 2, 3]
+
+
+def test_evaluation_by_clients_when_asked_for(tmp_path):
+    """`fraction_evaluate = 1`: accuracy and loss per exit, averaged by test examples; in the last round the same as the
+    final evaluation of the personal networks."""
+    sizes = {c: 3 + 4 * c for c in range(N)}
+
+    def load(client):
+        data = toy_data(client)
+        return type(data)(data.train, data.calibration, type(data.test)(*(p[: sizes[client]] for p in data.test)))
+
+    sizes = {0: 3, 1: 6, 2: 9}
+    result, notes, grid = start(tmp_path, fraction_evaluate=1.0, min_evaluate_nodes=1, app=toy_app(load))
+    assert sorted(result.evaluate_metrics_clientapp) == [1, 2, 3, 4, 5, 6]
+    weights = [report.test_examples for report in notes.reports]
+    assert weights == [3, 6, 9]
+    for key in ("accuracy", "loss"):
+        expected = np.average([getattr(r.exits, key) for r in notes.reports], axis=0, weights=weights)
+        assert result.evaluate_metrics_clientapp[6][key] == pytest.approx(expected)
+    assert len(grid.of_type("evaluate")) == 7 * N
+    assert not list(tmp_path.glob("client-*")) or sorted(p.stem for p in tmp_path.glob("client-*.json")) == [
+        "client-0",
+        "client-1",
+        "client-2",
+    ]
+
+
+def test_evaluation_of_some_clients_is_seeded(tmp_path):
+    def evaluated(folder, seed):
+        _, _, grid = start(tmp_path / folder, fraction_evaluate=0.4, min_evaluate_nodes=1, num_clients=5, seed=seed)
+        return [(m.content["config"]["server-round"], asked(m)) for m, _ in grid.of_type("evaluate")][:-N]
+
+    first = evaluated("a", 0)
+    assert first == evaluated("b", 0)
+    assert first != evaluated("c", 1)
+    per_round = [sum(len(clients) for t, clients in first if t == server_round) for server_round in range(1, 7)]
+    assert per_round == [2] * 6
+
+
+def test_clients_are_not_asked_to_evaluate_unless_wanted(tmp_path):
+    """One message a round and node; one more at the end."""
+    result, _, grid = start(tmp_path)
+    assert result.evaluate_metrics_clientapp == {}
+    assert len(grid.of_type("train")) == 6 * N
+    assert len(grid.of_type("evaluate")) == N
+
+
+def test_metrics_functions_get_a_record_for_every_client(tmp_path):
+    """Five clients on two nodes: five records, each with the weight under the chosen key; what the function returns is
+    Flower's result of the round."""
+    calls = {"train": [], "evaluate": []}
+
+    def collect(kind):
+        def function(records, key):
+            calls[kind].append((records, key))
+            return MetricRecord({"rounds-so-far": len(calls[kind])})
+
+        return function
+
+    result, notes, _ = start(
+        tmp_path,
+        train_metrics_aggr_fn=collect("train"),
+        evaluate_metrics_aggr_fn=collect("evaluate"),
+        fraction_evaluate=1.0,
+        num_clients=5,
+        num_nodes=2,
+        run={"num_rounds": 2},
+    )
+    assert {t: dict(m) for t, m in result.train_metrics_clientapp.items()} == {
+        1: {"rounds-so-far": 1},
+        2: {"rounds-so-far": 2},
+    }
+    assert dict(result.evaluate_metrics_clientapp[2]) == {"rounds-so-far": 2}
+    for t, (records, key) in enumerate(calls["train"], start=1):
+        assert key == "num-examples"
+        assert len(records) == 5
+        for record, report in zip(records, notes.records[t].reports, strict=True):
+            (metrics,) = record.metric_records.values()
+            assert metrics["num-examples"] == len(toy_data(report.client).train)
+            assert metrics["train-loss"] == report.train_loss
+            assert metrics["accuracy-after"] == report.after.accuracy
+            assert metrics["loss-before"] == report.before.loss
+    for records, _ in calls["evaluate"]:
+        assert [r.metric_records["metrics"]["num-examples"] for r in records] == [9] * 5
+
+
+def test_records_may_have_other_names_on_both_sides(tmp_path):
+    names = {"weighted_by_key": "samples", "arrayrecord_key": "model", "configrecord_key": "orders"}
+    app = toy_app(keys=Keys(arrays="model", config="orders", weight="samples"))
+    result, notes, grid = start(tmp_path / "renamed", app=app, fraction_evaluate=1.0, **names)
+    plain, _, _ = start(tmp_path / "plain", fraction_evaluate=1.0)
+    assert same_arrays(result.arrays, plain.arrays)
+    for message, reply in grid.of_type("train"):
+        assert set(message.content) == {"model", "orders"}
+        assert set(reply.content) == {"model", "orders", "metrics"}
+        assert len(reply.content["metrics"]["samples"]) == 1
+    assert dict(result.evaluate_metrics_clientapp[6]) == dict(plain.evaluate_metrics_clientapp[6])
+    assert sorted(notes.records) == [1, 2, 3, 4, 5, 6]
+
+
+def test_names_on_one_side_only_are_an_error_that_says_which(tmp_path):
+    with pytest.raises(RuntimeError, match="no client can take part.*"):
+        start(tmp_path, configrecord_key="orders")
+
+
+def test_configs_of_the_user_travel_along(tmp_path):
+    """Flower's train_config and evaluate_config reach the clients; ours cannot be overwritten by them."""
+    _, _, grid = start(
+        tmp_path,
+        fraction_evaluate=1.0,
+        run={
+            "num_rounds": 1,
+            "train_config": ConfigRecord({"lr": 0.5, "seed": 99, "note": "hello"}),
+            "evaluate_config": ConfigRecord({"batch": 7}),
+        },
+    )
+    for message, _ in grid.of_type("train"):
+        config = message.content["config"]
+        assert (config["lr"], config["note"], config["seed"]) == (0.5, "hello", 0)
+    assert all(m.content["config"]["batch"] == 7 for m, _ in grid.of_type("evaluate"))
+
+
+def test_evaluation_on_the_server(tmp_path):
+    """evaluate_fn sees the shared parameters before the first and after every round."""
+    seen = {}
+
+    def evaluate(server_round, arrays):
+        seen[server_round] = {name: array.numpy().copy() for name, array in arrays.items()}
+        return MetricRecord({"norm": float(server_round)}) if server_round != 2 else None
+
+    result, _, _ = start(tmp_path, run={"num_rounds": 3, "evaluate_fn": evaluate})
+    assert sorted(seen) == [0, 1, 2, 3]
+    assert {t: dict(m) for t, m in result.evaluate_metrics_serverapp.items()} == {
+        0: {"norm": 0.0},
+        1: {"norm": 1.0},
+        3: {"norm": 3.0},
+    }
+    assert list(seen[0]) == toy_network().shared_names()
+    torch.manual_seed(0)
+    initial = toy_network().state_dict()
+    for name, value in seen[0].items():
+        np.testing.assert_array_equal(value, initial[name].numpy())
+        np.testing.assert_array_equal(seen[3][name], result.arrays[name].numpy())
+        assert not np.array_equal(seen[0][name], seen[1][name])
+
+
+# --- initial arrays ---
+
+
+def seeded_state(seed=0):
+    torch.manual_seed(seed)
+    return toy_network().state_dict()
+
+
+def test_initial_arrays_of_the_seed_are_the_same_as_none(tmp_path):
+    """All of the network or its shared part: names that are not shared do not matter."""
+    none, _, _ = start(tmp_path / "none", seed=5)
+    state = seeded_state(5)
+    shared = {name: t for name, t in state.items() if ".head." not in name}
+    for folder, tensors in (("all", state), ("shared", shared), ("reversed", dict(reversed(shared.items())))):
+        given, _, _ = start(tmp_path / folder, seed=5, run={"initial_arrays": ArrayRecord(tensors)})
+        assert same_arrays(none.arrays, given.arrays)
+
+
+def test_initial_arrays_are_where_the_clients_start(tmp_path):
+    """Weights of another seed: they are what travels in round 1, and the outcome differs."""
+    other = seeded_state(77)
+    given, _, grid = start(tmp_path / "given", run={"initial_arrays": ArrayRecord(other)})
+    message, _ = grid.of_type("train")[0]
+    shared = [name for name in other if ".head." not in name]
+    expected = np.concatenate([other[name].numpy().ravel() for name in shared])
+    np.testing.assert_array_equal(message.content["arrays"]["flat"].numpy(), expected)
+    none, _, _ = start(tmp_path / "none")
+    assert not same_arrays(given.arrays, none.arrays)
+
+
+def test_initial_arrays_that_lack_names_or_have_other_shapes_are_refused(tmp_path):
+    state = seeded_state()
+    lacking = {name: t for name, t in state.items() if not name.startswith("stages.1.0.")}
+    with pytest.raises(ValueError, match=r"lack shared parameters .*: stages\.1\.0\.weight, stages\.1\.0\.bias"):
+        start(tmp_path, run={"initial_arrays": ArrayRecord(lacking)})
+    turned = {**state, "stages.0.0.weight": state["stages.0.0.weight"].T.contiguous()}
+    with pytest.raises(ValueError, match=r"stages.0.0.weight has shape \(5, 8\), the clients' network needs \(8, 5\)"):
+        start(tmp_path, run={"initial_arrays": ArrayRecord(turned)})
+
+
+def test_initial_arrays_that_are_not_finite_end_the_run_with_the_reason(tmp_path):
+    state = {name: t.clone() for name, t in seeded_state().items()}
+    state["stages.0.0.bias"][2] = torch.nan
+    with pytest.raises((RuntimeError, ValueError), match="NaN or infinite"):
+        start(tmp_path, run={"initial_arrays": ArrayRecord(state)})
+
+
+def test_initial_arrays_in_double_precision_are_taken(tmp_path):
+    state = seeded_state()
+    arrays = ArrayRecord({name: Array(t.double().numpy()) for name, t in state.items()})
+    none, _, _ = start(tmp_path / "none")
+    given, _, _ = start(tmp_path / "given", run={"initial_arrays": arrays})
+    assert same_arrays(none.arrays, given.arrays)
+
+
+def test_every_node_answers_with_the_initial_weights_of_the_seed(tmp_path):
+    """The server need not have the network; but what it starts from is what torch gives for the seed."""
+    result, _, grid = start(tmp_path, seed=9, run={"num_rounds": 1})
+    (question, answer), *more = grid.of_type("query.initial")
+    assert not more
+    state = seeded_state(9)
+    expected = np.concatenate([state[name].numpy().ravel() for name in state if ".head." not in name])
+    np.testing.assert_array_equal(answer.content["arrays"]["flat"].numpy(), expected)
+    assert question.content["config"]["seed"] == 9
+    assert list(result.arrays) == [name for name in state if ".head." not in name]
+
+
+# --- rounds ---
+
+
+def test_num_rounds_of_start_stops_earlier_and_the_next_start_goes_on(tmp_path):
+    """Schedules span the strategy's own T; the final evaluation comes after round T only."""
+    notes = Notes()
+    strategy = CafeDistill(
+        num_rounds=6, num_clients=N, local=FULL_BATCH, wait_seconds=0.0, min_available_nodes=1, callbacks=[notes]
+    )
+    grid = grid_of(tmp_path)
+    strategy.start(grid, num_rounds=2)
+    assert sorted(notes.records) == [1, 2]
+    assert notes.reports is None
+    result = strategy.start(grid, num_rounds=99)
+    assert sorted(notes.records) == [1, 2, 3, 4, 5, 6]
+    assert [r.client for r in notes.reports] == [0, 1, 2]
+    whole, _, _ = start(tmp_path / "whole")
+    assert same_arrays(result.arrays, whole.arrays)
+
+
+def test_a_foreign_project_resumes_from_a_checkpoint(tmp_path):
+    """`resume_from` takes what Checkpoints gives, without any of the package's settings."""
+
+    class Save:
+        def on_start(self, run):
+            pass
+
+        def on_round(self, record, state):
+            Checkpoints(tmp_path / "checkpoint").save(state)
+
+    start(tmp_path / "personal", run={"num_rounds": 3}, callbacks=[Save()])
+    state = Checkpoints(tmp_path / "checkpoint").load()
+    resumed, notes, _ = start(tmp_path / "personal", resume_from=state)
+    assert notes.run.first_round == 4
+    whole, _, _ = start(tmp_path / "whole")
+    assert same_arrays(resumed.arrays, whole.arrays)
+
+
+def test_callbacks_are_told_the_run_every_round_and_the_end(tmp_path):
+    _, notes, _ = start(tmp_path, num_clients=4, num_nodes=2)
+    network = toy_network()
+    assert (notes.run.first_round, notes.run.num_rounds, notes.run.clients) == (1, 6, [0, 1, 2, 3])
+    assert (notes.run.num_exits, len(notes.run.macs_per_exit)) == (3, 3)
+    assert notes.run.num_parameters == sum(t.numel() for t in network.state_dict().values())
+    # 5·8 and twice 8·8 in the layers; 8·4 and 4·3 in each exit: 84, 192, 300 multiply-adds.
+    assert list(notes.run.macs_per_exit) == [84, 192, 300]
+    assert sorted(notes.records) == [1, 2, 3, 4, 5, 6]
+    assert [report.client for report in notes.reports] == [0, 1, 2, 3]
+
+
+# --- settings and summary ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mu": -0.1}, "mu should be greater than or equal to 0, got -0.1"),
+        ({"mu": math.nan}, "mu should be a finite number, got nan"),
+        ({"mu": math.inf}, "mu should be a finite number, got inf"),
+        ({"mu": "0.5"}, "mu should be a valid number, got '0.5'"),
+        ({"distill_weight": -1.0}, "distill-weight should be greater than or equal to 0"),
+        ({"temperature": 0.0}, "temperature should be greater than 0, got 0.0"),
+        ({"selection": "shallow"}, "selection should be 'shallow-first', 'deep-first', 'random' or 'none', got 'shall"),
+        ({"teachers": "others"}, "teachers should be 'matched', 'uniform' or 'own', got 'others'"),
+        ({"similarity_proxy": "cosine"}, "similarity-proxy should be 'parameters' or 'gradients', got 'cosine'"),
+        ({"solver": "osqpp"}, "solver must be 'exact' or one of: .*osqp.*; got 'osqpp'"),
+        ({"max_staleness": -1}, "max-staleness should be greater than or equal to 0, got -1"),
+        ({"max_staleness": 1.5}, "max-staleness should be a valid integer, got 1.5"),
+        ({"num_rounds": 0}, "num-server-rounds should be greater than or equal to 1, got 0"),
+        ({"mu": -1.0, "temperature": -1.0}, "mu should .*; temperature should"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CafeDistill(**settings)
+
+
+def test_summary_shows_our_settings_and_flowers(flower_log):
+    CafeDistill(
+        0.5, mu=0.125, selection="random", num_rounds=12, seed=3, local=LocalBudget(epochs=2, learning_rate=0.05)
+    ).summary()
+    text = flower_log.text(logging.INFO)
+    for part in (
+        "Settings of cafedistill",
+        "mu: 0.125",
+        "distill-weight: 1.0",
+        "selection: random",
+        "similarity-proxy: parameters",
+        "2 epochs of 16, SGD at 0.05",
+        "Seed: 3",
+        "Fraction: train (0.50)",
+        "ArrayRecord key: 'arrays'",
+    ):
+        assert part in text
+
+
+def test_a_line_a_round_and_not_a_wall_of_dictionaries(tmp_path, flower_log):
+    start(tmp_path)
+    lines = [r.getMessage() for r in flower_log.records if r.levelno == logging.INFO]
+    rounds = [line for line in lines if line.startswith("[ROUND ")]
+    assert len(rounds) == 6
+    assert rounds[0].startswith("[ROUND 1/6] 3 clients · students 2/0 · accuracy 0.")
+    assert len(lines) < 6 + 35
+    assert "{" not in "".join(lines)
+
+
+# --- one exit, many exits ---
+
+
+@pytest.mark.parametrize("exits", [1, 2, 5])
+def test_any_number_of_exits(tmp_path, exits):
+    """One exit has no students: plain federated learning with a personal head."""
+    app = toy_app(build=lambda: toy_network(exits=exits))
+    result, notes, _ = start(tmp_path, app=app, num_clients=4, num_nodes=2)
+    assert len(notes.reports[0].exits.accuracy) == exits
+    assert all(len(record.active_exits) == exits - 1 for record in notes.records.values())
+    assert notes.records[6].active_exits == [4] * (exits - 1)
+    assert len(result.arrays) == 4 * exits
+
+
+def test_the_engine_can_be_used_as_its_docstring_says(tmp_path):
+    grid = InProcessGrid(toy_app(), num_nodes=4, node_config={"state-dir": str(tmp_path)})
+    result = CafeDistill(num_rounds=2).start(grid)
+    assert sorted(result.train_metrics_clientapp) == [1, 2]
