@@ -21,10 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cafe_flwr import digits
+from cafe_flwr.local_data import read_local
 from cafe_flwr.participation import rng_for
-
-SPLITS = ("train", "calibration", "test")
-IMAGE_SIZE = 16  # height and width of the embedded images
 
 
 class Split(NamedTuple):
@@ -139,16 +138,17 @@ def load_federation(
     if min(num_clients, examples_per_client, classes_per_client) < 1:
         raise ValueError("num-clients, examples-per-client and classes-per-client must be at least 1")
     rows: NDArray[Any] | None = None
-    if dataset in _EMBEDDED:
-        class_names = tuple(f"{label:0{2 if dataset == 'digit-pairs' else 1}d}" for label in range(_EMBEDDED[dataset]))
+    if dataset in digits.NUM_CLASSES:
+        class_names = digits.class_names(dataset)
         per_class = -(-num_clients * examples_per_client // len(class_names))
         labels = np.repeat(np.arange(len(class_names)), per_class)
-        input_shape: tuple[int, ...] = (1, IMAGE_SIZE, IMAGE_SIZE)
+        input_shape: tuple[int, ...] = (1, digits.IMAGE_SIZE, digits.IMAGE_SIZE)
     elif kind == "local" and path:
-        rows, labels, class_names = _read_local(Path(path).expanduser(), image_size, image_column, label_column)
+        rows, labels, class_names = read_local(Path(path).expanduser(), image_size, image_column, label_column)
         input_shape = rows.shape[1:]
     else:
-        raise ValueError(f"dataset must be {', '.join(map(repr, _EMBEDDED))} or 'local:<path>', got {dataset!r}")
+        known = ", ".join(map(repr, digits.NUM_CLASSES))
+        raise ValueError(f"dataset must be {known} or 'local:<path>', got {dataset!r}")
 
     parts = partition_labels(labels, num_clients, partition, alpha, classes_per_client, seed)
 
@@ -159,10 +159,10 @@ def load_federation(
         mine = parts[client]
         chosen = stratified_split(labels[mine], shares, rng_for(seed, 0, client, "split"))
         splits = []
-        for name, positions in zip(SPLITS, chosen, strict=True):
+        for name, positions in zip(digits.SPLITS, chosen, strict=True):
             y, source = labels[mine[positions]], mine[positions][:, None]
             if rows is None:
-                x, source = _render(dataset, y, name, seed, rng_for(seed, 0, client, f"render-{name}"))
+                x, source = digits.render(dataset, y, name, seed, rng_for(seed, 0, client, f"render-{name}"))
             else:
                 x = torch.from_numpy(rows[source[:, 0]])
             splits.append(Split(x, torch.from_numpy(y), torch.from_numpy(source)))
@@ -244,156 +244,3 @@ def stratified_split(
         part[position] = chosen = int(np.argmax(deficit))
         deficit[chosen] -= 1.0
     return [np.flatnonzero(part == k) for k in range(len(shares))]
-
-
-# --- the embedded sets, made from scikit-learn's 1,797 handwritten digits -------------------------------------------
-
-_EMBEDDED = {"digits": 10, "digit-pairs": 100}
-
-
-@lru_cache(maxsize=1)
-def _base_digits() -> tuple[Tensor, NDArray[np.int64]]:
-    """The 8×8 images, (1797, 1, 8, 8) in 0..1, and their labels."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    return torch.from_numpy(digits.images).float().unsqueeze(1) / 16.0, digits.target.astype(np.int64)
-
-
-@lru_cache(maxsize=8)
-def digit_pools(seed: int) -> dict[str, list[NDArray[np.int64]]]:
-    """Base digits that each split may use: rows of scikit-learn's digits, per split and class, disjoint."""
-    _, target = _base_digits()
-    rng = rng_for(seed, 0, -1, "base digits")
-    pools: dict[str, list[NDArray[np.int64]]] = {name: [] for name in SPLITS}
-    for digit in range(10):
-        rows = rng.permutation(np.flatnonzero(target == digit))
-        cuts = (int(0.6 * len(rows)), int(0.75 * len(rows)))
-        for name, part in zip(SPLITS, np.split(rows, cuts), strict=True):
-            pools[name].append(part)
-    return pools
-
-
-def _render(
-    dataset: str, labels: NDArray[np.int64], split: str, seed: int, rng: np.random.Generator
-) -> tuple[Tensor, NDArray[np.int64]]:
-    """Images for the labels, (N, 1, 16, 16), and the base digits they were made from, (N, digits per image)."""
-    if not len(labels):
-        return torch.zeros(0, 1, IMAGE_SIZE, IMAGE_SIZE), np.zeros((0, 1), dtype=np.int64)
-    pairs = dataset == "digit-pairs"
-    digits = np.stack([labels // 10, labels % 10], axis=1) if pairs else labels[:, None]
-    pools = digit_pools(seed)[split]
-    source = np.array([[rng.choice(pools[d]) for d in row] for row in digits], dtype=np.int64).reshape(digits.shape)
-    # Centres in units of half the canvas: a pair stands left and right, a single digit in the middle.
-    centres = (-0.5, 0.5) if pairs else (0.0,)
-    size = 0.5 if pairs else 0.9
-    canvas = torch.zeros(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE)
-    for position, centre in enumerate(centres):
-        canvas = torch.maximum(canvas, _place(source[:, position], size, (centre, 0.0), rng))
-    if pairs:
-        # Clutter: a faint piece of some digit anywhere, and noise.
-        stray = rng.choice(np.concatenate(pools), size=len(labels))
-        corner = rng.uniform(-1.0, 1.0, size=(2, len(labels)))
-        canvas = torch.maximum(canvas, 0.5 * _place(stray, 0.4, tuple(torch.from_numpy(corner).float()), rng))
-        canvas = canvas + torch.from_numpy(rng.normal(0.0, 0.08, size=canvas.shape)).float()
-    return (canvas - 0.3) / 0.4, source
-
-
-def _place(
-    rows: NDArray[np.int64], size: float, centre: tuple[float | Tensor, float | Tensor], rng: np.random.Generator
-) -> Tensor:
-    """Base digits drawn on empty canvases at about ``centre``, randomly scaled, rotated and shifted."""
-    images, _ = _base_digits()
-    n = len(rows)
-
-    def draw(low: float, high: float) -> Tensor:
-        return torch.from_numpy(rng.uniform(low, high, size=n)).float()
-
-    angle, scale = draw(-0.14, 0.14), size * draw(0.9, 1.06)
-    x, y = centre[0] + draw(-0.05, 0.05), centre[1] + draw(-0.1, 0.1)
-    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
-    # affine_grid wants the map from the canvas back to the digit.
-    inverse = torch.stack(
-        [torch.stack([cos, sin, -(cos * x + sin * y)], 1), torch.stack([-sin, cos, sin * x - cos * y], 1)], 1
-    )
-    grid = torch.nn.functional.affine_grid(inverse, [n, 1, IMAGE_SIZE, IMAGE_SIZE], align_corners=False)
-    return torch.nn.functional.grid_sample(images[rows], grid, align_corners=False)
-
-
-# --- local files ----------------------------------------------------------------------------------------------------
-
-
-def _read_local(
-    path: Path, image_size: int, image_column: str, label_column: str
-) -> tuple[NDArray[np.float32], NDArray[np.int64], tuple[str, ...]]:
-    """Images (N, C, H, W), labels (N,) and class names of a parquet file or an image folder."""
-    logging.getLogger("datasets").setLevel(logging.ERROR)
-    from datasets import ClassLabel, Dataset, Image, Value, load_dataset
-
-    if not path.exists():
-        raise ValueError(f"dataset = 'local:{path}': there is no such file or folder on this machine")
-    parquet = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"dataset = 'local:{path}': expected a .parquet file or a folder, got a {path.suffix} file")
-    try:
-        if parquet:
-            dataset = Dataset.from_parquet([str(file) for file in parquet])
-        else:
-            # All files: left to itself, imagefolder takes 'train' or 'test' in a folder's name for a split.
-            files = {"train": str(path / "**")}
-            dataset = load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
-    except Exception as error:
-        raise ValueError(
-            f"dataset = 'local:{path}' cannot be read ({type(error).__name__}: {error}): expected a parquet file, a "
-            "folder of parquet files, or a folder with one subfolder of images per class"
-        ) from error
-    for column in (image_column, label_column):
-        if column not in dataset.column_names:
-            raise ValueError(
-                f"dataset = 'local:{path}' has no column {column!r}; it has {', '.join(dataset.column_names)}. "
-                "Set image-column and label-column"
-            )
-    if None in dataset.unique(label_column):
-        raise ValueError(f"dataset = 'local:{path}' has rows without a label in column {label_column!r}")
-    if dataset.features[label_column] in (Value("string"), Value("large_string")):
-        dataset = dataset.class_encode_column(label_column)
-    labels = np.asarray(dataset[label_column])
-    feature = dataset.features[label_column]
-    if isinstance(feature, ClassLabel):
-        names = tuple(feature.names)
-    elif np.issubdtype(labels.dtype, np.integer) and len(labels) and labels.min() >= 0:
-        names = tuple(str(c) for c in range(int(labels.max()) + 1))
-    else:
-        raise ValueError(f"column {label_column!r} of 'local:{path}' must hold labels 0..C−1 or names of classes")
-    if len(labels) == 0 or labels.min() < 0:
-        raise ValueError(f"dataset = 'local:{path}' has rows without a label, or no rows")
-
-    if isinstance(dataset.features[image_column], dict) or dataset.features[image_column] == Value("binary"):
-        dataset = dataset.cast_column(image_column, Image())  # as the hub's parquet files hold them
-    images = []
-    for row in range(len(dataset)):
-        try:
-            images.append(_to_array(dataset[row][image_column], image_size))
-        except Exception as error:
-            raise ValueError(f"row {row} of 'local:{path}' holds no image that can be read: {error}") from error
-    if len({len(image) for image in images}) > 1:  # some are grey, some are not
-        images = [np.repeat(image, 3, axis=0) if len(image) == 1 else image for image in images]
-    shapes = {image.shape for image in images}
-    if len(shapes) != 1:
-        raise ValueError(f"images of 'local:{path}' have {len(shapes)} different shapes: set image-size")
-    return np.stack(images), labels.astype(np.int64), names
-
-
-def _to_array(image: Any, size: int) -> NDArray[np.float32]:
-    """One image as (C, H, W) float32, about −1..1."""
-    from PIL import Image
-
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(np.asarray(image, dtype=np.uint8))
-    white = 65535.0 if image.mode.startswith("I") else 255.0  # "I" and "I;16" come from 16-bit files
-    grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
-    image = image.convert("L").convert("F") if image.mode in ("1", "LA") else image.convert("F" if grey else "RGB")
-    if size:
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image, dtype=np.float32) / (white / 2) - 1.0
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from cafe_flwr import __version__
 from cafe_flwr.log import logger
 from cafe_flwr.messages import Keys, NodeInfo
+from cafe_flwr.replies import last_line
 
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 5.0  # how long to wait for a sound node when all that are there failed
@@ -177,9 +178,3 @@ class Directory:
         if expected or num_clients is None:
             return f"{max(min_nodes, expected)} wanted"
         return f"{len(self.hosts)} of {num_clients} clients"
-
-
-def last_line(reason: str | None) -> str:
-    """The line of a traceback that says what happened."""
-    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return lines[-1].removesuffix("'>") if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>

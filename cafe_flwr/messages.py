@@ -411,12 +411,6 @@ class FinalReport:
         return cls(**scalars, exits=exits, calibration=counts("calibration"), test=counts("test"))
 
 
-def read_evaluation(message: Message, keys: Keys, num_exits: int) -> tuple[list[FinalReport], dict[int, str]]:
-    """Reports of an evaluation reply, and the clients that failed with the reason."""
-    reports = [FinalReport.from_record(record, num_exits) for record in message.content.metric_records.values()]
-    return reports, failures_of(record_of(message, keys.config, ConfigRecord))
-
-
 def method_config(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A method and its settings, as every message to a node carries them."""
     return {"method": name, **{f"method.{kebab(key)}": value for key, value in settings.items()}}
@@ -435,6 +429,26 @@ def failures_of(config: Mapping[str, Any]) -> dict[int, str]:
 def _filled(values: dict[str, Any]) -> dict[str, Any]:
     """Without empty lists: Flower's records cannot count their bytes. A list that is not there is empty."""
     return {key: value for key, value in values.items() if value != []}
+
+
+@dataclass(frozen=True)
+class EvaluationReply:
+    """A node's evaluation of personal networks: clients that finished, and those that did not with the reason."""
+
+    reports: Sequence[FinalReport]
+    failures: Mapping[int, str]
+
+    def to_content(self, keys: Keys) -> RecordDict:
+        """As a Flower record."""
+        content = RecordDict({f"client-{report.client}": report.to_record() for report in self.reports})
+        content[keys.config] = ConfigRecord({"protocol": PROTOCOL, **failed(self.failures)})
+        return content
+
+    @classmethod
+    def from_message(cls, message: Message, keys: Keys, *, num_exits: int) -> EvaluationReply:
+        """Read a reply on the server; ValueError or KeyError if something is not there."""
+        reports = [FinalReport.from_record(record, num_exits) for record in message.content.metric_records.values()]
+        return cls(reports, failures_of(record_of(message, keys.config, ConfigRecord)))
 
 
 def record_of(message: Message, key: str, kind: type[Any]) -> Any:

@@ -25,12 +25,12 @@ from cafe_flwr.log import logger
 from cafe_flwr.messages import (
     FLAT,
     ClientReport,
+    EvaluationReply,
     FinalReport,
     Keys,
     NodeInfo,
     TrainReply,
     TrainRequest,
-    failed,
     prefixed,
     record_of,
 )
@@ -216,7 +216,7 @@ class _Node:
         shared = work.schemas["shared"].unpack(request.shared)
         config = message.content[self.keys.config]
         hosted = _hosted(context, config.get("num-clients"))
-        content = RecordDict()
+        reports: list[FinalReport] = []
         failures: dict[int, str] = {}
         for client, version in zip(request.clients, request.versions, strict=True):
             try:
@@ -240,9 +240,8 @@ class _Node:
                     "temperatures": temperatures,
                 }
                 store.publish(client, work.network.state_dict(), facts)
-            content[f"client-{client}"] = report.to_record()
-        content[self.keys.config] = ConfigRecord(failed(failures))
-        return Message(content, reply_to=message)
+            reports.append(report)
+        return Message(EvaluationReply(reports, failures).to_content(self.keys), reply_to=message)
 
     # --- what lives as long as the process ---
 

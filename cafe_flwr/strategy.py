@@ -16,7 +16,7 @@ from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
 from cafe_flwr.aggregation import weighted, weighted_mean
-from cafe_flwr.directory import Directory, last_line
+from cafe_flwr.directory import Directory
 from cafe_flwr.log import logger
 from cafe_flwr.messages import (
     FLAT,
@@ -24,17 +24,18 @@ from cafe_flwr.messages import (
     PHASES,
     RESERVED,
     ClientReport,
+    EvaluationReply,
     FinalReport,
     Keys,
     NodeInfo,
     TrainReply,
     TrainRequest,
     method_config,
-    read_evaluation,
 )
 from cafe_flwr.methods import CafeDistillMethod, ClientRecord, Method, RoundPlan, settings_of
 from cafe_flwr.participation import rng_for, sample_clients
 from cafe_flwr.recording import RoundCallback, RoundRecord, RunInfo
+from cafe_flwr.replies import Asked, sort_out
 from cafe_flwr.settings import Settings
 from cafe_flwr.state import ServerState
 from cafe_flwr.training import LocalBudget, learning_rate_at
@@ -131,7 +132,7 @@ class FederatedStrategy(FedAvg):
         self.directory = Directory(self.keys, question)
         self.state = resume_from
         self._resume_from = resume_from
-        self._asked: list[tuple[Message, int, list[int]]] = []
+        self._asked: list[Asked] = []
         self._round = _Round()
         self._seconds: deque[float] = deque(maxlen=10)
 
@@ -420,7 +421,7 @@ class FederatedStrategy(FedAvg):
                 budget=budget,
             )
             messages.append(Message(request.to_content(self.keys, config), node, message_type))
-            self._asked.append((messages[-1], node, hosted))
+            self._asked.append(Asked(messages[-1], node, hosted))
         return messages
 
     def _learning_rate(self, server_round: int) -> float:
@@ -431,41 +432,27 @@ class FederatedStrategy(FedAvg):
     ) -> tuple[list[TrainReply], dict[int, str]]:
         """Replies that can be used, in the order of their clients, and clients left out with the reason."""
         assert self.state is not None
-        asked = {message.metadata.message_id: (node, clients) for message, node, clients in self._asked}
-        good: list[TrainReply] = []
-        left_out: dict[int, str] = {}
-        for message in replies:
-            # By the message it answers: an error's sender may be the server itself.
-            node, clients = asked.pop(message.metadata.reply_to_message_id, (0, []))
-            self.directory.suspect(node, message.has_error())
-            if message.has_error():
-                left_out |= dict.fromkeys(clients, f"its node failed: {last_line(message.error.reason)}")
-                continue
-            try:
-                reply = TrainReply.from_message(
-                    message,
-                    self.keys,
-                    digest=self.state.digest,
-                    shared_size=info.shared.size,
-                    upload_size=info.upload.size,
-                    num_exits=info.num_exits,
-                )
-                answered = [report.client for report in reply.reports] + list(reply.failures)
-                if sorted(answered) != clients or reply.server_round != server_round:
-                    raise ValueError(f"it answers for clients {answered} of round {reply.server_round}, not as asked")
-                wrong = [r.client for r in reply.reports if r.num_examples != self._examples(r.client)]
-                if wrong:
-                    raise ValueError(f"clients {wrong} report other numbers of examples than at the start")
-            except Exception as error:  # whatever a node may send: the round goes on without it
-                left_out |= dict.fromkeys(clients, f"its node's reply cannot be used: {error}")
-                continue
-            left_out |= reply.failures
-            if reply.reports:
-                good.append(reply)
-        for node, clients in asked.values():
-            self.directory.suspect(node, True)
-            left_out |= dict.fromkeys(clients, f"no reply from its node within {self.round_timeout:g} s")
-        return sorted(good, key=lambda reply: reply.reports[0].client), left_out
+        digest = self.state.digest
+
+        def read(message: Message) -> TrainReply:
+            reply = TrainReply.from_message(
+                message,
+                self.keys,
+                digest=digest,
+                shared_size=info.shared.size,
+                upload_size=info.upload.size,
+                num_exits=info.num_exits,
+            )
+            if reply.server_round != server_round:
+                raise ValueError(f"it is of round {reply.server_round}")
+            for r in reply.reports:
+                if r.num_examples != self._examples(r.client):
+                    raise ValueError(
+                        f"client {r.client} reports {r.num_examples} examples, {self._examples(r.client)} at the start"
+                    )
+            return reply
+
+        return sort_out(replies, self._asked, read, self.directory.suspect)
 
     # --- evaluation of the personal networks ---
 
@@ -478,28 +465,16 @@ class FederatedStrategy(FedAvg):
 
     def _read_evaluations(self, server_round: int, replies: Iterable[Message]) -> list[FinalReport]:
         """Reports of the clients that were asked; the others are named in the log, with the reason."""
-        asked = {message.metadata.message_id: clients for message, _, clients in self._asked}
-        reports: list[FinalReport] = []
-        missing: dict[int, str] = {}
-        for message in replies:
-            clients = asked.pop(message.metadata.reply_to_message_id, [])
-            if message.has_error():
-                missing |= dict.fromkeys(clients, f"its node failed: {last_line(message.error.reason)}")
-                continue
-            try:
-                read = read_evaluation(message, self.keys, self.directory.reference.num_exits)
-                if sorted([report.client for report in read[0]] + list(read[1])) != clients:
-                    raise ValueError("it does not answer for the clients asked")
-            except Exception as error:  # whatever a node may send: the others count
-                missing |= dict.fromkeys(clients, f"its node's reply cannot be used: {error}")
-                continue
-            reports += read[0]
-            missing |= read[1]
-        for clients in asked.values():
-            missing |= dict.fromkeys(clients, "no reply from its node")
-        for client, reason in sorted(missing.items()):
+        num_exits = self.directory.reference.num_exits if self._asked else 0
+        good, left_out = sort_out(
+            replies,
+            self._asked,
+            lambda message: EvaluationReply.from_message(message, self.keys, num_exits=num_exits),
+            self.directory.suspect,
+        )
+        for client, reason in sorted(left_out.items()):
             logger.warning("Round %d: no evaluation of client %d: %s", server_round, client, reason)
-        return sorted(reports, key=lambda report: report.client)
+        return sorted((report for reply in good for report in reply.reports), key=lambda report: report.client)
 
     def _evaluate_all(self, grid: Grid, config: ConfigRecord, timeout: float) -> list[FinalReport]:
         """Every client there is evaluates its personal network and publishes it in its own folder."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.federation import build_network, build_strategy, federation
 from cafe_flwr.federation import run as run_federation
 from cafe_flwr.networks import Exit
-from cafe_flwr.recording import Recorder, open_results
+from cafe_flwr.recording import Recorder, Results, open_results
 from cafe_flwr.settings import Settings
 
 SMALL = {
@@ -48,7 +49,15 @@ def digits_app() -> ClientApp:
     return make_client_app(
         lambda context: build_network(Settings.from_run_config(context.run_config)),
         lambda client, context: federation(Settings.from_run_config(context.run_config)).load(client),
+        state_dir=personal_of_the_run,
     )
+
+
+def personal_of_the_run(context: Context) -> str:
+    """Folder of the personal state of a run that has settings."""
+    if not context.run_config:
+        return ""
+    return str(Settings.from_run_config(context.run_config).results / "personal")
 
 
 # --- toys: networks and data of a few numbers, under the control of a test -------------------------------------------
@@ -81,6 +90,7 @@ def toy_app(
     load: Callable[[int], ClientData] = toy_data, build: Callable[[], EarlyExitNetwork] = toy_network, **options: Any
 ) -> ClientApp:
     """A ready ClientApp of toy clients."""
+    options.setdefault("state_dir", personal_of_the_run)
     return make_client_app(lambda context: build(), lambda client, context: load(client), **options)
 
 
@@ -95,13 +105,21 @@ def run_small(settings: Settings, num_nodes: int = 2, app: Any = None, grid: InP
 
 def run_until(settings: Settings, last_round: int, num_nodes: int = 2, app: Any = None) -> None:
     """Run the first rounds only, as a run that is stopped there would leave it."""
-    folder, state = open_results(settings)
-    recorder = Recorder(folder, settings)
-    grid = InProcessGrid(app or digits_app(), num_nodes, settings.to_run_config())
-    try:
-        build_strategy(settings, recorder, state).start(grid, num_rounds=last_round)
-    finally:
-        recorder.close()
+    with results_of(settings) as results:
+        recorder = Recorder(results.folder, settings)
+        grid = InProcessGrid(app or digits_app(), num_nodes, settings.to_run_config())
+        try:
+            build_strategy(settings, recorder, results.state).start(grid, num_rounds=last_round)
+        finally:
+            recorder.close()
+
+
+@contextmanager
+def results_of(settings: Settings) -> Iterator[Results]:
+    """The results folder of a run, locked inside."""
+    results = open_results(settings)
+    with results.lock:
+        yield results
 
 
 def strict_json(text: str) -> Any:

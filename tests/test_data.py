@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cafe_flwr import data
-from cafe_flwr.data import SPLITS, digit_pools, load_federation, partition_labels, stratified_split
+from cafe_flwr import digits
+from cafe_flwr.data import load_federation, partition_labels, stratified_split
+from cafe_flwr.digits import SPLITS, digit_pools
 
 # Small federations of both embedded sets: (name, clients, settings).
 EMBEDDED = [
@@ -77,11 +78,11 @@ def test_no_image_is_made_from_a_digit_of_another_split_over_all_clients(embedde
 def test_no_pixel_comes_from_a_digit_of_another_split(monkeypatch, split):
     """`source` names the digits that make the class; clutter is digits too. So all digits outside the split's pool are
     poisoned with NaN: not one pixel of the split may be affected."""
-    images, target = data._base_digits()
+    images, target = digits._base_digits()
     poisoned = torch.full_like(images, torch.nan)
     own = np.concatenate(digit_pools(0)[split])
     poisoned[own] = images[own]
-    monkeypatch.setattr(data, "_base_digits", lambda: (poisoned, target))
+    monkeypatch.setattr(digits, "_base_digits", lambda: (poisoned, target))
     load_federation.cache_clear()
     federation = load_federation("digit-pairs", 6, alpha=0.3, examples_per_client=80)
     x = {name: torch.cat([splits(c)[name].x for c in clients_of(federation)]) for name in SPLITS}

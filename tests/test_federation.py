@@ -15,6 +15,7 @@ from federations import (
     asked,
     digits_app,
     facts_and_tensors,
+    results_of,
     run_small,
     run_until,
     same_arrays,
@@ -28,7 +29,7 @@ from cafe_flwr import make_client_app
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.federation import build_network, build_strategy, federation
-from cafe_flwr.recording import Recorder, open_results
+from cafe_flwr.recording import Recorder
 from cafe_flwr.state import Checkpoints
 
 EXITS = 3
@@ -58,12 +59,13 @@ def test_all_files_are_there_and_nothing_else(finished):
         "personal",
         "checkpoint",
         "report.html",
+        ".lock",
     }
     personal = {p.name for p in (folder / "personal").iterdir()}
     expected = {f"client-{c}.{kind}" for c in range(CLIENTS) for kind in ("safetensors", "json")}
     assert personal == expected | {"versions"}
-    assert not [p for p in folder.rglob("*") if p.name.startswith(".") or p.suffix == ".tmp"]
-    assert all(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    assert not [p for p in folder.rglob("*") if p.name.endswith(".tmp")]
+    assert all(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
 
 
 def test_settings_on_disk_are_those_of_the_run(finished):
@@ -361,9 +363,9 @@ def test_heads_on_disk_have_a_version_for_every_round_their_client_took_part_in_
             for path in (settings.results / "personal" / "versions" / state.run).glob("*/round-*"):
                 heads[path.parent.name, int(path.stem.split("-")[1])] = load_file(path)
 
-    folder, _ = open_results(settings)
     grid = WatchedGrid(digits_app(), 2, settings.to_run_config())
-    build_strategy(settings, Watch(folder, settings)).start(grid)
+    with results_of(settings) as results:
+        build_strategy(settings, Watch(results.folder, settings)).start(grid)
     took_part = {}
     for message, reply in grid.of_type("train"):
         assert not reply.has_error()
@@ -390,9 +392,9 @@ def test_heads_of_exits_that_do_not_train_stay_as_they_are_on_disk(tmp_path, no_
                     versions / f"round-{record.server_round:06d}.safetensors"
                 )
 
-    folder, _ = open_results(settings)
     grid = InProcessGrid(digits_app(), 2, settings.to_run_config())
-    build_strategy(settings, Watch(folder, settings)).start(grid, num_rounds=6)
+    with results_of(settings) as results:
+        build_strategy(settings, Watch(results.folder, settings)).start(grid, num_rounds=6)
     network = build_network(settings)
     torch.manual_seed(settings.seed)
     initial = build_network(settings).state_dict()
@@ -432,8 +434,7 @@ def stopped_run(folder, how, last_round=2, **changes):
     if how == "asked to":
         run_until(settings, last_round)
         return settings
-    results, _ = open_results(settings)
-    recorder = Recorder(results, settings)
+    recorder = Recorder(settings.results, settings)
 
     class Bomb:
         def on_start(self, run):
@@ -446,7 +447,7 @@ def stopped_run(folder, how, last_round=2, **changes):
     strategy = build_strategy(settings, recorder)
     bomb = Bomb()
     strategy.callbacks = (bomb, recorder) if how == "before it was recorded" else (recorder, bomb)
-    with pytest.raises(Stop):
+    with results_of(settings), pytest.raises(Stop):
         strategy.start(InProcessGrid(digits_app(), 2, settings.to_run_config()))
     recorder.close()
     return settings
@@ -564,14 +565,13 @@ def test_resume_of_a_finished_run_changes_nothing_but_times(tmp_path, no_report)
 @pytest.mark.xfail(strict=True, raises=AssertionError, reason="summary.json lacks the teacher weights")
 def test_a_run_that_died_in_its_final_evaluation_is_finished_by_resume(tmp_path, undisturbed, no_report):
     settings = small_settings(tmp_path, **STOPPED)
-    results, _ = open_results(settings)
-    strategy = build_strategy(settings, Recorder(results, settings))
+    strategy = build_strategy(settings, Recorder(settings.results, settings))
 
     def die(*_):
         raise Stop
 
     strategy._evaluate_all = die
-    with pytest.raises(Stop):
+    with results_of(settings), pytest.raises(Stop):
         strategy.start(InProcessGrid(digits_app(), 2, settings.to_run_config()))
     assert same_arrays(resume(settings), undisturbed[1])
     Recorded.read(settings.results).assert_same(undisturbed[0])

