@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cafe_flwr import __version__
 from cafe_flwr.log import logger
 from cafe_flwr.messages import PHASES, ClientReport, FinalReport
 from cafe_flwr.methods import RoundPlan
-from cafe_flwr.metrics import THRESHOLDS, DynamicCounts, ExitMetrics, worst_share
+from cafe_flwr.metrics import ExitMetrics
 from cafe_flwr.settings import Settings
 from cafe_flwr.state import Checkpoints, ServerState, write_atomically
+from cafe_flwr.summary import mean, mean_rows, summarise, without_nan
 
 COLUMNS = ("round", "client", "phase", "exit", "accuracy", "loss", "ece", "examples")
 
@@ -90,7 +87,7 @@ class RoundRecord:
 
     def accuracy_per_exit(self, phase: str = "before") -> list[float]:
         """Mean over clients, (m,), before or after local training."""
-        return _mean_rows(getattr(report, phase).accuracy for report in self.reports)
+        return mean_rows(getattr(report, phase).accuracy for report in self.reports)
 
     @property
     def active_exits(self) -> list[int]:
@@ -119,9 +116,9 @@ class RoundRecord:
             "active_exits": self.active_exits,
             "accuracy_per_exit": self.accuracy_per_exit("before"),
             "accuracy_per_exit_after": self.accuracy_per_exit("after"),
-            "train_loss": _mean(report.train_loss for report in self.reports),
+            "train_loss": mean(report.train_loss for report in self.reports),
             "learning_rate": self.learning_rate,
-            "similarity_per_exit": _mean_rows(report.similarity for report in self.reports),
+            "similarity_per_exit": mean_rows(report.similarity for report in self.reports),
             "own_teacher_weight": own,
             "effective_teachers": effective,
             "bytes_up": self.bytes_up,
@@ -279,7 +276,7 @@ class Recorder:
         ]
         self._append_rows(rows)
         with open(self._rounds, "a") as file:
-            file.write(json.dumps(_without_nan(record.to_json()), ensure_ascii=False) + "\n")
+            file.write(json.dumps(without_nan(record.to_json()), ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.checkpoints.save(state)
@@ -292,8 +289,10 @@ class Recorder:
         self._append_rows(
             [r for f in reports for r in _rows(self._run.num_rounds, f.client, "final", f.exits, f.test_examples)]
         )
-        summary = self._summary(self._run, reports)
-        text = json.dumps(_without_nan(summary), indent=2, ensure_ascii=False)
+        rounds = [json.loads(line) for line in self._rounds.read_text().splitlines()]
+        seconds = time.perf_counter() - self._started
+        summary = summarise(self.settings, self._run, reports, rounds, self._plan, seconds)
+        text = json.dumps(without_nan(summary), indent=2, ensure_ascii=False)
         write_atomically(self.folder / "summary.json", text + "\n")
 
     def close(self) -> None:
@@ -317,57 +316,6 @@ class Recorder:
             file.flush()
             os.fsync(file.fileno())
 
-    def _summary(self, run: RunInfo, reports: Sequence[FinalReport]) -> dict[str, Any]:
-        lines = [json.loads(line) for line in self._rounds.read_text().splitlines()]
-        messages = sum(len(line["participants"]) for line in lines) or 1
-        per_client = [_mean(f.exits.accuracy) for f in reports]
-        accuracy = _mean_rows(f.exits.accuracy for f in reports)
-        dynamic, curve = _dynamic(reports, np.asarray(run.macs_per_exit, dtype=np.float64))
-        plan = self._plan
-        return {
-            "name": self.settings.run_name,
-            "method": self.settings.method,
-            "dataset": self.settings.dataset,
-            "seed": self.settings.seed,
-            "num_rounds": run.num_rounds,
-            "num_clients": len({*run.clients, *(f.client for f in reports)}),
-            "accuracy": _mean(accuracy),
-            "accuracy_per_exit": accuracy,
-            "accuracy_last_exit": accuracy[-1] if accuracy else math.nan,
-            "accuracy_std_over_clients": float(np.nanstd(per_client)) if reports else math.nan,
-            "accuracy_worst_tenth": worst_share(per_client),
-            "ece_per_exit": _mean_rows(f.exits.ece for f in reports),
-            "loss_per_exit": _mean_rows(f.exits.loss for f in reports),
-            "num_parameters": run.num_parameters,
-            "macs_per_exit": list(run.macs_per_exit),
-            "macs_reduction_at_equal_accuracy": dynamic["macs_reduction"],
-            "dynamic": dynamic,
-            "curve": curve,
-            "bytes_up_per_client_round": round(sum(line["bytes_up"] for line in lines) / messages),
-            "bytes_down_per_client_round": round(sum(line["bytes_down"] for line in lines) / messages),
-            "bytes_fedavg_per_client_round": 4 * run.num_parameters,
-            "seconds": time.perf_counter() - self._started,
-            "teacher_weights": None
-            if plan is None or plan.weights is None
-            else {
-                "rows": list(plan.weight_rows),
-                "clients": list(plan.weight_columns),
-                "weights": plan.weights.round(4).tolist(),
-            },
-            "clients": [
-                {
-                    "client": f.client,
-                    "train": f.train_examples,
-                    "calibration": f.calibration_examples,
-                    "test": f.test_examples,
-                    "classes": f.classes,
-                    "accuracy_per_exit": f.exits.accuracy,
-                }
-                for f in reports
-            ],
-            "versions": _versions(),
-        }
-
 
 def _is_before(row: str, server_round: int) -> bool:
     """Whether a row of the long table belongs to an earlier round, and not to the evaluation at the end."""
@@ -384,46 +332,6 @@ def _rows(
     ]
 
 
-def _dynamic(reports: Sequence[FinalReport], macs: NDArray[np.float64]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inference that leaves at the first exit with max-prob ≥ θ, one θ for all clients.
-
-    Every client's exits are temperature-scaled on its own calibration split. θ is chosen on the calibration splits: the
-    cheapest whose accuracy exceeds that of the full network by at least one standard error of the difference (without
-    this margin the choice among many thresholds is too lucky to hold), or never to leave. What is reported for it is
-    measured on the test splits.
-    """
-    examples = sum(f.test_examples for f in reports)
-    if not examples:
-        nothing = {"threshold": None, "accuracy": math.nan, "accuracy_full": math.nan, "macs_reduction": math.nan}
-        return {**nothing, "exit_shares": []}, {"threshold": [], "accuracy": [], "macs": [], "exit_shares": []}
-    calibration, test = (
-        DynamicCounts(*(np.sum(counts, axis=0) for counts in zip(*(getattr(f, s) for f in reports), strict=True)))
-        for s in ("calibration", "test")
-    )
-    shares = test.left / examples
-    accuracy = test.correct / examples
-    mean_macs = shares @ macs
-    gain = calibration.correct - calibration.correct[-1]
-    spread = np.sqrt(np.maximum(calibration.changed - gain**2 / max(1, calibration.left[0].sum()), 0.0))
-    chosen = int(np.where(gain >= spread, calibration.left @ macs, np.inf).argmin())
-    if not calibration.left.any():
-        chosen = len(THRESHOLDS) - 1  # nothing to choose by: never leave early
-    dynamic = {
-        "threshold": float(THRESHOLDS[chosen]) if np.isfinite(THRESHOLDS[chosen]) else None,
-        "accuracy": float(accuracy[chosen]),
-        "accuracy_full": float(accuracy[-1]),
-        "macs_reduction": float(1 - mean_macs[chosen] / macs[-1]),
-        "exit_shares": shares[chosen].tolist(),
-    }
-    curve = {
-        "threshold": [float(t) if np.isfinite(t) else None for t in THRESHOLDS],
-        "accuracy": accuracy.tolist(),
-        "macs": mean_macs.tolist(),
-        "exit_shares": shares.tolist(),
-    }
-    return dynamic, curve
-
-
 def _teaching(plan: RoundPlan) -> tuple[float | None, float | None]:
     """Mean weight a client gives its own head, and mean effective number of teachers 1/Σw²."""
     if plan.weights is None or not len(plan.weights):
@@ -431,34 +339,3 @@ def _teaching(plan: RoundPlan) -> tuple[float | None, float | None]:
     columns = {client: column for column, client in enumerate(plan.weight_columns)}
     own = [plan.weights[row, columns[client]] for row, client in enumerate(plan.weight_rows)]
     return float(np.mean(own)), float(np.mean(1.0 / (plan.weights**2).sum(axis=1)))
-
-
-def _mean(values: Iterable[float]) -> float:
-    """Mean of the values that are not NaN; NaN if there are none."""
-    known = [v for v in values if not math.isnan(v)]
-    return float(np.mean(known)) if known else math.nan
-
-
-def _mean_rows(rows: Iterable[Sequence[float]]) -> list[float]:
-    return [_mean(column) for column in zip(*rows, strict=True)]
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return value
-
-
-def _versions() -> dict[str, str]:
-    found = {"cafe-flwr": __version__}
-    for package in ("flwr", "torch", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -1,0 +1,165 @@
+"""The figures of a finished run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cafe_flwr import __version__
+from cafe_flwr.messages import FinalReport
+from cafe_flwr.methods import RoundPlan
+from cafe_flwr.metrics import THRESHOLDS, DynamicCounts, worst_share
+from cafe_flwr.settings import Settings
+
+if TYPE_CHECKING:
+    from cafe_flwr.recording import RunInfo
+
+
+def summarise(
+    settings: Settings,
+    run: RunInfo,
+    reports: Sequence[FinalReport],
+    rounds: Sequence[Mapping[str, Any]],
+    plan: RoundPlan | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Contents of ``summary.json``.
+
+    Parameters
+    ----------
+    settings, run
+        What was asked for, and the run when it started.
+    reports
+        Evaluation of every personal network after the last round.
+    rounds
+        The lines of ``rounds.jsonl``.
+    plan
+        Of the last round with teachers from others, for who teaches whom.
+    seconds
+        Wall clock.
+    """
+    messages = sum(len(line["participants"]) for line in rounds) or 1
+    per_client = [mean(f.exits.accuracy) for f in reports]
+    known = [value for value in per_client if not math.isnan(value)]
+    accuracy = mean_rows(f.exits.accuracy for f in reports)
+    dynamic, curve = _dynamic(reports, np.asarray(run.macs_per_exit, dtype=np.float64))
+    return {
+        "name": settings.run_name,
+        "method": settings.method,
+        "dataset": settings.dataset,
+        "seed": settings.seed,
+        "num_rounds": run.num_rounds,
+        "num_clients": len({*run.clients, *(f.client for f in reports)}),
+        "accuracy": mean(accuracy),
+        "accuracy_per_exit": accuracy,
+        "accuracy_last_exit": accuracy[-1] if accuracy else math.nan,
+        "accuracy_std_over_clients": float(np.std(known)) if known else math.nan,
+        "accuracy_worst_tenth": worst_share(per_client),
+        "ece_per_exit": mean_rows(f.exits.ece for f in reports),
+        "loss_per_exit": mean_rows(f.exits.loss for f in reports),
+        "num_parameters": run.num_parameters,
+        "macs_per_exit": list(run.macs_per_exit),
+        "macs_reduction_at_equal_accuracy": dynamic["macs_reduction"],
+        "dynamic": dynamic,
+        "curve": curve,
+        "bytes_up_per_client_round": round(sum(line["bytes_up"] for line in rounds) / messages),
+        "bytes_down_per_client_round": round(sum(line["bytes_down"] for line in rounds) / messages),
+        "bytes_fedavg_per_client_round": 4 * run.num_parameters,
+        "seconds": seconds,
+        "teacher_weights": None
+        if plan is None or plan.weights is None
+        else {
+            "rows": list(plan.weight_rows),
+            "clients": list(plan.weight_columns),
+            "weights": plan.weights.round(4).tolist(),
+        },
+        "clients": [
+            {
+                "client": f.client,
+                "train": f.train_examples,
+                "calibration": f.calibration_examples,
+                "test": f.test_examples,
+                "classes": f.classes,
+                "accuracy_per_exit": f.exits.accuracy,
+            }
+            for f in reports
+        ],
+        "versions": _versions(),
+    }
+
+
+def _dynamic(reports: Sequence[FinalReport], macs: NDArray[np.float64]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inference that leaves at the first exit with max-prob ≥ θ, one θ for all clients.
+
+    Every client's exits are temperature-scaled on its own calibration split. θ is chosen on the calibration splits: the
+    cheapest whose accuracy exceeds that of the full network by at least one standard error of the difference (without
+    this margin the choice among many thresholds is too lucky to hold), or never to leave. What is reported for it is
+    measured on the test splits.
+    """
+    examples = sum(f.test_examples for f in reports)
+    if not examples:
+        nothing = {"threshold": None, "accuracy": math.nan, "accuracy_full": math.nan, "macs_reduction": math.nan}
+        return {**nothing, "exit_shares": []}, {"threshold": [], "accuracy": [], "macs": [], "exit_shares": []}
+    calibration, test = (
+        DynamicCounts(*(np.sum(counts, axis=0) for counts in zip(*(getattr(f, s) for f in reports), strict=True)))
+        for s in ("calibration", "test")
+    )
+    shares = test.left / examples
+    accuracy = test.correct / examples
+    mean_macs = shares @ macs
+    gain = calibration.correct - calibration.correct[-1]
+    spread = np.sqrt(np.maximum(calibration.changed - gain**2 / max(1, calibration.left[0].sum()), 0.0))
+    chosen = int(np.where(gain >= spread, calibration.left @ macs, np.inf).argmin())
+    if not calibration.left.any():
+        chosen = len(THRESHOLDS) - 1  # nothing to choose by: never leave early
+    dynamic = {
+        "threshold": float(THRESHOLDS[chosen]) if np.isfinite(THRESHOLDS[chosen]) else None,
+        "accuracy": float(accuracy[chosen]),
+        "accuracy_full": float(accuracy[-1]),
+        "macs_reduction": float(1 - mean_macs[chosen] / macs[-1]),
+        "exit_shares": shares[chosen].tolist(),
+    }
+    curve = {
+        "threshold": [float(t) if np.isfinite(t) else None for t in THRESHOLDS],
+        "accuracy": accuracy.tolist(),
+        "macs": mean_macs.tolist(),
+        "exit_shares": shares.tolist(),
+    }
+    return dynamic, curve
+
+
+def mean(values: Iterable[float]) -> float:
+    """Mean of the values that are not NaN; NaN if there are none."""
+    known = [v for v in values if not math.isnan(v)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def mean_rows(rows: Iterable[Sequence[float]]) -> list[float]:
+    """Column means of the values that are not NaN."""
+    return [mean(column) for column in zip(*rows, strict=True)]
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return value
+
+
+def _versions() -> dict[str, str]:
+    found = {"cafe-flwr": __version__}
+    for package in ("flwr", "torch", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
