@@ -81,7 +81,7 @@ def run(grid: Grid, settings: Settings) -> Result:
         If no client can take part, or all fail in a round. What was recorded until then is kept.
     """
     results = open_results(settings)
-    recorder = Recorder(results.folder, settings)
+    recorder = Recorder(results.folder, settings, results.state)
     try:
         return build_strategy(settings, recorder, results.state).start(grid)
     finally:

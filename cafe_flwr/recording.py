@@ -18,8 +18,8 @@ from cafe_flwr.messages import PHASES, ClientReport, FinalReport
 from cafe_flwr.methods import RoundPlan
 from cafe_flwr.metrics import ExitMetrics
 from cafe_flwr.settings import Settings
-from cafe_flwr.state import Checkpoints, ServerState, write_atomically
-from cafe_flwr.summary import mean, mean_rows, summarise, without_nan
+from cafe_flwr.state import Checkpoints, ServerState, to_json, write_atomically
+from cafe_flwr.summary import mean, mean_rows, summarise
 
 COLUMNS = ("round", "client", "phase", "exit", "accuracy", "loss", "ece", "examples")
 
@@ -169,8 +169,7 @@ def open_results(settings: Settings) -> Results:
         elif folder.exists() and any(folder.iterdir()):
             _move_aside(folder)
         lock = _lock(folder)
-        text = json.dumps(run_config, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder / "settings.json", text)
+        write_atomically(folder / "settings.json", to_json(run_config, indent=2))
     except OSError as error:
         raise ValueError(f"cannot write results to {folder}: {error}. Set results-dir to a folder you own") from error
     logger.info("Results: %s", folder)
@@ -233,6 +232,8 @@ class Recorder:
         Results folder, as :func:`open_results` made it.
     settings
         Of the run.
+    resume_from
+        State that the run goes on from.
 
     Notes
     -----
@@ -240,13 +241,13 @@ class Recorder:
     ``clients.parquet`` is made from the latter when the run ends, however it ends.
     """
 
-    def __init__(self, folder: Path, settings: Settings) -> None:
+    def __init__(self, folder: Path, settings: Settings, resume_from: ServerState | None = None) -> None:
         self.folder = folder
         self.settings = settings
         self.checkpoints = Checkpoints(folder / "checkpoint")
         self._rows = folder / "checkpoint" / "clients.csv"
         self._rounds = folder / "rounds.jsonl"
-        self._plan: RoundPlan | None = None
+        self._plan = resume_from.plan if resume_from else None
         self._run: RunInfo | None = None
         self._started = time.perf_counter()
 
@@ -276,12 +277,11 @@ class Recorder:
         ]
         self._append_rows(rows)
         with open(self._rounds, "a") as file:
-            file.write(json.dumps(without_nan(record.to_json()), ensure_ascii=False) + "\n")
+            file.write(to_json(record.to_json()))
             file.flush()
             os.fsync(file.fileno())
         self.checkpoints.save(state)
-        if record.plan.weights is not None:
-            self._plan = record.plan
+        self._plan = state.plan
 
     def on_finish(self, reports: Sequence[FinalReport]) -> None:
         """Write summary, tables and report."""
@@ -292,8 +292,7 @@ class Recorder:
         rounds = [json.loads(line) for line in self._rounds.read_text().splitlines()]
         seconds = time.perf_counter() - self._started
         summary = summarise(self.settings, self._run, reports, rounds, self._plan, seconds)
-        text = json.dumps(without_nan(summary), indent=2, ensure_ascii=False)
-        write_atomically(self.folder / "summary.json", text + "\n")
+        write_atomically(self.folder / "summary.json", to_json(summary, indent=2))
 
     def close(self) -> None:
         """Make ``clients.parquet`` and the report from what there is; also after a run that failed."""

@@ -7,6 +7,7 @@ either whole or not there. A damaged one is reported and the version before it i
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from cafe_flwr.log import logger
-from cafe_flwr.methods.base import ClientRecord
+from cafe_flwr.methods.base import ClientRecord, RoundPlan
 
 STATE_VERSION = 1
 _VERSION_FILE = re.compile(r"round-(\d+)\.safetensors")
@@ -41,6 +42,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text that ends with a line; NaN and infinity, which JSON has not, become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
 
 
 def _versions(folder: Path) -> list[tuple[int, Path]]:
@@ -147,8 +163,8 @@ class PersonalStore:
         """Write the client's whole personal network: ``client-<partition>.safetensors`` and its facts as JSON."""
         content = save_tensors({name: t.contiguous() for name, t in tensors.items()})
         write_atomically(self.folder / f"client-{client}.safetensors", content)
-        text = json.dumps({"state-version": STATE_VERSION, "client": client, **facts}, indent=2)
-        write_atomically(self.folder / f"client-{client}.json", text + "\n")
+        text = to_json({"state-version": STATE_VERSION, "client": client, **facts}, indent=2)
+        write_atomically(self.folder / f"client-{client}.json", text)
 
 
 def personal_folder(context: Context, chosen: str = "") -> Path:
@@ -188,6 +204,8 @@ class ServerState:
         Shared parameters, flat.
     known
         Last report of every client that has taken part.
+    plan
+        Of the last round in which clients taught each other.
     """
 
     run: str
@@ -195,6 +213,7 @@ class ServerState:
     digest: str
     shared: NDArray[np.float32]
     known: dict[int, ClientRecord] = field(default_factory=dict)
+    plan: RoundPlan | None = None
 
 
 class Checkpoints:
@@ -207,7 +226,7 @@ class Checkpoints:
         """Write the state of a round; the one before it stays."""
         clients = sorted(state.known)
         records = [state.known[c] for c in clients]
-        facts = {
+        facts: dict[str, Any] = {
             "state-version": STATE_VERSION,
             "run": state.run,
             "round": state.round,
@@ -216,7 +235,10 @@ class Checkpoints:
             "num-examples": [r.num_examples for r in records],
             "seen": [r.seen for r in records],
         }
-        arrays = {"shared": state.shared}
+        arrays: dict[str, NDArray[Any]] = {"shared": state.shared}
+        if state.plan is not None and state.plan.weights is not None:
+            arrays |= {"active": state.plan.active, "weights": state.plan.weights}
+            facts |= {"rows": list(state.plan.weight_rows), "columns": list(state.plan.weight_columns)}
         if records:
             arrays["uploads"] = np.stack([r.upload for r in records])
             arrays["similarity"] = np.stack([r.similarity for r in records])
@@ -242,5 +264,9 @@ class Checkpoints:
                 )
                 for i, client in enumerate(facts["clients"])
             }
-            return ServerState(facts["run"], facts["round"], facts["digest"], arrays["shared"], known)
+            plan = None
+            if "weights" in arrays:
+                rows, columns = facts["rows"], facts["columns"]
+                plan = RoundPlan(arrays["active"], {}, arrays["weights"], rows, columns)
+            return ServerState(facts["run"], facts["round"], facts["digest"], arrays["shared"], known, plan)
         return None

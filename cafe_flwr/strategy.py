@@ -155,9 +155,7 @@ class FederatedStrategy(FedAvg):
     ) -> Iterable[Message]:
         """One message for every node that hosts participants: each client its own download and active exits."""
         self._round, self._asked = _Round(), []
-        reserved = [key for key in config if key in RESERVED or key.startswith(("method.", "local."))]
-        if reserved:
-            raise ValueError(f"the train config must not hold keys of the strategy's own: {', '.join(reserved)}")
+        _check_reserved(config)
         if self.fraction_train == 0.0:
             return []
         self._connect(grid)
@@ -178,6 +176,7 @@ class FederatedStrategy(FedAvg):
             rng_for(self.seed, server_round, -1, "selection"),
         )
         self._round = _Round(clients, plan)
+        state.plan = plan if plan.weights is not None else state.plan
         return self._messages(server_round, clients, plan, config, MessageType.TRAIN)
 
     def aggregate_train(
@@ -222,6 +221,7 @@ class FederatedStrategy(FedAvg):
     ) -> Iterable[Message]:
         """Ask clients to evaluate the aggregated network with their own heads; nobody, by default."""
         self._asked = []
+        _check_reserved(config)
         if self.fraction_evaluate == 0.0:
             return []
         self._connect(grid)
@@ -300,6 +300,7 @@ class FederatedStrategy(FedAvg):
             grid, min_nodes=self.min_available_nodes, num_clients=self.num_clients, seconds=self.wait_seconds
         )
         resumed = self.state is not None
+        self._check_digest()
         arrays = self._arrays(self.state.shared) if self.state else (initial_arrays or self._ask_initial(grid))
         state = self._state(arrays)
         info = self.directory.reference
@@ -515,13 +516,17 @@ class FederatedStrategy(FedAvg):
         flat = np.concatenate([part.ravel() for part in parts]).astype(np.float32)
         if self.state is None:
             self.state = ServerState(secrets.token_hex(8), 0, info.digest, flat)
-        if self.state.digest != info.digest:
+        self._check_digest()
+        self.state.shared = flat
+        return self.state
+
+    def _check_digest(self) -> None:
+        info = self.directory.reference
+        if self.state is not None and self.state.digest != info.digest:
             raise ValueError(
                 f"the checkpoint was made with another network or method (fingerprint {self.state.digest}, the "
                 f"clients' is {info.digest}): resume with the settings of the run"
             )
-        self.state.shared = flat
-        return self.state
 
     def _arrays(self, flat: NDArray[np.float32]) -> ArrayRecord:
         """Shared parameters by name, as Flower's results hold them."""
@@ -599,6 +604,12 @@ class CafeDistill(FederatedStrategy):
         own = {name.replace("_", "-"): value for name, value in settings_of(method).items()}
         Settings.from_run_config(own)
         super().__init__(*args, method=method, num_rounds=num_rounds, **kwargs)
+
+
+def _check_reserved(config: Mapping[str, Any]) -> None:
+    reserved = [key for key in config if key in RESERVED or key.startswith(("method.", "local."))]
+    if set(reserved) - {"server-round"}:  # Flower's own strategies put it there, too
+        raise ValueError(f"the config for clients must not hold keys of the strategy's own: {', '.join(reserved)}")
 
 
 def _client_metrics(report: ClientReport, weight_key: str) -> MetricRecord:

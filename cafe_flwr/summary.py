@@ -144,17 +144,6 @@ def mean_rows(rows: Iterable[Sequence[float]]) -> list[float]:
     return [mean(column) for column in zip(*rows, strict=True)]
 
 
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return value
-
-
 def _versions() -> dict[str, str]:
     found = {"cafe-flwr": __version__}
     for package in ("flwr", "torch", "numpy"):

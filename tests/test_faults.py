@@ -156,15 +156,15 @@ HEAD = CLASSES * WIDTH + CLASSES
 FAULTS = {
     "NaN": (poke(3, np.nan), "values in its array are NaN or infinite"),
     "infinity": (poke(-1, np.inf), "1 of the "),
-    "double precision": (with_flat(lambda flat: flat.astype(np.float64)), "its array is float64, expected float32"),
-    "half precision": (with_flat(lambda flat: flat.astype(np.float16)), "its array is float16, expected float32"),
-    "whole numbers": (with_flat(lambda flat: flat.astype(np.int32)), "its array is int32, expected float32"),
-    "text": (with_flat(lambda flat: flat.astype(str)), "expected float32"),
+    "double precision": (with_flat(lambda flat: flat.astype(np.float64)), "float64"),
+    "half precision": (with_flat(lambda flat: flat.astype(np.float16)), "float16"),
+    "whole numbers": (with_flat(lambda flat: flat.astype(np.int32)), "int32"),
+    "text": (with_flat(lambda flat: flat.astype(str)), "float32, got <U"),
     "one value short": (with_flat(lambda flat: flat[:-1]), "values, expected "),
     "one value more": (with_flat(lambda flat: np.append(flat, flat[:1])), "values, expected "),
     "no values": (with_flat(lambda flat: flat[:0]), "its array has 0 values, expected "),
     "without the head": (with_flat(lambda flat: flat[:-HEAD]), "values, expected "),
-    "two dimensions": (with_flat(lambda flat: flat[:, None]), "its array must be flat, got shape"),
+    "two dimensions": (with_flat(lambda flat: flat[:, None]), "its array must be flat"),
     "half of the bytes": (with_arrays(broken_bytes), "its node's reply cannot be used"),
     "another name": (with_arrays(lambda flat: {"weights": flat}), "needs exactly one array, 'flat', found 'weights'"),
     "no array": (with_arrays(lambda flat: {}), "needs exactly one array, 'flat', found none"),
@@ -188,12 +188,17 @@ FAULTS = {
         with_metrics(lambda m: m.update({"train-loss": 0.5})),
         "need 1 values of 'train-loss', got 0",
     ),
-    "weight 0": (with_metrics(lambda m: m.update({"num-examples": [0]})), "'num-examples' must be at least 1"),
-    "negative weight": (with_metrics(lambda m: m.update({"num-examples": [-5]})), "must be at least 1"),
-    "weight NaN": (
-        with_metrics(lambda m: m.update({"num-examples": [float("nan")]})),
-        "its node's reply cannot be used",
+    "weight 0": (with_metrics(lambda m: m.update({"num-examples": [0]})), "'num-examples' must be"),
+    "negative weight": (
+        with_metrics(lambda m: m.update({"num-examples": [-5]})),
+        "at least 1 for every client, got [-5]",
     ),
+    "weight NaN": (with_metrics(lambda m: m.update({"num-examples": [float("nan")]})), "'num-examples' must be"),
+    "weight infinite": (with_metrics(lambda m: m.update({"num-examples": [float("inf")]})), "'num-examples' must be"),
+    "half an example": (with_metrics(lambda m: m.update({"num-examples": [20.5]})), "'num-examples' must be"),
+    "more examples than it has": (with_metrics(lambda m: m.update({"num-examples": [10**6]})), "1000000"),
+    "infinitely many test examples": (with_metrics(lambda m: m.update({"test-examples": [float("inf")]})), "infinity"),
+    "similarity of two": (with_metrics(lambda m: m.update(similarity=[0.5, 2.0])), "must lie between −1 and 1"),
     "another network": (
         with_config(lambda c: c.update(digest="0" * 16)),
         "its network has fingerprint 0000000000000000,",
@@ -201,45 +206,29 @@ FAULTS = {
     "no fingerprint": (with_config(lambda c: c.pop("digest")), "its network has fingerprint None, expected "),
     "another round": (
         with_config(lambda c: c.update({"server-round": 1})),
-        "it answers for clients [2] of round 1, not",
+        "round 1",
     ),
     "no round": (with_config(lambda c: c.pop("server-round")), "server-round"),
     "another client": (
         with_config(lambda c: c.update(clients=[3])),
-        "it answers for clients [3] of round 2, not as ask",
+        "reply cannot be used",
     ),
     "a client that is not there": (
         with_config(lambda c: c.update(clients=[77])),
-        "it answers for clients [77] of round",
+        "reply cannot be used",
     ),
     "a failure of another": (
         with_config(lambda c: c.update({"failed-clients": [0], "failures": ["flood"]})),
-        "it answers for clients [2, 0] of round 2, not as asked",
+        "it answers for clients [2, 0]",
     ),
-    "nobody": (with_config(lambda c: c.pop("clients")), "it answers for clients [] of round 2, not as asked"),
+    "nobody": (with_config(lambda c: c.pop("clients")), "it answers for clients []"),
     "a failure without reason": (with_config(lambda c: c.update({"failed-clients": [0]})), "reply cannot be used"),
 }
-FAULTS_NOT_SURVIVED = {
-    "weight infinite": (with_metrics(lambda m: m.update({"num-examples": [float("inf")]})), "OverflowError"),
-    "infinitely many test examples": (with_metrics(lambda m: m.update({"test-examples": [float("inf")]})), "Overflow"),
-}
 
 
-@pytest.mark.parametrize(
-    "what",
-    [
-        *FAULTS,
-        *(
-            pytest.param(
-                what,
-                marks=pytest.mark.xfail(strict=True, raises=OverflowError, reason="int(inf) is an OverflowError"),
-            )
-            for what in FAULTS_NOT_SURVIVED
-        ),
-    ],
-)
+@pytest.mark.parametrize("what", FAULTS)
 def test_a_reply_that_cannot_be_used_leaves_its_client_out(tmp_path, reference, flower_log, what):
-    change, reason = (FAULTS | FAULTS_NOT_SURVIVED)[what]
+    change, reason = FAULTS[what]
 
     def fault(answer, message, context):
         reply = answer(message, context)
@@ -264,11 +253,11 @@ def test_an_exception_in_a_node_leaves_its_client_out(tmp_path, reference, flowe
 
 
 def test_a_reply_that_never_comes_leaves_its_client_out(tmp_path, reference, flower_log):
-    settings = toy_settings(tmp_path, round_timeout=7.0)
+    settings = toy_settings(tmp_path)
     grid = WatchedGrid(toy_app(), N, settings.to_run_config())
     grid.lose = lambda message: is_train(message, 2) and asked(message) == [BAD]
     result = run_small(settings, grid=grid)
-    reason = "no reply from its node within 7 s"
+    reason = "no reply from its node"
     assert_left_out_in_round_2(settings, result.arrays, reference, reason, flower_log)
 
 
@@ -381,20 +370,19 @@ def refuse(client):
         raise FileNotFoundError(f"no data of client {client} here")
 
 
-@pytest.mark.xfail(
-    strict=True, raises=(RuntimeError, ValueError, RuntimeWarning), reason="a sum in float64 may exceed float32"
-)
-@pytest.mark.parametrize("index", [0, -1], ids=["shared", "head"])
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_a_sum_that_no_float32_can_hold_is_like_an_infinite_one(tmp_path, flower_log, index):
-    """A node of two clients sends float64: 1e300 is finite there, but becomes infinite where it is used. Its clients
-    must be left out, or all clients of the next round fail."""
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the whole run ends when the average exceeds float32")
+def test_a_sum_that_no_float32_can_hold_is_like_an_infinite_one(tmp_path):
+    """A node of two clients sends sums in float64: 1e300 is finite there, but not where it is used. Its clients are
+    left out, the others go on."""
+
+    def enlarge(flat):
+        flat[:2].view(np.float64)[0] = 1e300
+        return flat
 
     def fault(answer, message, context):
         reply = answer(message, context)
         if is_train(message, 1) and BAD in asked(message):
-            poke(index, 1e300)(reply)
+            with_flat(enlarge)(reply)
         return reply
 
     settings = toy_settings(tmp_path)
@@ -498,7 +486,6 @@ def test_nodes_that_register_late_join_when_they_are_there(tmp_path, flower_log)
     assert [client["client"] for client in summary["clients"]] == [0, 1, 2, 3]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="counts the clients that were there at the start")
 def test_the_summary_counts_clients_that_came_late(tmp_path):
     settings, _, _ = device_run(tmp_path, ["0,1", "2", "3"], {1: (2, 99), 2: (4, 99)})
     assert strict_json((settings.results / "summary.json").read_text())["num_clients"] == N
@@ -511,7 +498,7 @@ def test_a_late_client_starts_like_any_other_in_its_first_round(tmp_path):
 
     def watch(self, grid, server_round, *args):
         arrays = original(self, grid, server_round, *args)
-        plans[server_round] = self._round["plan"]
+        plans[server_round] = self._round.plan
         return arrays
 
     with pytest.MonkeyPatch.context() as patch:
@@ -548,9 +535,6 @@ def test_when_all_nodes_leave_the_run_ends_and_keeps_what_it_has(tmp_path):
     assert Checkpoints(settings.results / "checkpoint").load().round == 2
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="asks for the reference node when there is none: min() of nothing"
-)
 def test_when_all_nodes_leave_after_the_last_round_the_run_is_still_finished(tmp_path, flower_log):
     """Nobody is there to be evaluated; the rounds were run, and the summary says what it can."""
     there = {0: (0, 4), 1: (0, 4)}
@@ -566,7 +550,24 @@ def test_two_nodes_that_host_the_same_client_the_first_has_it(tmp_path, flower_l
     assert [line["participants"] for line in lines_of(settings)] == [[0, 1, 2, 3]] * 2
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the second host is not remembered")
+def test_a_second_host_takes_over_when_the_first_fails(tmp_path):
+    """Client 1 is on two nodes. The first fails in round 2: from round 3 on the second is asked, as long as it is
+    well."""
+
+    def fault(answer, message, context):
+        if is_train(message, 2) and context.node_id == 1001:
+            raise OSError("down")
+        return answer(message, context)
+
+    settings, grid, _ = device_run(tmp_path, ["0", "1", "1", "2,3"], app=FaultyApp(toy_app(), fault))
+    by_round = {t: [] for t in (1, 2, 3, 4)}
+    for message, _ in grid.of_type("train"):
+        if asked(message) == [1]:
+            by_round[message.content["config"]["server-round"]].append(message.metadata.dst_node_id)
+    assert by_round == {1: [1001], 2: [1001], 3: [1002], 4: [1002]}
+    assert [list(line["left_out"]) for line in lines_of(settings)] == [[], ["1"], [], []]
+
+
 def test_a_second_host_takes_over_when_the_first_leaves(tmp_path):
     settings, _, _ = device_run(tmp_path, ["0", "1", "1,2", "3"], {1: (0, 2)})
     assert [line["participants"] for line in lines_of(settings)] == [[0, 1, 2, 3]] * 4
@@ -585,7 +586,7 @@ class ByNode:
 def test_a_node_with_another_network_is_refused_by_name(tmp_path, flower_log):
     app = ByNode(toy_app(), toy_app(build=lambda: toy_network(width=5)), toy_app())
     settings, grid, _ = device_run(tmp_path, ["0,3", "1", "2"], app=app, num_server_rounds=2)
-    assert "the node of clients 1 was refused: its network differs from that of client 0" in flower_log.text()
+    assert "the node of clients 1 was refused: its network" in flower_log.text()
     assert [line["participants"] for line in lines_of(settings)] == [[0, 2, 3]] * 2
     assert not [m for m, _ in grid.traffic if asked(m) == [1]]
 
@@ -662,25 +663,18 @@ def test_a_node_that_answers_in_another_language_is_refused(tmp_path, flower_log
     assert lines_of(settings)[0]["participants"] == [0, 2, 3]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="problems of late nodes are never logged")
 def test_a_late_node_that_is_refused_is_named_too(tmp_path, flower_log):
     app = ByNode(toy_app(), toy_app(build=lambda: toy_network(width=5)))
     device_run(tmp_path, ["0,3", "1"], {1: (2, 99)}, app=app)
     assert "the node of clients 1 was refused" in flower_log.text()
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="problems of late nodes are never logged")
 def test_a_late_client_without_data_is_named_too(tmp_path, flower_log):
     app = toy_app(lambda client: refuse(client) or toy_data(client))
     device_run(tmp_path, ["0,3", "1,2"], {1: (2, 99)}, app=app)
     assert f"client {BAD} is left out: no data of client {BAD} here" in flower_log.text()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="gives up as soon as all nodes there so far are refused, not when time is up",
-)
 def test_a_first_node_that_is_refused_does_not_end_the_wait_for_the_others(tmp_path, monkeypatch):
     """The nodes of clients 1 and 2 register within wait-seconds, just after a broken one."""
     monkeypatch.setattr("cafe_flwr.directory._POLL_SECONDS", 0.01)
@@ -697,7 +691,7 @@ def test_a_first_node_that_is_refused_does_not_end_the_wait_for_the_others(tmp_p
             self.looked += 1
             return list(self.contexts)[: min(self.looked, 3)]
 
-    settings = toy_settings(tmp_path, num_clients=3, wait_seconds=5.0)
+    settings = toy_settings(tmp_path, num_clients=3, wait_seconds=0.5)
     run_small(settings, grid=Slow(FaultyApp(toy_app(), fault), ["0", "1", "2"], tmp_path / "state"))
     assert lines_of(settings)[-1]["participants"] == [1, 2]
 
@@ -829,7 +823,6 @@ def without_test_data(client):
     return ClientData(data.train, data.calibration, nothing_of(data.test)) if client == BAD else data
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="one client's NaN makes Flower's average NaN")
 def test_unknown_accuracies_do_not_spoil_flowers_averages(tmp_path):
     settings = toy_settings(tmp_path)
     result = run_small(settings, 2, app=toy_app(without_test_data))
@@ -909,13 +902,12 @@ def test_a_node_that_fails_in_the_final_evaluation_is_named_and_the_rest_is_repo
     settings = toy_settings(tmp_path)
     run_with(settings, final_fault(blow_up), num_nodes)
     missing = [0, 2] if num_nodes == 2 else [2]
-    assert "a node failed to evaluate: OSError: lightning" in flower_log.text()
-    assert f"No final evaluation of clients {', '.join(map(str, missing))}" in flower_log.text()
+    for client in missing:
+        assert f"no evaluation of client {client}: its node failed: OSError: lightning" in flower_log.text()
     summary = strict_json((settings.results / "summary.json").read_text())
     assert [c["client"] for c in summary["clients"]] == sorted({0, 1, 2, 3} - set(missing))
 
 
-@pytest.mark.xfail(strict=True, raises=(KeyError, ValueError), reason="a malformed evaluation ends the run")
 @pytest.mark.parametrize(
     "change",
     [
@@ -933,7 +925,6 @@ def test_a_final_evaluation_that_cannot_be_used_is_left_out(tmp_path, flower_log
     assert [c["client"] for c in summary["clients"]] == [0, 1, 3]
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="one client's failure is its whole node's")
 def test_a_client_that_fails_in_the_final_evaluation_does_not_take_its_neighbours_with_it(tmp_path):
     """Its personal state belongs to somebody else: a mistake in one folder."""
     settings = toy_settings(tmp_path)
