@@ -22,7 +22,7 @@ FILES = {  # what a run writes, and what it means when a file is not there
     "clients.parquet": "single clients are shown only as far as summary.json has them",
     "summary.json": "the run is not over or was stopped, and the figures are those of the last round on record",
 }
-COLUMNS = ("", "accuracy ± std over clients", "worst 10 % of clients", "MACs (share of all)", "ECE")
+COLUMNS = ("", "accuracy ± std over clients", "worst 10 % of them", "MACs (share)", "ECE")
 
 
 def number(value: object) -> float:
@@ -282,7 +282,9 @@ def final_table(folder: Path) -> Table:
         caption_justify="left",
     )
     for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(
+            column, justify="right" if column else "left", min_width=15 if column == "MACs (share)" else None
+        )
     for cells in table_rows(run):
         table.add_row(*cells, style="" if cells[0].startswith("exit") else "bold")
     return table
