@@ -338,6 +338,8 @@ class TrainReply:
         if not all(isinstance(w, int) and 1 <= w < 2**53 for w in weights):
             raise ValueError(f"{keys.weight!r} must be a whole number of at least 1 for every client, got {weights}")
         scalars = {k: column(k) for k in ("test-examples", "train-loss", "seconds-train", "seconds-evaluate")}
+        if n > 1 and np.abs(shared).max(initial=0.0) > sum(weights) * float(np.finfo(np.float32).max):
+            raise ValueError("its shared parameters are too large for float32")
         similarity = column("similarity", num_exits - 1)
         if any(abs(value) > 1.01 for row in similarity for value in row):
             raise ValueError("its similarities must lie between −1 and 1")

@@ -155,7 +155,6 @@ class FederatedStrategy(FedAvg):
     ) -> Iterable[Message]:
         """One message for every node that hosts participants: each client its own download and active exits."""
         self._round, self._asked = _Round(), []
-        _check_reserved(config)
         if self.fraction_train == 0.0:
             return []
         self._connect(grid)
@@ -202,11 +201,7 @@ class FederatedStrategy(FedAvg):
             raise RuntimeError(f"round {server_round} failed for every client:\n  {reasons}")
         # A node that reports several clients has weighted its sum already.
         sums = (weighted(r.shared, r.weight) if len(r.reports) == 1 else r.shared for r in good)
-        with np.errstate(over="ignore"):
-            mean = weighted_mean(sums, sum(reply.weight for reply in good))
-        if not np.isfinite(mean).all():
-            raise RuntimeError(f"round {server_round}: the average of the shared parameters is too large for float32")
-        self.state.shared = mean
+        self.state.shared = weighted_mean(sums, sum(reply.weight for reply in good))
         self.state.round = server_round
         for r in reports:
             similarity = np.asarray(r.similarity, dtype=np.float64)
@@ -221,7 +216,6 @@ class FederatedStrategy(FedAvg):
     ) -> Iterable[Message]:
         """Ask clients to evaluate the aggregated network with their own heads; nobody, by default."""
         self._asked = []
-        _check_reserved(config)
         if self.fraction_evaluate == 0.0:
             return []
         self._connect(grid)
@@ -289,6 +283,8 @@ class FederatedStrategy(FedAvg):
         started = time.perf_counter()
         if self._planned_rounds is None:
             self.num_rounds = num_rounds or DEFAULT_ROUNDS
+        for config in (train_config, evaluate_config):
+            _check_reserved(config or {})
         last = self.num_rounds if num_rounds is None else num_rounds
         if not 1 <= last <= self.num_rounds:
             raise ValueError(f"num_rounds must be in 1..{self.num_rounds}, for which the strategy was made, got {last}")

@@ -551,9 +551,6 @@ def test_grey_images_among_coloured_ones_become_coloured(tmp_path):
     assert seen == N
 
 
-@pytest.mark.xfail(
-    strict=True, raises=pytest.fail.Exception, reason="a flat folder is read as one class of the folder's name"
-)
 def test_folder_without_classes(tmp_path):
     """Pictures that lie side by side have no classes: nothing can be learnt from them."""
     for i in range(N):

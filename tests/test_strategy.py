@@ -836,6 +836,32 @@ def test_any_number_of_exits(tmp_path, exits):
     assert len(result.arrays) == 4 * exits
 
 
+def drawing_network():
+    """Layers that draw random numbers and keep running statistics."""
+    network = toy_network()
+    network.stages[0].append(nn.Dropout(0.3))
+    network.stages[1].append(nn.BatchNorm1d(8))
+    return network
+
+
+def test_networks_that_draw_random_numbers_are_seeded_by_client(tmp_path):
+    """Dropout draws from torch's global generator: seeded for each client and round, whoever trains before it in the
+    same process, and left as it was."""
+    app = toy_app(build=drawing_network)
+    torch.manual_seed(1)
+    one, _, _ = start(tmp_path / "one", app=app, num_nodes=1)
+    number = torch.rand(1)
+    torch.manual_seed(2)
+    torch.rand(17)
+    three, _, _ = start(tmp_path / "three", app=app, num_nodes=3)
+    assert same_arrays(one.arrays, three.arrays)
+    other, _, _ = start(tmp_path / "other", app=app, num_nodes=3, seed=1)
+    assert not same_arrays(one.arrays, other.arrays)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), number)
+    assert one.arrays["stages.1.2.running_mean"].numpy().any()
+
+
 def test_the_engine_can_be_used_as_its_docstring_says(tmp_path):
     grid = InProcessGrid(toy_app(), num_nodes=4, node_config={"state-dir": str(tmp_path)})
     result = CafeDistill(num_rounds=2).start(grid)
