@@ -32,9 +32,6 @@ FULL_BATCH = LocalBudget(batch_size=1000, steps=2, learning_rate=0.2)  # the ord
 N = 3
 
 
-EVALUATE_CONFIG = pytest.mark.xfail(strict=True, reason="the evaluate config is not looked at")
-
-
 class Notes:
     """A callback that keeps what it is told."""
 
@@ -590,7 +587,7 @@ def test_configs_of_the_user_travel_along(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["seed", "clients", "active-exits", "digest", "method", "method.mu", "local.steps"])
-@pytest.mark.parametrize("which", ["train_config", pytest.param("evaluate_config", marks=EVALUATE_CONFIG)])
+@pytest.mark.parametrize("which", ["train_config", "evaluate_config"])
 def test_configs_of_the_user_cannot_take_our_keys(tmp_path, key, which):
     """Told before anything is sent, not by every client, nor after the last round."""
     grid = grid_of(tmp_path)
