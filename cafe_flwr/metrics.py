@@ -10,7 +10,6 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from cafe_flwr.data import Split
 from cafe_flwr.networks import EarlyExitNetwork
@@ -50,6 +49,8 @@ def exit_metrics(logits: Tensor, y: Tensor) -> ExitMetrics:
     y
         Labels, (N,).
     """
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     m, n, num_classes = logits.shape
     if n == 0:
         nothing = [float("nan")] * m

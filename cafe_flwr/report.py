@@ -245,7 +245,12 @@ def dynamic_line(run: Run) -> str:
     if not math.isfinite(threshold):
         return f"no threshold keeps the accuracy of the full network: every input runs all exits ({fixed(accuracy)})"
     cost = f"{percent(abs(saved))} {'more' if saved < 0 else 'fewer'} MACs at accuracy {fixed(accuracy)}"
-    return f"leaving at confidence ≥ {threshold:.3g}: {cost} (all exits run: {fixed(full)})"
+    line = f"leaving at confidence ≥ {threshold:.3g}: {cost} (all exits run: {fixed(full)})"
+    less = run.get("dynamic", "one_point_less")
+    if not isinstance(less, Mapping):
+        return line
+    saved, accuracy = number(less.get("macs_reduction")), number(less.get("accuracy"))
+    return f"{line}; with one point less allowed: {percent(saved)} fewer at {fixed(accuracy)}"
 
 
 def bytes_line(run: Run) -> str:

@@ -165,6 +165,12 @@ def draw_cost(run: Run) -> Drawn:
         return None
     figure, (axis,) = canvas()
     axis.plot(100 * x / macs[-1], y, color=MUTED, lw=1.6, zorder=1)
+    thresholds = np.array(numbers(run.get("curve", "threshold"), length))
+    for threshold in (0.3, 0.5, 0.7, 0.9):
+        for i in np.flatnonzero(np.abs(thresholds - threshold) < 1e-6):
+            at = 100 * x[i] / macs[-1], y[i]
+            axis.scatter(*at, s=12, color=MUTED, lw=0, zorder=1)
+            axis.annotate(f"{threshold:g}", at, xytext=(3, -11), textcoords="offset points", color=MUTED, fontsize=8)
     for k in range(1, run.num_exits + 1):
         mark = [*MARKS][(k - 1) % 5]
         axis.scatter(100 * macs[k - 1] / macs[-1], accuracy[k - 1], s=45, color=colour(k), marker=mark, lw=0, zorder=2)
@@ -173,8 +179,8 @@ def draw_cost(run: Run) -> Drawn:
     axis.margins(0.06, 0.08)
     axis.set(xlabel="MACs per input, % of running all exits", ylabel="accuracy")
     return figure, (
-        "Line: each input leaves at the first exit that is confident enough, a point per threshold; marks: all leave "
-        "at that exit; ring: the threshold chosen on calibration data. Up and left is better."
+        "Line: each input leaves at the first exit that is confident enough, some thresholds beside it; marks: all "
+        "leave at that exit; ring: the threshold chosen on calibration data. Up and left is better."
     )
 
 

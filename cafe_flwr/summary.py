@@ -98,8 +98,8 @@ def _dynamic(reports: Sequence[FinalReport], macs: NDArray[np.float64]) -> tuple
 
     Every client's exits are temperature-scaled on its own calibration split. θ is chosen on the calibration splits: the
     cheapest whose accuracy exceeds that of the full network by at least one standard error of the difference (without
-    this margin the choice among many thresholds is too lucky to hold), or never to leave. What is reported for it is
-    measured on the test splits.
+    this margin the choice among many thresholds is too lucky to hold), or never to leave; and once more with one point
+    of accuracy less allowed. What is reported for them is measured on the test splits.
     """
     examples = sum(f.test_examples for f in reports)
     if not examples:
@@ -112,18 +112,18 @@ def _dynamic(reports: Sequence[FinalReport], macs: NDArray[np.float64]) -> tuple
     shares = test.left / examples
     accuracy = test.correct / examples
     mean_macs = shares @ macs
-    gain = calibration.correct - calibration.correct[-1]
-    spread = np.sqrt(np.maximum(calibration.changed - gain**2 / max(1, calibration.left[0].sum()), 0.0))
-    chosen = int(np.where(gain >= spread, calibration.left @ macs, np.inf).argmin())
-    if not calibration.left.any():
-        chosen = len(THRESHOLDS) - 1  # nothing to choose by: never leave early
-    dynamic = {
-        "threshold": float(THRESHOLDS[chosen]) if np.isfinite(THRESHOLDS[chosen]) else None,
-        "accuracy": float(accuracy[chosen]),
-        "accuracy_full": float(accuracy[-1]),
-        "macs_reduction": float(1 - mean_macs[chosen] / macs[-1]),
-        "exit_shares": shares[chosen].tolist(),
-    }
+
+    def point(loss_allowed: float) -> dict[str, Any]:
+        chosen = _cheapest(calibration, macs, loss_allowed)
+        return {
+            "threshold": float(THRESHOLDS[chosen]) if np.isfinite(THRESHOLDS[chosen]) else None,
+            "accuracy": float(accuracy[chosen]),
+            "accuracy_full": float(accuracy[-1]),
+            "macs_reduction": float(1 - mean_macs[chosen] / macs[-1]),
+            "exit_shares": shares[chosen].tolist(),
+        }
+
+    dynamic = {**point(0.0), "one_point_less": point(0.01)}
     curve = {
         "threshold": [float(t) if np.isfinite(t) else None for t in THRESHOLDS],
         "accuracy": accuracy.tolist(),
@@ -131,6 +131,17 @@ def _dynamic(reports: Sequence[FinalReport], macs: NDArray[np.float64]) -> tuple
         "exit_shares": shares.tolist(),
     }
     return dynamic, curve
+
+
+def _cheapest(calibration: DynamicCounts, macs: NDArray[np.float64], loss_allowed: float) -> int:
+    """Position of the cheapest threshold whose accuracy is, one standard error aside, not below the full network's."""
+    examples = int(calibration.left[0].sum())
+    if not examples:
+        return len(THRESHOLDS) - 1  # nothing to choose by: never leave early
+    gain = calibration.correct - calibration.correct[-1]
+    spread = np.sqrt(np.maximum(calibration.changed - gain**2 / examples, 0.0))
+    good = gain - spread >= -loss_allowed * examples
+    return int(np.where(good, calibration.left @ macs, np.inf).argmin())
 
 
 def mean(values: Iterable[float]) -> float:

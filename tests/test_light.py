@@ -1,0 +1,55 @@
+"""What devices and GPU benchmarks use needs torch and numpy, and nothing else."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROGRAM = """
+import importlib.util as util
+for absent in "flwr ray flwr_datasets datasets matplotlib pandas pydantic sklearn torchmetrics".split():
+    assert util.find_spec(absent) is None, absent
+
+import numpy as np
+import torch
+import cafe_flwr
+from cafe_flwr import EarlyExitNetwork, aggregation, coordination, cost, data, losses, metrics, schema
+from cafe_flwr import teaching, training
+from cafe_flwr.methods import CafeDistillMethod, LocalTask
+from cafe_flwr.networks import ConvNet
+from cafe_flwr.participation import rng_for
+
+network = ConvNet((1, 16, 16), num_classes=10)
+assert isinstance(network, EarlyExitNetwork)
+split = data.Split(torch.randn(32, 1, 16, 16), torch.randint(10, (32,)))
+active = coordination.active_exits(1, 1, [[0.0, 0.0]])
+weights = teaching.teacher_weights([[1.0, 0.5], [0.5, 1.0]], [0.5, 0.5], mu=0.5)
+budget = training.LocalBudget(steps=2)
+task = LocalTask(network, split, active[0].tolist(), {}, budget, lambda purpose: rng_for(0, 1, 0, purpose))
+result = CafeDistillMethod().train(task)
+assert np.isfinite(result.loss) and len(result.similarity) == 2 and weights.shape == (2, 2)
+assert cost.macs_per_exit(network, split.x[:1])[0] > 0
+print(cafe_flwr.__version__)
+"""
+
+
+def test_pure_parts_work_where_only_torch_and_numpy_are_installed(tmp_path):
+    """A new environment with those two: the package imports, coordinates, matches teachers and trains a client."""
+    uv = Path(sys.executable).with_name("uv")
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "env"], check=True)
+    packages = [f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={np.__version__}"]
+    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *packages], check=True)
+    done = subprocess.run(
+        [python, "-W", "error", "-c", PROGRAM],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "0.1.0"
