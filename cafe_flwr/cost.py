@@ -14,7 +14,7 @@ def macs_per_exit(network: EarlyExitNetwork, example: Tensor) -> list[int]:
     """Multiply-adds (MACs) of inference that stops at exit k, for k = 1..m.
 
     Counted by ``torch.utils.flop_counter`` (2 of its FLOPs are 1 MAC): the stages up to k and every exit evaluated on
-    the way, its own included (C_k of METHODS.md §5).
+    the way, its own included (C_k of docs/method.md).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Teacher matching: who teaches whom, and with which head (METHODS.md §1; CAFEDistill, arXiv 2601.10015)."""
+"""Teacher matching: who teaches whom, and with which head (CAFEDistill, arXiv 2601.10015; docs/method.md)."""
 
 from __future__ import annotations
 

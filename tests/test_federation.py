@@ -50,7 +50,7 @@ def finished(tmp_path_factory):
 
 
 def test_all_files_are_there_and_nothing_else(finished):
-    """The results folder is what DESIGN.md lists; nothing is left of temporary files."""
+    """The results folder is what the README lists; nothing is left of temporary files."""
     folder, _, _, _ = finished
     assert {p.name for p in folder.iterdir()} == {
         "settings.json",

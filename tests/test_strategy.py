@@ -1,4 +1,4 @@
-"""CafeDistill as a foreign Flower project uses it, and its numbers against METHODS.md §1 written out by hand."""
+"""CafeDistill as a foreign Flower project uses it, and its numbers against docs/method.md written out by hand."""
 
 import logging
 import math
@@ -73,7 +73,7 @@ def personal(folder, client, server_round):
     return load_file(path)
 
 
-# --- METHODS.md §1, slowly ---
+# --- docs/method.md, slowly ---
 
 
 def slsqp(s, p, mu):

@@ -8,7 +8,7 @@ exits of similar clients.
       send shared part, h̄_i, active_i                          send shared part, h_i^m, cos(h_i^k, h_i^m)
       average the shared parts by n_i                          keep h_i^1 … h_i^m
 
-METHODS.md §1 has every formula and says what the paper leaves open.
+docs/method.md has every formula and says what the paper leaves open.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class CafeDistillMethod:
 def gradient_similarity(network: EarlyExitNetwork, x: Tensor, y: Tensor) -> list[float]:
     """Cosine of the gradients of exit k's and the last exit's cross-entropy on stages 1..k, for every student exit.
 
-    The conflict itself, on one batch, where the classifiers' cosine is a proxy (METHODS.md §1, beyond the paper).
+    The conflict itself, on one batch, where the classifiers' cosine is a proxy (docs/method.md, beyond the paper).
     """
     network.eval()  # a look, that no running statistics may notice
     losses = [F.cross_entropy(z, y) for z in network(x)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 class Exit(nn.Module):
     """An exit: a projection to the common feature width, and a linear classifier (the head).
 
-    The projection belongs to the shared backbone, the head is personal (METHODS.md §1).
+    The projection belongs to the shared backbone, the head is personal (docs/method.md).
 
     Parameters
     ----------

@@ -16,7 +16,7 @@ class ConvNet(EarlyExitNetwork):
 
     The projection of an exit is average pooling, a linear layer and a layer norm; without the norm, summed exit losses
     need a learning rate several times smaller. The published ConvNet has three blocks; their widths are not published
-    (METHODS.md §1).
+    (docs/method.md).
 
     Parameters
     ----------
