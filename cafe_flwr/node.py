@@ -223,24 +223,23 @@ class _Node:
                 data = self._data_of(client, context, request.seed, hosted)
                 work.network.load_state_dict({**shared, **(store.load(client, version) or work.initial)})
                 report, temperatures = _final_report(client, work.network, data)
+                if config.get("publish"):
+                    facts = {
+                        "run": request.run,
+                        "round": request.server_round,
+                        "method": request.method,
+                        "digest": request.digest,
+                        "num_exits": work.network.num_exits,
+                        "num_classes": work.network.num_classes,
+                        "personal": work.schemas["personal"].names,
+                        "accuracy_per_exit": report.exits.accuracy,
+                        "temperatures": temperatures,
+                    }
+                    store.publish(client, work.network.state_dict(), facts)
+                reports.append(report)
             except Exception as error:
                 logger.warning("client %d could not be evaluated", client, exc_info=True)
                 failures[client] = f"{type(error).__name__}: {error}"
-                continue
-            if config.get("publish"):
-                facts = {
-                    "run": request.run,
-                    "round": request.server_round,
-                    "method": request.method,
-                    "digest": request.digest,
-                    "num_exits": work.network.num_exits,
-                    "num_classes": work.network.num_classes,
-                    "personal": work.schemas["personal"].names,
-                    "accuracy_per_exit": report.exits.accuracy,
-                    "temperatures": temperatures,
-                }
-                store.publish(client, work.network.state_dict(), facts)
-            reports.append(report)
         return Message(EvaluationReply(reports, failures).to_content(self.keys), reply_to=message)
 
     # --- what lives as long as the process ---

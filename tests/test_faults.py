@@ -261,6 +261,22 @@ def test_a_reply_that_never_comes_leaves_its_client_out(tmp_path, reference, flo
     assert_left_out_in_round_2(settings, result.arrays, reference, reason, flower_log)
 
 
+def test_replies_lost_round_after_round_cost_only_those_rounds(tmp_path):
+    """Client 2 trains in rounds 2, 3 and 4, but no reply arrives: each time, and in round 5, it starts from what it was
+    last heard of, round 1, and that is still on its disk."""
+    settings = toy_settings(tmp_path, num_server_rounds=6)
+    grid = WatchedGrid(toy_app(), N, settings.to_run_config())
+    grid.lose = lambda message: any(is_train(message, t) for t in (2, 3, 4)) and asked(message) == [BAD]
+    run_small(settings, grid=grid)
+    versions = [
+        list(message.content["config"]["versions"]) for message, _ in grid.of_type("train") if asked(message) == [BAD]
+    ]
+    assert versions == [[0], [1], [1], [1], [1], [5]]
+    assert [list(line["left_out"]) for line in lines_of(settings)] == [[], ["2"], ["2"], ["2"], [], []]
+    kept = [name for name in Recorded.read(settings.results).versions if name.startswith(f"client-{BAD}/")]
+    assert kept == [f"client-{BAD}/round-{t:06d}.safetensors" for t in (1, 5, 6)]
+
+
 def test_an_error_that_the_server_reports_for_a_node_leaves_its_client_out(tmp_path, reference, flower_log):
     """Flower says so itself when a node is gone: the sender of that reply is the server, node 1."""
 
@@ -603,6 +619,36 @@ def test_a_node_that_asks_for_another_network_than_the_servers_trains_nothing(tm
     for line in lines_of(settings):
         assert list(line["left_out"]) == ["3"]
         assert "values, this node's network needs" in line["left_out"]["3"]
+
+
+def test_a_node_whose_network_has_changed_names_but_not_size_trains_nothing(tmp_path):
+    """As many values, other names: without the fingerprint, tensors would be taken for others."""
+
+    def renamed():
+        network = toy_network()
+        network.stages[1] = torch.nn.Sequential(torch.nn.Tanh(), network.stages[1][0])  # 'stages.1.1', not 'stages.1.0'
+        return network
+
+    after = toy_app(build=renamed)
+
+    def fault(answer, message, context):
+        changed = message.metadata.message_type != "query" and context.node_config["partition-id"] == 3
+        return (after if changed else answer)(message, context)
+
+    settings = toy_settings(tmp_path)
+    run_with(settings, fault)
+    for line in lines_of(settings):
+        assert list(line["left_out"]) == ["3"]
+        assert "the server's network has fingerprint" in line["left_out"]["3"]
+
+
+def test_the_odd_one_out_does_not_depend_on_node_ids(tmp_path, flower_log):
+    """Ids are random: of nodes that register together, the one that hosts the first client is who the others must agree
+    with."""
+    app = ByNode(toy_app(build=lambda: toy_network(width=5)), toy_app(), toy_app())
+    settings, _, _ = device_run(tmp_path, ["3", "1,2", "0"], app=app, num_server_rounds=1)
+    assert "the node of clients 3 was refused: its network" in flower_log.text()
+    assert lines_of(settings)[0]["participants"] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("swap", ["transposed", "renamed"])

@@ -319,6 +319,21 @@ def test_own_teachers_are_mu_zero(tmp_path):
         np.testing.assert_allclose(own.arrays[name].numpy(), zero.arrays[name].numpy(), atol=1e-6)
 
 
+def test_the_last_matching_is_remembered(tmp_path, monkeypatch):
+    """In round 3 only a newcomer takes part, who teaches itself: who teaches whom is still that of round 2."""
+    patch_participants(monkeypatch, {1: [0, 1], 2: [0, 1], 3: [2]})
+    plans = {}
+
+    class Watch(Notes):
+        def on_round(self, record, state):
+            plans[record.server_round] = (record.plan, state.plan)
+
+    start(tmp_path, callbacks=[Watch()], run={"num_rounds": 3})
+    assert plans[3][0].weights is None
+    assert plans[3][1] is plans[2][1]
+    assert list(plans[3][1].weight_rows) == [0, 1]
+
+
 def test_osqp_gives_the_same_run_as_the_closed_form(tmp_path):
     exact, one, _ = start(tmp_path / "exact", mu=0.2)
     osqp, two, _ = start(tmp_path / "osqp", mu=0.2, solver="osqp")
@@ -491,6 +506,26 @@ def test_evaluation_by_clients_when_asked_for(tmp_path):
     ]
 
 
+def test_a_client_without_test_data_does_not_spoil_the_evaluation(tmp_path):
+    """Its accuracy is unknown and counts nothing; where nobody has test data there is no metric."""
+
+    def load_without(missing):
+        def load(client):
+            data = toy_data(client)
+            nothing = type(data.test)(*(part[:0] for part in data.test))
+            return type(data)(data.train, data.calibration, nothing if client in missing else data.test)
+
+        return toy_app(load)
+
+    some, notes, _ = start(tmp_path / "some", app=load_without({1}), fraction_evaluate=1.0)
+    known = [report for report in notes.reports if report.client != 1]
+    expected = np.average([r.exits.accuracy for r in known], axis=0, weights=[r.test_examples for r in known])
+    assert some.evaluate_metrics_clientapp[6]["accuracy"] == pytest.approx(expected)
+    nobody, _, _ = start(tmp_path / "nobody", app=load_without({0, 1, 2}), fraction_evaluate=1.0)
+    assert nobody.evaluate_metrics_clientapp == {}
+    assert nobody.train_metrics_clientapp == {}
+
+
 def test_evaluation_of_some_clients_is_seeded(tmp_path):
     def evaluated(folder, seed):
         _, _, grid = start(tmp_path / folder, fraction_evaluate=0.4, min_evaluate_nodes=1, num_clients=5, seed=seed)
@@ -501,6 +536,17 @@ def test_evaluation_of_some_clients_is_seeded(tmp_path):
     assert first != evaluated("c", 1)
     per_round = [sum(len(clients) for t, clients in first if t == server_round) for server_round in range(1, 7)]
     assert per_round == [2] * 6
+
+
+def test_who_evaluates_is_drawn_apart_from_who_trains(tmp_path):
+    """Else the evaluation would be of those alone that have just trained."""
+    _, notes, grid = start(
+        tmp_path, fraction_train=0.4, fraction_evaluate=0.4, min_evaluate_nodes=1, num_clients=5, num_nodes=5
+    )
+    evaluated = {t: [] for t in range(1, 7)}
+    for message, _ in grid.of_type("evaluate")[:-5]:
+        evaluated[message.content["config"]["server-round"]] += asked(message)
+    assert any(sorted(evaluated[t]) != notes.records[t].participants for t in range(1, 7))
 
 
 def test_clients_are_not_asked_to_evaluate_unless_wanted(tmp_path):
@@ -857,6 +903,17 @@ def test_networks_that_draw_random_numbers_are_seeded_by_client(tmp_path):
     torch.manual_seed(1)
     assert torch.equal(torch.rand(1), number)
     assert one.arrays["stages.1.2.running_mean"].numpy().any()
+
+
+def test_clients_and_rounds_draw_their_own_random_numbers(tmp_path):
+    """Clients of the same data, all in one batch: only what dropout draws tells them apart."""
+    app = toy_app(lambda client: toy_data(0), build=drawing_network)
+    start(tmp_path / "drawing", app=app, num_nodes=1, run={"num_rounds": 1})
+    zero, one = (personal(tmp_path / "drawing", client, 1)["exits.2.head.weight"] for client in (0, 1))
+    assert (zero - one).abs().max() > 1e-3
+    start(tmp_path / "plain", app=toy_app(lambda client: toy_data(0)), num_nodes=1, run={"num_rounds": 1})
+    zero, one = (personal(tmp_path / "plain", client, 1)["exits.2.head.weight"] for client in (0, 1))
+    assert (zero - one).abs().max() < 1e-5
 
 
 def test_the_engine_can_be_used_as_its_docstring_says(tmp_path):
