@@ -1084,8 +1084,13 @@ def test_what_a_client_does_to_a_message_does_not_reach_the_server(tmp_path):
         return reply
 
     settings, plain = toy_settings(tmp_path), toy_settings(tmp_path, name="plain")
-    arrays = run_with(settings, fault, 2).arrays
+    grid = WatchedGrid(FaultyApp(toy_app(), fault), 2, settings.to_run_config())
+    arrays = run_small(settings, grid=grid).arrays
     assert same_arrays(arrays, run_small(plain, 2, app=toy_app()).arrays)
+    for message, _ in grid.of_type("train"):
+        assert message.content["config"]["seed"] == 0
+        assert asked(message) in ([0, 2], [1, 3])
+        assert set(message.content) == {"arrays", "config"}
 
 
 def test_records_are_valid_flower_records(tmp_path):

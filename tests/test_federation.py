@@ -249,6 +249,147 @@ def test_the_checkpoint_is_the_state_after_the_last_round(finished):
         assert record.upload.tobytes() == last.numpy().tobytes()
 
 
+def leave_early(network, data, temperatures, threshold):
+    """Exit and correctness of every example, one at a time: out at the first exit whose scaled max-prob reaches θ."""
+    with torch.no_grad():
+        logits = [z / t for z, t in zip(network(data.x), temperatures, strict=True)]
+    outcome = []
+    for i in range(len(data)):
+        for k in range(EXITS):
+            p = logits[k][i].softmax(0)
+            if k == EXITS - 1 or p.max() >= threshold:
+                right = (p.argmax() == data.y[i]).item()
+                outcome.append((k, right, (logits[-1][i].argmax() == data.y[i]).item()))
+                break
+    return outcome
+
+
+def test_dynamic_inference_in_the_summary_is_what_the_personal_networks_do(finished):
+    """Loaded from their files, with the temperatures beside them, example by example, at several thresholds."""
+    folder, settings, _, _ = finished
+    summary = strict_json((folder / "summary.json").read_text())
+    curve, macs = summary["curve"], np.array(summary["macs_per_exit"])
+    personal = []
+    for client in range(CLIENTS):
+        network = build_network(settings).eval()
+        network.load_state_dict(load_file(folder / "personal" / f"client-{client}.safetensors"))
+        facts = strict_json((folder / "personal" / f"client-{client}.json").read_text())
+        personal.append((network, facts["temperatures"], federation(settings).load(client)))
+    assert any(t != 1.0 for _, temperatures, _ in personal for t in temperatures)
+
+    def outcomes(split, threshold):
+        return [
+            outcome
+            for network, temperatures, data in personal
+            for outcome in leave_early(network, getattr(data, split), temperatures, threshold)
+        ]
+
+    assert curve["threshold"][0] == 0.0
+    assert curve["threshold"][-1] is None
+    for position in [*range(0, len(curve["threshold"]) - 1, 9), len(curve["threshold"]) - 1]:
+        threshold = curve["threshold"][position]
+        seen = outcomes("test", math.inf if threshold is None else threshold)
+        shares = np.bincount([k for k, _, _ in seen], minlength=EXITS) / len(seen)
+        assert curve["exit_shares"][position] == pytest.approx(shares.tolist())
+        assert curve["accuracy"][position] == pytest.approx(np.mean([right for _, right, _ in seen]))
+        assert curve["macs"][position] == pytest.approx(shares @ macs)
+
+    dynamic = summary["dynamic"]
+    assert summary["macs_reduction_at_equal_accuracy"] == dynamic["macs_reduction"]
+    for point in (dynamic, dynamic["one_point_less"]):
+        position = curve["threshold"].index(point["threshold"])
+        assert point["accuracy"] == curve["accuracy"][position]
+        assert point["accuracy_full"] == curve["accuracy"][-1]
+        assert point["exit_shares"] == curve["exit_shares"][position]
+        assert point["macs_reduction"] == pytest.approx(1 - curve["macs"][position] / macs[-1])
+
+    # The rule, on the calibration splits: the cheapest threshold at which as many more are right as one standard error
+    # of that difference. Where it is not met, nothing leaves early.
+    def cost_and_gain(threshold):
+        seen = outcomes("calibration", math.inf if threshold is None else threshold)
+        gains = np.array([int(right) - int(at_last) for _, right, at_last in seen])
+        error = math.sqrt(max(0.0, (gains**2).sum() - gains.sum() ** 2 / len(gains)))
+        return macs[[k for k, _, _ in seen]].sum(), gains.sum() - error
+
+    cost, margin = cost_and_gain(dynamic["threshold"])
+    assert margin >= -1e-9
+    cheaper = [t for t in curve["threshold"][::4] if cost_and_gain(t)[0] < cost]
+    assert all(cost_and_gain(t)[1] < 1e-9 for t in cheaper)
+
+
+def test_every_setting_reaches_the_strategy(tmp_path):
+    """No setting is forgotten on its way, and none is mistaken for another: every one has a value of its own."""
+    settings = small_settings(
+        tmp_path,
+        seed=11,
+        num_server_rounds=13,
+        num_clients=17,
+        fraction_train=0.35,
+        min_train_nodes=3,
+        min_available_nodes=2,
+        wait_seconds=7.5,
+        round_timeout=31.0,
+        local_steps=4,
+        local_epochs=2,
+        batch_size=9,
+        learning_rate=0.07,
+        momentum=0.4,
+        weight_decay=0.001,
+        max_grad_norm=2.5,
+        mu=0.9,
+        distill_weight=0.6,
+        temperature=2.5,
+        selection="random",
+        teachers="uniform",
+        similarity_proxy="gradients",
+        solver="osqp",
+        max_staleness=6,
+    )
+    strategy = build_strategy(settings)
+    for name in [
+        "seed",
+        "num_clients",
+        "fraction_train",
+        "min_train_nodes",
+        "min_available_nodes",
+        "wait_seconds",
+        "round_timeout",
+    ]:
+        assert getattr(strategy, name) == getattr(settings, name), name
+    assert strategy.num_rounds == settings.num_server_rounds
+    for name in ["batch_size", "learning_rate", "momentum", "weight_decay", "max_grad_norm"]:
+        assert getattr(strategy.local, name) == getattr(settings, name), name
+    assert (strategy.local.steps, strategy.local.epochs) == (settings.local_steps, settings.local_epochs)
+    assert strategy.method.name == settings.method
+    for name, value in vars(strategy.method).items():
+        assert value == getattr(settings, name), name
+    default = type(settings)()
+    assert all(value != getattr(default, name) for name, value in vars(strategy.method).items())
+
+
+def test_every_setting_of_the_data_and_network_reaches_them(tmp_path):
+    settings = small_settings(
+        tmp_path,
+        num_clients=3,
+        calibration_share=0.2,
+        test_share=0.3,
+        feature_width=7,
+        partition="pathological",
+        classes_per_client=2,
+    )
+    network, data = build_network(settings), federation(settings)
+    assert network.exits[0].head.in_features == 7
+    assert network.num_classes == data.num_classes == 10
+    assert data.num_clients == 3
+    for client in range(3):
+        splits = [getattr(data.load(client), name) for name in ("train", "calibration", "test")]
+        sizes = np.array([len(split) for split in splits])
+        assert np.abs(sizes / sizes.sum() - (0.5, 0.2, 0.3)).max() < 0.05
+        assert len(torch.cat([split.y for split in splits]).unique()) == 2
+    other = federation(small_settings(tmp_path, seed=1))
+    assert other is not federation(small_settings(tmp_path))
+
+
 def test_an_undisturbed_run_warns_of_nothing(tmp_path, no_report, flower_log):
     """A warning must mean something: that a client is left out, state is damaged, a node is gone."""
     run_small(small_settings(tmp_path))

@@ -1,5 +1,6 @@
 """CafeDistill as a foreign Flower project uses it, and its numbers against docs/method.md written out by hand."""
 
+import json
 import logging
 import math
 
@@ -25,6 +26,7 @@ from cafe_flwr import CafeDistill
 from cafe_flwr import strategy as strategy_module
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.messages import Keys
+from cafe_flwr.metrics import THRESHOLDS
 from cafe_flwr.state import Checkpoints
 from cafe_flwr.training import LocalBudget
 
@@ -803,6 +805,38 @@ def test_callbacks_are_told_the_run_every_round_and_the_end(tmp_path):
     assert [report.client for report in notes.reports] == [0, 1, 2, 3]
 
 
+def test_final_reports_count_what_the_published_networks_do(tmp_path):
+    """Dynamic inference on calibration and test splits, with each exit at the temperature fitted on the calibration
+    split; everything else of the report from the network as it is."""
+    _, notes, _ = start(tmp_path, num_nodes=2)
+    assert [report.client for report in notes.reports] == [0, 1, 2]
+    for report in notes.reports:
+        network, data = toy_network().eval(), toy_data(report.client)
+        network.load_state_dict(load_file(tmp_path / f"client-{report.client}.safetensors"))
+        facts = json.loads((tmp_path / f"client-{report.client}.json").read_text())
+        temperatures = facts["temperatures"]
+        assert any(temperature != 1.0 for temperature in temperatures)
+        sizes = (report.train_examples, report.calibration_examples, report.test_examples, report.classes)
+        assert sizes == (len(data.train), len(data.calibration), len(data.test), len(data.train.y.unique()))
+        for name in ("calibration", "test"):
+            split, counts = getattr(data, name), getattr(report, name)
+            with torch.no_grad():
+                p = torch.stack([(z / t).softmax(1) for z, t in zip(network(split.x), temperatures, strict=True)])
+            for position in (0, 40, 60, 75, 90, 101):
+                left = [0, 0, 0]
+                correct = 0
+                for i in range(len(split)):
+                    k = next((k for k in range(2) if p[k, i].max() >= THRESHOLDS[position]), 2)
+                    left[k] += 1
+                    correct += (p[k, i].argmax() == split.y[i]).item()
+                assert counts.left[position].tolist() == left
+                assert counts.correct[position] == correct
+        with torch.no_grad():
+            accuracy = [(z.argmax(1) == data.test.y).float().mean().item() for z in network(data.test.x)]
+        assert report.exits.accuracy == pytest.approx(accuracy)
+        assert facts["accuracy_per_exit"] == report.exits.accuracy
+
+
 # --- settings and summary ---
 
 
@@ -906,14 +940,34 @@ def test_networks_that_draw_random_numbers_are_seeded_by_client(tmp_path):
 
 
 def test_clients_and_rounds_draw_their_own_random_numbers(tmp_path):
-    """Clients of the same data, all in one batch: only what dropout draws tells them apart."""
-    app = toy_app(lambda client: toy_data(0), build=drawing_network)
-    start(tmp_path / "drawing", app=app, num_nodes=1, run={"num_rounds": 1})
-    zero, one = (personal(tmp_path / "drawing", client, 1)["exits.2.head.weight"] for client in (0, 1))
-    assert (zero - one).abs().max() > 1e-3
-    start(tmp_path / "plain", app=toy_app(lambda client: toy_data(0)), num_nodes=1, run={"num_rounds": 1})
-    zero, one = (personal(tmp_path / "plain", client, 1)["exits.2.head.weight"] for client in (0, 1))
-    assert (zero - one).abs().max() < 1e-5
+    """Clients of one and the same example: only what dropout draws tells them apart, and one round from another."""
+
+    def load(client):
+        data = toy_data(0)
+        return type(data)(type(data.train)(*(part[[0] * 8] for part in data.train)), data.calibration, data.test)
+
+    def dropped(folder, build):
+        masks = {}
+
+        def watched():
+            network = build()
+
+            def look(module, x, h):
+                if module.training:
+                    masks[len(masks)] = h == 0
+
+            network.stages[0].register_forward_hook(look)
+            return network
+
+        app = toy_app(load, build=watched)
+        budget = LocalBudget(batch_size=8, steps=1, learning_rate=0.1)
+        start(tmp_path / folder, app=app, num_nodes=1, local=budget, run={"num_rounds": 2})
+        return [tuple(mask.flatten().tolist()) for mask in masks.values()]
+
+    masks = dropped("drawing", drawing_network)
+    assert len(masks) == 2 * N  # a step a client and round
+    assert len(set(masks)) == 2 * N
+    assert not any(any(mask) for mask in dropped("plain", toy_network))
 
 
 def test_the_engine_can_be_used_as_its_docstring_says(tmp_path):
