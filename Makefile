@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo compare test lint bench clean
 
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -16,6 +16,9 @@ help: ## Show the targets
 
 demo: .venv/.installed ## Train the default federation, write results/demo, print the final table
 	$(BIN)/cafe-flwr run . --run-config 'name="demo"' --results-dir results
+
+compare: .venv/.installed ## The short comparison of methods; writes its table into README.md (about 5 minutes)
+	$(BIN)/cafe-flwr compare experiments/quick.yaml --results-dir results --update-markdown README.md
 
 test: lint ## Lint, types and all tests
 	$(BIN)/python -m pytest

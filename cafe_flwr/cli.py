@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tomllib
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from cafe_flwr.experiment import Experiment, PlannedRun
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Personalised federated early-exit networks.")
 console = Console()
@@ -88,6 +95,174 @@ def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]) ->
         console.print(f"Report: {write_report(folder)}", soft_wrap=True)
     except FileNotFoundError as error:
         _fail(str(error))
+
+
+@app.command()
+def compare(
+    file: Annotated[Path, typer.Argument(help="The experiment: methods × settings × seeds, in YAML.", metavar="FILE")],
+    results_dir: Annotated[Path, typer.Option(help="Results go to a folder of the experiment's name below.")] = Path(
+        "~/cafe-flwr-results"
+    ),
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at a time; by default as many as there are CPUs.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(metavar="LABEL", help="Run this row only; may be repeated.")] = None,
+    update_markdown: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Put the tables between the two compare markers of this file.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the runs.")] = False,
+) -> None:
+    """Run an experiment and compare its rows: same data, same initial weights, same participants, same steps.
+
+    Finished runs are kept and skipped when the command is given again. A run that fails is reported, and the others go
+    on; the exit code is then 1.
+    """
+    from cafe_flwr.comparison_tables import between_markers
+    from cafe_flwr.experiment import check_experiment, check_folders, nearest, read_experiment
+
+    try:
+        experiment = read_experiment(file)
+        for label in only or []:
+            if label not in experiment.labels:
+                raise ValueError(f"--only: no row is called {label!r}; {nearest(label, experiment.labels)}")
+        if update_markdown is not None:
+            between_markers(update_markdown)
+        home = results_dir.expanduser().resolve() / experiment.name
+        check_experiment(experiment, home)
+        check_folders(experiment, home)
+        if not dry_run:
+            home.mkdir(parents=True, exist_ok=True)
+            (home / "experiment.yaml").write_bytes(file.read_bytes())
+    except (ValueError, OSError) as error:
+        _fail(escape(str(error)))
+    rows = only or experiment.labels
+    if dry_run:
+        _list_runs(experiment, home, rows, jobs or os.cpu_count() or 1)
+        return
+    try:
+        failures = _run_experiment(experiment, home, rows, jobs or os.cpu_count() or 1)
+    except KeyboardInterrupt:
+        console.print(
+            "Stopped. Finished runs are kept, and others go on from their last round: give the same command again.",
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+    _show_comparison(experiment, home, failures, update_markdown)
+    if failures:
+        raise typer.Exit(1)
+
+
+def _run_experiment(experiment: Experiment, home: Path, rows: Sequence[str], jobs: int) -> dict[Path, str]:
+    """Trials, choice, runs; the reasons of those that failed, by folder."""
+    from cafe_flwr.comparison import choose, read_sweep, write_sweep
+    from cafe_flwr.experiment import plan_runs, plan_trials
+
+    failures = _run_all([run for run in plan_trials(experiment, home) if run.row in rows], jobs, "trials")
+    sweeps = read_sweep(experiment, home, failures)
+    if experiment.sweep:
+        write_sweep(home, experiment, sweeps)
+    runs = [run for run in plan_runs(experiment, home, choose(sweeps)) if run.row in rows]
+    return failures | _run_all(runs, jobs, "runs")
+
+
+def _run_all(runs: Sequence[PlannedRun], jobs: int, what: str) -> dict[Path, str]:
+    """Run what is not finished, under a progress bar; the reasons of those that failed, by folder."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from cafe_flwr.execution import execute
+    from cafe_flwr.experiment import is_finished, read_summary
+
+    waiting = [run for run in runs if not is_finished(run)]
+    if len(waiting) < len(runs):
+        console.print(f"{len(runs) - len(waiting)} of {len(runs)} {what} are finished already")
+    if not waiting:
+        return {}
+    failures: dict[Path, str] = {}
+    running: dict[Path, PlannedRun] = {}
+    rounds = 0  # of runs that have ended
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[running]}"),
+    )
+    with Progress(*columns, console=console) as progress, closing(execute(waiting, jobs)) as events:
+        total = sum(run.settings.num_server_rounds for run in waiting)
+        bar = progress.add_task(what, total=total, running="starting")
+        ended = 0
+        for event in events:
+            if event and event.ended:
+                ended += 1
+                rounds += event.run.settings.num_server_rounds
+                del running[event.run.folder]
+                if event.failure:
+                    failures[event.run.folder] = event.failure
+                    line = f"[red]failed[/]   {event.run.name}: {escape(event.failure)} (log: {event.run.log})"
+                else:
+                    seconds = (read_summary(event.run) or {}).get("seconds", 0.0)
+                    line = f"finished {event.run.name} ({seconds:.0f} s)"
+                progress.console.print(line, soft_wrap=True, highlight=False)
+            elif event:
+                running[event.run.folder] = event.run
+            done = rounds + sum(min(run.rounds_done, run.settings.num_server_rounds) for run in running.values())
+            names = ", ".join(run.name for run in running.values())
+            progress.update(bar, completed=done, description=f"{ended}/{len(waiting)} {what}", running=names)
+    return failures
+
+
+def _list_runs(experiment: Experiment, home: Path, rows: Sequence[str], jobs: int) -> None:
+    """What there is to run, what is there already, and about how long the rest takes."""
+    from cafe_flwr.comparison import choose, read_sweep
+    from cafe_flwr.experiment import is_finished, plan_runs, plan_trials, read_summary
+    from cafe_flwr.report import duration
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("run", overflow="fold")
+    table.add_column("rounds", justify="right")
+    table.add_column("state")
+    chosen = choose(read_sweep(experiment, home, {}))
+    decided = plan_runs(experiment, home, chosen)
+    all_runs = plan_trials(experiment, home) + plan_runs(experiment, home)
+    left, seconds, measured = 0, 0.0, 0
+    for run in (run for run in all_runs if run.row in rows):
+        rounds = run.settings.num_server_rounds
+        if run.trial is None and run.name not in {other.name for other in decided}:
+            state, to_do = "to do, after the sweep", rounds
+        elif is_finished(run if run.trial is not None else next(r for r in decided if r.name == run.name)):
+            state, to_do = "finished", 0
+            seconds += (read_summary(run) or {}).get("seconds", 0.0)
+            measured += rounds
+        else:
+            to_do = max(0, rounds - run.rounds_done)
+            state = "to do" if to_do == rounds else f"{run.rounds_done} rounds are done"
+        left += to_do
+        table.add_row(run.name, str(rounds), state)
+    console.print(table)
+    if measured and left:
+        console.print(f"To do: {left} rounds, about {duration(seconds / measured * left / jobs)} with {jobs} at a time")
+    else:
+        console.print(f"To do: {left} rounds" + (", no finished run tells how long they take" if left else ""))
+
+
+def _show_comparison(experiment: Experiment, home: Path, failures: dict[Path, str], markdown: Path | None) -> None:
+    """Write the files of the comparison and print its tables."""
+    from cafe_flwr.comparison import compare as make_comparison
+    from cafe_flwr.comparison_tables import notes, terminal_table, update_markdown, write_comparison
+
+    comparison = make_comparison(experiment, home, failures)
+    page = write_comparison(comparison)
+    wide = console if console.is_terminal else Console(width=120)
+    for table in comparison.tables:
+        wide.print(terminal_table(comparison, table))
+        for note in notes(comparison, table):
+            wide.print(f"· {escape(note)}", highlight=False)
+        wide.print()
+    if failures:
+        console.print(f"[bold red]{len(failures)} failed[/], see above; the same command tries them once more")
+    if markdown is not None:
+        update_markdown(markdown, comparison)
+        console.print(f"Updated: {markdown}", soft_wrap=True)
+    console.print(f"Comparison: {page}", soft_wrap=True)
 
 
 def _overrides(run_config: list[str]) -> dict[str, Any]:

@@ -1,20 +1,23 @@
 """Data sets and how they are dealt out: train, calibration and test examples of every client.
 
-A data set is partitioned over clients by its labels (flwr-datasets), then every client's share is split into train,
-calibration and test with the same label distribution. The embedded sets are made from scikit-learn's handwritten
-digits: their partition is drawn first, as labels only, and the images of each client are then rendered from base
-digits that belong to one of the three splits alone, so no test image is made from a training digit.
+A data set is partitioned by its labels (flwr-datasets), over clients or over groups of clients, then every client's
+share is split into train, calibration and test with the same label distribution. The embedded sets are made from
+scikit-learn's handwritten digits: their partition is drawn first, as labels only, and the images of each client are
+then rendered from base digits that belong to one of the three splits alone, so no test image is made from a training
+digit. Clients may also see the world rotated, meet other class priors in the test, or hold out training examples in
+place of the test.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,10 +49,19 @@ class Split(NamedTuple):
     def __len__(self) -> int:
         return len(self.y)
 
+    def take(self, positions: NDArray[np.int64]) -> Split:
+        """The examples at these positions."""
+        rows = torch.from_numpy(positions)
+        return Split(self.x[rows], self.y[rows], None if self.source is None else self.source[rows])
+
 
 @dataclass(frozen=True)
 class ClientData:
-    """What one client holds: three disjoint splits with the same label distribution."""
+    """What one client holds: three disjoint splits, all rotated alike.
+
+    Their label distribution is the same, except that of ``test`` under a test shift. With a validation share ``test``
+    holds validation examples: they come from the training data, and no test data is in any split.
+    """
 
     train: Split
     calibration: Split
@@ -83,6 +95,15 @@ class FederatedData:
         return len(self.class_names)
 
 
+class _Source(NamedTuple):
+    """A data set before it is dealt out."""
+
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    images: NDArray[np.float32] | None = None  # of the embedded sets they are rendered when a client is loaded
+
+
 @lru_cache(maxsize=4)
 def load_federation(
     dataset: str,
@@ -96,6 +117,10 @@ def load_federation(
     image_size: int = 0,
     image_column: str = "image",
     label_column: str = "label",
+    label_groups: int = 0,
+    rotations: int = 1,
+    validation_share: float = 0.0,
+    test_shift: float = 0.0,
     seed: int = 0,
 ) -> FederatedData:
     """Deal a data set out to clients. Built once per process.
@@ -117,13 +142,29 @@ def load_federation(
         Local sets only: resize images to this height and width; 0 keeps them as they are.
     image_column, label_column
         Local sets only: names of the columns.
+    label_groups
+        G ≥ 1: client i is in group i mod G, and the clients of a group share one label distribution. 0: every client is
+        a group of its own. Embedded sets: a group has the labels that its first client would have without groups, and
+        every client images of its own for them. Local sets: the partition is one over G groups, each dealt evenly to
+        its clients, so that clients of a larger group get less.
+    rotations
+        R ≥ 1: all images of client i are rotated counter-clockwise by ⌊i / max(G, 1)⌋ mod R times 360/R degrees, so
+        label groups and rotations are crossed: G·R clients hold each combination once. Quarter turns are exact.
+    validation_share
+        v in [0, 1), to choose hyper-parameters without a look at test data: the share v of each client's training
+        split is held out and given as its test split; the real test split is left alone. On the embedded sets, training
+        and validation images are made from the same base digits, so expect better results than on test data.
+    test_shift
+        Embedded sets only, s in [0, 1]: the share s of each client's test labels is redrawn uniformly from the classes
+        in its training split, so that class priors shift but no new classes appear. The images are rendered for the new
+        labels; with a ``validation_share`` from the base digits of training, no longer the examples held out.
     seed
         Seed of the partition, the splits and the rendering.
 
     Raises
     ------
     ValueError
-        If there is no such data set, or it cannot serve so many clients.
+        If there is no such data set, it cannot serve so many clients, or it does not allow the shift asked for.
 
     Examples
     --------
@@ -134,47 +175,109 @@ def load_federation(
     """
     if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
         raise ValueError(f"shares of train, calibration and test must be 0 or more and sum to 1, got {shares}")
-    kind, _, path = dataset.partition(":")
     if min(num_clients, examples_per_client, classes_per_client) < 1:
         raise ValueError("num-clients, examples-per-client and classes-per-client must be at least 1")
-    rows: NDArray[Any] | None = None
+    _check_shifts(dataset, num_clients, label_groups, validation_share, test_shift)
     if dataset in digits.NUM_CLASSES:
-        class_names = digits.class_names(dataset)
-        per_class = -(-num_clients * examples_per_client // len(class_names))
-        labels = np.repeat(np.arange(len(class_names)), per_class)
-        input_shape: tuple[int, ...] = (1, digits.IMAGE_SIZE, digits.IMAGE_SIZE)
-    elif kind == "local" and path:
-        rows, labels, class_names = read_local(Path(path).expanduser(), image_size, image_column, label_column)
-        input_shape = rows.shape[1:]
+        source = _embedded(dataset, num_clients * examples_per_client)
     else:
-        known = ", ".join(map(repr, digits.NUM_CLASSES))
-        raise ValueError(f"dataset must be {known} or 'local:<path>', got {dataset!r}")
-
-    parts = partition_labels(labels, num_clients, partition, alpha, classes_per_client, seed)
+        source = _local(dataset, image_size, image_column, label_column)
+    _check_rotations(rotations, source.input_shape)
+    groups = 0 if source.images is None else label_groups  # labels that are rendered need not be dealt out
+    parts = partition_labels(source.labels, num_clients, partition, alpha, classes_per_client, seed, groups)
+    if source.images is None and label_groups:
+        parts = [parts[client % label_groups] for client in range(num_clients)]
 
     @cache
     def load(client: int) -> ClientData:
         if not 0 <= client < num_clients:
             raise ValueError(f"client must be in 0..{num_clients - 1}, got {client}")
-        mine = parts[client]
-        chosen = stratified_split(labels[mine], shares, rng_for(seed, 0, client, "split"))
-        splits = []
-        for name, positions in zip(digits.SPLITS, chosen, strict=True):
-            y, source = labels[mine[positions]], mine[positions][:, None]
-            if rows is None:
-                x, source = digits.render(dataset, y, name, seed, rng_for(seed, 0, client, f"render-{name}"))
-            else:
-                x = torch.from_numpy(rows[source[:, 0]])
-            splits.append(Split(x, torch.from_numpy(y), torch.from_numpy(source)))
-        return ClientData(*splits)
+        rng = partial(rng_for, seed, 0, client)
+        turn = client // max(label_groups, 1) % rotations
+        labels = source.labels[parts[client]]
+        positions = dict(zip(digits.SPLITS, stratified_split(labels, shares, rng("split")), strict=True))
 
-    return FederatedData(num_clients, class_names, tuple(int(n) for n in input_shape), load)
+        def make(use: str, split: str, y: NDArray[np.int64]) -> Split:
+            if source.images is None:
+                x, origin = digits.render(dataset, y, split, seed, rng(f"render-{use}"))
+                x = rotate(x, turn, rotations, digits.BACKGROUND)
+            else:
+                rows = parts[client][positions[split]]
+                x, origin = rotate(torch.from_numpy(source.images[rows]), turn, rotations), rows[:, None]
+            return Split(x, torch.from_numpy(y), torch.from_numpy(origin))
+
+        train, calibration = (make(split, split, labels[positions[split]]) for split in ("train", "calibration"))
+        if not validation_share:
+            y = shift_labels(labels[positions["test"]], train.y.numpy(), test_shift, rng("test-shift"))
+            return ClientData(train, calibration, make("test", "test", y))
+        cut = (1 - validation_share, validation_share)
+        train, validation = map(train.take, stratified_split(train.y.numpy(), cut, rng("validation")))
+        if test_shift:
+            y = shift_labels(validation.y.numpy(), train.y.numpy(), test_shift, rng("test-shift"))
+            validation = make("validation", "train", y)
+        return ClientData(train, calibration, validation)
+
+    return FederatedData(num_clients, source.class_names, source.input_shape, load)
+
+
+def _check_shifts(
+    dataset: str, num_clients: int, label_groups: int, validation_share: float, test_shift: float
+) -> None:
+    if not 0 <= label_groups <= num_clients:
+        raise ValueError(
+            f"label-groups must be from 0 (every client has its own labels) to num-clients = {num_clients}, "
+            f"got {label_groups}: lower label-groups or raise num-clients"
+        )
+    if not 0 <= validation_share < 1:
+        raise ValueError(f"validation-share must be 0 (none) or more and less than 1, got {validation_share}")
+    if not 0 <= test_shift <= 1:
+        raise ValueError(f"test-shift must be from 0 (none) to 1 (all test labels redrawn), got {test_shift}")
+    if test_shift and dataset.startswith("local:"):
+        known = " and ".join(map(repr, digits.NUM_CLASSES))
+        raise ValueError(f"test-shift works for the embedded sets only, {known}, not {dataset!r}: set test-shift to 0")
+
+
+def _check_rotations(rotations: int, shape: tuple[int, ...]) -> None:
+    if rotations < 1:
+        raise ValueError(f"rotations must be at least 1 (images as they are), got {rotations}")
+    if rotations > 1 and len(shape) != 3:
+        raise ValueError(f"rotations need images (channels, height, width), got inputs {shape}: set rotations to 1")
+    if rotations % 4 == 0 and shape[1] != shape[2]:
+        raise ValueError(
+            f"rotations = {rotations} has quarter turns, which need square images, got {shape[1]}×{shape[2]}: "
+            "set image-size, or choose rotations that 4 does not divide"
+        )
+
+
+def _embedded(dataset: str, num_examples: int) -> _Source:
+    """An embedded set of at least so many examples, all classes alike."""
+    names = digits.class_names(dataset)
+    labels = np.repeat(np.arange(len(names)), -(-num_examples // len(names)))
+    return _Source(labels, names, (1, digits.IMAGE_SIZE, digits.IMAGE_SIZE))
+
+
+def _local(dataset: str, image_size: int, image_column: str, label_column: str) -> _Source:
+    """The set ``"local:<path>"``."""
+    kind, _, path = dataset.partition(":")
+    if kind != "local" or not path:
+        known = ", ".join(map(repr, digits.NUM_CLASSES))
+        raise ValueError(f"dataset must be {known} or 'local:<path>', got {dataset!r}")
+    images, labels, names = read_local(Path(path).expanduser(), image_size, image_column, label_column)
+    return _Source(labels, names, tuple(int(n) for n in images.shape[1:]), images)
 
 
 def partition_labels(
-    labels: NDArray[np.int64], num_clients: int, partition: str, alpha: float, classes_per_client: int, seed: int
+    labels: NDArray[np.int64],
+    num_clients: int,
+    partition: str,
+    alpha: float,
+    classes_per_client: int,
+    seed: int,
+    label_groups: int = 0,
 ) -> list[NDArray[np.int64]]:
     """Positions of ``labels`` that each client gets, by a partitioner of flwr-datasets.
+
+    With ``label_groups`` the partition is one over so many groups, each dealt out evenly to its clients.
 
     Raises
     ------
@@ -185,13 +288,15 @@ def partition_labels(
     from datasets import Dataset
     from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner
 
+    groups = label_groups or num_clients
     partitioner: Partitioner
     minimum = 10  # examples of the smallest client
     if partition == "dirichlet":
-        partitioner = DirichletPartitioner(num_clients, "label", alpha=alpha, min_partition_size=minimum, seed=seed)
+        smallest = minimum * -(-num_clients // groups)  # group of clients
+        partitioner = DirichletPartitioner(groups, "label", alpha=alpha, min_partition_size=smallest, seed=seed)
     elif partition == "pathological":
         partitioner = PathologicalPartitioner(
-            num_clients, "label", classes_per_client, class_assignment_mode="first-deterministic", seed=seed
+            groups, "label", classes_per_client, class_assignment_mode="first-deterministic", seed=seed
         )
     else:
         raise ValueError(f"partition must be 'dirichlet' or 'pathological', got {partition!r}")
@@ -204,7 +309,8 @@ def partition_labels(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns at every retry; what counts is whether it succeeds
         try:
-            parts = [np.asarray(partitioner.load_partition(i)["position"], dtype=np.int64) for i in range(num_clients)]
+            shared = [np.asarray(partitioner.load_partition(g)["position"], dtype=np.int64) for g in range(groups)]
+            parts = _deal(labels, shared, num_clients, rng_for(seed, 0, -1, "label groups"))
             smallest = min(len(part) for part in parts)
             if smallest < minimum:
                 raise ValueError(f"the smallest client would have {smallest} of at least {minimum} examples")
@@ -215,10 +321,23 @@ def partition_labels(
                 if partition == "dirichlet"
                 else "change classes-per-client, lower num-clients or raise the number of examples"
             )
+            grouped = f" in {label_groups} label groups" if label_groups else ""
             raise ValueError(
-                f"the {partition} partition of {len(labels)} examples over {num_clients} clients failed "
+                f"the {partition} partition of {len(labels)} examples over {num_clients} clients{grouped} failed "
                 f"({error}): {advice}"
             ) from error
+
+
+def _deal(
+    labels: NDArray[np.int64], shared: list[NDArray[np.int64]], num_clients: int, rng: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """Positions each client gets of what its group shares; client i is in group i mod G."""
+    dealt: dict[int, NDArray[np.int64]] = {}
+    for group, positions in enumerate(shared):
+        members = range(group, num_clients, len(shared))
+        parts = stratified_split(labels[positions], [1 / len(members)] * len(members), rng)
+        dealt |= {client: positions[part] for client, part in zip(members, parts, strict=True)}
+    return [dealt[client] for client in range(num_clients)]
 
 
 def stratified_split(
@@ -244,3 +363,50 @@ def stratified_split(
         part[position] = chosen = int(np.argmax(deficit))
         deficit[chosen] -= 1.0
     return [np.flatnonzero(part == k) for k in range(len(shares))]
+
+
+def shift_labels(
+    labels: NDArray[np.int64], train_labels: NDArray[np.int64], share: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Labels of which a share, chosen at random, is redrawn uniformly from the training labels' classes.
+
+    Examples
+    --------
+    >>> shift_labels(np.array([5, 5, 5, 5]), np.array([0, 0, 0, 1]), 0.5, np.random.default_rng(0))
+    array([0, 5, 0, 5])
+    """
+    redrawn = rng.permutation(len(labels))[: round(share * len(labels))]
+    if not len(redrawn):
+        return labels
+    if not len(train_labels):
+        raise ValueError(
+            "test-shift draws from the classes of a client's training split, and one has no examples there"
+        )
+    shifted = labels.copy()
+    shifted[redrawn] = rng.choice(np.unique(train_labels), size=len(redrawn))
+    return shifted
+
+
+def rotate(x: Tensor, turn: int, turns: int, background: float | None = None) -> Tensor:
+    """Images (N, C, H, W) rotated counter-clockwise by ``turn`` of ``turns`` equal parts of a full turn.
+
+    Multiples of 90° only move pixels. Other angles are interpolated bilinearly, with ``background`` beyond the edges,
+    by default each image's minimum.
+
+    Examples
+    --------
+    >>> rotate(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), 1, 4).tolist()
+    [[[[2.0, 4.0], [1.0, 3.0]]]]
+    """
+    quarters, rest = divmod(4 * turn, turns)
+    if not rest:
+        return torch.rot90(x, quarters, (-2, -1)).contiguous() if quarters % 4 else x
+    angle, aspect = 2 * math.pi * turn / turns, x.shape[-1] / x.shape[-2]
+    cos, sin = math.cos(angle), math.sin(angle)
+    # affine_grid wants the map from the rotated image back to the given one, its axes in units of half the image.
+    inverse = torch.tensor([[[cos, -sin / aspect, 0.0], [sin * aspect, cos, 0.0]]], dtype=x.dtype)
+    grid = torch.nn.functional.affine_grid(inverse, [1, *x.shape[1:]], align_corners=False)
+    fill = x.amin((1, 2, 3), keepdim=True) if background is None else background
+    # Beyond the edges grid_sample takes 0, so that is what the background is moved to.
+    moved = torch.nn.functional.grid_sample(x - fill, grid.expand(len(x), -1, -1, -1), align_corners=False)
+    return moved + fill

@@ -13,6 +13,7 @@ from cafe_flwr.participation import rng_for
 
 SPLITS = ("train", "calibration", "test")
 IMAGE_SIZE = 16  # height and width of the images
+BACKGROUND = (0.0 - 0.3) / 0.4  # an empty pixel
 
 NUM_CLASSES = {"digits": 10, "digit-pairs": 100}
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from cafe_flwr.data import FederatedData, load_federation
-from cafe_flwr.methods import METHODS
 from cafe_flwr.networks import ConvNet, EarlyExitNetwork
 from cafe_flwr.recording import Recorder, open_results
 from cafe_flwr.settings import Settings
@@ -30,6 +27,10 @@ def federation(settings: Settings) -> FederatedData:
         image_size=settings.image_size,
         image_column=settings.image_column,
         label_column=settings.label_column,
+        validation_share=settings.validation_share,
+        label_groups=settings.label_groups,
+        rotations=settings.rotations,
+        test_shift=settings.test_shift,
         seed=settings.seed,
     )
 
@@ -44,10 +45,8 @@ def build_strategy(
     settings: Settings, recorder: Recorder | None = None, resume_from: ServerState | None = None
 ) -> FederatedStrategy:
     """The strategy of the settings."""
-    method = METHODS[settings.method]
-    own = {f.name: getattr(settings, f.name) for f in fields(method)}  # type: ignore[arg-type]
     return FederatedStrategy(
-        method=method(**own),
+        method=settings.build_method(),
         fraction_train=settings.fraction_train,
         min_train_nodes=settings.min_train_nodes,
         min_available_nodes=settings.min_available_nodes,
@@ -63,6 +62,7 @@ def build_strategy(
         ),
         num_clients=settings.num_clients,
         seed=settings.seed,
+        evaluate_every=settings.evaluate_every,
         wait_seconds=settings.wait_seconds,
         round_timeout=settings.round_timeout,
         callbacks=[recorder] if recorder else [],

@@ -34,7 +34,7 @@ PHASES = ("before", "after")  # local training
 RESERVED = frozenset(
     {
         *("protocol", "run", "seed", "digest", "server-round", "num-rounds", "num-clients", "resumable-from"),
-        *("clients", "versions", "downloads", "active-exits", "method", "publish"),
+        *("clients", "versions", "downloads", "active-exits", "method", "evaluate", "publish"),
     }
 )
 
@@ -142,6 +142,8 @@ class TrainRequest:
         Name of the method, and its settings.
     budget
         Local training.
+    evaluate
+        Whether clients evaluate before and after training.
     """
 
     run: str
@@ -158,6 +160,7 @@ class TrainRequest:
     method: str
     method_settings: Mapping[str, Any]
     budget: LocalBudget
+    evaluate: bool = True
 
     def to_content(self, keys: Keys, config: Mapping[str, Any]) -> RecordDict:
         """As a Flower record; ``config`` is the user's own, sent along."""
@@ -176,6 +179,7 @@ class TrainRequest:
             "versions": self.versions,
             "downloads": mine,
             "active-exits": self.active.flatten().tolist(),
+            "evaluate": self.evaluate,
             **method_config(self.method, self.method_settings),
             **{f"local.{kebab(f.name)}": getattr(self.budget, f.name) for f in fields(LocalBudget)},
         }
@@ -210,6 +214,7 @@ class TrainRequest:
             method=str(config["method"]),
             method_settings=prefixed(config, "method."),
             budget=LocalBudget(**prefixed(config, "local.")),
+            evaluate=bool(config.get("evaluate", True)),
         )
 
 
@@ -225,10 +230,12 @@ class ClientReport:
         Sizes of its training and test split.
     train_loss
         Mean loss of local training; NaN where it did not train.
+    local_steps
+        Gradient steps taken.
     similarity
         (m−1,): similarity of its student exits to its last exit.
     before, after
-        Exits on the test split, before and after local training.
+        Exits on the test split, before and after local training; NaN in rounds without evaluation.
     seconds_train, seconds_evaluate
         Time it took.
     upload
@@ -239,6 +246,7 @@ class ClientReport:
     num_examples: int
     test_examples: int
     train_loss: float
+    local_steps: int
     similarity: list[float]
     before: ExitMetrics
     after: ExitMetrics
@@ -287,6 +295,7 @@ class TrainReply:
             keys.weight: [r.num_examples for r in self.reports],
             "test-examples": [r.test_examples for r in self.reports],
             "train-loss": [r.train_loss for r in self.reports],
+            "local-steps": [r.local_steps for r in self.reports],
             "seconds-train": [r.seconds_train for r in self.reports],
             "seconds-evaluate": [r.seconds_evaluate for r in self.reports],
             "similarity": [s for r in self.reports for s in r.similarity],
@@ -337,7 +346,9 @@ class TrainReply:
         weights = [w[0] for w in column(keys.weight)]
         if not all(isinstance(w, int) and 1 <= w < 2**53 for w in weights):
             raise ValueError(f"{keys.weight!r} must be a whole number of at least 1 for every client, got {weights}")
-        scalars = {k: column(k) for k in ("test-examples", "train-loss", "seconds-train", "seconds-evaluate")}
+        scalars = {
+            k: column(k) for k in ("test-examples", "train-loss", "local-steps", "seconds-train", "seconds-evaluate")
+        }
         if n > 1 and np.abs(shared).max(initial=0.0) > sum(weights) * float(np.finfo(np.float32).max):
             raise ValueError("its shared parameters are too large for float32")
         similarity = column("similarity", num_exits - 1)
@@ -352,6 +363,7 @@ class TrainReply:
                 num_examples=weights[i],
                 test_examples=int(scalars["test-examples"][i][0]),
                 train_loss=float(scalars["train-loss"][i][0]),
+                local_steps=int(scalars["local-steps"][i][0]),
                 similarity=similarity[i],
                 before=ExitMetrics(**{name: values[i] for name, values in exits["before"].items()}),
                 after=ExitMetrics(**{name: values[i] for name, values in exits["after"].items()}),
@@ -372,8 +384,14 @@ class FinalReport:
     ----------
     client, train_examples, calibration_examples, test_examples, classes
         Who, the sizes of its splits, and the number of classes in its training split.
+    local_steps
+        Gradient steps of fine-tuning after the last round; 0 for most methods.
+    ensemble
+        Accuracy of the mean of all exits' probabilities on the test split.
     exits
         Exits on the test split.
+    adapted
+        The same with the client's log-prior re-estimated on the unlabelled test inputs; NaN where the method has none.
     calibration, test
         Dynamic inference at every threshold, on these splits.
     """
@@ -383,16 +401,28 @@ class FinalReport:
     calibration_examples: int
     test_examples: int
     classes: int
+    local_steps: int
+    ensemble: float
     exits: ExitMetrics
+    adapted: ExitMetrics
     calibration: DynamicCounts
     test: DynamicCounts
 
-    _SCALARS = ("client", "train_examples", "calibration_examples", "test_examples", "classes")
+    _SCALARS = (
+        "client",
+        "train_examples",
+        "calibration_examples",
+        "test_examples",
+        "classes",
+        "local_steps",
+        "ensemble",
+    )
 
     def to_record(self) -> MetricRecord:
         """As a Flower record of its own."""
         values: dict[str, Any] = {kebab(name): getattr(self, name) for name in self._SCALARS}
         values |= {f.name: getattr(self.exits, f.name) for f in fields(ExitMetrics)}
+        values |= {f"adapted-{f.name}": getattr(self.adapted, f.name) for f in fields(ExitMetrics)}
         for split in ("calibration", "test"):
             counts = getattr(self, split)._asdict()
             values |= {f"{split}-{name}": value.flatten().tolist() for name, value in counts.items()}
@@ -402,7 +432,10 @@ class FinalReport:
     def from_record(cls, record: MetricRecord, num_exits: int) -> FinalReport:
         """Read what :meth:`to_record` wrote."""
         scalars: dict[str, Any] = {name: record[kebab(name)] for name in cls._SCALARS}
-        exits = ExitMetrics(**{f.name: record[f.name] for f in fields(ExitMetrics)})  # type: ignore[arg-type]
+        exits, adapted = (
+            ExitMetrics(**{f.name: record[prefix + f.name] for f in fields(ExitMetrics)})  # type: ignore[arg-type]
+            for prefix in ("", "adapted-")
+        )
 
         def counts(split: str) -> DynamicCounts:
             left, correct, changed = (
@@ -410,7 +443,7 @@ class FinalReport:
             )
             return DynamicCounts(left.reshape(-1, num_exits), correct, changed)
 
-        return cls(**scalars, exits=exits, calibration=counts("calibration"), test=counts("test"))
+        return cls(**scalars, exits=exits, adapted=adapted, calibration=counts("calibration"), test=counts("test"))
 
 
 def method_config(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,6 +31,11 @@ class ExitMetrics:
     loss: list[float]
     ece: list[float]
 
+    @classmethod
+    def unknown(cls, num_exits: int) -> ExitMetrics:
+        """NaN for every exit."""
+        return cls(*([math.nan] * num_exits for _ in range(3)))
+
 
 @torch.no_grad()
 def exit_logits(network: EarlyExitNetwork, x: Tensor) -> Tensor:
@@ -53,8 +59,7 @@ def exit_metrics(logits: Tensor, y: Tensor) -> ExitMetrics:
 
     m, n, num_classes = logits.shape
     if n == 0:
-        nothing = [float("nan")] * m
-        return ExitMetrics(nothing, nothing, nothing)
+        return ExitMetrics.unknown(m)
     accuracy = (logits.argmax(dim=2) == y).float().mean(dim=1).tolist()
     loss = [F.cross_entropy(z, y).item() for z in logits]
     ece = [
@@ -62,6 +67,13 @@ def exit_metrics(logits: Tensor, y: Tensor) -> ExitMetrics:
         for p in logits.softmax(dim=2)
     ]
     return ExitMetrics(accuracy, loss, ece)
+
+
+def ensemble_accuracy(logits: Tensor, y: Tensor) -> float:
+    """Accuracy of the mean of all exits' probabilities, from logits (m, N, C); NaN without examples."""
+    if not len(y):
+        return math.nan
+    return (logits.softmax(dim=2).mean(dim=0).argmax(dim=1) == y).float().mean().item()
 
 
 def evaluate(network: EarlyExitNetwork, data: Split) -> ExitMetrics:

@@ -35,11 +35,21 @@ from cafe_flwr.messages import (
     record_of,
 )
 from cafe_flwr.methods import METHODS, LocalTask, Method
-from cafe_flwr.metrics import dynamic_counts, evaluate, exit_logits, exit_metrics, fit_temperatures
+from cafe_flwr.metrics import (
+    ExitMetrics,
+    dynamic_counts,
+    ensemble_accuracy,
+    evaluate,
+    exit_logits,
+    exit_metrics,
+    fit_temperatures,
+)
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.participation import hosted_clients, rng_for
+from cafe_flwr.priors import adapt_to_label_shift
 from cafe_flwr.schema import Schema, digest
 from cafe_flwr.state import PersonalStore, personal_folder
+from cafe_flwr.training import snapshot
 
 BuildNetwork = Callable[[Context], EarlyExitNetwork]
 LoadData = Callable[[int, Context], ClientData]
@@ -95,20 +105,84 @@ class _Workplace:
     weights: Mapping[str, Tensor]
 
     @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a client has: the network's tensors and those the method keeps beside them, as they start."""
+        self.network.load_state_dict(self.weights)  # whatever the process has trained before
+        extra = self.method.extra_tensors(self.network)
+        assert not extra.keys() & self.weights.keys()
+        return {**self.weights, **extra}
+
+    @cached_property
     def initial(self) -> dict[str, Tensor]:
-        """The personal parameters every client starts from."""
-        return {name: self.weights[name] for name in self.method.personal_names(self.network)}
+        """What a client starts from that is not shared."""
+        shared = set(self.schemas["shared"].names)
+        return {name: tensor for name, tensor in self.tensors.items() if name not in shared}
 
     @cached_property
     def schemas(self) -> dict[str, Schema]:
         """What travels, and what stays."""
-        tensors, method, network = self.network.state_dict(), self.method, self.network
+        method, network = self.method, self.network
+        method.check(network)
         return {
-            "shared": Schema.of(tensors, method.shared_names(network)),
-            "upload": Schema.of(tensors, method.upload_names(network)),
-            "download": Schema.of(tensors, method.download_names(network)),
-            "personal": Schema.of(tensors, method.personal_names(network)),
+            "shared": Schema.of(self.tensors, method.shared_names(network)),
+            "upload": Schema.of(self.tensors, method.upload_names(network)),
+            "download": Schema.of(self.tensors, method.download_names(network)),
+            "personal": Schema.of(self.tensors, method.personal_names(network)),
         }
+
+    def begin(
+        self,
+        request: TrainRequest,
+        client: int,
+        shared: Mapping[str, Tensor],
+        version: int,
+        store: PersonalStore,
+        data: ClientData,
+    ) -> LocalTask:
+        """The client's work of the round, with the network as it starts from it."""
+        download: Mapping[str, Tensor] = {}
+        if client in request.downloads:
+            download = self.schemas["download"].unpack(request.downloads[client])
+        row = request.clients.index(client)
+        task = LocalTask(
+            network=self.network,
+            data=data.train,
+            active=request.active[row].tolist(),
+            download=download,
+            budget=request.budget,
+            rng=partial(rng_for, request.seed, request.server_round, client),
+            private_rng=partial(store.private_rng, client),
+            server_round=request.server_round,
+            num_rounds=request.num_rounds,
+            initial=self.weights,
+        )
+        tensors = {**self.initial, **shared, **(store.load(client, version) or {})}
+        self.put(task, self.method.receive(tensors, download, self.weights))
+        self.network.offset = self.method.offset(data.train, self.network.num_classes)
+        return task
+
+    def put(self, task: LocalTask, tensors: Mapping[str, Tensor]) -> None:
+        """Give a task these tensors: the network's into the network, the others beside it."""
+        self.network.load_state_dict({name: tensors[name] for name in self.weights})
+        task.state = {name: tensor for name, tensor in tensors.items() if name not in self.weights}
+
+    def take(self, task: LocalTask) -> dict[str, Tensor]:
+        """The tensors of a task."""
+        return {**snapshot(self.network), **task.state}
+
+    @contextmanager
+    def deployed(self, task: LocalTask) -> Iterator[EarlyExitNetwork]:
+        """Inside, the network is the client's personal one, ready to be used; outside, as it was."""
+        tensors = self.take(task)
+        personal = self.method.deploy(tensors)
+        if personal is tensors:
+            yield self.network
+            return
+        self.network.load_state_dict(personal)
+        try:
+            yield self.network
+        finally:
+            self.put(task, tensors)
 
     @cached_property
     def digest(self) -> str:
@@ -180,7 +254,7 @@ class _Node:
     def initial(self, message: Message, context: Context) -> Message:
         """The shared parameters every run of this seed starts from, flat."""
         work = self._workplace(context, *_method_of(message, self.keys))
-        flat = work.schemas["shared"].pack(work.weights)
+        flat = work.schemas["shared"].pack(work.tensors)
         return Message(RecordDict({self.keys.arrays: ArrayRecord({FLAT: Array(flat)})}), reply_to=message)
 
     def train(self, message: Message, context: Context) -> Message:
@@ -192,12 +266,12 @@ class _Node:
         reports: list[ClientReport] = []
         updates: list[NDArray[np.float32]] = []
         failures: dict[int, str] = {}
-        for row, client in enumerate(request.clients):
+        for client in request.clients:
             try:
                 data = self._data_of(client, context, request.seed, hosted)
-                report = _train_client(work, request, row, data, shared, store)
-                updates.append(schema.pack(work.network.state_dict()))
+                report, update = _train_client(work, request, client, data, shared, store)
                 reports.append(report)
+                updates.append(update)
             except Exception as error:
                 logger.warning("client %d failed in round %d", client, request.server_round, exc_info=True)
                 failures[client] = f"{type(error).__name__}: {error}"
@@ -221,21 +295,26 @@ class _Node:
         for client, version in zip(request.clients, request.versions, strict=True):
             try:
                 data = self._data_of(client, context, request.seed, hosted)
-                work.network.load_state_dict({**shared, **(store.load(client, version) or work.initial)})
-                report, temperatures = _final_report(client, work.network, data)
-                if config.get("publish"):
-                    facts = {
-                        "run": request.run,
-                        "round": request.server_round,
-                        "method": request.method,
-                        "digest": request.digest,
-                        "num_exits": work.network.num_exits,
-                        "num_classes": work.network.num_classes,
-                        "personal": work.schemas["personal"].names,
-                        "accuracy_per_exit": report.exits.accuracy,
-                        "temperatures": temperatures,
-                    }
-                    store.publish(client, work.network.state_dict(), facts)
+                task = work.begin(request, client, shared, version, store, data)
+                with seeded(int(task.rng("torch").integers(2**63))):
+                    if config.get("publish"):
+                        work.method.finish(task)
+                _check_finite(work.take(task))
+                with work.deployed(task) as network:
+                    report, temperatures = _final_report(client, network, data, task.steps)
+                    if config.get("publish"):
+                        facts = {
+                            "run": request.run,
+                            "round": request.server_round,
+                            "method": request.method,
+                            "digest": request.digest,
+                            "num_exits": network.num_exits,
+                            "num_classes": network.num_classes,
+                            "personal": network.personal_names(),
+                            "accuracy_per_exit": report.exits.accuracy,
+                            "temperatures": temperatures,
+                        }
+                        store.publish(client, _with_offset(network), facts)
                 reports.append(report)
             except Exception as error:
                 logger.warning("client %d could not be evaluated", client, exc_info=True)
@@ -344,67 +423,87 @@ def _check_data(data: ClientData, num_classes: int) -> list[str]:
 def _train_client(
     work: _Workplace,
     request: TrainRequest,
-    row: int,
+    client: int,
     data: ClientData,
     shared: Mapping[str, Tensor],
     store: PersonalStore,
-) -> ClientReport:
-    """One client's round; its new personal state is on disk when this returns, and only then."""
-    client, version, network = request.clients[row], request.versions[row], work.network
-    network.load_state_dict({**shared, **(store.load(client, version) or work.initial)})
+) -> tuple[ClientReport, NDArray[np.float32]]:
+    """One client's round; its new personal state is on disk when this returns, and only then.
+
+    Returns the report and the client's shared part, flat.
+    """
+    version = request.versions[request.clients.index(client)]
+    task = work.begin(request, client, shared, version, store, data)
     start = time.perf_counter()
-    before = evaluate(network, data.test)
+    before = _evaluate(work, task, data, request.evaluate)
     evaluated = time.perf_counter()
-    download: Mapping[str, Tensor] = {}
-    if client in request.downloads:
-        download = work.schemas["download"].unpack(request.downloads[client])
-    rng = partial(rng_for, request.seed, request.server_round, client)
-    task = LocalTask(
-        network=network,
-        data=data.train,
-        active=request.active[row].tolist(),
-        download=download,
-        budget=request.budget,
-        rng=rng,
-    )
-    with seeded(int(rng("torch").integers(2**63))):  # for networks that draw, e.g. dropout
+    with seeded(int(task.rng("torch").integers(2**63))):  # for networks that draw, e.g. dropout
         result = work.method.train(task)
     trained = time.perf_counter()
-    after = evaluate(network, data.test)
+    after = _evaluate(work, task, data, request.evaluate)
     done = time.perf_counter()
-    tensors = network.state_dict()
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ValueError(f"training ended with NaN or infinite values in {', '.join(broken[:3])}: lower learning-rate")
-    names = work.schemas["personal"].names
-    personal = {name: tensors[name] for name in names}
+    tensors = work.take(task)
+    _check_finite(tensors)
+    personal = {name: tensors[name] for name in work.schemas["personal"].names}
     store.save(client, request.server_round, personal, base=version, resumable_from=request.resumable_from)
-    return ClientReport(
+    report = ClientReport(
         client=client,
         num_examples=len(data.train),
         test_examples=len(data.test),
         train_loss=result.loss,
-        similarity=result.similarity,
+        local_steps=task.steps,
+        similarity=result.similarity or [0.0] * (work.network.num_exits - 1),
         before=before,
         after=after,
         seconds_train=trained - evaluated,
         seconds_evaluate=(evaluated - start) + (done - trained),
         upload=work.schemas["upload"].pack(tensors),
     )
+    return report, work.schemas["shared"].pack(tensors)
 
 
-def _final_report(client: int, network: EarlyExitNetwork, data: ClientData) -> tuple[FinalReport, list[float]]:
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"training ended with NaN or infinite values in {', '.join(broken[:3])}: lower learning-rate")
+
+
+def _with_offset(network: EarlyExitNetwork) -> dict[str, Tensor]:
+    """The network's tensors, with what is added to its logits put into the biases of the classifiers."""
+    tensors = snapshot(network)
+    if network.offset is not None:
+        for k in range(network.num_exits):
+            tensors[network.head_names(k)[1]] += network.offset
+    return tensors
+
+
+def _evaluate(work: _Workplace, task: LocalTask, data: ClientData, wanted: bool) -> ExitMetrics:
+    if not wanted:
+        return ExitMetrics.unknown(work.network.num_exits)
+    with work.deployed(task) as network:
+        return evaluate(network, data.test)
+
+
+def _final_report(
+    client: int, network: EarlyExitNetwork, data: ClientData, local_steps: int
+) -> tuple[FinalReport, list[float]]:
     """Evaluation of a personal network, and the temperature of each exit, fitted on the calibration split."""
     calibration, test = exit_logits(network, data.calibration.x), exit_logits(network, data.test.x)
     temperatures = fit_temperatures(calibration, data.calibration.y)
     scale = torch.tensor(temperatures)[:, None, None]
+    adapted = ExitMetrics.unknown(network.num_exits)
+    if network.offset is not None:
+        adapted = exit_metrics(adapt_to_label_shift(test, scale, network.offset), data.test.y)
     report = FinalReport(
         client=client,
         train_examples=len(data.train),
         calibration_examples=len(data.calibration),
         test_examples=len(data.test),
         classes=len(data.train.y.unique()),
+        local_steps=local_steps,
+        ensemble=ensemble_accuracy(test, data.test.y),
         exits=exit_metrics(test, data.test.y),
+        adapted=adapted,
         calibration=dynamic_counts(calibration / scale, data.calibration.y),
         test=dynamic_counts(test / scale, data.test.y),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -90,6 +91,11 @@ class RoundRecord:
         return mean_rows(getattr(report, phase).accuracy for report in self.reports)
 
     @property
+    def evaluated(self) -> bool:
+        """Whether clients evaluated in this round."""
+        return any(not math.isnan(a) for report in self.reports for a in report.before.accuracy)
+
+    @property
     def active_exits(self) -> list[int]:
         """Number of clients whose student exit k trains, (m−1,)."""
         return [int(n) for n in self.plan.active.sum(axis=0)]
@@ -99,10 +105,11 @@ class RoundRecord:
         width = len(str(self.num_rounds))
         left_out = f" ({len(self.left_out)} left out)" if self.left_out else ""
         before, after = (" ".join(f"{a:.3f}" for a in self.accuracy_per_exit(p)) for p in PHASES)
+        accuracy = f"accuracy {before} → {after} · " if self.evaluated else ""
         return (
             f"[ROUND {self.server_round:{width}}/{self.num_rounds}] "
             f"{len(self.reports)} clients{left_out} · students {'/'.join(map(str, self.active_exits)) or '–'} · "
-            f"accuracy {before} → {after} · {self.seconds['total']:.1f} s"
+            f"{accuracy}{self.seconds['total']:.1f} s"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -116,6 +123,7 @@ class RoundRecord:
             "active_exits": self.active_exits,
             "accuracy_per_exit": self.accuracy_per_exit("before"),
             "accuracy_per_exit_after": self.accuracy_per_exit("after"),
+            "local_steps": mean(report.local_steps for report in self.reports),
             "train_loss": mean(report.train_loss for report in self.reports),
             "learning_rate": self.learning_rate,
             "similarity_per_exit": mean_rows(report.similarity for report in self.reports),
@@ -273,6 +281,7 @@ class Recorder:
             row
             for report in record.reports
             for phase in PHASES
+            if record.evaluated
             for row in _rows(record.server_round, report.client, phase, getattr(report, phase), report.test_examples)
         ]
         self._append_rows(rows)
@@ -336,5 +345,7 @@ def _teaching(plan: RoundPlan) -> tuple[float | None, float | None]:
     if plan.weights is None or not len(plan.weights):
         return None, None
     columns = {client: column for column, client in enumerate(plan.weight_columns)}
-    own = [plan.weights[row, columns[client]] for row, client in enumerate(plan.weight_rows)]
+    own = [
+        plan.weights[row, columns[client]] if client in columns else 0.0 for row, client in enumerate(plan.weight_rows)
+    ]
     return float(np.mean(own)), float(np.mean(1.0 / (plan.weights**2).sum(axis=1)))

@@ -71,7 +71,9 @@ def draw_lines(run: Run, panels: dict[str, list[tuple[Any, str]]], height: float
         for values, line_colour in lines:
             again = line_colour in [line.get_color() for line in axis.lines]
             style: dict[str, Any] = {"lw": 1.0, "ls": (0, (3, 2)), "mfc": PAPER} if again else {"lw": 1.8}
-            axis.plot(t, values, color=line_colour, marker="o" if len(t) < 3 else "", **style)
+            known = np.isfinite(np.asarray(values, dtype=np.float64))  # clients need not evaluate in every round
+            points = np.asarray(t)[known], np.asarray(values)[known]
+            axis.plot(*points, color=line_colour, marker="o" if known.sum() < 3 else "", **style)
         axis.set_ylabel(label)
     axes[-1].set_xlabel("round")
     return figure
@@ -194,7 +196,7 @@ def draw_exits(run: Run) -> Drawn:
 
 
 def draw_teachers(run: Run) -> Drawn:
-    """Weights of all last exits in every client's teacher."""
+    """How much every client learns from every other."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     clients = run.get("teacher_weights", "clients") or []
@@ -213,8 +215,9 @@ def draw_teachers(run: Run) -> Drawn:
         side.set_ticks(ticks, [str(names[i]) for i in ticks], fontsize=8)
     axis.grid(visible=False)
     axis.spines[:].set(visible=True, color=LINE)
-    axis.set(xlabel="teacher (client whose last exit it is)", ylabel="student (client that learns)")
-    return figure, "A row shows whose last exits make up a client's teacher; the stronger the colour, the more weight."
+    axis.set(xlabel="teacher (client that is learnt from)", ylabel="student (client that learns)")
+    what = "last exits" if run.get("method") == "cafedistill" else "classifiers or models"
+    return figure, f"A row shows whose {what} a client learns from; the stronger the colour, the more weight."
 
 
 def draw_own_weight(run: Run) -> Drawn:

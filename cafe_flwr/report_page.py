@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cafe_flwr import report
 from cafe_flwr.report import Run, duration, fixed, percent
 from cafe_flwr.report_figures import MARKS, SECTIONS, draw_ramp, svg
+from cafe_flwr.settings import keys_of_other_methods
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from matplotlib.figure import Figure
 
     Drawn = tuple[Figure, str] | None  # a figure with the sentence that says how to read it
@@ -80,7 +83,7 @@ PAGE = """<!doctype html>
 {% for title, figures in sections.items() %}<section><h2>{{ title }}</h2>
 {% if title in ("Training", "Clients", "Leaving early") %}<p class="key">{% for mark in marks %}
 <span><i style="color: var(--exit-{{ loop.index }})">{{ mark }}</i> exit {{ loop.index }}
-{{- ", the teacher" if loop.last and m > 1 }}</span>{% endfor %}</p>{% endif %}
+{{- ", the teacher" if loop.last and teaches }}</span>{% endfor %}</p>{% endif %}
 <div class="pair">{% for figure in figures %}
 <figure><h3>{{ figure.title }}</h3>{{ figure.svg }}<figcaption>{{ figure.caption }}</figcaption></figure>{% endfor %}
 {% if title == "Clients" and clients %}<figure><h3>Clients and their data</h3><div class="tall"><table>
@@ -185,6 +188,20 @@ def client_rows(run: Run) -> list[dict[str, str]]:
     ]
 
 
+def own_settings(run: Run) -> dict[str, Any]:
+    """The settings that the run's method reads."""
+    others = keys_of_other_methods(str(run.get("method")))
+    return {key: value for key, value in run.settings.items() if key not in others}
+
+
+def is_expected(run: Run, section: str, draw: Callable[[Run], Drawn]) -> bool:
+    """Whether a figure that could not be drawn should have been there."""
+    if draw is draw_ramp:
+        return run.num_exits > 1  # with one exit there are no students
+    nobody_teaches = "teacher_weights" in run.summary and run.summary["teacher_weights"] is None
+    return not (section == "Who teaches whom" and nobody_teaches)
+
+
 def render(run: Run) -> str:
     """The whole page."""
     from jinja2 import Environment, StrictUndefined
@@ -196,7 +213,7 @@ def render(run: Run) -> str:
         for title, draw in drawings.items():
             drawn = draw(run)
             if drawn is None:
-                absent += [title] if draw is not draw_ramp or run.num_exits > 1 else []  # one exit: no students
+                absent += [title] if is_expected(run, section, draw) else []
                 continue
             drawing = Markup(svg(drawn[0], draw.__name__, title))  # its text is ours and numbers, nothing to escape
             sections.setdefault(section, []).append({"title": title, "svg": drawing, "caption": drawn[1]})
@@ -207,6 +224,7 @@ def render(run: Run) -> str:
         name=run.get("name"),
         css=Markup(CSS),
         m=m,
+        teaches=m > 1 and run.get("method") in ("cafedistill", "local-kd"),
         blend=[100 * k // max(m - 2, 1) for k in range(m - 1)],
         marks=[[*MARKS.values()][k % 5] for k in range(m)],
         summary=plain_words(run).replace(" %", "\u00a0%"),
@@ -218,6 +236,6 @@ def render(run: Run) -> str:
         clients=client_rows(run),
         left_out=left_out(run),
         rounds=run.rounds,
-        tables={"Setting": run.settings, "Version": run.get("versions") or {}},
+        tables={"Setting": own_settings(run), "Version": run.get("versions") or {}},
         glossary=GLOSSARY,
     )

@@ -4,41 +4,73 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.alias_generators import to_snake
+
+from cafe_flwr.methods import METHODS, Method
 
 
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
-class Settings(BaseModel):
+_CONFIG = ConfigDict(
+    alias_generator=_kebab,
+    validate_by_name=True,
+    validate_by_alias=True,
+    extra="forbid",
+    frozen=True,
+    strict=True,
+    use_attribute_docstrings=True,
+    allow_inf_nan=False,
+)
+
+
+def setting_key(method: type[Method], field: str) -> str:
+    """Name of a method's setting among all settings: ``fedprox_mu``, CAFEDistill's ``mu``, ``prior`` of all methods."""
+    owner = next(c for c in method.__mro__ if field in vars(c).get("__annotations__", {}))
+    return vars(owner).get("prefix", "").replace("-", "_") + field
+
+
+def _of_methods() -> dict[str, Any]:
+    """The methods' own settings as pydantic fields."""
+    found: dict[str, Any] = {}
+    for method in METHODS.values():
+        for f in fields(method):
+            bounds = {key: f.metadata[key] for key in ("ge", "gt", "le") if f.metadata[key] is not None}
+            kind = Literal[f.metadata["choices"]] if f.metadata["choices"] else type(f.default)
+            value = Field(f.default, description=f.metadata["doc"], **bounds)
+            found[setting_key(method, f.name)] = (kind, value)
+    return found
+
+
+# The settings of methods are declared by the methods; pydantic makes fields of them.
+if TYPE_CHECKING:
+
+    class _MethodSettings(BaseModel): ...
+else:
+    _MethodSettings = create_model("_MethodSettings", __config__=_CONFIG, **_of_methods())
+
+
+class Settings(_MethodSettings):
     """Settings of a run. In ``pyproject.toml`` and on the command line the names are kebab-case.
 
     Examples
     --------
     >>> settings = Settings.from_run_config({"num-clients": 10, "dirichlet-alpha": 0.3})
-    >>> settings.num_clients, settings.mu
-    (10, 0.5)
+    >>> settings.num_clients, settings.learning_rate
+    (10, 0.3)
     >>> Settings.from_run_config({"dirichlet-alhpa": 0.3})
     Traceback (most recent call last):
         ...
     ValueError: unknown setting 'dirichlet-alhpa'; did you mean 'dirichlet-alpha'?
     """
 
-    model_config = ConfigDict(
-        alias_generator=_kebab,
-        validate_by_name=True,
-        validate_by_alias=True,
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-    )
+    model_config = _CONFIG
 
     # The run
     name: str = Field("", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=100)
@@ -54,8 +86,8 @@ class Settings(BaseModel):
     """Go on from the last checkpoint of the run of this name."""
 
     # The federation
-    method: Literal["cafedistill"] = "cafedistill"
-    """Method of federated learning."""
+    method: str = "cafedistill"
+    """Method of federated learning, see docs/methods.md."""
     num_server_rounds: int = Field(100, ge=1)
     """Rounds T. Schedules (learning rate, student exits) span all of them."""
     num_clients: int = Field(20, ge=1)
@@ -66,6 +98,8 @@ class Settings(BaseModel):
     """At least so many clients train in a round, whatever fraction-train says."""
     min_available_nodes: int = Field(1, ge=1)
     """Wait for at least so many nodes before the first round."""
+    evaluate_every: int = Field(1, ge=1)
+    """Clients evaluate before and after training in every so many rounds, and in the last one."""
     wait_seconds: float = Field(120.0, ge=0)
     """How long to wait, before the first round, for the nodes that host the missing clients."""
     round_timeout: float = Field(600.0, gt=0)
@@ -86,6 +120,14 @@ class Settings(BaseModel):
     """Share of a client's examples kept for calibration (thresholds)."""
     test_share: float = Field(0.40, gt=0, lt=1)
     """Share of a client's examples kept for its test split."""
+    validation_share: float = Field(0.0, ge=0, lt=1)
+    """Share of the training split that takes the place of the test split, to choose settings by; 0: real test data."""
+    label_groups: int = Field(0, ge=0)
+    """Clients form so many groups with one label distribution each; 0: every client has its own."""
+    rotations: int = Field(1, ge=1)
+    """Clients see their images under so many rotations, crossed with the label groups; 1: upright."""
+    test_shift: float = Field(0.0, ge=0, le=1)
+    """Share of test examples with labels drawn evenly from the client's classes, not in its own shares."""
     image_size: int = Field(0, ge=0)
     """Local data: resize images to this height and width; 0: as they are."""
     image_column: str = Field("image", min_length=1)
@@ -115,24 +157,6 @@ class Settings(BaseModel):
     max_grad_norm: float = Field(0.0, ge=0)
     """Scale gradients down to this norm; 0: leave them."""
 
-    # CAFEDistill
-    mu: float = Field(0.5, ge=0)
-    """μ of teacher matching: 0 = learn from oneself only, large = from all in proportion to their data."""
-    distill_weight: float = Field(1.0, ge=0)
-    """λ, the weight of distillation in the local loss; 0: no distillation."""
-    temperature: float = Field(3.0, gt=0)
-    """τ of distillation."""
-    selection: Literal["shallow-first", "deep-first", "random", "none"] = "shallow-first"
-    """Order in which student exits join: the published shallow-first, or an ablation ('none': all from round 1)."""
-    teachers: Literal["matched", "uniform", "own"] = "matched"
-    """Whose last exits teach: matched by the QP, all alike, or only one's own."""
-    similarity_proxy: Literal["parameters", "gradients"] = "parameters"
-    """How an exit's conflict with the last exit is measured: cosine of the classifiers, or of the gradients."""
-    solver: str = Field("exact", min_length=1)
-    """Of the teacher QP: 'exact' or a solver of qpsolvers, e.g. 'osqp'."""
-    max_staleness: int = Field(0, ge=0)
-    """Forget the last exit of a client that has been away for more rounds than this; 0: never."""
-
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Any]) -> Settings:
         """Read settings from a run config (kebab-case keys).
@@ -149,8 +173,9 @@ class Settings(BaseModel):
 
     @classmethod
     def keys(cls) -> list[str]:
-        """All setting names, in kebab-case."""
-        return [_kebab(name) for name in cls.model_fields]
+        """All setting names, in kebab-case: first those of every run, then the methods' own."""
+        own = [name for name in cls.__annotations__ if name in cls.model_fields]
+        return [_kebab(name) for name in dict.fromkeys([*own, *cls.model_fields])]
 
     def to_run_config(self) -> dict[str, bool | int | float | str]:
         """All settings, in kebab-case."""
@@ -167,10 +192,18 @@ class Settings(BaseModel):
             raise ValueError(
                 f"min-train-nodes ({self.min_train_nodes}) must not exceed num-clients ({self.num_clients})"
             )
-        if self.solver != "exact":
-            from cafe_flwr.teaching import check_solver
-
-            check_solver(self.solver)
+        if self.method not in METHODS:
+            near = difflib.get_close_matches(self.method, METHODS, n=1)
+            raise ValueError(
+                f"method should be one of {', '.join(METHODS)}, got {self.method!r}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        method = self.build_method()
+        if method.equal_steps and not self.local_epochs and self.local_steps < method.phases:
+            raise ValueError(
+                f"local-steps = {self.local_steps} cannot be shared by the {method.phases} things that {self.method} "
+                "trains in a round: raise it, or set equal-steps = false"
+            )
         for key in ("results_dir", "state_dir", "dataset"):
             path = getattr(self, key)
             if key == "dataset":
@@ -181,6 +214,11 @@ class Settings(BaseModel):
                     "their own working directory"
                 )
         return self
+
+    def build_method(self) -> Method:
+        """The method, with its own settings."""
+        method = METHODS[self.method]
+        return method(**{f.name: getattr(self, setting_key(method, f.name)) for f in fields(method)})
 
     @property
     def run_name(self) -> str:
@@ -198,6 +236,13 @@ class Settings(BaseModel):
     def shares(self) -> tuple[float, float, float]:
         """Shares of train, calibration and test."""
         return (1 - self.calibration_share - self.test_share, self.calibration_share, self.test_share)
+
+
+def keys_of_other_methods(method: str) -> set[str]:
+    """Settings, in kebab-case, that only other methods than this one read."""
+    mine = {setting_key(METHODS[method], f.name) for f in fields(METHODS[method])} if method in METHODS else set()
+    every = {setting_key(other, f.name) for other in METHODS.values() for f in fields(other)}
+    return {_kebab(name) for name in every - mine}
 
 
 def _explain(settings: type[Settings], detail: Any) -> str:

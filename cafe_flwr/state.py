@@ -6,6 +6,8 @@ either whole or not there. A damaged one is reported and the version before it i
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
@@ -67,6 +69,10 @@ def _versions(folder: Path) -> list[tuple[int, Path]]:
         if match:
             found.append((int(match[1]), path))
     return sorted(found, reverse=True)
+
+
+def _only_for_me(path: str, flags: int) -> int:
+    return os.open(path, flags, mode=0o600)
 
 
 def _version_path(folder: Path, server_round: int) -> Path:
@@ -158,6 +164,15 @@ class PersonalStore:
         old = [path for r, path in versions if r <= min(base, resumable_from)]
         for path in lost + old[1:]:
             path.unlink(missing_ok=True)
+
+    def private_rng(self, client: int, purpose: str) -> np.random.Generator:
+        """A random generator for a purpose, always the same, from a secret of the client that nobody else knows."""
+        path = self.folder / "secrets" / f"client-{client}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), open(path, "xb", opener=_only_for_me) as file:
+            file.write(os.urandom(32))
+        seed = hashlib.sha256(path.read_bytes() + purpose.encode()).digest()
+        return np.random.default_rng(np.frombuffer(seed, dtype=np.uint32))
 
     def publish(self, client: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write the client's whole personal network: ``client-<partition>.safetensors`` and its facts as JSON."""

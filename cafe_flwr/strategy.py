@@ -30,9 +30,10 @@ from cafe_flwr.messages import (
     NodeInfo,
     TrainReply,
     TrainRequest,
+    kebab,
     method_config,
 )
-from cafe_flwr.methods import CafeDistillMethod, ClientRecord, Method, RoundPlan, settings_of
+from cafe_flwr.methods import CafeDistillMethod, ClientRecord, Method, RoundPlan, ServerRound, settings_of
 from cafe_flwr.participation import rng_for, sample_clients
 from cafe_flwr.recording import RoundCallback, RoundRecord, RunInfo
 from cafe_flwr.replies import Asked, sort_out
@@ -79,6 +80,8 @@ class FederatedStrategy(FedAvg):
         Seed of participants, batches and the clients' initial weights.
     wait_seconds
         How long to wait for nodes before the first round.
+    evaluate_every
+        Clients evaluate before and after training in every so many rounds, and in the last one.
     round_timeout
         Seconds after which a round goes on without the replies that are missing.
     callbacks
@@ -95,6 +98,7 @@ class FederatedStrategy(FedAvg):
         local: LocalBudget | None = None,
         num_clients: int | None = None,
         seed: int = 0,
+        evaluate_every: int = 1,
         wait_seconds: float = 120.0,
         round_timeout: float = 600.0,
         callbacks: Sequence[RoundCallback] = (),
@@ -109,7 +113,12 @@ class FederatedStrategy(FedAvg):
         super().__init__(*args, **kwargs)
         if not given:
             self.fraction_evaluate = 0.0
-        checked = {"seed": seed, "wait-seconds": wait_seconds, "round-timeout": round_timeout}
+        checked = {
+            "seed": seed,
+            "evaluate-every": evaluate_every,
+            "wait-seconds": wait_seconds,
+            "round-timeout": round_timeout,
+        }
         checked |= {"num-server-rounds": num_rounds} if num_rounds is not None else {}
         checked |= {"num-clients": num_clients} if num_clients is not None else {}
         Settings.from_run_config(checked)
@@ -122,6 +131,7 @@ class FederatedStrategy(FedAvg):
         self.local = local or LocalBudget()
         self.num_clients = num_clients
         self.seed = seed
+        self.evaluate_every = evaluate_every
         self.wait_seconds = wait_seconds
         self.round_timeout = round_timeout
         self.callbacks = tuple(callbacks)
@@ -166,14 +176,7 @@ class FederatedStrategy(FedAvg):
             seed=self.seed,
             server_round=server_round,
         )
-        plan = self.method.plan(
-            server_round,
-            self.num_rounds,
-            clients,
-            self.directory.reference.num_exits,
-            state.known,
-            rng_for(self.seed, server_round, -1, "selection"),
-        )
+        plan = self._plan(server_round, clients)
         self._round = _Round(clients, plan)
         state.plan = plan if plan.weights is not None else state.plan
         return self._messages(server_round, clients, plan, config, MessageType.TRAIN)
@@ -206,7 +209,7 @@ class FederatedStrategy(FedAvg):
         for r in reports:
             similarity = np.asarray(r.similarity, dtype=np.float64)
             self.state.known[r.client] = ClientRecord(r.num_examples, server_round, r.upload, similarity)
-        measured = [r for r in reports if r.test_examples]  # without a test split there is nothing but NaN
+        measured = [r for r in reports if r.test_examples and self._evaluates_in(server_round)]  # else there is NaN
         records = [RecordDict({METRICS: _client_metrics(r, self.weighted_by_key)}) for r in measured]
         metrics = self.train_metrics_aggr_fn(records, self.weighted_by_key) if records else None
         return self._arrays(self.state.shared), metrics
@@ -390,12 +393,30 @@ class FederatedStrategy(FedAvg):
             callback.on_round(record, self.state)
         return arrays
 
+    def _plan(self, server_round: int, clients: Sequence[int]) -> RoundPlan:
+        assert self.state is not None
+        info = self.directory.reference
+        return self.method.plan(
+            ServerRound(
+                server_round=server_round,
+                num_rounds=self.num_rounds,
+                participants=clients,
+                num_exits=info.num_exits,
+                known=self.state.known,
+                upload=info.upload,
+                rng=rng_for(self.seed, server_round, -1, "selection"),
+            )
+        )
+
     def _messages(
         self, server_round: int, clients: Sequence[int], plan: RoundPlan, config: Mapping[str, Any], message_type: str
     ) -> list[Message]:
         assert self.state is not None
         row_of = {client: row for row, client in enumerate(clients)}
-        budget = LocalBudget(**{**vars(self.local), "learning_rate": self._learning_rate(server_round)})
+        rate = self.local.learning_rate  # fine-tuning after the last round begins at the full rate
+        if message_type == MessageType.TRAIN:
+            rate = self._learning_rate(server_round)
+        budget = LocalBudget(**{**vars(self.local), "learning_rate": rate})
         if self.num_clients is not None:
             config = {**config, "num-clients": self.num_clients}
         messages: list[Message] = []
@@ -416,10 +437,14 @@ class FederatedStrategy(FedAvg):
                 method=self.method.name,
                 method_settings=settings_of(self.method),
                 budget=budget,
+                evaluate=self._evaluates_in(server_round),
             )
             messages.append(Message(request.to_content(self.keys, config), node, message_type))
             self._asked.append(Asked(messages[-1], node, hosted))
         return messages
+
+    def _evaluates_in(self, server_round: int) -> bool:
+        return server_round % self.evaluate_every == 0 or server_round == self.num_rounds
 
     def _learning_rate(self, server_round: int) -> float:
         return learning_rate_at(self.local.learning_rate, server_round, self.num_rounds)
@@ -456,9 +481,9 @@ class FederatedStrategy(FedAvg):
     def _evaluate_messages(
         self, server_round: int, clients: Sequence[int], config: Mapping[str, Any], publish: bool = False
     ) -> list[Message]:
-        active = np.zeros((len(clients), self.directory.reference.num_exits - 1), dtype=bool)
         config = {**config, "publish": publish}
-        return self._messages(server_round, clients, RoundPlan(active), config, MessageType.EVALUATE)
+        plan = self._plan(server_round + 1, clients)
+        return self._messages(server_round, clients, plan, config, MessageType.EVALUATE)
 
     def _read_evaluations(self, server_round: int, replies: Iterable[Message]) -> list[FinalReport]:
         """Reports of the clients that were asked; the others are named in the log, with the reason."""
@@ -509,7 +534,7 @@ class FederatedStrategy(FedAvg):
         for (name, shape), part in zip(info.shared.entries, parts, strict=True):
             if part.shape != shape:
                 raise ValueError(f"the initial array {name} has shape {part.shape}, the clients' network needs {shape}")
-        flat = np.concatenate([part.ravel() for part in parts]).astype(np.float32)
+        flat = np.concatenate([np.zeros(0), *(part.ravel() for part in parts)]).astype(np.float32)
         if self.state is None:
             self.state = ServerState(secrets.token_hex(8), 0, info.digest, flat)
         self._check_digest()
@@ -527,7 +552,7 @@ class FederatedStrategy(FedAvg):
     def _arrays(self, flat: NDArray[np.float32]) -> ArrayRecord:
         """Shared parameters by name, as Flower's results hold them."""
         schema = self.directory.reference.shared
-        parts = np.split(flat, np.cumsum(schema.sizes)[:-1])
+        parts = np.split(flat, np.cumsum(schema.sizes)[:-1]) if schema.sizes else []
         return ArrayRecord({n: Array(p.reshape(s)) for (n, s), p in zip(schema.entries, parts, strict=True)})
 
     def _ask_initial(self, grid: Grid) -> ArrayRecord:
@@ -587,19 +612,18 @@ class CafeDistill(FederatedStrategy):
         max_staleness: int = 0,
         **kwargs: Any,
     ) -> None:
-        method = CafeDistillMethod(
-            mu=mu,
-            distill_weight=distill_weight,
-            temperature=temperature,
-            selection=selection,
-            teachers=teachers,
-            similarity_proxy=similarity_proxy,
-            solver=solver,
-            max_staleness=max_staleness,
-        )
-        own = {name.replace("_", "-"): value for name, value in settings_of(method).items()}
-        Settings.from_run_config(own)
-        super().__init__(*args, method=method, num_rounds=num_rounds, **kwargs)
+        own: dict[str, Any] = {
+            "mu": mu,
+            "distill_weight": distill_weight,
+            "temperature": temperature,
+            "selection": selection,
+            "teachers": teachers,
+            "similarity_proxy": similarity_proxy,
+            "solver": solver,
+            "max_staleness": max_staleness,
+        }
+        Settings.from_run_config({kebab(name): value for name, value in own.items()})
+        super().__init__(*args, method=CafeDistillMethod(**own), num_rounds=num_rounds, **kwargs)
 
 
 def _check_reserved(config: Mapping[str, Any]) -> None:

@@ -47,6 +47,9 @@ def summarise(
     per_client = [mean(f.exits.accuracy) for f in reports]
     known = [value for value in per_client if not math.isnan(value)]
     accuracy = mean_rows(f.exits.accuracy for f in reports)
+    num_clients = len({*run.clients, *(f.client for f in reports)})
+    after = list(rounds[-1]["accuracy_per_exit_after"]) if rounds else []
+    adapted = mean_rows(f.adapted.accuracy for f in reports)
     dynamic, curve = _dynamic(reports, np.asarray(run.macs_per_exit, dtype=np.float64))
     return {
         "name": settings.run_name,
@@ -54,10 +57,16 @@ def summarise(
         "dataset": settings.dataset,
         "seed": settings.seed,
         "num_rounds": run.num_rounds,
-        "num_clients": len({*run.clients, *(f.client for f in reports)}),
+        "num_clients": num_clients,
         "accuracy": mean(accuracy),
         "accuracy_per_exit": accuracy,
         "accuracy_last_exit": accuracy[-1] if accuracy else math.nan,
+        "accuracy_ensemble": mean(f.ensemble for f in reports),
+        "accuracy_after_training": mean(_numbers(after)),
+        "accuracy_per_exit_after_training": after,
+        "accuracy_adapted": mean(adapted),
+        "accuracy_per_exit_adapted": adapted,
+        "accuracy_macs_area": area_under_curve(curve["accuracy"], curve["macs"]),
         "accuracy_std_over_clients": float(np.std(known)) if known else math.nan,
         "accuracy_worst_tenth": worst_share(per_client),
         "ece_per_exit": mean_rows(f.exits.ece for f in reports),
@@ -70,6 +79,7 @@ def summarise(
         "bytes_up_per_client_round": round(sum(line["bytes_up"] for line in rounds) / messages),
         "bytes_down_per_client_round": round(sum(line["bytes_down"] for line in rounds) / messages),
         "bytes_fedavg_per_client_round": 4 * run.num_parameters,
+        "local_steps_per_client": _local_steps(rounds, reports, num_clients),
         "seconds": seconds,
         "teacher_weights": None
         if plan is None or plan.weights is None
@@ -142,6 +152,39 @@ def _cheapest(calibration: DynamicCounts, macs: NDArray[np.float64], loss_allowe
     spread = np.sqrt(np.maximum(calibration.changed - gain**2 / examples, 0.0))
     good = gain - spread >= -loss_allowed * examples
     return int(np.where(good, calibration.left @ macs, np.inf).argmin())
+
+
+def area_under_curve(accuracy: Sequence[float], macs: Sequence[float]) -> float:
+    """Mean accuracy over MACs from the cheapest point of the curve to the full network, at the best point within each.
+
+    Parameters
+    ----------
+    accuracy, macs
+        Points of the accuracy–MACs curve, in any order; NaN is returned without any.
+
+    Examples
+    --------
+    >>> area_under_curve([0.5, 1.0, 0.5], [1.0, 2.0, 3.0])  # rises to 1.0 at 2, and need not fall after
+    0.875
+    """
+    if not len(accuracy):
+        return math.nan
+    order = np.argsort(macs, kind="stable")
+    x = np.asarray(macs, dtype=np.float64)[order]
+    y = np.maximum.accumulate(np.asarray(accuracy, dtype=np.float64)[order])
+    if x[-1] == x[0]:
+        return float(y[-1])
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def _local_steps(rounds: Sequence[Mapping[str, Any]], reports: Sequence[FinalReport], num_clients: int) -> float:
+    """Gradient steps of a client, mean over all clients, fine-tuning at the end included."""
+    in_rounds = sum(line["local_steps"] * (len(line["participants"]) - len(line["left_out"])) for line in rounds)
+    return (in_rounds + sum(f.local_steps for f in reports)) / max(num_clients, 1)
+
+
+def _numbers(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if v is None else v for v in values]
 
 
 def mean(values: Iterable[float]) -> float:

@@ -115,28 +115,52 @@ def check_solver(solver: str) -> None:
         raise ValueError(f"solver must be 'exact' or one of: {installed}; got {solver!r}")
 
 
-def _solve_with(solver: str, s: NDArray[np.float64], p: NDArray[np.float64], mu: float) -> NDArray[np.float64]:
+def simplex_qp(hessian: ArrayLike, linear: ArrayLike, solver: str = "osqp") -> NDArray[np.float64] | None:
+    """argmin_{w ∈ Δ} ½ wᵀHw + qᵀw by a solver of `qpsolvers`; None if it finds none.
+
+    Parameters
+    ----------
+    hessian
+        H, (n, n), positive semidefinite.
+    linear
+        q, (n,).
+    solver
+        A solver that qpsolvers finds installed.
+
+    Examples
+    --------
+    >>> simplex_qp([[1.0, 0.0], [0.0, 3.0]], [0.0, 0.0]).round(6)
+    array([0.75, 0.25])
+    """
     import qpsolvers
     from scipy import sparse
 
-    n = s.shape[1]
-    sum_to_one = np.ones((1, n))
-    hessian: object = 2.0 * mu * np.eye(n)
+    h, q = np.asarray(hessian, dtype=np.float64), np.asarray(linear, dtype=np.float64)
+    n = len(q)
+    sum_to_one: Any = np.ones((1, n))
+    matrix: Any = h
     if solver in qpsolvers.sparse_solvers:
-        hessian, sum_to_one = sparse.csc_matrix(hessian), sparse.csc_matrix(sum_to_one)
+        matrix, sum_to_one = sparse.csc_matrix(h), sparse.csc_matrix(sum_to_one)
     # OSQP stops at 1e-3 by default and returns weights down to −1e-3.
     options: dict[str, Any] = (
         {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 100_000, "polishing": True, "raise_error": False}
         if solver == "osqp"
         else {}
     )
+    w = qpsolvers.solve_qp(matrix, q, A=sum_to_one, b=np.ones(1), lb=np.zeros(n), solver=solver, **options)
+    if w is None:
+        return None
+    w = np.clip(w, 0.0, None)
+    return np.asarray(w / w.sum())
+
+
+def _solve_with(solver: str, s: NDArray[np.float64], p: NDArray[np.float64], mu: float) -> NDArray[np.float64]:
+    hessian = 2.0 * mu * np.eye(s.shape[1])
     weights = np.empty_like(s)
     for i in range(len(s)):
-        w = qpsolvers.solve_qp(
-            hessian, -(s[i] + 2.0 * mu * p[i]), A=sum_to_one, b=np.ones(1), lb=np.zeros(n), solver=solver, **options
-        )
+        w = simplex_qp(hessian, -(s[i] + 2.0 * mu * p[i]), solver)
         if w is None:  # at extreme values of mu; the projection is exact whatever they are
             warnings.warn(f"{solver} found no teacher weights for row {i}: the exact ones are used", stacklevel=3)
             w = teacher_weights(s[i : i + 1], p[i], mu)[0]
-        weights[i] = np.clip(w, 0.0, None)
-    return weights / weights.sum(axis=1, keepdims=True)
+        weights[i] = w
+    return weights

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -84,10 +86,17 @@ def batches(
     if num_examples < 1:
         raise ValueError("no training examples")
     size = min(batch_size, num_examples)
-    passes = -(-num_draws // num_examples)
+    passes = max(1, -(-num_draws // num_examples))
     order = np.concatenate([rng.permutation(num_examples) for _ in range(passes)])[:num_draws]
     for start in range(0, num_draws, size):
         yield order[start : start + size]
+
+
+class Outcome(NamedTuple):
+    """Of local training: mean loss over the steps (NaN without any), and the number of steps."""
+
+    loss: float
+    steps: int
 
 
 def train(
@@ -96,7 +105,13 @@ def train(
     loss: Callable[[Tensor, Tensor], Tensor],
     budget: LocalBudget,
     rng: np.random.Generator,
-) -> float:
+    *,
+    only: Sequence[str] = (),
+    also: Sequence[Tensor] = (),
+    adjust: Callable[[], None] | None = None,
+    part: tuple[int, int] = (0, 1),
+    times: int = 1,
+) -> Outcome:
     """Run one round of local training in place.
 
     Parameters of exits that the loss does not touch get no gradient and do not change, weight decay included.
@@ -113,24 +128,77 @@ def train(
         Steps, batch size and optimiser settings.
     rng
         Order of the examples.
-
-    Returns
-    -------
-    Mean loss over the steps.
+    only
+        Names of the parameters to train; the others are frozen. All if empty.
+    also
+        Parameters to train that are not the network's.
+    adjust
+        Called after every backward pass, to change the gradients.
+    part
+        (i, n): take the i-th of n nearly equal parts of the round's mini-batches; where there are too few to share,
+        every part takes all.
+    times
+        Rounds' worth of mini-batches.
     """
     network.train()
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(
-        parameters, budget.learning_rate, momentum=budget.momentum, weight_decay=budget.weight_decay
-    )
-    losses = []
-    for positions in batches(len(data), budget.batch_size, budget.num_draws(len(data)), rng):
-        index = torch.from_numpy(positions)
-        optimizer.zero_grad(set_to_none=True)
-        value = loss(data.x[index], data.y[index])
-        value.backward()
-        if budget.max_grad_norm:
-            nn.utils.clip_grad_norm_(parameters, budget.max_grad_norm)
-        optimizer.step()
-        losses.append(value.detach())
-    return torch.stack(losses).mean().item()
+    todo = list(batches(len(data), budget.batch_size, times * budget.num_draws(len(data)), rng))
+    i, n = part
+    if len(todo) < n:
+        todo *= n  # a single mini-batch cannot be shared: every part takes it
+    todo = todo[len(todo) * i // n : len(todo) * (i + 1) // n]
+    with _frozen(network, only):
+        parameters = [*(p for p in network.parameters() if p.requires_grad), *also]
+        optimizer = torch.optim.SGD(
+            parameters, budget.learning_rate, momentum=budget.momentum, weight_decay=budget.weight_decay
+        )
+        losses = []
+        for positions in todo:
+            index = torch.from_numpy(positions)
+            optimizer.zero_grad(set_to_none=True)
+            value = loss(data.x[index], data.y[index])
+            value.backward()
+            if adjust is not None:
+                adjust()
+            if budget.max_grad_norm:
+                nn.utils.clip_grad_norm_(parameters, budget.max_grad_norm)
+            optimizer.step()
+            losses.append(value.detach())
+    mean = torch.stack(losses).mean().item() if losses else math.nan
+    return Outcome(mean, len(losses))
+
+
+@contextmanager
+def _frozen(network: nn.Module, only: Sequence[str]) -> Iterator[None]:
+    """All parameters but those named require no gradient inside; as they were outside."""
+    frozen = [p for name, p in network.named_parameters() if only and name not in only and p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(False)
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(True)
+
+
+def pull(network: nn.Module, anchor: Mapping[str, Tensor], weight: float) -> Callable[[], None]:
+    """Gradient of weight/2 · ‖θ − anchor‖², to be added after every backward pass (``adjust`` of :func:`train`).
+
+    Parameters without a gradient are left alone: what does not train does not move.
+    """
+    pairs = [(p, anchor[name]) for name, p in network.named_parameters() if name in anchor]
+
+    @torch.no_grad()
+    def adjust() -> None:
+        moving = [(p, a) for p, a in pairs if p.grad is not None]
+        if moving:
+            here, there = zip(*moving, strict=True)
+            gradients = [p.grad for p in here]
+            torch._foreach_add_(gradients, torch._foreach_sub(here, there), alpha=weight)
+
+    return adjust
+
+
+def snapshot(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the network's tensors, by name."""
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}

@@ -1,5 +1,6 @@
 """Data dealt out to clients: nothing leaks between splits, nothing depends on who asks first, errors say what to do."""
 
+import hashlib
 import io
 import itertools
 import socket
@@ -14,10 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import ndimage
 from sklearn.datasets import load_digits
 
 from cafe_flwr import digits
-from cafe_flwr.data import load_federation, partition_labels, stratified_split
+from cafe_flwr.data import load_federation, partition_labels, rotate, shift_labels, stratified_split
 from cafe_flwr.digits import SPLITS, digit_pools
 
 # Small federations of both embedded sets: (name, clients, settings).
@@ -563,3 +565,426 @@ def test_home_folder_is_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_with_pyarrow(Path("~/set.parquet").expanduser(), LABELS)
     check_rows(load_federation("local:~/set.parquet", 3, alpha=1.0), LABELS)
+
+
+# --- shifts between clients and between training and test ---
+
+
+@pytest.fixture
+def local_set(tmp_path):
+    """Path of 240 noisy 6×6 pictures of 3 classes."""
+    noise = np.random.default_rng(0).integers(0, 256, size=(240, 6, 6), dtype=np.uint8)
+    labels = [i % 3 for i in range(240)]
+    write_with_pyarrow(tmp_path / "noise.parquet", labels, [Image.fromarray(image) for image in noise])
+    return f"local:{tmp_path / 'noise.parquet'}"
+
+
+@pytest.fixture(params=["digits", "digit-pairs", "local"])
+def data(request, local_set):
+    """Name and settings of a set for 8 clients."""
+    if request.param == "local":
+        return local_set, {"alpha": 1.0}
+    return request.param, {"alpha": 0.5, "examples_per_client": 100}
+
+
+def same_split(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def same_federation(a, b):
+    return all(same(one, two) for one, two in zip(clients_of(a), clients_of(b), strict=True))
+
+
+def label_counts(federation):
+    """Examples of every class that every client has, (clients, classes)."""
+    return np.stack(
+        [
+            np.bincount(torch.cat([s.y for s in splits(c).values()]), minlength=federation.num_classes)
+            for c in clients_of(federation)
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [("digits", "aad927bb4d6cf0fc6928e2f1715dbd8e"), ("digit-pairs", "8f907e045826a1add9b21e5db10f6780")],
+)
+def test_without_shifts_the_data_are_what_they_were_before_there_were_any(name, digest):
+    """Digest of labels and base digits, which decide the images; pixels may round differently on another machine."""
+    seen = hashlib.sha256()
+    for client in clients_of(load_federation(name, 8, **{n: o for n, _, o in EMBEDDED}[name])):
+        for split in splits(client).values():
+            seen.update(split.y.numpy().tobytes())
+            seen.update(split.source.numpy().tobytes())
+    assert seen.hexdigest()[:32] == digest
+
+
+@pytest.mark.parametrize(
+    "off",
+    [
+        {"label_groups": 0, "rotations": 1, "validation_share": 0.0, "test_shift": 0.0},
+        {"label_groups": 8},  # every client is a group of its own
+        {"label_groups": 8, "rotations": 2},  # all clients have turn ⌊i / 8⌋ = 0
+    ],
+    ids=["defaults", "own groups", "no turn"],
+)
+def test_shifts_that_are_off_change_no_bit(data, off):
+    name, options = data
+    assert same_federation(load_federation(name, 8, **options), load_federation(name, 8, **options, **off))
+
+
+SHIFTS = {"label_groups": 4, "rotations": 3, "validation_share": 0.25}
+
+
+def test_shifted_data_depend_on_the_seed_only(data):
+    name, options = data
+    options = {**options, **SHIFTS, "test_shift": 0.0 if name.startswith("local") else 0.5}
+    first = clients_of(load_federation(name, 8, **options))
+    load_federation.cache_clear()
+    digit_pools.cache_clear()
+    again = load_federation(name, 8, **options)
+    assert all(same(again.load(i), first[i]) for i in reversed(range(8)))
+    other = clients_of(load_federation(name, 8, seed=1, **options))
+    assert not any(same(a, b) for a, b in zip(first, other, strict=True))
+
+
+# Label groups.
+
+
+def test_clients_of_a_label_group_have_like_labels_and_groups_differ():
+    """Total variation ½ Σ_c |p_c − q_c| of 20 clients in 5 groups, for all splits together."""
+    for name in ("digits", "digit-pairs"):
+        counts = label_counts(load_federation(name, 20, alpha=0.3, label_groups=5))
+        shares = counts / counts.sum(1, keepdims=True)
+        distance = np.abs(shares[:, None] - shares[None]).sum(-1) / 2
+        group = np.arange(20) % 5
+        within = group[:, None] == group[None]
+        assert distance[within].max() < distance[~within].min() / 2
+        assert distance[within].max() < 0.15
+        assert distance[~within].min() > 0.3
+
+
+@pytest.mark.parametrize("partition", ["dirichlet", "pathological"])
+@pytest.mark.parametrize(("clients", "groups"), [(9, 3), (8, 3), (7, 1), (6, 6)])
+def test_a_group_is_dealt_out_evenly_and_completely(partition, clients, groups):
+    """What a group's clients have together is a part of the partition over groups; in size and in every class two of
+    them differ by one example at most."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), 60))
+    options = {"partition": partition, "alpha": 1.0, "classes_per_client": 7, "seed": 1}
+    parts = partition_labels(labels, clients, **options, label_groups=groups)
+    shared = partition_labels(labels, groups, **options)
+    assert len(parts) == clients
+    for g in range(groups):
+        members = parts[g::groups]
+        assert sorted(np.concatenate(members).tolist()) == sorted(shared[g].tolist())
+        counts = np.stack([np.bincount(labels[member], minlength=7) for member in members])
+        assert np.ptp(counts, axis=0).max() <= 1
+        assert np.ptp(counts.sum(1)) <= 1
+
+
+def test_which_client_of_a_group_gets_an_example_is_left_to_chance():
+    """Two clients share 60 examples: over 400 seeds client 0 gets each 200 times, standard deviation √400/2 = 10."""
+    labels = np.repeat(np.arange(3), 20)
+    options = {"partition": "dirichlet", "alpha": 1.0, "classes_per_client": 1, "label_groups": 1}
+    drawn = [partition_labels(labels, 2, seed=seed, **options)[0] for seed in range(400)]
+    counts = np.bincount(np.concatenate(drawn), minlength=60)
+    assert counts.sum() == 400 * 30
+    assert np.abs(counts - 200).max() < 4.5 * 10
+
+
+def test_a_label_group_of_an_embedded_set_has_the_labels_of_its_first_client():
+    alone = label_counts(load_federation("digit-pairs", 20))
+    grouped = label_counts(load_federation("digit-pairs", 20, label_groups=5))
+    for client in range(20):
+        assert grouped[client].tolist() == alone[client % 5].tolist()
+
+
+def test_clients_of_a_label_group_have_images_of_their_own():
+    federation = load_federation("digit-pairs", 20, label_groups=5)
+    first, second = federation.load(2).train, federation.load(7).train
+    assert sorted(first.y.tolist()) == sorted(second.y.tolist())
+    assert not {tuple(row) for row in first.source.tolist()} == {tuple(row) for row in second.source.tolist()}
+
+
+def test_label_groups_of_a_local_set(local_set):
+    federation = load_federation(local_set, 8, alpha=0.5, label_groups=2)
+    rows = torch.cat([split.source for c in clients_of(federation) for split in splits(c).values()])
+    assert sorted(rows[:, 0].tolist()) == list(range(240))
+    counts = label_counts(federation)
+    for g in range(2):
+        assert np.ptp(counts[g::2], axis=0).max() <= 1
+    assert np.abs(counts[0] - counts[1]).max() > 5
+
+
+def test_pathological_label_groups_have_so_many_classes():
+    federation = load_federation(
+        "digits", 10, partition="pathological", classes_per_client=4, examples_per_client=60, label_groups=5
+    )
+    classes = [set(np.flatnonzero(row)) for row in label_counts(federation)]
+    assert all(len(c) == 4 for c in classes)
+    assert all(classes[i] == classes[i + 5] for i in range(5))
+
+
+# Rotations.
+
+
+@pytest.mark.parametrize("groups", [0, 1, 2])
+@pytest.mark.parametrize("rotations", [2, 4])
+def test_undoing_a_quarter_turn_gives_the_unrotated_image_bit_for_bit(data, groups, rotations):
+    name, options = data
+    plain = load_federation(name, 8, **options, label_groups=groups)
+    rotated = load_federation(name, 8, **options, label_groups=groups, rotations=rotations)
+    for i in range(8):
+        quarters = i // max(groups, 1) % rotations * 4 // rotations
+        for a, b in zip(splits(plain.load(i)).values(), splits(rotated.load(i)).values(), strict=True):
+            assert b.x.is_contiguous()
+            assert torch.equal(torch.rot90(b.x, -quarters, (-2, -1)), a.x)
+            assert torch.equal(a.x, b.x) == (quarters == 0)
+            assert same_split(a[1:], b[1:])
+
+
+def test_label_groups_and_rotations_are_crossed():
+    """20 clients, 5 groups, 4 rotations: each of the 20 combinations once. A client's rotation is found by turning its
+    images back until they are those of the federation without rotations."""
+    options = {"alpha": 0.5, "examples_per_client": 40, "label_groups": 5}
+    plain, rotated = (clients_of(load_federation("digits", 20, **options, rotations=r)) for r in (1, 4))
+    seen = [
+        (i % 5, quarters)
+        for i, quarters in itertools.product(range(20), range(4))
+        if torch.equal(torch.rot90(plain[i].train.x, quarters, (-2, -1)), rotated[i].train.x)
+    ]
+    assert sorted(seen) == list(itertools.product(range(5), range(4)))
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 9, 6), (2, 5, 8)])
+@pytest.mark.parametrize(("turn", "turns"), [(1, 3), (2, 3), (1, 8), (7, 8), (1, 360)])
+@pytest.mark.parametrize("background", [-0.75, None])
+def test_other_angles_against_scipy(shape, turn, turns, background):
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(3, *shape))).float()
+    for image, rotated in zip(x, rotate(x, turn, turns, background), strict=True):
+        fill = float(image.min()) if background is None else background
+        expected = ndimage.rotate(
+            image.numpy(), 360 * turn / turns, (1, 2), reshape=False, order=1, mode="grid-constant", cval=fill
+        )
+        np.testing.assert_allclose(rotated.numpy(), expected, atol=1e-4)
+
+
+def test_scipy_and_quarter_turns_rotate_the_same_way():
+    image = np.arange(9.0).reshape(3, 3)
+    np.testing.assert_allclose(ndimage.rotate(image, 90, reshape=False, order=1), np.rot90(image), atol=1e-9)
+    x = torch.from_numpy(image)[None, None]
+    np.testing.assert_array_equal(rotate(x, 1, 4)[0, 0], np.rot90(image))
+    assert torch.equal(rotate(x, 2, 8), rotate(x, 1, 4))
+    assert torch.equal(rotate(x, 8, 8), x)
+
+
+def test_rotated_corners_show_the_background():
+    x = load_federation("digits", 8, alpha=0.5, examples_per_client=100, rotations=8).load(1).train.x
+    torch.testing.assert_close(x[..., 0, 0], torch.full_like(x[..., 0, 0], digits.BACKGROUND))
+    assert float(x.min()) == pytest.approx(digits.BACKGROUND)
+
+
+def test_rotated_corners_of_local_images_show_the_image_s_minimum(local_set):
+    plain, rotated = (load_federation(local_set, 8, alpha=1.0, rotations=r).load(1).train.x for r in (1, 8))
+    torch.testing.assert_close(rotated[:, 0, 0, 0], plain.flatten(1).amin(1))
+
+
+@pytest.mark.parametrize("turns", [3, 4])
+def test_no_images_can_be_rotated_too(turns):
+    assert rotate(torch.zeros(0, 1, 16, 16), 1, turns).shape == (0, 1, 16, 16)
+    federation = load_federation(
+        "digits", 8, alpha=0.5, examples_per_client=100, shares=(0.6, 0.0, 0.4), rotations=turns
+    )
+    assert federation.load(1).calibration.x.shape == (0, 1, 16, 16)
+
+
+def test_oblong_images_may_be_rotated_but_not_by_quarter_turns(tmp_path):
+    write_with_pyarrow(tmp_path / "set.parquet", LABELS, [picture(i, (8, 5)) for i in range(N)])
+    path = f"local:{tmp_path / 'set.parquet'}"
+    with pytest.raises(ValueError, match=r"rotations = 4 .*square images, got 5×8: set image-size.*4 does not divide"):
+        load_federation(path, 3, alpha=1.0, rotations=4)
+    assert load_federation(path, 3, alpha=1.0, rotations=4, image_size=6).load(1).train.x.shape[1:] == (1, 6, 6)
+    for rotations in (2, 3):
+        assert load_federation(path, 3, alpha=1.0, rotations=rotations).load(1).train.x.shape[1:] == (1, 5, 8)
+
+
+def test_only_images_can_be_rotated(monkeypatch):
+    rows = np.zeros((60, 7), dtype=np.float32)
+    monkeypatch.setattr("cafe_flwr.data.read_local", lambda *_: (rows, np.array(LABELS), ("0", "1", "2")))
+    assert load_federation("local:vectors", 3, alpha=1.0).load(0).train.x.shape[1:] == (7,)
+    with pytest.raises(ValueError, match=r"rotations need images .*got inputs \(7,\): set rotations to 1"):
+        load_federation("local:vectors", 3, alpha=1.0, rotations=2)
+
+
+# Validation.
+
+
+def rows_of(*parts):
+    """Every example as bytes: image, label, source; sorted."""
+    return sorted(
+        b"".join(t.numpy().tobytes() for t in example) for part in parts for example in zip(*part, strict=True)
+    )
+
+
+def test_training_and_validation_are_the_training_split(data):
+    name, options = data
+    real, cut = (load_federation(name, 8, **options, validation_share=share) for share in (0.0, 0.3))
+    for one, two in zip(clients_of(real), clients_of(cut), strict=True):
+        assert rows_of(two.train, two.test) == rows_of(one.train)
+        assert abs(len(two.test) - 0.3 * len(one.train)) <= 1
+        assert same_split(two.calibration, one.calibration)
+        for c in range(real.num_classes):
+            assert abs(int((two.test.y == c).sum()) - 0.3 * int((one.train.y == c).sum())) <= 2
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["digits", "digit-pairs"])
+def test_with_a_validation_share_no_test_image_is_ever_made(monkeypatch, name, shift):
+    render = digits.render
+
+    def refuse_test(dataset, labels, split, *rest):
+        assert split != "test"
+        return render(dataset, labels, split, *rest)
+
+    monkeypatch.setattr(digits, "render", refuse_test)
+    load_federation.cache_clear()
+    options = {"alpha": 0.5, "examples_per_client": 100}
+    federation = load_federation(name, 8, **options, validation_share=0.2, test_shift=shift)
+    own = set(np.concatenate(digit_pools(0)["train"]).tolist())
+    for client in clients_of(federation):
+        assert len(client.test)
+        assert set(client.test.source.flatten().tolist()) <= own
+    with pytest.raises(AssertionError):
+        load_federation(name, 8, **options).load(0)  # the trap works
+    load_federation.cache_clear()
+
+
+def test_with_a_validation_share_no_row_of_the_test_split_is_used(local_set):
+    real, cut = (load_federation(local_set, 8, alpha=1.0, validation_share=share) for share in (0.0, 0.3))
+    hidden = {int(row) for client in clients_of(real) for row in client.test.source}
+    seen = [int(row) for client in clients_of(cut) for split in splits(client).values() for row in split.source]
+    assert not hidden & set(seen)
+    assert sorted([*hidden, *seen]) == list(range(240))
+
+
+# Test shift.
+
+
+@settings(deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 9), max_size=60),
+    train=st.lists(st.integers(0, 9), min_size=1, max_size=20),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 10**6),
+)
+def test_at_most_the_share_of_labels_changes_and_to_known_classes(labels, train, share, seed):
+    labels = np.array(labels, dtype=np.int64)
+    before = labels.copy()
+    shifted = shift_labels(labels, np.array(train), share, np.random.default_rng(seed))
+    changed = shifted != before
+    assert (labels == before).all()
+    assert changed.sum() <= round(share * len(labels))
+    assert set(shifted[changed].tolist()) <= set(train)
+    if share == 1:
+        assert set(shifted.tolist()) <= set(train)
+
+
+def test_redrawn_labels_are_uniform_over_the_classes_however_rare():
+    """A share of 0.5 of 8,000 labels 0, with classes 0, 1, 2, 9 known: 4,000 + 1,000 zeros and 1,000 of each of the
+    others, standard deviation √(4000·¼·¾) = 27.4."""
+    train = np.array([0] * 50 + [1, 2, 9])
+    shifted = shift_labels(np.zeros(8000, dtype=np.int64), train, 0.5, np.random.default_rng(0))
+    counts = np.bincount(shifted, minlength=10)
+    assert set(np.flatnonzero(counts)) == {0, 1, 2, 9}
+    assert np.abs(counts[[0, 1, 2, 9]] - [5000, 1000, 1000, 1000]).max() < 4 * 27.4
+
+
+@pytest.mark.parametrize("shift", [0.4, 1.0])
+def test_a_test_shift_changes_the_test_labels_and_nothing_else(embedded, shift):
+    name, plain = embedded
+    options = {n: o for n, _, o in EMBEDDED}[name]
+    target = load_digits().target
+    pool = set(np.concatenate(digit_pools(0)["test"]).tolist())
+    moved = 0
+    for a, b in zip(clients_of(plain), clients_of(load_federation(name, 8, **options, test_shift=shift)), strict=True):
+        assert same_split(a.train, b.train)
+        assert same_split(a.calibration, b.calibration)
+        assert len(a.test) == len(b.test)
+        changed = a.test.y != b.test.y
+        moved += int(changed.sum())
+        assert changed.sum() <= round(shift * len(b.test))
+        assert set(b.test.y[changed].tolist()) <= set(b.train.y.tolist())
+        if shift == 1:
+            assert set(b.test.y.tolist()) <= set(b.train.y.tolist())
+        assert set(b.test.source.flatten().tolist()) <= pool
+        shown = target[b.test.source.numpy()]
+        np.testing.assert_array_equal(b.test.y, shown @ (10 ** np.arange(shown.shape[1])[::-1]))
+    assert moved > 0.2 * shift * sum(len(client.test) for client in clients_of(plain))
+
+
+def test_full_shift_makes_the_priors_of_a_client_s_classes_even():
+    """Total variation between a client's test labels and the uniform distribution over its k classes: after the shift
+    it is only noise, ½ Σ_c |n_c/n − 1/k| ≈ ½ √(2k / πn) on average, at most 0.12 for n = 160 and k = 10."""
+    options = {"alpha": 0.1, "examples_per_client": 400}
+
+    def unevenness(client):
+        classes = torch.unique(client.train.y)
+        shares = torch.bincount(client.test.y, minlength=10)[classes] / len(client.test)
+        return float((shares - 1 / len(classes)).abs().sum() / 2)
+
+    before, after = (
+        np.array([unevenness(c) for c in clients_of(load_federation("digits", 8, **options, test_shift=s))])
+        for s in (0.0, 1.0)
+    )
+    assert after.mean() < 0.12 < 0.24 < before.mean()
+
+
+def test_a_shifted_validation_split_has_only_classes_that_are_trained_on(embedded):
+    name, _ = embedded
+    options = {**{n: o for n, _, o in EMBEDDED}[name], "validation_share": 0.3}
+    plain, shifted = (load_federation(name, 8, **options, test_shift=s) for s in (0.0, 1.0))
+    for a, b in zip(clients_of(plain), clients_of(shifted), strict=True):
+        assert same_split(a.train, b.train)
+        assert same_split(a.calibration, b.calibration)
+        assert len(a.test) == len(b.test)
+        assert set(b.test.y.tolist()) <= set(b.train.y.tolist())
+        assert not torch.equal(a.test.y, b.test.y)
+
+
+def test_shifts_come_together():
+    """Rotation changes neither labels nor sources of grouped, cut and shifted data; what is turned back is the same."""
+    options = {"alpha": 0.5, "label_groups": 2, "validation_share": 0.25, "test_shift": 0.5, "examples_per_client": 100}
+    plain, rotated = (load_federation("digit-pairs", 8, **options, rotations=r) for r in (1, 4))
+    for i, (a, b) in enumerate(zip(clients_of(plain), clients_of(rotated), strict=True)):
+        for one, two in zip(splits(a).values(), splits(b).values(), strict=True):
+            assert torch.equal(torch.rot90(two.x, -(i // 2), (-2, -1)), one.x)
+            assert same_split(one[1:], two[1:])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_groups": -1}, "label-groups must be from 0 .*num-clients = 8, got -1: lower label-groups"),
+        ({"label_groups": 9}, "num-clients = 8, got 9: lower label-groups or raise num-clients"),
+        ({"rotations": 0}, "rotations must be at least 1 .*got 0"),
+        ({"validation_share": 1.0}, "validation-share must be 0 .*less than 1, got 1.0"),
+        ({"validation_share": -0.1}, "validation-share .*got -0.1"),
+        ({"validation_share": float("nan")}, "validation-share .*got nan"),
+        ({"test_shift": 1.1}, "test-shift must be from 0 .*to 1 .*got 1.1"),
+        ({"test_shift": -0.1}, "test-shift .*got -0.1"),
+        # One class each: the 13 examples of class 0 are shared by 4 clients.
+    ],
+)
+def test_shifts_that_cannot_be_are_errors(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_federation("digits", 8, **{"alpha": 0.5, "examples_per_client": 100, **options})
+
+
+def test_a_test_shift_of_local_data_is_an_error_before_they_are_read(tmp_path):
+    with pytest.raises(ValueError, match=r"test-shift works for the embedded sets only.*nowhere': set test-shift"):
+        load_federation(f"local:{tmp_path / 'nowhere'}", 8, test_shift=0.5)
+
+
+def test_a_test_shift_needs_classes_to_draw_from():
+    with pytest.raises(ValueError, match="training split"):
+        load_federation("digits", 8, alpha=0.5, shares=(0.0, 0.5, 0.5), test_shift=0.5).load(0)

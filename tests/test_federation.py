@@ -1,9 +1,11 @@
 """A federation from settings to files: what a run leaves behind, and that it is the same run however it was run."""
 
+import io
 import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -24,13 +26,16 @@ from federations import (
     small_settings,
     strict_json,
 )
+from rich.console import Console
 from safetensors.torch import load_file
 
 from cafe_flwr import make_client_app
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.federation import build_network, build_strategy, federation
+from cafe_flwr.methods import METHODS
 from cafe_flwr.recording import Recorder
+from cafe_flwr.report import final_table
 from cafe_flwr.state import Checkpoints
 
 EXITS = 3
@@ -79,7 +84,8 @@ def test_summary_has_what_is_promised_and_it_agrees_with_the_long_table(finished
     summary = strict_json((folder / "summary.json").read_text())
     promised = (
         "method seed num_rounds num_clients accuracy_per_exit accuracy accuracy_last_exit macs_per_exit "
-        "macs_reduction_at_equal_accuracy bytes_up_per_client_round bytes_down_per_client_round seconds"
+        "macs_reduction_at_equal_accuracy bytes_up_per_client_round bytes_down_per_client_round seconds "
+        "accuracy_ensemble accuracy_after_training accuracy_adapted accuracy_macs_area local_steps_per_client"
     )
     assert set(promised.split()) <= set(summary)
     assert (summary["method"], summary["seed"]) == ("cafedistill", 0)
@@ -97,9 +103,57 @@ def test_summary_has_what_is_promised_and_it_agrees_with_the_long_table(finished
     assert summary["accuracy_worst_tenth"] == pytest.approx(of_clients.min())
     assert summary["seconds"] > 0
 
+    trained = pd.read_parquet(folder / "clients.parquet").query("phase == 'after' and round == 4")
+    after = trained.groupby("exit").accuracy.mean()
+    assert summary["accuracy_per_exit_after_training"] == pytest.approx(after.tolist(), abs=1e-12)
+    assert summary["accuracy_after_training"] == pytest.approx(after.mean(), abs=1e-12)
+    assert summary["local_steps_per_client"] == 4 * 2
+    assert (summary["accuracy_adapted"], summary["accuracy_per_exit_adapted"]) == (None, [None] * EXITS)  # no prior
+
     network = build_network(settings)
     assert summary["macs_per_exit"] == macs_per_exit(network, torch.zeros(1, 1, 16, 16))
     assert summary["num_parameters"] == sum(t.numel() for t in network.state_dict().values())
+
+
+def test_the_ensemble_in_the_summary_is_that_of_the_personal_networks(finished):
+    """The mean over clients of the accuracy of the mean of all exits' probabilities."""
+    folder, settings, _, _ = finished
+    accuracies = []
+    for client in range(CLIENTS):
+        network = build_network(settings).eval()
+        network.load_state_dict(load_file(folder / "personal" / f"client-{client}.safetensors"))
+        test = federation(settings).load(client).test
+        with torch.no_grad():
+            p = torch.stack([z.double().softmax(1) for z in network(test.x)]).mean(0)
+        accuracies.append((p.argmax(1) == test.y).double().mean().item())
+    summary = strict_json((folder / "summary.json").read_text())
+    assert summary["accuracy_ensemble"] == pytest.approx(np.mean(accuracies), abs=1e-6)
+
+
+def test_the_area_in_the_summary_is_that_of_its_curve(finished):
+    """Mean over MACs, from those of the first exit to those of all, of the best accuracy for so many or fewer."""
+    folder, _, _, _ = finished
+    summary = strict_json((folder / "summary.json").read_text())
+    points = sorted(zip(summary["curve"]["macs"], summary["curve"]["accuracy"], strict=True))
+    assert (points[0][0], points[-1][0]) == (summary["macs_per_exit"][0], summary["macs_per_exit"][-1])
+    area, best = 0.0, points[0][1]
+    for (x, _), (next_x, accuracy) in itertools.pairwise(points):
+        area += (next_x - x) * (best + max(best, accuracy)) / 2
+        best = max(best, accuracy)
+    assert summary["accuracy_macs_area"] == pytest.approx(area / (points[-1][0] - points[0][0]))
+
+
+def test_steps_of_fine_tuning_count(tmp_path, no_report):
+    """Four rounds of two steps and fine-tuning worth three; with two phases each its own, twice as many."""
+    for method, changes, steps in (
+        ("fedbabu", {"fedbabu_finetune_rounds": 3}, 4 * 2 + 3 * 2),
+        ("ditto", {}, 4 * 2),
+        ("ditto", {"equal_steps": False}, 4 * 2 * 2),
+    ):
+        settings = small_settings(tmp_path, method=method, **changes)
+        run_small(settings)
+        summary = strict_json((settings.results / "summary.json").read_text())
+        assert summary["local_steps_per_client"] == steps
 
 
 def test_summary_counts_the_clients_own_data(finished):
@@ -327,6 +381,7 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         fraction_train=0.35,
         min_train_nodes=3,
         min_available_nodes=2,
+        evaluate_every=4,
         wait_seconds=7.5,
         round_timeout=31.0,
         local_steps=4,
@@ -336,6 +391,8 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         momentum=0.4,
         weight_decay=0.001,
         max_grad_norm=2.5,
+        prior=True,
+        equal_steps=False,
         mu=0.9,
         distill_weight=0.6,
         temperature=2.5,
@@ -352,6 +409,7 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         "fraction_train",
         "min_train_nodes",
         "min_available_nodes",
+        "evaluate_every",
         "wait_seconds",
         "round_timeout",
     ]:
@@ -364,7 +422,17 @@ def test_every_setting_reaches_the_strategy(tmp_path):
     for name, value in vars(strategy.method).items():
         assert value == getattr(settings, name), name
     default = type(settings)()
-    assert all(value != getattr(default, name) for name, value in vars(strategy.method).items())
+    kept = [name for name, value in vars(strategy.method).items() if value == getattr(default, name)]
+    assert kept == ["distill"]  # which CAFEDistill has not: see below
+
+
+def test_settings_of_every_method_reach_the_strategy(tmp_path):
+    """Under their prefix, and those of all methods."""
+    settings = small_settings(tmp_path, method="ditto", ditto_pull=0.7, distill=True, prior=True, equal_steps=False)
+    method = build_strategy(settings).method
+    assert method == METHODS["ditto"](pull=0.7, distill=True, prior=True, equal_steps=False)
+    for name in METHODS:
+        assert build_strategy(small_settings(tmp_path, method=name)).method == METHODS[name]()
 
 
 def test_every_setting_of_the_data_and_network_reaches_them(tmp_path):
@@ -388,6 +456,36 @@ def test_every_setting_of_the_data_and_network_reaches_them(tmp_path):
         assert len(torch.cat([split.y for split in splits]).unique()) == 2
     other = federation(small_settings(tmp_path, seed=1))
     assert other is not federation(small_settings(tmp_path))
+
+
+def test_every_setting_of_the_data_set_reaches_it(tmp_path, monkeypatch):
+    """No two are mistaken for one another: every one has a value of its own."""
+    seen = {}
+
+    def watch(dataset, num_clients, **settings):
+        seen.update(settings, dataset=dataset, num_clients=num_clients)
+
+    monkeypatch.setattr("cafe_flwr.federation.load_federation", watch)
+    given = {
+        "dataset": "local:/some/where",
+        "num_clients": 7,
+        "partition": "pathological",
+        "dirichlet_alpha": 0.7,
+        "classes_per_client": 3,
+        "examples_per_client": 55,
+        "image_size": 12,
+        "image_column": "picture",
+        "label_column": "class",
+        "label_groups": 5,
+        "rotations": 4,
+        "validation_share": 0.35,
+        "test_shift": 0.65,
+        "seed": 17,
+    }
+    settings = small_settings(tmp_path, calibration_share=0.2, test_share=0.3, **given)
+    federation(settings)
+    assert seen.pop("shares") == pytest.approx((0.5, 0.2, 0.3))
+    assert seen == {("alpha" if key == "dirichlet_alpha" else key): value for key, value in given.items()}
 
 
 def test_an_undisturbed_run_warns_of_nothing(tmp_path, no_report, flower_log):
@@ -556,6 +654,55 @@ def test_heads_of_exits_that_do_not_train_stay_as_they_are_on_disk(tmp_path, no_
                 for name in network.head_names(k):
                     changed = not torch.equal(heads[client, t - 1][name], heads[client, t][name])
                     assert changed == trained[k], (client, t, name)
+
+
+# --- evaluation in some rounds only ---
+
+
+@pytest.mark.parametrize("method", ["cafedistill", "ditto"])
+def test_rounds_without_evaluation_change_no_other_number(tmp_path, no_report, method):
+    """`evaluate-every = 3` and T = 4: rounds 3 and 4 are evaluated. Elsewhere accuracies are null and the long table
+    has no rows; all the rest, down to the last bit of the personal networks, is as if every round were evaluated."""
+    runs = {}
+    for every in (1, 3):
+        settings = small_settings(tmp_path / str(every), method=method, evaluate_every=every)
+        run_small(settings)
+        runs[every] = Recorded.read(settings.results)
+    always, some = runs[1], runs[3]
+    measured = ("accuracy_per_exit", "accuracy_per_exit_after")
+    for line, full in zip(some.rounds, always.rounds, strict=True):
+        for key in measured:
+            assert line[key] == (full[key] if line["round"] in (3, 4) else [None] * EXITS)
+            assert None not in full[key]
+    rows = always.rows[always.rows["round"] >= 3].reset_index(drop=True)
+    pd.testing.assert_frame_equal(some.rows, rows, check_exact=True)
+    # The summary counts bytes and steps of all rounds, and its own accuracies under these names: they must agree.
+    assert {key: some.summary[key] for key in always.summary} == always.summary
+    replace(some, rows=always.rows).assert_same(always, but=measured)
+
+
+def test_a_stopped_run_goes_on_where_rounds_are_not_evaluated(tmp_path, no_report):
+    """2 + 2 = 4 also where the last round before the stop has no accuracies."""
+    whole = small_settings(tmp_path / "whole", evaluate_every=3, **STOPPED)
+    run_small(whole)
+    settings = stopped_run(tmp_path / "parts", "asked to", evaluate_every=3)
+    assert pd.read_parquet(settings.results / "clients.parquet").empty
+    resume(settings)
+    Recorded.read(settings.results).assert_same(Recorded.read(whole.results))
+
+
+@pytest.mark.parametrize("rounds", [4, 2], ids=["finished", "stopped before the first evaluation"])
+def test_the_report_of_a_run_with_rounds_without_evaluation(tmp_path, rounds):
+    """Page and table are written, and have the numbers there are."""
+    settings = small_settings(tmp_path, evaluate_every=3)
+    run_until(settings, rounds)
+    assert (settings.results / "report.html").is_file()
+    console = Console(width=120, file=io.StringIO())
+    console.print(final_table(settings.results))
+    assert "exit 3" in console.file.getvalue()
+    if rounds == 4:
+        summary = strict_json((settings.results / "summary.json").read_text())
+        assert f"{summary['accuracy']:.3f} ±" in console.file.getvalue()
 
 
 # --- 2 + 2 = 4 ---

@@ -19,7 +19,7 @@ import torch
 import cafe_flwr
 from cafe_flwr import EarlyExitNetwork, aggregation, coordination, cost, data, losses, metrics, schema
 from cafe_flwr import teaching, training
-from cafe_flwr.methods import CafeDistillMethod, LocalTask
+from cafe_flwr.methods import METHODS, CafeDistillMethod, LocalTask
 from cafe_flwr.networks import ConvNet
 from cafe_flwr.participation import rng_for
 
@@ -33,6 +33,14 @@ task = LocalTask(network, split, active[0].tolist(), {}, budget, lambda purpose:
 result = CafeDistillMethod().train(task)
 assert np.isfinite(result.loss) and len(result.similarity) == 2 and weights.shape == (2, 2)
 assert cost.macs_per_exit(network, split.x[:1])[0] > 0
+initial = training.snapshot(network)
+for kind in METHODS.values():
+    method = kind()
+    state = method.extra_tensors(network)
+    rng = lambda purpose: rng_for(0, 1, 0, purpose)
+    task = LocalTask(network, split, [True, True], {}, budget, rng, state=state, initial=initial)
+    assert np.isfinite(method.train(task).loss) and task.steps == 2
+    network.load_state_dict(method.deploy({**network.state_dict(), **task.state}), strict=False)
 print(cafe_flwr.__version__)
 """
 

@@ -1,4 +1,4 @@
-"""The distillation loss: direction of the divergence, factor τ², and where gradients go."""
+"""Losses: direction of the divergences, factor τ², weights of exits, and where gradients go."""
 
 import math
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe_flwr.losses import distillation
+from cafe_flwr.losses import cross_entropies, distillation, self_distillation
 
 
 def log_softmax(z):
@@ -118,3 +118,99 @@ def test_extreme_logits_stay_finite_in_float32():
     loss.backward()
     assert loss.item() == pytest.approx(5e3)  # the first row is 1e4 nats away, the second not at all
     assert torch.isfinite(student.grad).all()
+
+
+# --- cross-entropies of all exits ------------------------------------------------------------------------------------
+
+
+def test_cross_entropies_by_hand():
+    """Exits (¾, ¼) and (½, ½), labels 0 and 1: (−ln ¾ − ln ¼)/2 = 0.836988 and ln 2; one value an exit, no sum."""
+    z = [logits([[math.log(3), 0.0]] * 2), logits([[0.0, 0.0]] * 2)]
+    values = cross_entropies(z, torch.tensor([0, 1]))
+    assert values.tolist() == pytest.approx([0.836988, math.log(2)], abs=1e-6)
+
+
+def test_an_exit_feels_its_own_cross_entropy_only():
+    z = [logits([[1.0, 0.0]]).requires_grad_(), logits([[0.0, 2.0]]).requires_grad_()]
+    cross_entropies(z, torch.tensor([0]))[1].backward()
+    assert z[0].grad is None or not z[0].grad.any()
+    assert z[1].grad.abs().max() > 0.1
+
+
+# --- all exits teach each -------------------------------------------------------------------------------------------
+
+
+def slow_self_distillation(z, teacher, tau, last_weight):
+    """Exit by exit, row by row, class by class."""
+    m, batch, classes = z.shape
+    result = []
+    for k in range(m):
+        total = 0.0
+        for row in range(batch):
+            softened = [np.exp(log_softmax(z[j, row][None] / tau))[0] for j in range(m)]
+            q = sum(softened) / m
+            if teacher is not None:
+                q = (q + np.exp(log_softmax(teacher[row][None] / tau))[0]) / 2
+            total += sum(q[c] * (math.log(q[c]) - math.log(softened[k][c])) for c in range(classes))
+        result.append(tau**2 * total / batch * (last_weight if k == m - 1 else 1.0))
+    return result
+
+
+def test_self_distillation_by_hand():
+    """Exits (¾, ¼) and (½, ½) at τ = 1: q = (⅝, ⅜).
+
+    KL(q‖¾) = ⅝ ln ⅚ + ⅜ ln 1.5 = 0.038098;  KL(q‖½) = ⅝ ln 1.25 + ⅜ ln ¾ = 0.031584, times 0.3 = 0.009475
+    At τ = 3 with logits three times as large: nine times as much.
+    With a teacher at (¼, ¾): q = ½(⅝, ⅜) + ½(¼, ¾) = (7/16, 9/16); KL(q‖½) = 7/16·ln ⅞ + 9/16·ln 9/8 = 0.007833
+    """
+    z = [logits([[math.log(3), 0.0]]), logits([[0.0, 0.0]])]
+    assert self_distillation(z, temperature=1.0).tolist() == pytest.approx([0.038098, 0.009475], abs=1e-6)
+    three = self_distillation([3 * exit_ for exit_ in z])
+    assert three.tolist() == pytest.approx([9 * 0.038098, 9 * 0.009475], abs=1e-5)
+    taught = self_distillation(z, logits([[0.0, math.log(3)]]), temperature=1.0, last_weight=1.0)
+    assert taught[1].item() == pytest.approx(0.007833, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(2, 5)),
+    tau=st.floats(0.5, 10),
+    last_weight=st.floats(0, 2),
+    taught=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_self_distillation_agrees_with_slow_loops(shape, tau, last_weight, taught, seed):
+    rng = np.random.default_rng(seed)
+    z = 3 * rng.normal(size=shape)
+    teacher = rng.normal(size=shape[1:]) if taught else None
+    value = self_distillation(
+        list(logits(z)), None if teacher is None else logits(teacher), temperature=tau, last_weight=last_weight
+    )
+    np.testing.assert_allclose(value, slow_self_distillation(z, teacher, tau, last_weight), rtol=1e-7, atol=1e-9)
+    assert (value >= -1e-12).all()
+
+
+def test_nobody_learns_by_teaching():
+    """The gradient of exit k is τ(softmax(z_k/τ) − q) of its own term, as if q were data; the further teacher has
+    none."""
+    z = [logits(rows).requires_grad_() for rows in np.random.default_rng(4).normal(size=(3, 2, 4))]
+    teacher = logits(np.random.default_rng(5).normal(size=(2, 4))).requires_grad_()
+    self_distillation(z, teacher, temperature=2.0, last_weight=0.3).sum().backward()
+    soft = [exit_.detach().div(2.0).softmax(dim=1) for exit_ in z]
+    q = sum(soft) / 6 + teacher.detach().div(2.0).softmax(dim=1) / 2
+    for exit_, p, weight in zip(z, soft, (1.0, 1.0, 0.3), strict=True):
+        torch.testing.assert_close(exit_.grad, weight * 2.0 * (p - q) / 2)
+    assert teacher.grad is None
+
+
+def test_a_single_exit_has_nothing_to_learn_from_itself():
+    assert self_distillation([logits([[1.0, -2.0]])], last_weight=1.0).abs().max() < 1e-12
+
+
+def test_self_distillation_of_extreme_logits_stays_finite_in_float32():
+    """A class at probability 0 for the teacher counts 0 · log 0 = 0."""
+    z = torch.tensor([[[1e4, 0.0]], [[1e4, 0.0]]], requires_grad=True)
+    loss = self_distillation(list(z), temperature=1.0).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+    assert torch.isfinite(z.grad).all()

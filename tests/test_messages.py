@@ -1,5 +1,6 @@
 """The wire: what is written is what is read, to the bit, and what does not fit is refused in words."""
 
+import math
 from dataclasses import fields, replace
 
 import numpy as np
@@ -196,7 +197,14 @@ def request(clients=(2, 4, 7), downloads=(4, 7), students=2, **changes):
 @pytest.mark.parametrize("keys", [Keys(), OTHER_KEYS])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"clients": (2,), "downloads": ()}, {"clients": (0,), "downloads": (0,)}, {"students": 0}, {"students": 1}],
+    [
+        {},
+        {"clients": (2,), "downloads": ()},
+        {"clients": (0,), "downloads": (0,)},
+        {"students": 0},
+        {"students": 1},
+        {"evaluate": False},
+    ],
 )
 def test_a_request_survives(keys, changes):
     """To the bit, and nothing of clients that are not asked travels."""
@@ -261,6 +269,7 @@ def report(client, exits=3, rng=None):
         num_examples=10 + client,
         test_examples=client,
         train_loss=float(rng.normal()),
+        local_steps=3 * client + 1,
         similarity=rng.uniform(-1, 1, exits - 1).tolist(),
         before=exit_values(rng, exits),
         after=exit_values(rng, exits),
@@ -308,7 +317,7 @@ def test_a_reply_survives(keys, exits, clients, failures):
 
 
 def test_unknown_accuracies_survive():
-    """NaN where a client has no test split."""
+    """NaN where a client has no test split, or was told not to evaluate."""
     unknown = replace(report(1), before=ExitMetrics(*[[float("nan")] * 3] * 3), test_examples=0)
     sent = replace(reply([1]), reports=[unknown])
     (got,) = read(delivered(sent.to_content(Keys()))).reports
@@ -340,7 +349,9 @@ def test_a_sum_that_is_not_a_number_is_refused(value, place):
         read(delivered(content))
 
 
-@pytest.mark.parametrize("key", ["num-examples", "test-examples", "train-loss", "seconds-train", "similarity"])
+@pytest.mark.parametrize(
+    "key", ["num-examples", "test-examples", "train-loss", "local-steps", "seconds-train", "similarity"]
+)
 def test_a_reply_without_a_metric_is_refused_by_name(key):
     content = reply([1, 2]).to_content(Keys())
     metrics = dict(content["metrics"])
@@ -352,7 +363,8 @@ def test_a_reply_without_a_metric_is_refused_by_name(key):
 
 def test_the_metrics_of_a_reply_are_few_and_named_by_phase():
     content = reply([1, 2]).to_content(Keys())
-    expected = {"num-examples", "test-examples", "train-loss", "seconds-train", "seconds-evaluate", "similarity"}
+    expected = {"num-examples", "test-examples", "train-loss", "local-steps", "similarity"}
+    expected |= {"seconds-train", "seconds-evaluate"}
     expected |= {f"{name}-{phase}" for name in ("accuracy", "loss", "ece") for phase in PHASES}
     assert set(content["metrics"]) == expected
     assert sum(record.count_bytes() for record in content.values()) < 1000
@@ -369,7 +381,19 @@ def final_report(exits=3):
             rng.integers(0, 50, size=(102, exits)), rng.integers(0, 50, size=102), rng.integers(0, 50, size=102)
         )
 
-    return FinalReport(4, 30, 8, 20, 5, exit_values(rng, exits), counts(), counts())
+    return FinalReport(
+        client=4,
+        train_examples=30,
+        calibration_examples=8,
+        test_examples=20,
+        classes=5,
+        local_steps=15,
+        ensemble=0.625,
+        exits=exit_values(rng, exits),
+        adapted=exit_values(rng, exits),
+        calibration=counts(),
+        test=counts(),
+    )
 
 
 @pytest.mark.parametrize("exits", [1, 3])
@@ -384,7 +408,20 @@ def test_a_final_report_survives(exits):
                 np.testing.assert_array_equal(x, y)
                 assert y.dtype == np.int64
         else:
-            assert a == b
+            assert a == b, f.name
+            assert type(a) is type(b), f.name
+
+
+def test_what_a_final_report_does_not_know_stays_unknown():
+    """No log-prior that could be re-estimated; no test examples."""
+    unknown = ExitMetrics.unknown(3)
+    sent = replace(final_report(), ensemble=math.nan, exits=unknown, adapted=unknown)
+    message = delivered(RecordDict({"client-4": sent.to_record()}))
+    got = FinalReport.from_record(message.content["client-4"], 3)
+    assert math.isnan(got.ensemble)
+    for metrics in (got.exits, got.adapted):
+        assert all(len(values) == 3 and np.isnan(values).all() for values in vars(metrics).values())
+    assert got.local_steps == 15
 
 
 # --- names ---

@@ -1,77 +1,199 @@
-"""What every method promises, whichever it is: this suite runs for all of METHODS. A new method needs no new test here.
+"""What every method promises, whichever it is: this suite runs for all of METHODS. A new method needs its row in TABLE.
 
 A federation of toys runs with real messages; what is checked is what travels, what stays, and what survives.
 """
 
-import itertools
-from dataclasses import FrozenInstanceError, fields
+import math
+from collections.abc import Sequence
+from dataclasses import FrozenInstanceError, dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from federations import FaultyApp, WatchedGrid, asked, same_arrays, toy_app, toy_data, toy_network
+from federations import (
+    CLASSES,
+    DeviceGrid,
+    FaultyApp,
+    WatchedGrid,
+    asked,
+    same_arrays,
+    same_tensors,
+    strict_json,
+    toy_app,
+    toy_data,
+    toy_network,
+)
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from safetensors.torch import load_file
 
-from cafe_flwr import methods as package
 from cafe_flwr import strategy as strategy_module
-from cafe_flwr.methods import METHODS, ClientRecord, LocalTask, settings_of
+from cafe_flwr.data import ClientData, Split
+from cafe_flwr.messages import Keys, NodeInfo
+from cafe_flwr.methods import METHODS, ClientRecord, LocalTask, Method, ServerRound, settings_of
+from cafe_flwr.metrics import evaluate
 from cafe_flwr.participation import rng_for
-from cafe_flwr.settings import Settings
-from cafe_flwr.state import Checkpoints
+from cafe_flwr.schema import Schema
+from cafe_flwr.settings import Settings, setting_key
+from cafe_flwr.state import Checkpoints, to_json
 from cafe_flwr.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
 
 N, T = 4, 4
-BUDGET = LocalBudget(batch_size=8, steps=2, learning_rate=0.1)
+BUDGET = LocalBudget(batch_size=8, steps=3, learning_rate=0.1)
 
-# Every method as it is, and with each of its settings at another value.
-OTHERS = {
-    "mu": [0.0, 0.05],
-    "distill_weight": [0.0],
-    "temperature": [1.5],
-    "selection": ["deep-first", "random", "none"],
-    "teachers": ["uniform", "own"],
-    "similarity_proxy": ["gradients"],
-    "solver": ["osqp"],
-    "max_staleness": [1],
+# --- docs/methods.md as data: what travels and what stays, by name, in a network of two exits -------------------------
+
+STAGES = ["stages.0.0.weight", "stages.0.0.bias", "stages.1.0.weight", "stages.1.0.bias"]
+PROJECTIONS = [f"exits.{k}.projection.{name}" for k in (0, 1) for name in ("weight", "bias")]
+BACKBONE = [*STAGES, *PROJECTIONS]
+HEADS = ["exits.0.head.weight", "exits.0.head.bias", "exits.1.head.weight", "exits.1.head.bias"]
+LAST = ["exits.1.head.weight", "exits.1.head.bias"]
+NETWORK = [*BACKBONE, *HEADS]
+
+# 5 inputs → 8 → 8, projected to 4 features, 3 classes.
+SHAPES = {
+    "stages.0.0.weight": (8, 5),
+    "stages.0.0.bias": (8,),
+    "stages.1.0.weight": (8, 8),
+    "stages.1.0.bias": (8,),
+    "exits.0.projection.weight": (4, 8),
+    "exits.0.projection.bias": (4,),
+    "exits.1.projection.weight": (4, 8),
+    "exits.1.projection.bias": (4,),
+    "exits.0.head.weight": (3, 4),
+    "exits.0.head.bias": (3,),
+    "exits.1.head.weight": (3, 4),
+    "exits.1.head.bias": (3,),
+    "class-counts": (3,),
+    "class-means": (2, 3, 4),
+    "prototypes": (2, 3, 4),
+    "variance": (1,),
 }
-PLAIN = [(name, {}) for name in sorted(METHODS)]
-VARIANTS = [
-    (name, {key: value}) for name in METHODS for key in settings_of(METHODS[name]()) for value in OTHERS.get(key, [])
-]
-# Variants for which other things travel, or other code trains.
-SPECIAL = [v for v in VARIANTS if v[1] in ({"teachers": "own"}, {"similarity_proxy": "gradients"})]
+
+
+def shape_of(name):
+    """Updates and copies have the shapes of what they are of."""
+    return SHAPES[name.removeprefix("update.").removeprefix("personal.")]
+
+
+def prefixed(prefix, names):
+    return [prefix + name for name in names]
+
+
+class Row(NamedTuple):
+    """Names of tensors: averaged over clients, on the client's disk, sent and received as a client's own."""
+
+    averaged: list[str]
+    personal: list[str]
+    up: Sequence[str] = ()
+    down: Sequence[str] = ()
+
+
+OWN_BACKBONE = prefixed("own.", BACKBONE)  # of cafedistill-plus: as the client left it, beside the average
+EVERYTHING_AVERAGED = Row(NETWORK, [])
+EXITS_PERSONAL = Row(BACKBONE, HEADS)
+MIXTURES = Row([], NETWORK, prefixed("update.", NETWORK), prefixed("update.", NETWORK))
+TABLE = {
+    "local": Row([], NETWORK),
+    "fedavg": EVERYTHING_AVERAGED,
+    "fedprox": EVERYTHING_AVERAGED,
+    "depthfl": EVERYTHING_AVERAGED,
+    "scalefl": EVERYTHING_AVERAGED,
+    "fedper": EXITS_PERSONAL,
+    "fedrep": EXITS_PERSONAL,
+    "fedbabu": EXITS_PERSONAL,
+    "local-kd": EXITS_PERSONAL,
+    "fedamp": MIXTURES,
+    "pfedgraph": MIXTURES,
+    "fedrod": Row(NETWORK, prefixed("personal.", HEADS)),
+    "ditto": Row(NETWORK, prefixed("personal.", NETWORK)),
+    "fedpac": Row(BACKBONE, HEADS, [*HEADS, "class-means", "variance", "class-counts"], [*HEADS, "prototypes"]),
+    "cafedistill": Row(BACKBONE, HEADS, LAST, LAST),
+    "cafedistill teachers=own": EXITS_PERSONAL,
+    "cafedistill-plus": Row(BACKBONE, [*HEADS, *OWN_BACKBONE], [*HEADS, "class-counts"], HEADS),
+    "cafedistill-plus counts=noised": Row(
+        BACKBONE, [*HEADS, *OWN_BACKBONE, "class-counts"], [*HEADS, "class-counts"], HEADS
+    ),
+    "cafedistill-plus counts=none": Row(BACKBONE, [*HEADS, *OWN_BACKBONE], HEADS, HEADS),
+}
+TWO_PHASES = {"ditto", "fedrep", "fedpac"}  # train two things in a round
+REFUSED = {("fedrod", "prior"), ("cafedistill", "distill"), ("cafedistill-plus", "distill"), ("local-kd", "distill")}
+
+
+# --- every method as it is, and with each of its settings at other values --------------------------------------------
+
+
+def other_values(f):
+    """Values of a setting other than its default, its bounds among them."""
+    bounds = f.metadata
+    if isinstance(f.default, bool):
+        return [not f.default]
+    if isinstance(f.default, str):
+        return [value for value in bounds["choices"] or ("osqp",) if value != f.default]
+    limits = [bounds[key] for key in ("ge", "le") if bounds[key] is not None]
+    values = {type(f.default)(value) for value in (*limits, f.default / 2)} - {f.default}
+    return sorted(values) or [f.default + 1]
 
 
 def described(variant):
     return " ".join([variant[0], *(f"{key}={value}" for key, value in variant[1].items())])
 
 
-@pytest.fixture(params=[*PLAIN, *VARIANTS], ids=described)
-def any_method(request):
-    """Every method, and every other value of each of its settings."""
-    return METHODS[request.param[0]](**request.param[1])
+PLAIN = [(name, {}) for name in sorted(METHODS)]
+VARIANTS = [
+    (name, {f.name: value})
+    for name in sorted(METHODS)
+    for f in fields(METHODS[name])
+    if (name, f.name) not in REFUSED
+    for value in other_values(f)
+]
+# Without the switches of every method, which have tests of their own.
+OWN = [v for v in (*PLAIN, *VARIANTS) if not {"prior", "distill", "equal_steps"} & set(v[1])]
+# Variants for which other things travel, or other code trains.
+SPECIAL = [v for v in VARIANTS if described(v) in TABLE or v[1] == {"similarity_proxy": "gradients"}]
 
 
-@pytest.fixture(params=[*PLAIN, *SPECIAL], ids=described)
-def method(request):
-    """Every method as it is, and a few variants."""
-    return METHODS[request.param[0]](**request.param[1])
+def build(variant):
+    return METHODS[variant[0]](**variant[1])
 
 
-@pytest.fixture(params=PLAIN, ids=described)
-def plain(request):
-    """Every method as it is."""
-    return METHODS[request.param[0]]()
+def row_of(variant):
+    """The method's row in the table; settings that have none of their own change nothing there."""
+    return TABLE.get(described(variant), TABLE[variant[0]])
+
+
+def of_method(name):
+    """The method as it is, and with each of its settings at other values."""
+    return [v for v in (*PLAIN, *VARIANTS) if v[0] == name]
+
+
+every_method = pytest.mark.parametrize("name", sorted(METHODS))
+own_variants = pytest.mark.parametrize("variant", OWN, ids=described)
+some_variants = pytest.mark.parametrize("variant", [*PLAIN, *SPECIAL], ids=described)
+plain_methods = pytest.mark.parametrize("variant", PLAIN, ids=described)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _the_same_noise():
+    """Noised counts draw from the operating system; here everybody's noise is the same in every run."""
+    with pytest.MonkeyPatch.context() as patch:
+        fixed = SimpleNamespace(urandom=lambda size: np.random.default_rng(0).bytes(size))
+        patch.setattr("cafe_flwr.methods.cafedistill_plus.os", fixed)
+        yield
+
+
+# --- a federation of toys, watched -----------------------------------------------------------------------------------
 
 
 class Save:
-    """A callback that checkpoints, and keeps the plans."""
+    """A callback that checkpoints, and keeps the records and the final reports."""
 
     def __init__(self, folder):
-        self.checkpoints, self.records, self.reports = Checkpoints(folder / "checkpoint"), {}, None
+        self.checkpoints, self.records, self.reports = Checkpoints(folder / "checkpoint"), {}, []
 
     def on_start(self, run):
         pass
@@ -84,340 +206,761 @@ class Save:
         self.reports = reports
 
 
-def federate(folder, method, num_nodes=2, rounds=T, app=None, exits=3, **options):
-    """Result, messages and notes of a federation of toys."""
-    notes = Save(folder)
-    grid = WatchedGrid(
-        app or toy_app(build=lambda: toy_network(exits)), num_nodes, node_config={"state-dir": str(folder / "personal")}
-    )
-    options = {"num_clients": N, "num_rounds": T, "local": BUDGET, "wait_seconds": 0.0, "callbacks": [notes]} | options
-    result = FederatedStrategy(method=method, **options).start(grid, num_rounds=rounds)
-    return result, grid, notes
+class Trained(NamedTuple):
+    """A client's tensors as local training found and left them: the network's, and those beside it."""
+
+    found: dict[str, torch.Tensor]
+    left: dict[str, torch.Tensor]
 
 
-def personal(folder, client, server_round):
-    paths = list((folder / "personal" / "versions").glob(f"*/client-{client}/round-{server_round:06d}.safetensors"))
-    assert len(paths) == 1
-    return load_file(paths[0])
+@dataclass
+class Run:
+    """A federation that has run."""
 
+    variant: tuple[str, dict[str, Any]]
+    folder: Path
+    result: Any
+    grid: WatchedGrid
+    notes: Save
+    trained: dict[tuple[int, int], Trained] = field(default_factory=dict)
 
-def size_of(network, names):
-    tensors = network.state_dict()
-    return sum(tensors[name].numel() for name in names)
+    @property
+    def published(self):
+        """The personal networks, by client."""
+        paths = sorted((self.folder / "personal").glob("client-*.safetensors"))
+        return {int(path.stem.split("-")[1]): load_file(path) for path in paths}
 
+    def kept(self, client, server_round):
+        """What is on a client's disk after a round; what it starts from before the first one."""
+        row = row_of(self.variant)
+        if not server_round:
+            start = {prefix + name: t for prefix in ("", "own.", "personal.") for name, t in initial().items()}
+            if self.variant[0] == "fedrod":  # its personal classifiers begin at 0
+                start |= {name: torch.zeros_like(start[name]) for name in row.personal}
+            return {name: start[name] for name in row.personal if name in start}
+        folder = self.folder / "personal" / "versions"
+        (path,) = folder.glob(f"*/client-{client}/round-{server_round:06d}.safetensors")
+        return load_file(path)
 
-# --- what a method is ---
+    def messages(self, kind, server_round):
+        return [(m, r) for m, r in self.grid.of_type(kind) if m.content["config"]["server-round"] == server_round]
 
+    def schema(self, kind):
+        """What the nodes said when they were first asked."""
+        infos = [NodeInfo.from_message(reply, Keys()) for _, reply in self.grid.of_type("query")]
+        (names,) = {tuple(getattr(info, kind).entries) for info in infos}
+        return Schema(names)
 
-def test_methods_are_registered_under_their_names_and_can_be_set():
-    for name, cls in METHODS.items():
-        assert cls.name == name
-        assert Settings.from_run_config({"method": name}).method == name
-        assert cls.__name__ in vars(package)
-
-
-def test_settings_are_scalars_that_survive_the_wire(any_method):
-    """A client builds the same object from what it is sent."""
-    values = settings_of(any_method)
-    assert all(type(value) in (int, float, bool, str) for value in values.values())
-    assert list(values) == [f.name for f in fields(any_method)]
-    record = RecordDict({"config": ConfigRecord(values)})
-    back = recorddict_from_proto(recorddict_to_proto(record))["config"]
-    assert type(any_method)(**dict(back)) == any_method
-    assert {key: type(value) for key, value in back.items()} == {key: type(value) for key, value in values.items()}
-
-
-def test_a_method_does_not_change(plain):
-    for f in fields(plain):
-        with pytest.raises(FrozenInstanceError):
-            setattr(plain, f.name, getattr(plain, f.name))
-
-
-@pytest.mark.parametrize("exits", [1, 2, 4])
-def test_shared_and_personal_are_the_whole_network_once(any_method, exits):
-    network = toy_network(exits)
-    shared, own = any_method.shared_names(network), any_method.personal_names(network)
-    names = [*shared, *own]
-    assert len(names) == len(set(names))
-    assert set(names) == set(network.state_dict())
-
-
-@pytest.mark.parametrize("exits", [1, 2, 4])
-def test_what_is_sent_as_its_own_is_personal_and_named_once(any_method, exits):
-    network = toy_network(exits)
-    for names in (any_method.upload_names(network), any_method.download_names(network)):
-        assert len(names) == len(set(names))
-        assert set(names) <= set(network.state_dict())
-    assert not set(any_method.upload_names(network)) & set(any_method.shared_names(network))
-
-
-# --- what travels ---
-
-
-@pytest.mark.parametrize("num_nodes", [N, 2])
-def test_what_travels_is_what_the_method_names_and_no_more(tmp_path, method, num_nodes):
-    """Down: the shared part and one download for each client that has one. Up: the shared part once per node (as sums
-    in double precision where it is of several clients) and the upload of every client. Nothing else is an array, and
-    lists of numbers are metrics: a few for every client."""
-    network = toy_network()
-    shared, up, down = (
-        size_of(network, names(network)) for names in (method.shared_names, method.upload_names, method.download_names)
-    )
-    _, grid, notes = federate(tmp_path, method, num_nodes)
-    exchanges = grid.of_type("train")
-    assert len(exchanges) == T * num_nodes
-    for message, reply in exchanges:
-        clients = asked(message)
-        config = message.content["config"]
-        plan = notes.records[config["server-round"]].plan
-        with_download = [c for c in clients if c in plan.downloads]
-        assert list(config.get("downloads", [])) == with_download
-        assert set(message.content) == {"arrays", "config"}
-        assert list(message.content["arrays"]) == ["flat"]
+    def sent(self, message):
+        """The shared part and the download in a message for one client, by name."""
         flat = message.content["arrays"]["flat"].numpy()
-        assert flat.dtype == np.float32
-        assert flat.shape == (shared + len(with_download) * down,)
-        for i, client in enumerate(with_download):
-            start = shared + i * down
-            np.testing.assert_array_equal(flat[start : start + down], plan.downloads[client])
-        long = {key: value for key, value in config.items() if isinstance(value, list) and len(value) > 8}
-        assert not long
-
-        assert set(reply.content) == {"arrays", "config", "metrics"}
-        assert list(reply.content["arrays"]) == ["flat"]
-        flat = reply.content["arrays"]["flat"].numpy()
-        bytes_shared = 4 * shared if len(clients) == 1 else 8 * shared
-        assert flat.nbytes == bytes_shared + 4 * len(clients) * up
-        assert all(len(value) <= 3 * len(clients) for value in reply.content["metrics"].values())
-        assert not any(isinstance(value, bytes) for value in reply.content["config"].values())
+        size = self.schema("shared").size
+        down = self.schema("download").unpack(flat[size:]) if len(flat) > size else {}
+        return self.schema("shared").unpack(flat[:size]), down
 
 
-def test_what_a_client_sends_is_its_own_state_by_name(tmp_path, method):
-    """The upload is, name for name, what is on the client's disk after the round; the shared part is not."""
-    network = toy_network()
-    _, _, notes = federate(tmp_path, method, num_nodes=N)
-    for server_round in (T - 1, T):
-        for report in notes.records[server_round].reports:
-            state = personal(tmp_path, report.client, server_round)
-            assert sorted(state) == sorted(method.personal_names(network))
-            parts = [state[name].flatten() for name in method.upload_names(network)]
-            expected = torch.cat(parts).numpy() if parts else np.zeros(0, dtype=np.float32)
-            assert report.upload.tobytes() == expected.tobytes()
+def initial(exits=2):
+    """The weights of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {name: t.clone() for name, t in toy_network(exits).state_dict().items()}
 
 
-def test_the_shared_part_is_the_average_by_examples(tmp_path, method):
-    """Whatever the method: θ ← Σ n_i θ_i / Σ n_i over the clients that took part, and that is what is sent next."""
-    network = toy_network()
-    size = size_of(network, method.shared_names(network))
-    result, grid, _ = federate(tmp_path, method, num_nodes=N)
+def federate(folder, variant, num_nodes=2, rounds=T, *, app=None, grid=None, exits=2, **options):
+    """Run a federation of toys; T rounds unless told otherwise."""
+    notes = Save(folder)
+    app = app or toy_app(build=lambda: toy_network(exits))
+    grid = grid or WatchedGrid(app, num_nodes, node_config={"state-dir": str(folder / "personal")})
+    options = {"num_clients": N, "num_rounds": T, "local": BUDGET, "wait_seconds": 0.0, "callbacks": [notes]} | options
+    result = FederatedStrategy(method=build(variant), **options).start(grid, num_rounds=rounds)
+    return Run(variant, folder, result, grid, notes)
+
+
+def quietly(folder, variant, num_nodes=2, **options):
+    """The same with evaluation in the last round only: faster."""
+    return federate(folder, variant, num_nodes, evaluate_every=T, **options)
+
+
+def assert_same_outcome(a, b, clients=range(N)):
+    """Shared parameters, personal networks and final reports are equal bit for bit."""
+    assert same_arrays(a.result.arrays, b.result.arrays)
+    for client in clients:
+        assert same_tensors(a.published[client], b.published[client]), f"client {client}"
+    assert [(r.client, r.exits, r.local_steps) for r in a.notes.reports] == [
+        (r.client, r.exits, r.local_steps) for r in b.notes.reports
+    ]
+
+
+@pytest.fixture(scope="module", params=[*PLAIN, *SPECIAL], ids=described)
+def run(request, tmp_path_factory):
+    """Four rounds of four clients, each on its own node, that several tests look at."""
+    cls, trained = METHODS[request.param[0]], {}
+    train = cls.train
+
+    def watched(method, task):
+        def tensors():
+            return {name: t.detach().clone() for name, t in {**task.network.state_dict(), **task.state}.items()}
+
+        found = tensors()
+        result = train(method, task)
+        client = (len(task.data) - 12) // 5  # as toy_data sizes them
+        trained[task.server_round, client] = Trained(found, tensors())
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cls, "train", watched)
+        done = federate(tmp_path_factory.mktemp("run"), request.param, num_nodes=N)
+    done.trained = trained
+    return done
+
+
+# --- what a method is ------------------------------------------------------------------------------------------------
+
+
+def test_every_method_is_registered_under_its_name_and_has_a_row():
+    assert {cls.name: cls for cls in METHODS.values()} == METHODS
+    assert {name.partition(" ")[0] for name in TABLE} == set(METHODS)
+    assert {name for name in METHODS if METHODS[name].phases == 2} == TWO_PHASES
+    for name in METHODS:
+        assert type(Settings.from_run_config({"method": name}).build_method()) is METHODS[name]
+
+
+@every_method
+def test_settings_are_scalars_that_survive_the_wire(name):
+    """A client builds the same object from what it is sent."""
+    for variant in of_method(name):
+        method = build(variant)
+        values = settings_of(method)
+        assert all(type(value) in (int, float, bool, str) for value in values.values())
+        assert list(values) == [f.name for f in fields(method)]
+        record = RecordDict({"config": ConfigRecord(values)})
+        back = recorddict_from_proto(recorddict_to_proto(record))["config"]
+        assert type(method)(**dict(back)) == method
+        assert {key: type(value) for key, value in back.items()} == {key: type(value) for key, value in values.items()}
+
+
+@plain_methods
+def test_a_method_does_not_change(variant):
+    method = build(variant)
+    for f in fields(method):
+        with pytest.raises(FrozenInstanceError):
+            setattr(method, f.name, getattr(method, f.name))
+
+
+def own_key(cls, f):
+    """Name of a method's setting in a run's settings: with its prefix, or as it is if it is one of every method."""
+    common = f.name in {c.name for c in fields(Method)} and f.name not in vars(cls)["__annotations__"]
+    return ("" if common else cls.prefix) + f.name.replace("_", "-")
+
+
+@plain_methods
+def test_every_setting_says_what_it_is_and_can_be_set_in_a_run(variant):
+    """It has a doc, a default, and a name with the method's prefix among all settings; a value set arrives."""
+    cls = METHODS[variant[0]]
+    for f in fields(cls):
+        assert len(f.metadata["doc"]) > 10
+        assert f.metadata["doc"].endswith(".")
+        key = own_key(cls, f)
+        assert setting_key(cls, f.name).replace("_", "-") == key
+        offered = Settings.model_fields[key.replace("-", "_")]
+        assert (offered.description, offered.default) == (f.metadata["doc"], f.default)
+        for value in other_values(f) if (cls.name, f.name) not in REFUSED else []:
+            set_so = Settings.from_run_config({"method": cls.name, key: value}).build_method()
+            assert settings_of(set_so) == {**settings_of(cls()), f.name: value}
+
+
+def beyond(f):
+    """Values that a setting must refuse."""
+    bounds = f.metadata
+    if bounds["choices"] or isinstance(f.default, str):
+        return ["nonsense"]
+    if isinstance(f.default, bool):
+        return []
+    values = [bounds[key] - 1 for key in ("ge", "gt") if bounds[key] is not None]
+    values += [bounds["gt"]] if bounds["gt"] is not None else []
+    values += [bounds["le"] + 1] if bounds["le"] is not None else []
+    return [type(f.default)(value) for value in values] + [math.nan] * isinstance(f.default, float)
+
+
+@plain_methods
+def test_every_bound_is_kept(variant):
+    """By the method itself, for those who build one in code, and by a run's settings, before it starts."""
+    cls = METHODS[variant[0]]
+    for f in fields(cls):
+        assert beyond(f) or isinstance(f.default, bool), f"{f.name} has no bounds"
+        for value in beyond(f):
+            with pytest.raises(ValueError, match=f.name):
+                cls(**{f.name: value})
+            with pytest.raises(ValueError, match=own_key(cls, f)):
+                Settings.from_run_config({"method": cls.name, own_key(cls, f): value})
+
+
+@pytest.mark.parametrize(("name", "switch"), sorted(REFUSED))
+def test_a_switch_that_a_method_has_built_in_is_refused_with_the_reason(name, switch):
+    for make in (
+        lambda: METHODS[name](**{switch: True}),
+        lambda: Settings.from_run_config({"method": name, switch: True}),
+    ):
+        with pytest.raises(ValueError, match=f"{switch} is not for {name}"):
+            make()
+
+
+# --- which tensors, by name ------------------------------------------------------------------------------------------
+
+
+@every_method
+def test_what_travels_and_what_stays_is_what_the_table_says(name):
+    for variant in of_method(name):
+        method, row, network = build(variant), row_of(variant), toy_network(exits=2)
+        for names, expected in (
+            (method.shared_names(network), row.averaged),
+            (method.personal_names(network), row.personal),
+            (method.upload_names(network), row.up),
+            (method.download_names(network), row.down),
+        ):
+            assert sorted(names) == sorted(expected)
+
+
+@every_method
+def test_every_tensor_of_the_network_can_be_had(name):
+    """From what is averaged, what was kept and what all start from the method makes a whole network, of any depth;
+    names are named once, extra tensors have names of their own, and nothing is sent both averaged and as one's own."""
+    for variant in of_method(name):
+        method = build(variant)
+        for exits in (1, 2, 4):
+            network = toy_network(exits)
+            extra = method.extra_tensors(network)
+            tensors = {**network.state_dict(), **extra}
+            assert not set(extra) & set(network.state_dict())
+            lists = [
+                names(network)
+                for names in (method.shared_names, method.personal_names, method.upload_names, method.download_names)
+            ]
+            for names in lists:
+                assert len(names) == len(set(names))
+                assert set(names) <= set(tensors)
+            assert not set(method.shared_names(network)) & set(method.upload_names(network))
+            assert not set(method.shared_names(network)) & set(method.personal_names(network))
+            deployed = method.deploy(tensors)
+            shapes = {name: t.shape for name, t in network.state_dict().items()}
+            assert {name: t.shape for name, t in deployed.items() if name in shapes} == shapes
+            assert set(deployed) - set(shapes) <= set(extra)
+
+
+def test_nodes_announce_what_the_table_says(run):
+    """Names and shapes, written out in this file."""
+    row = row_of(run.variant)
+    for kind, names in (("shared", row.averaged), ("upload", row.up), ("download", row.down)):
+        assert dict(run.schema(kind).entries) == {name: shape_of(name) for name in names}
+
+
+# --- what travels ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_sent_down_is_the_shared_part_and_the_clients_own_and_no_more(run):
+    """One array: the shared part, and the download of a client that has one. Lists in the config are short."""
+    row = row_of(run.variant)
+    averaged, down = (sum(math.prod(shape_of(name)) for name in names) for names in (row.averaged, row.down))
     for server_round in range(1, T + 1):
-        exchanges = [(m, r) for m, r in grid.of_type("train") if m.content["config"]["server-round"] == server_round]
+        plan = run.notes.records[server_round].plan
+        exchanges = run.messages("train", server_round)
+        assert [asked(m) for m, _ in exchanges] == [[c] for c in range(N)]
+        for message, _ in exchanges:
+            (client,) = asked(message)
+            config = message.content["config"]
+            assert set(message.content) == {"arrays", "config"}
+            assert list(message.content["arrays"]) == ["flat"]
+            flat = message.content["arrays"]["flat"].numpy()
+            has = client in plan.downloads
+            assert flat.dtype == np.float32
+            assert flat.shape == (averaged + has * down,)
+            assert list(config.get("downloads", [])) == [client] * has
+            if has:
+                np.testing.assert_array_equal(flat[averaged:], plan.downloads[client])
+            assert all(len(value) <= 4 for value in config.values() if isinstance(value, list | bytes))
+        if row.down:  # from round 2 on the server knows all, and has something for each
+            assert set(plan.downloads) == (set(range(N)) if server_round > 1 else set())
+
+
+def test_what_is_sent_up_is_what_training_left_name_by_name(run):
+    """Unpacked by the schema, a reply holds exactly: averaged tensors and uploads as the method left them; what begins
+    with 'update.' is the client's network minus the initial one. Metrics are a few numbers."""
+    row, start = row_of(run.variant), initial()
+    shared, upload = run.schema("shared"), run.schema("upload")
+    for server_round in range(1, T + 1):
+        for message, reply in run.messages("train", server_round):
+            (client,) = asked(message)
+            assert set(reply.content) == {"arrays", "config", "metrics"}
+            assert list(reply.content["arrays"]) == ["flat"]
+            flat = reply.content["arrays"]["flat"].numpy()
+            assert flat.dtype == np.float32
+            assert flat.shape == (shared.size + upload.size,)
+            sent = {**shared.unpack(flat[: shared.size]), **upload.unpack(flat[shared.size :])}
+            left = run.trained[server_round, client].left
+            assert sorted(sent) == sorted([*row.averaged, *row.up])
+            for name, tensor in sent.items():
+                original = name.removeprefix("update.")
+                expected = left[name] if name == original else left[original] - start[original]
+                assert torch.equal(tensor, expected), name
+            assert all(len(value) <= 2 for value in reply.content["metrics"].values())
+            assert not any(isinstance(value, bytes) for value in reply.content["config"].values())
+
+
+def test_the_shared_part_is_the_average_by_examples(run):
+    """Whatever the method: θ ← Σ n_i θ_i / Σ n_i over the clients that took part, and that is what is sent next."""
+    size = run.schema("shared").size
+    for server_round in range(1, T + 1):
+        exchanges = run.messages("train", server_round)
         weights = [len(toy_data(asked(m)[0]).train) for m, _ in exchanges]
         parts = [r.content["arrays"]["flat"].numpy()[:size].astype(np.float64) for _, r in exchanges]
         mean = np.average(parts, axis=0, weights=weights)
-        if server_round < T:
-            sent = [m for m, _ in grid.of_type("train") if m.content["config"]["server-round"] == server_round + 1]
-            following = [m.content["arrays"]["flat"].numpy()[:size] for m in sent]
-        else:
-            following = [np.concatenate([result.arrays[n].numpy().ravel() for n in method.shared_names(network)])]
-        for flat in following:
-            np.testing.assert_allclose(flat, mean, rtol=1e-6, atol=1e-7)
+        following = run.messages("train", server_round + 1) if server_round < T else run.messages("evaluate", T)
+        assert len(following) == N
+        for message, _ in following:
+            np.testing.assert_allclose(message.content["arrays"]["flat"].numpy()[:size], mean, rtol=1e-6, atol=1e-7)
+    assert sorted(run.result.arrays) == sorted(row_of(run.variant).averaged)
 
 
-# --- what stays ---
+# --- what stays, and what is used ------------------------------------------------------------------------------------
 
 
-def test_personal_state_is_taken_up_again_where_it_was_left(tmp_path, method):
-    """What a client evaluates before training in round t is the shared part it is sent with its own heads of the last
-    round it took part in."""
-    network = toy_network()
-    _, grid, notes = federate(tmp_path, method, num_nodes=N)
-    for message, _ in grid.of_type("train"):
-        (client,), server_round = asked(message), message.content["config"]["server-round"]
-        if server_round < T - 1:
+def test_what_stays_on_disk_is_what_the_table_says_as_training_left_it(run):
+    for server_round in (T - 1, T):
+        for client in range(N):
+            kept = run.kept(client, server_round)
+            assert sorted(kept) == sorted(row_of(run.variant).personal)
+            assert all(torch.equal(t, run.trained[server_round, client].left[name]) for name, t in kept.items())
+
+
+def starting_point(run, client, message):
+    """All that a client has when a message has arrived: what it was sent, in its place, and what it had kept."""
+    (version,) = message.content["config"]["versions"]
+    shared, down = run.sent(message)
+    left = run.trained[version, client].left if (version, client) in run.trained else run.kept(client, version)
+    kept, start = {name: left[name] for name in row_of(run.variant).personal if name in left}, initial()
+    tensors = {**start, **shared, **kept}
+    if run.variant[0] == "fedpac":
+        tensors |= {name: t for name, t in down.items() if name in HEADS}
+    if run.variant[0] == "cafedistill-plus" and down:
+        tensors |= {name: (kept[name] + t) / 2 for name, t in down.items()}
+        tensors |= {name: (kept["own." + name] + shared[name]) / 2 for name in BACKBONE}
+    if run.variant[0] == "pfedgraph":
+        tensors |= {n.removeprefix("update."): start[n.removeprefix("update.")] + t for n, t in down.items()}
+    return tensors
+
+
+def personal_network(run, tensors):
+    """The network a client uses, under the network's names."""
+    own = {name.removeprefix("personal."): t for name, t in tensors.items() if name.startswith("personal.")}
+    if run.variant[0] == "ditto":
+        return own
+    network = {name: tensors[name] for name in NETWORK}
+    return network | {name: network[name] + t for name, t in own.items()}
+
+
+def log_shares(client):
+    """log π of a toy client: class shares with 0.1 imaginary examples of every class."""
+    counts = np.bincount(toy_data(client).train.y, minlength=CLASSES) + 0.1
+    return torch.from_numpy(np.log(counts / counts.sum())).float()
+
+
+def offset_of(variant, client):
+    return log_shares(client) if build(variant).prior else torch.zeros(CLASSES)
+
+
+def loaded(tensors):
+    network = toy_network(exits=2)
+    network.load_state_dict(tensors)
+    return network
+
+
+def test_a_client_goes_on_from_what_it_was_sent_and_what_it_kept(run):
+    """Training finds the shared part of the message, and personal tensors where the last round left them; methods
+    that send a client something of its own put it in its place."""
+    for server_round in range(1, T + 1):
+        for message, _ in run.messages("train", server_round):
+            (client,) = asked(message)
+            found = run.trained[server_round, client].found
+            for name, tensor in starting_point(run, client, message).items():
+                torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_what_is_evaluated_is_the_personal_network(run):
+    """Before and after local training: the network the table gives, with log π added to the logits where asked for."""
+    for message, _ in run.messages("train", T):
+        (client,) = asked(message)
+        (report,) = (r for r in run.notes.records[T].reports if r.client == client)
+        for tensors, reported in (
+            (starting_point(run, client, message), report.before),
+            (run.trained[T, client].left, report.after),
+        ):
+            network = loaded(personal_network(run, tensors))
+            network.offset = offset_of(run.variant, client)
+            measured = evaluate(network, toy_data(client).test)
+            assert reported.accuracy == measured.accuracy
+            assert reported.loss == pytest.approx(measured.loss, rel=1e-5)
+
+
+def test_the_published_network_is_the_personal_one_and_gives_the_accuracies_reported(run):
+    """A plain network loaded from client-k.safetensors, with nothing added, has the final report's numbers."""
+    assert [r.client for r in run.notes.reports] == list(range(N))
+    for report, (message, _) in zip(run.notes.reports, run.messages("evaluate", T), strict=True):
+        assert asked(message) == [report.client]
+        published = run.published[report.client]
+        assert {name: tuple(t.shape) for name, t in published.items()} == {name: SHAPES[name] for name in NETWORK}
+        measured = evaluate(loaded(published), toy_data(report.client).test)
+        assert measured.accuracy == report.exits.accuracy
+        assert measured.loss == pytest.approx(report.exits.loss, rel=1e-5)
+        facts = strict_json((run.folder / "personal" / f"client-{report.client}.json").read_text())
+        assert facts["accuracy_per_exit"] == report.exits.accuracy
+        assert facts["method"] == run.variant[0]
+        if run.variant[0] == "fedbabu":  # fine-tuned before it is published
             continue
-        flat = torch.from_numpy(message.content["arrays"]["flat"].numpy().copy())
-        state = dict(personal(tmp_path, client, server_round - 1))
-        for name in method.shared_names(network):
-            size = network.state_dict()[name].numel()
-            state[name], flat = flat[:size].reshape(network.state_dict()[name].shape), flat[size:]
-        network.load_state_dict(state)
-        test = toy_data(client).test
-        with torch.no_grad():
-            accuracy = [(z.argmax(1) == test.y).float().mean().item() for z in network(test.x)]
-        (report,) = (r for r in notes.records[server_round].reports if r.client == client)
-        assert report.before.accuracy == pytest.approx(accuracy)
+        expected = personal_network(run, starting_point(run, report.client, message))
+        for name in ("exits.0.head.bias", "exits.1.head.bias"):
+            expected[name] = expected[name] + offset_of(run.variant, report.client)
+        for name, tensor in published.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
-def test_clients_start_alike_and_become_their_own(tmp_path, plain):
-    """Before the first round all have the network of the seed; after it, personal parameters differ."""
-    federate(tmp_path, plain, rounds=1)
-    network = toy_network()
-    states = [personal(tmp_path, client, 1) for client in range(N)]
-    last = network.head_names(network.num_exits - 1)[0]
-    if last in plain.personal_names(network):
-        for a, b in itertools.combinations(states, 2):
-            assert not torch.equal(a[last], b[last])
+@plain_methods
+def test_with_the_switches_every_method_runs_and_the_prior_is_log_pi_exactly(tmp_path, variant):
+    """`prior` adds log π_i to the logits of client i's personal network at every exit, no more and no less: the
+    published network has it in its biases. `distill` changes what is learned."""
+    name = variant[0]
+    off = quietly(tmp_path / "off", (name, {"prior": False}), N, rounds=2, num_rounds=2)
+    switched = {switch for switch in ("prior", "distill") if (name, switch) not in REFUSED}
+    for switch in switched:
+        on = quietly(tmp_path / switch, (name, {"prior": False, switch: True}), N, rounds=2, num_rounds=2)
+        for client in range(N):
+            assert not same_tensors(on.published[client], off.published[client])
+        if switch == "distill" or name == "fedbabu":
+            continue
+        for message, _ in on.messages("evaluate", 2):
+            (client,) = asked(message)
+            network = loaded(personal_network(on, starting_point(on, client, message)))
+            x = toy_data(client).test.x
+            with torch.no_grad():
+                for z, published in zip(network(x), loaded(on.published[client])(x), strict=True):
+                    torch.testing.assert_close(published - z, log_shares(client).expand_as(z), rtol=0, atol=1e-5)
 
 
-# --- what does not matter ---
+# --- local steps -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_nodes", "exits"), [(1, 3), (3, 1), (3, 5)])
-def test_the_grouping_of_clients_on_nodes_does_not_matter(tmp_path, method, num_nodes, exits):
-    one, _, _ = federate(tmp_path / "grouped", method, num_nodes, rounds=3, exits=exits)
-    other, _, _ = federate(tmp_path / "alone", method, N, rounds=3, exits=exits)
-    assert same_arrays(one.arrays, other.arrays)
+def test_all_methods_take_the_same_number_of_steps(run):
+    for record in run.notes.records.values():
+        assert [r.local_steps for r in record.reports] == [BUDGET.steps] * N
+
+
+@plain_methods
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (LocalBudget(batch_size=8, steps=3, learning_rate=0.1), [3, 3, 3, 3]),
+        (LocalBudget(batch_size=8, epochs=2, learning_rate=0.1), [3, 5, 6, 7]),  # 24, 34, 44, 54 draws
+    ],
+    ids=["steps", "epochs"],
+)
+def test_the_number_of_steps_is_the_budget_or_twice_that_as_published(tmp_path, variant, budget, expected):
+    """With equal-steps all methods take as many; without, those that train two things take all for each."""
+    for equal in (True, False):
+        variant = (variant[0], {"equal_steps": equal})
+        done = quietly(tmp_path / str(equal), variant, rounds=1, local=budget)
+        times = 2 if variant[0] in TWO_PHASES and not equal else 1
+        assert [r.local_steps for r in done.notes.records[1].reports] == [times * steps for steps in expected]
+
+
+@pytest.mark.parametrize("name", sorted(TWO_PHASES))
+def test_a_client_with_a_single_batch_still_trains_both_things(name):
+    """One epoch of all its examples at once is one step, which two phases cannot share: neither may go without."""
+    method, network = METHODS[name](), toy_network(exits=2)
+    network.load_state_dict(initial())
+    task = LocalTask(
+        network=network,
+        data=toy_data(1).train,
+        active=[True],
+        download={},
+        budget=LocalBudget(batch_size=99, epochs=1, learning_rate=0.1),
+        rng=lambda purpose: rng_for(0, 1, 1, purpose),
+        state=method.extra_tensors(network),
+        initial=initial(),
+    )
+    method.train(task)
+    trained = {**network.state_dict(), **task.state}
+    of_networks = {name: name.removeprefix("personal.") for name in trained}
+    assert [n for n, name in of_networks.items() if name in NETWORK and torch.equal(trained[n], initial()[name])] == []
+
+
+@plain_methods
+def test_steps_after_the_last_round_are_fine_tuning_and_are_counted(tmp_path, variant):
+    """FedBABU: 5 rounds' worth unless told otherwise. The others: none."""
+    for settings, rounds in [({}, 5), ({"finetune_rounds": 2}, 2)] if variant[0] == "fedbabu" else [({}, 0)]:
+        done = quietly(tmp_path / str(rounds), (variant[0], settings), rounds=1, num_rounds=1)
+        assert build((variant[0], settings)).extra_rounds() == rounds
+        assert [r.local_steps for r in done.notes.reports] == [rounds * BUDGET.steps] * N
+
+
+# --- what does not matter --------------------------------------------------------------------------------------------
+
+
+def test_the_grouping_of_clients_on_nodes_does_not_matter(tmp_path, run):
+    """Three nodes, {0, 3}, {1} and {2}, are four of one client each, bit for bit."""
+    grouped = federate(tmp_path, run.variant, num_nodes=3)
+    assert_same_outcome(grouped, run)
     for client in range(N):
-        a, b = (personal(tmp_path / folder, client, 3) for folder in ("grouped", "alone"))
-        assert all(torch.equal(a[name], b[name]) for name in b)
+        assert same_tensors(grouped.kept(client, T), run.kept(client, T))
+    for server_round in range(1, T + 1):
+        reports = (done.notes.records[server_round].reports for done in (grouped, run))
+        for a, b in zip(*reports, strict=True):
+            assert (a.client, a.before, a.after, a.train_loss) == (b.client, b.before, b.after, b.train_loss)
+            assert a.upload.tobytes() == b.upload.tobytes()
 
 
-def test_the_same_seed_gives_the_same_and_another_seed_another(tmp_path, method):
-    results = [federate(tmp_path / str(i), method, rounds=3, seed=seed)[0] for i, seed in enumerate((7, 7, 8))]
-    assert same_arrays(results[0].arrays, results[1].arrays)
-    assert not same_arrays(results[0].arrays, results[2].arrays)
+@plain_methods
+def test_another_seed_gives_other_personal_networks(tmp_path, variant):
+    options = {"rounds": 1, "num_rounds": 1, "num_clients": 2}
+    runs = [quietly(tmp_path / str(seed), variant, seed=seed, **options) for seed in (7, 8)]
+    for client in range(2):
+        assert not same_tensors(runs[0].published[client], runs[1].published[client])
 
 
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, method):
+def test_what_a_process_did_before_does_not_matter(tmp_path, run):
+    """A process that has run the method with other settings gives the same as a fresh one."""
+    app = toy_app(build=lambda: toy_network(exits=2))
+    quietly(tmp_path / "before", (run.variant[0], {"equal_steps": False}), N, rounds=2, app=app)
+    assert_same_outcome(federate(tmp_path / "then", run.variant, N, app=app), run)
+
+
+@some_variants
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, variant):
     """2 + 2 rounds are 4, with partial participation and a checkpoint on disk in between."""
     options = {"fraction_train": 0.6, "min_train_nodes": 2}
-    whole, _, notes = federate(tmp_path / "whole", method, **options)
-    _, _, first = federate(tmp_path / "parts", method, rounds=2, **options)
-    state = first.checkpoints.load()
+    whole = quietly(tmp_path / "whole", variant, **options)
+    first = quietly(tmp_path / "parts", variant, rounds=2, **options)
+    state = first.notes.checkpoints.load()
     assert state.round == 2
-    resumed, _, second = federate(tmp_path / "parts", method, resume_from=state, **options)
-    assert same_arrays(resumed.arrays, whole.arrays)
+    resumed = quietly(tmp_path / "parts", variant, resume_from=state, **options)
+    assert_same_outcome(resumed, whole)
     for server_round in (3, 4):
-        a, b = notes.records[server_round], second.records[server_round]
+        a, b = whole.notes.records[server_round], resumed.notes.records[server_round]
         assert a.participants == b.participants
         np.testing.assert_array_equal(a.plan.active, b.plan.active)
         for r, s in zip(a.reports, b.reports, strict=True):
-            assert (r.before, r.after, r.similarity, r.train_loss) == (s.before, s.after, s.similarity, s.train_loss)
+            assert (r.similarity, r.train_loss) == (s.similarity, s.train_loss)
             assert r.upload.tobytes() == s.upload.tobytes()
+            assert same_tensors(whole.kept(r.client, server_round), resumed.kept(r.client, server_round))
 
 
-# --- what goes wrong ---
+# --- who is there, and what goes wrong -------------------------------------------------------------------------------
 
 
-def test_absent_clients_neither_stop_nor_change_their_own(tmp_path, monkeypatch, method):
-    """Client 3 is away in rounds 2 and 3; it comes back with the personal state of round 1."""
-    participants = {1: [0, 1, 2, 3], 2: [0, 1, 2], 3: [1, 2], 4: [0, 1, 2, 3]}
+@pytest.fixture
+def coming_and_going(monkeypatch):
+    """Client 3 is away in rounds 2 and 3, client 0 in rounds 1 and 3."""
+    participants = {1: [1, 2, 3], 2: [0, 1, 2], 3: [1, 2], 4: [0, 1, 2, 3]}
     monkeypatch.setattr(strategy_module, "sample_clients", lambda *_, server_round, **__: participants[server_round])
-    _, grid, notes = federate(tmp_path, method, num_nodes=N)
-    for server_round, clients in participants.items():
-        record = notes.records[server_round]
+    return participants
+
+
+@some_variants
+def test_absent_clients_neither_stop_the_run_nor_change(tmp_path, coming_and_going, variant):
+    """A client comes back with the personal state it left with; one may come for the first time in any round, which
+    can be recorded although the new one is nobody's teacher yet."""
+    done = quietly(tmp_path, variant, num_nodes=N)
+    for server_round, clients in coming_and_going.items():
+        record = done.notes.records[server_round]
         assert [r.client for r in record.reports] == clients
-        assert record.plan.active.shape == (len(clients), 2)
+        assert record.plan.active.shape == (len(clients), 1)
         assert set(record.plan.downloads) <= set(clients)
-        for values in record.plan.downloads.values():
-            assert np.isfinite(values).all()
-    (back,) = (m for m, _ in grid.of_type("train") if asked(m) == [3] and m.content["config"]["server-round"] == 4)
-    assert back.content["config"]["versions"] == [1]
-    versions = sorted(p.name for p in (tmp_path / "personal" / "versions").glob("*/client-3/*"))
-    assert versions == ["round-000001.safetensors", "round-000004.safetensors"]
+        assert all(np.isfinite(values).all() for values in record.plan.downloads.values())
+    versions = {c: m.content["config"]["versions"] for m, _ in done.messages("train", T) for c in asked(m)}
+    assert versions == {0: [2], 1: [3], 2: [3], 3: [1]}
+    files = sorted(p.name for p in (tmp_path / "personal" / "versions").glob("*/client-3/*"))
+    assert files == ["round-000001.safetensors", "round-000004.safetensors"]
+    assert [r.client for r in done.notes.reports] == list(range(N))
+    for server_round, record in done.notes.records.items():
+        assert record.line()
+        assert strict_json(to_json(record.to_json()))["participants"] == coming_and_going[server_round]
 
 
-@pytest.mark.parametrize("broken", [np.nan, np.inf])
-def test_a_reply_that_is_not_a_number_is_left_out_and_forgotten(tmp_path, method, broken):
-    """In round 2 client 1's array is broken: the others go on, nothing of it reaches anybody, and in round 3 it starts
-    from what it last reported well."""
+@some_variants
+def test_clients_that_fail_are_left_out_and_the_others_go_on(tmp_path, variant):
+    """Two nodes, {0, 2} and {1, 3}. Client 3's training data are not numbers: it is left out in every round, its
+    neighbour is not. The other node raises in round 2 and sends an array of NaN in round 3: nothing of it reaches
+    anybody, and in round 4 its clients start from what they last reported well."""
+
+    def load(client):
+        data = toy_data(client)
+        train = Split(data.train.x * torch.nan, data.train.y) if client == 3 else data.train
+        return ClientData(train, data.calibration, data.test)
 
     def fault(answer, message, context):
+        if message.metadata.message_type != "train" or asked(message) != [0, 2]:
+            return answer(message, context)
+        server_round = message.content["config"]["server-round"]
+        if server_round == 2:
+            raise RuntimeError("out of memory")
         reply = answer(message, context)
-        kind, config = message.metadata.message_type, message.content["config"]
-        if kind == "train" and config["server-round"] == 2 and asked(message) == [1]:
-            flat = reply.content["arrays"]["flat"].numpy().copy()
-            flat[-1] = broken
-            reply.content["arrays"] = ArrayRecord({"flat": Array(flat)})
+        if server_round == 3:
+            flat = reply.content["arrays"]["flat"].numpy()
+            broken = np.full(4 * flat.size, 0xFF, dtype=np.uint8).view(np.float32)  # NaN, in double precision too
+            reply.content["arrays"] = ArrayRecord({"flat": Array(broken)})
         return reply
 
-    result, grid, notes = federate(tmp_path, method, num_nodes=N, app=FaultyApp(toy_app(), fault))
-    assert [list(notes.records[t].left_out) for t in range(1, T + 1)] == [[], [1], [], []]
-    assert all(np.isfinite(array.numpy()).all() for array in result.arrays.values())
-    for message, _ in grid.of_type("train"):
+    app = FaultyApp(toy_app(load, lambda: toy_network(exits=2)), fault)
+    done = quietly(tmp_path, variant, app=app)
+    sends_nothing = not [*row_of(variant).averaged, *row_of(variant).up]  # and so no NaN either
+    left_out = [list(done.notes.records[t].left_out) for t in range(1, T + 1)]
+    assert left_out == [[3], [0, 2, 3], [3] if sends_nothing else [0, 2, 3], [3]]
+    assert "NaN" in done.notes.records[1].left_out[3]
+    for message, _ in done.grid.of_type("train"):
         assert np.isfinite(message.content["arrays"]["flat"].numpy()).all()
-        if asked(message) == [1] and message.content["config"]["server-round"] == 3:
-            assert message.content["config"]["versions"] == [1]
-    assert [r.client for r in notes.reports] == [0, 1, 2, 3]
+    (again,) = (m for m, _ in done.messages("train", T) if asked(m) == [0, 2])
+    assert again.content["config"]["versions"] == ([3, 3] if sends_nothing else [1, 1])
+    assert all(np.isfinite(array.numpy()).all() for array in done.result.arrays.values())
+    assert {0, 1, 2} <= {r.client for r in done.notes.reports}
+    for client, tensors in done.published.items():
+        assert all(torch.isfinite(t).all() for t in tensors.values()), f"client {client}"
 
 
-# --- the two halves by themselves ---
-
-
-def known(method, clients, seed=0, exits=3):
-    """What the server knows of clients that have reported."""
-    network = toy_network(exits)
-    rng = np.random.default_rng(seed)
-    size = size_of(network, method.upload_names(network))
-    return {
-        c: ClientRecord(
-            num_examples=int(rng.integers(5, 50)),
-            seen=3,
-            upload=rng.normal(size=size).astype(np.float32),
-            similarity=rng.uniform(-1, 1, size=exits - 1),
-        )
-        for c in clients
-    }
-
-
-@pytest.mark.parametrize("exits", [1, 2, 5])
-@pytest.mark.parametrize("reported", [[], [4], [1, 4, 9], [2, 3]])
-def test_a_plan_is_for_the_participants_in_their_order(any_method, exits, reported):
-    participants = [1, 4, 9]
-    network = toy_network(exits)
-    plan = any_method.plan(
-        4, 20, participants, exits, known(any_method, reported, exits=exits), np.random.default_rng(0)
+@plain_methods
+def test_a_client_that_comes_later_gets_on(tmp_path, variant):
+    """The device of client 2 registers before round 2: it trains from then on and has a network at the end."""
+    grid = DeviceGrid(
+        toy_app(build=lambda: toy_network(exits=2)), ["0", "1", "2"], tmp_path / "personal", {2: (2, math.inf)}
     )
-    assert plan.active.shape == (3, exits - 1)
-    assert plan.active.dtype == bool
-    assert set(plan.downloads) <= set(participants)
-    for values in plan.downloads.values():
-        assert values.shape == (size_of(network, any_method.download_names(network)),)
-        assert values.dtype == np.float32
-    if plan.weights is not None:
-        assert plan.weights.shape == (len(plan.weight_rows), len(plan.weight_columns))
-        np.testing.assert_allclose(plan.weights.sum(axis=1), 1.0, atol=1e-6)
-        assert (plan.weights >= 0).all()
+    done = quietly(tmp_path, variant, grid=grid, rounds=3, num_rounds=3, num_clients=None)
+    took_part = [[r.client for r in done.notes.records[t].reports] for t in (1, 2, 3)]
+    assert took_part == [[0, 1], [0, 1, 2], [0, 1, 2]]
+    assert [r.client for r in done.notes.reports] == [0, 1, 2]
+    assert sorted(done.published) == [0, 1, 2]
 
 
-def test_a_plan_does_not_depend_on_the_order_of_what_is_known_and_changes_none_of_it(any_method):
-    participants = [0, 1, 2, 3]
-    records = known(any_method, range(6))
-    before = {c: (r.upload.copy(), r.similarity.copy()) for c, r in records.items()}
-    plans = [
-        any_method.plan(3, 10, participants, 3, dict(sorted(records.items(), key=key)), np.random.default_rng(1))
-        for key in (lambda kv: kv[0], lambda kv: -kv[0])
-    ]
-    np.testing.assert_array_equal(plans[0].active, plans[1].active)
-    assert list(plans[0].downloads) == list(plans[1].downloads)
-    for client, values in plans[0].downloads.items():
-        np.testing.assert_array_equal(values, plans[1].downloads[client])
-    for client, (upload, similarity) in before.items():
-        np.testing.assert_array_equal(records[client].upload, upload)
-        np.testing.assert_array_equal(records[client].similarity, similarity)
+@some_variants
+def test_a_single_client_with_a_single_class_is_enough(tmp_path, variant):
+    """Nobody to learn from, and classes that nobody has: all numbers stay finite."""
+
+    def load(client):
+        return ClientData(*(Split(s.x, torch.zeros_like(s.y)) for s in vars(toy_data(client)).values()))
+
+    done = quietly(tmp_path, variant, 1, app=toy_app(load, lambda: toy_network(exits=2)), num_clients=1)
+    assert [[r.client for r in done.notes.records[t].reports] for t in range(1, T + 1)] == [[0]] * T
+    assert all(torch.isfinite(t).all() for t in done.published[0].values())
+    for record in done.notes.records.values():
+        if record.plan.weights is not None:
+            np.testing.assert_allclose(record.plan.weights, [[1.0]])
 
 
-def test_training_changes_the_network_it_is_given_and_reports_finite_numbers(any_method):
-    """With all exits active everything trains; the same generator gives the same outcome bit for bit."""
-    outcomes = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        network = toy_network()
-        before = {name: t.clone() for name, t in network.state_dict().items()}
-        task = LocalTask(
-            network=network,
-            data=toy_data(1).train,
-            active=[True, True],
-            download={},
-            budget=BUDGET,
-            rng=lambda purpose: rng_for(0, 1, 1, purpose),
-        )
-        result = any_method.train(task)
-        assert np.isfinite(result.loss)
-        assert len(result.similarity) == 2
-        assert all(-1.001 <= s <= 1.001 for s in result.similarity)
-        assert [name for name, t in network.state_dict().items() if torch.equal(t, before[name])] == []
-        outcomes.append((result, torch.cat([t.flatten() for t in network.state_dict().values()])))
-    assert outcomes[0][0] == outcomes[1][0]
-    assert torch.equal(outcomes[0][1], outcomes[1][1])
+@some_variants
+def test_a_network_with_a_single_exit_works_or_is_refused_before_the_first_round(tmp_path, variant):
+    """DepthFL's exits teach one another: it needs two, and says so."""
+    if variant[0] == "depthfl":
+        with pytest.raises(ValueError, match="at least 2 exits"):
+            build(variant).check(toy_network(exits=1))
+        with pytest.raises(RuntimeError, match="at least 2 exits"):
+            federate(tmp_path, variant, exits=1)
+        assert not (tmp_path / "checkpoint").exists()
+        return
+    done = quietly(tmp_path, variant, rounds=2, num_rounds=2, exits=1)
+    assert [len(r.exits.accuracy) for r in done.notes.reports] == [1] * N
+    assert all(np.isfinite(r.train_loss) for record in done.notes.records.values() for r in record.reports)
+
+
+@own_variants
+def test_every_setting_runs_at_other_values(tmp_path, variant):
+    """Two rounds, the last of which all clients enter with a download of their own: finite networks come out."""
+    done = quietly(tmp_path, variant, rounds=2, num_rounds=2, num_clients=2)
+    assert [r.client for r in done.notes.reports] == [0, 1]
+    for tensors in done.published.values():
+        assert all(torch.isfinite(t).all() for t in tensors.values())
+
+
+# --- the two halves by themselves ------------------------------------------------------------------------------------
+
+
+def knowledge(method, clients, participants=(1, 4, 9), exits=2, *, reverse=False):
+    """A round for the server half, with random reports of the clients."""
+    network, rng = toy_network(exits), np.random.default_rng(0)
+    tensors = {**network.state_dict(), **method.extra_tensors(network)}
+    schema = Schema.of(tensors, method.upload_names(network))
+    known = {}
+    for c in sorted(clients):
+        sent = {name: torch.from_numpy(rng.normal(size=tensors[name].shape)).float() for name in schema.names}
+        for name in {"class-counts", "variance"} & set(sent):
+            sent[name] = sent[name].abs()
+        known[c] = ClientRecord(int(rng.integers(5, 50)), 3, schema.pack(sent), rng.uniform(-1, 1, size=exits - 1))
+    if reverse:
+        known = dict(reversed(known.items()))
+    return ServerRound(4, 20, participants, exits, known, schema, np.random.default_rng(1))
+
+
+@every_method
+def test_a_plan_is_for_the_participants_in_their_order(name):
+    """Whoever is known: none of them, one, all, or only others. Weights are shares."""
+    for variant in of_method(name):
+        method = build(variant)
+        for exits in (2, 5):
+            network = toy_network(exits)
+            tensors = {**network.state_dict(), **method.extra_tensors(network)}
+            size = Schema.of(tensors, method.download_names(network)).size
+            for reported in ([], [4], [1, 4, 9], [2, 3]):
+                plan = method.plan(knowledge(method, reported, exits=exits))
+                assert plan.active.shape == (3, exits - 1)
+                assert plan.active.dtype == bool
+                assert set(plan.downloads) <= {1, 4, 9}
+                for values in plan.downloads.values():
+                    assert values.shape == (size,)
+                    assert values.dtype == np.float32
+                    assert np.isfinite(values).all()
+                if plan.weights is not None:
+                    assert plan.weights.shape == (len(plan.weight_rows), len(plan.weight_columns))
+                    assert set(plan.weight_rows) <= {1, 4, 9}
+                    np.testing.assert_allclose(plan.weights.sum(axis=1), 1.0, atol=1e-6)
+                    assert (plan.weights >= 0).all()
+
+
+@every_method
+def test_a_plan_does_not_depend_on_the_order_of_what_is_known_and_changes_none_of_it(name):
+    for variant in of_method(name):
+        method = build(variant)
+        rounds = [knowledge(method, range(5), (0, 1, 3), reverse=reverse) for reverse in (False, True)]
+        before = {c: (r.upload.copy(), r.similarity.copy()) for c, r in rounds[0].known.items()}
+        a, b = (method.plan(one) for one in rounds)
+        np.testing.assert_array_equal(a.active, b.active)
+        assert list(a.downloads) == list(b.downloads)
+        for client, values in a.downloads.items():
+            np.testing.assert_array_equal(values, b.downloads[client])
+        for client, (upload, similarity) in before.items():
+            np.testing.assert_array_equal(rounds[0].known[client].upload, upload)
+            np.testing.assert_array_equal(rounds[0].known[client].similarity, similarity)
+
+
+@every_method
+def test_training_is_repeatable_and_leaves_the_network_trainable(name):
+    """The same start and generator give the same outcome bit for bit; nothing stays frozen, the backbone has moved."""
+    for variant in of_method(name):
+        method, outcomes = build(variant), []
+        for _ in range(2):
+            network = toy_network(exits=2)
+            network.load_state_dict(initial())
+            task = LocalTask(
+                network=network,
+                data=toy_data(1).train,
+                active=[True],
+                download={},
+                budget=BUDGET,
+                rng=lambda purpose: rng_for(0, 1, 1, purpose),
+                state=method.extra_tensors(network),
+                initial=initial(),
+            )
+            result = method.train(task)
+            assert np.isfinite(result.loss)
+            assert all(-1.001 <= s <= 1.001 for s in result.similarity)
+            assert all(p.requires_grad for p in network.parameters())
+            tensors = {**network.state_dict(), **task.state}
+            assert not any(t.requires_grad for t in task.state.values())
+            assert not any(torch.equal(tensors[name], initial()[name]) for name in BACKBONE)
+            outcomes.append((result, tensors))
+        assert outcomes[0][0] == outcomes[1][0]
+        assert same_tensors(outcomes[0][1], outcomes[1][1])

@@ -13,7 +13,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from cafe_flwr.data import Split
 from cafe_flwr.metrics import (
     THRESHOLDS,
+    ExitMetrics,
     dynamic_counts,
+    ensemble_accuracy,
     evaluate,
     exit_logits,
     exit_metrics,
@@ -21,6 +23,7 @@ from cafe_flwr.metrics import (
     worst_share,
 )
 from cafe_flwr.networks import EarlyExitNetwork, Exit
+from cafe_flwr.summary import area_under_curve, mean, mean_rows
 
 
 def draw(exits, n, classes, seed, scale=3.0):
@@ -85,6 +88,36 @@ def test_without_examples_nothing_is_known():
     for values in (result.accuracy, result.loss, result.ece):
         assert len(values) == 3
         assert all(math.isnan(v) for v in values)
+    assert math.isnan(ensemble_accuracy(torch.zeros(3, 0, 5), torch.zeros(0, dtype=torch.int64)))
+
+
+def test_unknown_metrics_are_lists_of_their_own():
+    unknown = ExitMetrics.unknown(2)
+    for values in (unknown.accuracy, unknown.loss, unknown.ece):
+        assert len(values) == 2
+        assert all(math.isnan(v) for v in values)
+    unknown.accuracy[0] = 0.5
+    assert math.isnan(unknown.loss[0])
+    assert math.isnan(ExitMetrics.unknown(2).accuracy[0])
+
+
+@settings(deadline=None, max_examples=25)
+@given(exits=st.integers(1, 4), n=st.integers(1, 30), classes=st.integers(2, 6), seed=st.integers(0, 10**6))
+def test_the_ensemble_is_the_mean_of_the_exits_probabilities(exits, n, classes, seed):
+    logits, y = draw(exits, n, classes, seed)
+    right = [np.mean([softmax(z) for z in logits[:, i].numpy()], axis=0).argmax() == y[i].item() for i in range(n)]
+    assert ensemble_accuracy(logits, y) == pytest.approx(np.mean(right), abs=1e-6)
+
+
+def test_the_ensemble_by_hand():
+    """Not votes: two exits hardly prefer class 0, (0.55, 0.45), the third is for class 1, (0.2, 0.8), and so is their
+    mean, (0.433, 0.567). Not logits: 9 for class 0 at one exit is more than the others' ln 9 = 2.2 each for class 1,
+    but its probability counts no more than theirs: (0.9999 + 0.1 + 0.1)/3 = 0.4."""
+    hardly, clearly = math.log(0.55 / 0.45), math.log(0.2 / 0.8)
+    first = torch.tensor([[[hardly, 0.0]], [[hardly, 0.0]], [[clearly, 0.0]]])
+    assert ensemble_accuracy(first, torch.tensor([1])) == 1.0
+    second = torch.tensor([[[9.0, 0.0]], [[0.0, math.log(9)]], [[0.0, math.log(9)]]])
+    assert ensemble_accuracy(second, torch.tensor([1])) == 1.0
 
 
 class Dropping(EarlyExitNetwork):
@@ -252,3 +285,50 @@ def test_worst_share(values, share, expected):
 def test_worst_share_of_nothing_is_unknown():
     assert math.isnan(worst_share([]))
     assert math.isnan(worst_share([math.nan, math.nan]))
+
+
+def test_means_leave_out_what_is_unknown():
+    assert mean([0.5, math.nan, 1.0]) == 0.75
+    assert math.isnan(mean([]))
+    assert math.isnan(mean([math.nan]))
+    rows = mean_rows([[0.5, math.nan], [1.0, math.nan]])
+    assert rows[0] == 0.75
+    assert math.isnan(rows[1])
+
+
+# --- the accuracy–MACs curve ---
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "macs", "expected"),
+    [
+        ([0.6, 0.8], [10, 30], 0.7),  # a straight line
+        ([0.6, 0.8, 0.8], [10, 20, 30], 0.75),  # (0.7·10 + 0.8·10)/20
+        ([0.8, 0.6, 0.7], [10, 20, 30], 0.8),  # the cheapest is the best: nothing dearer need be used
+        ([0.5, 0.9, 0.7, 0.9], [10, 20, 30, 50], 0.85),  # (0.7·10 + 0.9·30)/40
+        ([0.5, 0.9, 0.9], [10, 10, 30], 0.9),  # two points of one cost: the better one
+        ([0.5, 0.7], [10, 10], 0.7),  # a single cost
+        ([0.4], [10], 0.4),
+    ],
+)
+def test_the_area_under_the_curve_by_hand(accuracy, macs, expected):
+    assert area_under_curve(accuracy, macs) == pytest.approx(expected)
+    assert area_under_curve(accuracy[::-1], macs[::-1]) == pytest.approx(expected)
+
+
+@settings(deadline=None)
+@given(n=st.integers(2, 12), seed=st.integers(0, 10**6))
+def test_the_area_is_the_mean_of_the_best_accuracy_within_each_cost(n, seed):
+    """On a fine grid: between two points the best accuracy so far grows along a line."""
+    rng = np.random.default_rng(seed)
+    accuracy, macs = rng.random(n), rng.choice(50, size=n, replace=False).astype(float)
+    area = area_under_curve(accuracy, macs)
+    order = np.argsort(macs)
+    best = [accuracy[order][: i + 1].max() for i in range(n)]
+    middles = macs.min() + (np.arange(20_000) + 0.5) / 20_000 * np.ptp(macs)
+    assert area == pytest.approx(np.interp(middles, macs[order], best).mean(), abs=1e-3)
+    assert accuracy[order[0]] - 1e-12 <= area <= accuracy.max() + 1e-12
+
+
+def test_the_area_of_no_curve_is_unknown():
+    assert math.isnan(area_under_curve([], []))

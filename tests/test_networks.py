@@ -137,3 +137,38 @@ def test_any_modules_make_an_early_exit_network():
 def test_exits_that_do_not_fit_are_an_error(stages, exits, message):
     with pytest.raises(ValueError, match=message):
         EarlyExitNetwork(stages, exits)
+
+
+# --- the offset ---
+
+
+def test_an_offset_is_added_to_the_logits_of_every_exit(case):
+    """In forward as well as step by step; features are as they were, and None is no offset."""
+    network, x, configuration = case
+    plain = network(x)
+    network.offset = torch.linspace(-3, 2, configuration["num_classes"])
+    h = x
+    for k, (z, together) in enumerate(zip(plain, network(x), strict=True)):
+        h = network.stage(k, h)
+        features, logits = network.exit(k, h)
+        assert torch.equal(together, z + network.offset)
+        assert torch.equal(logits, together)
+        head = network.exits[k].head
+        torch.testing.assert_close(features @ head.weight.T + head.bias, z)
+    network.offset = None
+    for a, b in zip(plain, network(x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_offset_is_no_parameter():
+    """It neither travels nor trains, and loading a state leaves it alone."""
+    network = ConvNet((1, 8, 8), num_classes=3)
+    assert network.offset is None
+    names = list(network.state_dict())
+    network.offset = offset = torch.tensor([1.0, 2.0, 3.0])
+    assert list(network.state_dict()) == names
+    assert {id(p) for p in network.parameters()} & {id(offset)} == set()
+    network.load_state_dict(ConvNet((1, 8, 8), num_classes=3).state_dict())
+    assert network.offset is offset
+    sum(z.square().sum() for z in network(torch.randn(2, 1, 8, 8))).backward()
+    assert offset.grad is None

@@ -27,6 +27,7 @@ from cafe_flwr.report import (
     scaled,
     write_report,
 )
+from cafe_flwr.report_figures import draw_accuracy
 from cafe_flwr.report_page import left_out
 from cafe_flwr.teaching import teacher_weights
 
@@ -312,9 +313,15 @@ def test_optional_entries_missing_or_null(run: Path) -> None:
     assert (
         "Not in summary.json, taken from the other records: num_clients, accuracy_last_exit, ece_per_exit" in page.text
     )
-    for title in ("Accuracy against cost", "Weights of the teachers", "Own head over rounds", "Time"):
-        assert title in page.text.split("Not recorded in this run, so not shown: ")[1].split(".")[0]
+    absent = page.text.split("Not recorded in this run, so not shown: ")[1].split(".")[0]
+    assert all(title in absent for title in ("Accuracy against cost", "Time"))
+    teaching = ("Weights of the teachers", "Own head over rounds")
+    assert not any(title in page.text for title in teaching)  # null: nobody teaches in this method
     assert "0.400 ±" in printed(run)
+
+    (run / "summary.json").write_text(json.dumps(keep))
+    absent = page_of(run).text.split("Not recorded in this run, so not shown: ")[1].split(".")[0]
+    assert all(title in absent for title in teaching)  # there is no word of it: it was not recorded
 
 
 def test_nan_and_null_accuracies(run: Path) -> None:
@@ -333,6 +340,63 @@ def test_nan_and_null_accuracies(run: Path) -> None:
     table.to_parquet(run / "clients.parquet")
     (run / "summary.json").unlink()
     assert "Accuracy of every client" in page_of(run).text.split("Not recorded")[1].split(".")[0]
+
+
+def evaluate_only(folder: Path, rounds: set[int]) -> None:
+    """As a run with `evaluate-every` leaves it: null accuracies in the other rounds, and no rows."""
+    lines = [json.loads(text) for text in (folder / "rounds.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["round"] not in rounds:
+            line |= {"accuracy_per_exit": [None] * 3, "accuracy_per_exit_after": [None] * 3}
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = pd.read_parquet(folder / "clients.parquet")
+    table[table["round"].isin(rounds)].to_parquet(folder / "clients.parquet")
+
+
+def test_rounds_without_evaluation(tmp_path: Path) -> None:
+    """The page has all figures and the table all numbers; the accuracies there are, in rounds 3, 6 and 7 of 7, can be
+    seen: a line with a gap at both sides of each of its points is not drawn at all."""
+    run = make_run(tmp_path / "run", clients=5, rounds=7)
+    evaluate_only(run, {3, 6, 7})
+    page = page_of(run)
+    assert page.tags.count("svg") == len(FIGURES)
+    assert "Not recorded" not in page.text
+    assert "nan" not in page.text.lower().split()
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"{summary['accuracy']:.3f} ±" in printed(run)
+
+    drawn = draw_accuracy(read_run(run))
+    assert drawn is not None
+    for line in drawn[0].axes[0].lines:
+        x, y = np.asarray(line.get_xdata(), dtype=float), np.asarray(line.get_ydata(), dtype=float)
+        seen = {t for t, value in zip(x, y, strict=True) if np.isfinite(value)}
+        joined = {t for i in range(1, len(x)) if np.isfinite(y[i - 1 : i + 1]).all() for t in x[i - 1 : i + 1]}
+        assert seen == {3, 6, 7}
+        assert joined == seen or line.get_marker() not in ("", "None", None)
+
+
+def test_a_run_stopped_before_its_first_evaluation(run: Path) -> None:
+    """No accuracy at all: dashes, and the figures that need one are named."""
+    (run / "summary.json").unlink()
+    evaluate_only(run, set())
+    text = printed(run)
+    assert "– ± –" in text
+    assert "nan" not in text.lower().split()
+    absent = page_of(run).text.split("Not recorded in this run, so not shown: ")[1].split(".")[0]
+    for title in ("Accuracy over rounds", "Accuracy of every client", "Accuracy against cost"):
+        assert title in absent
+
+
+def test_a_run_stopped_after_a_round_without_evaluation(run: Path) -> None:
+    """The figures are those of the last round that was evaluated, round 3."""
+    (run / "summary.json").unlink()
+    table = pd.read_parquet(run / "clients.parquet")
+    table[table["phase"] != "final"].to_parquet(run / "clients.parquet")
+    evaluate_only(run, {3})
+    last = pd.read_parquet(run / "clients.parquet").query("phase == 'before'").groupby("exit")["accuracy"].mean()
+    text = printed(run)
+    assert all(f"{value:.3f} ±" in text for value in last)
+    assert page_of(run).tags.count("svg") >= 5
 
 
 @pytest.mark.parametrize(("clients", "exits", "rounds"), [(5, 1, 3), (1, 3, 3), (1, 1, 1), (3, 2, 1), (40, 7, 4)])

@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cafe_flwr.coordination import SELECTIONS
-from cafe_flwr.methods import METHODS, CafeDistillMethod, settings_of
-from cafe_flwr.settings import Settings
+from cafe_flwr.messages import kebab
+from cafe_flwr.methods import METHODS, CafeDistillMethod, Method, settings_of
+from cafe_flwr.settings import Settings, keys_of_other_methods
 from cafe_flwr.teaching import TEACHERS
 from cafe_flwr.training import LocalBudget
 
@@ -19,15 +21,16 @@ DEFAULTS = Settings().to_run_config()
 
 
 def test_the_manifest_has_every_setting_with_its_default_and_type():
-    """`[tool.flwr.app.config]` is what `flwr run` starts from: keys, values and TOML types, in the same order."""
+    """`[tool.flwr.app.config]` is what `flwr run` starts from: keys, values and TOML types, in the order of `keys`."""
     manifest = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
     assert manifest == DEFAULTS
-    assert list(manifest) == list(DEFAULTS)
+    assert list(manifest) == Settings.keys()
     assert {key: type(value) for key, value in manifest.items()} == {k: type(v) for k, v in DEFAULTS.items()}
 
 
 def test_names_are_kebab_case_and_values_are_what_flower_can_carry():
-    assert Settings.keys() == list(DEFAULTS)
+    assert sorted(Settings.keys()) == sorted(DEFAULTS)
+    assert len(set(Settings.keys())) == len(Settings.keys())
     for key, value in DEFAULTS.items():
         assert key == key.lower().replace("_", "-")
         assert type(value) in (bool, int, float, str)
@@ -63,15 +66,103 @@ def test_defaults_of_the_parts_are_those_of_the_settings():
     assert (budget.steps, budget.epochs) == (Settings().local_steps, Settings().local_epochs)
 
 
+def keys_of(method):
+    """Keys of the settings a method declares itself, by its prefix; and those that it has from every method."""
+    cls, common = METHODS[method], {f.name for f in fields(Method)}
+    own = {f.name: f for f in fields(cls) if f.name not in common or f.name in cls.__annotations__}
+    return {cls.prefix + kebab(name): f for name, f in own.items()}, common - set(own)
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_and_every_choice_of_it_can_be_set(method):
-    assert Settings.from_run_config({"method": method}).method == method
-    for name in settings_of(METHODS[method]()):
-        assert name in Settings.model_fields
-    for selection in SELECTIONS:
-        assert Settings.from_run_config({"selection": selection}).selection == selection
-    for teachers in TEACHERS:
-        assert Settings.from_run_config({"teachers": teachers}).teachers == teachers
+def test_every_setting_of_every_method_is_a_key_under_its_prefix(method):
+    """With the default, description and type of the method; unset, the method is as it is made in Python."""
+    assert Settings.from_run_config({"method": method}).build_method() == METHODS[method]()
+    own, common = keys_of(method)
+    assert {kebab(name) for name in common} <= set(DEFAULTS)
+    for key, f in own.items():
+        assert DEFAULTS[key] == f.default
+        assert type(DEFAULTS[key]) is type(f.default)
+        assert Settings.model_fields[key.replace("-", "_")].description == f.metadata["doc"]
+
+
+def test_prefixes_tell_methods_apart():
+    """No key means two things: what a method declares is under its own prefix, which only CAFEDistill has not."""
+    owners = [key for method in METHODS for key in keys_of(method)[0]]
+    assert len(owners) == len(set(owners))
+    prefixes = [cls.prefix for cls in METHODS.values()]
+    assert len(set(prefixes)) == len(METHODS)
+    assert [name for name, cls in METHODS.items() if not cls.prefix] == ["cafedistill"]
+    assert all(prefix == "" or prefix.endswith("-") for prefix in prefixes)
+    runs_own = {kebab(name) for name in Settings.__annotations__}
+    assert not set(owners) & (runs_own | {kebab(f.name) for f in fields(Method)})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_choice_of_a_method_can_be_set(method):
+    for key, f in keys_of(method)[0].items():
+        for choice in f.metadata["choices"]:
+            built = Settings.from_run_config({"method": method, key: choice}).build_method()
+            assert getattr(built, f.name) == choice
+
+
+def test_the_choices_of_cafedistill_are_those_of_its_parts():
+    own, _ = keys_of("cafedistill")
+    assert own["selection"].metadata["choices"] == tuple(SELECTIONS)
+    assert own["teachers"].metadata["choices"] == tuple(TEACHERS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_bound_of_a_method_holds_and_is_no_tighter(method):
+    """The value at a bound can be set, or not where it says `greater than`; the next one cannot, and is refused by the
+    name of the key."""
+    for key, f in keys_of(method)[0].items():
+        bounds, number = f.metadata, type(f.default)
+        if number is bool or isinstance(f.default, str):
+            continue
+        step = 1 if number is int else 1e-6
+        sides = {"ge": (0, -step), "gt": (step, 0), "le": (0, step)}  # how far from the bound is good, and bad
+        good = [bounds[b] + inside for b, (inside, _) in sides.items() if bounds[b] is not None]
+        bad = [bounds[b] + outside for b, (_, outside) in sides.items() if bounds[b] is not None]
+        assert bad, f"{key} has no bounds"
+        for value in good:
+            built = Settings.from_run_config({"method": method, key: number(value)}).build_method()
+            assert getattr(built, f.name) == value
+        for value in bad:
+            with pytest.raises(ValueError, match=f"^{key} should be (greater|less) than .*, got "):
+                Settings.from_run_config({"method": method, key: number(value)})
+
+
+@pytest.mark.parametrize(
+    ("method", "nearest"),
+    [("fedavgg", "fedavg"), ("cafe-distill", "cafedistill"), ("FedPer", "fedper"), ("dito", "ditto"), ("zzz", None)],
+)
+def test_an_unknown_method_is_refused_with_the_nearest_and_all_there_are(method, nearest):
+    hint = rf"; did you mean '{nearest}'\?" if nearest else ""
+    with pytest.raises(ValueError, match=f"^method should be one of {', '.join(METHODS)}, got '{method}'{hint}$"):
+        Settings.from_run_config({"method": method})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_too_few_steps_for_the_phases_of_a_method_are_refused(method):
+    """A single step cannot be shared by two phases; it can if each takes all, or passes are counted; two steps can."""
+    config = {"method": method, "local-steps": 1}
+    if METHODS[method].phases == 1:
+        Settings.from_run_config(config)
+    else:
+        with pytest.raises(ValueError, match=f"local-steps = 1 cannot be shared by the 2 things that {method} trains"):
+            Settings.from_run_config(config)
+        Settings.from_run_config({**config, "equal-steps": False})
+        Settings.from_run_config({**config, "local-epochs": 1})
+        Settings.from_run_config({**config, "local-steps": 2})
+
+
+def test_settings_that_a_method_does_not_read_are_known():
+    """What the report may leave out: the others' own, not those of every method or of the run."""
+    others = keys_of_other_methods("ditto")
+    assert {"mu", "solver", "fedprox-mu", "plus-pull"} <= others
+    assert not {"ditto-pull", "prior", "distill", "equal-steps", "learning-rate"} & others
+    assert keys_of_other_methods("cafedistill") >= {"ditto-pull"}
+    assert "mu" not in keys_of_other_methods("cafedistill")
 
 
 @pytest.mark.parametrize(
@@ -109,6 +200,10 @@ WRONG_TYPES = [
     ("seed", True),
     ("resume", "yes"),
     ("resume", 1),
+    ("equal-steps", 1),
+    ("ditto-pull", "0.1"),
+    ("fedbabu-finetune-rounds", 2.0),
+    ("method", 1),
     ("num-server-rounds", 100.0),
     ("num-server-rounds", "100"),
     ("learning-rate", "0.3"),
@@ -139,7 +234,7 @@ def test_no_number_with_a_point_passes_for_anything_else(key, value):
 @pytest.mark.parametrize("key", [k for k, v in DEFAULTS.items() if type(v) is float and k != "test-share"])
 def test_whole_numbers_pass_for_numbers(key):
     """`learning-rate=1` on the command line is an integer in TOML. (A test-share of 0 or 1 cannot be.)"""
-    value = 0 if key in ("momentum", "calibration-share") else 1
+    value = 0 if key in ("momentum", "calibration-share", "validation-share") else 1
     assert Settings.from_run_config({key: value}).to_run_config()[key] == value
 
 
@@ -152,13 +247,14 @@ IMPOSSIBLE = [
     ("name", "a b", "match pattern"),
     ("name", "x" * 101, "at most 100 characters"),
     ("results-dir", "", "at least 1 character"),
-    ("method", "fedavg", "'cafedistill'"),
+    ("method", "fedavgg", "one of cafedistill, .*fedavg"),
     ("num-server-rounds", 0, "greater than or equal to 1"),
     ("num-clients", 0, "greater than or equal to 1"),
     ("fraction-train", 0.0, "greater than 0"),
     ("fraction-train", 1.01, "less than or equal to 1"),
     ("min-train-nodes", 0, "greater than or equal to 1"),
     ("min-available-nodes", 0, "greater than or equal to 1"),
+    ("evaluate-every", 0, "greater than or equal to 1"),
     ("wait-seconds", -1.0, "greater than or equal to 0"),
     ("round-timeout", 0.0, "greater than 0"),
     ("dataset", "cifar", "match pattern"),
@@ -171,6 +267,12 @@ IMPOSSIBLE = [
     ("calibration-share", 1.0, "less than 1"),
     ("test-share", 0.0, "greater than 0"),
     ("test-share", 1.0, "less than 1"),
+    ("validation-share", -0.1, "greater than or equal to 0"),
+    ("validation-share", 1.0, "less than 1"),
+    ("label-groups", -1, "greater than or equal to 0"),
+    ("rotations", 0, "greater than or equal to 1"),
+    ("test-shift", -0.1, "greater than or equal to 0"),
+    ("test-shift", 1.1, "less than or equal to 1"),
     ("image-size", -1, "greater than or equal to 0"),
     ("image-column", "", "at least 1 character"),
     ("label-column", "", "at least 1 character"),
@@ -190,8 +292,36 @@ IMPOSSIBLE = [
     ("selection", "best", "'shallow-first', 'deep-first', 'random' or 'none'"),
     ("teachers", "all", "'matched', 'uniform' or 'own'"),
     ("similarity-proxy", "loss", "'parameters' or 'gradients'"),
-    ("solver", "", "at least 1 character"),
     ("max-staleness", -1, "greater than or equal to 0"),
+    ("plus-mu", 0.0, "greater than 0"),
+    ("plus-pull", -0.1, "greater than or equal to 0"),
+    ("plus-pull", 1.1, "less than or equal to 1"),
+    ("plus-distill-weight", -1.0, "greater than or equal to 0"),
+    ("plus-last-weight", -1.0, "greater than or equal to 0"),
+    ("plus-temperature", 0.0, "greater than 0"),
+    ("plus-selection", "best", "'shallow-first', 'deep-first', 'random' or 'none'"),
+    ("plus-backbone-pull", -0.1, "greater than or equal to 0"),
+    ("plus-backbone-pull", 1.1, "less than or equal to 1"),
+    ("plus-counts", "some", "'exact', 'noised' or 'none'"),
+    ("plus-count-epsilon", 0.0, "greater than 0"),
+    ("depthfl-ramp", 0.0, "greater than 0"),
+    ("depthfl-ramp", 1.1, "less than or equal to 1"),
+    ("ditto-pull", -0.1, "greater than or equal to 0"),
+    ("fedamp-sharpness", -1.0, "greater than or equal to 0"),
+    ("fedamp-self-weight", 1.1, "less than or equal to 1"),
+    ("fedamp-proximal", -0.1, "greater than or equal to 0"),
+    ("fedbabu-finetune-rounds", -1, "greater than or equal to 0"),
+    ("fedpac-alignment", -1.0, "greater than or equal to 0"),
+    ("fedprox-mu", -0.1, "greater than or equal to 0"),
+    ("local-kd-distill-weight", -1.0, "greater than or equal to 0"),
+    ("local-kd-temperature", 0.0, "greater than 0"),
+    ("pfedgraph-mu", -0.1, "greater than or equal to 0"),
+    ("pfedgraph-same-above", -1.1, "greater than or equal to -1"),
+    ("pfedgraph-same-above", 1.1, "less than or equal to 1"),
+    ("pfedgraph-alignment", -0.1, "greater than or equal to 0"),
+    ("scalefl-gamma", -0.1, "greater than or equal to 0"),
+    ("scalefl-temperature", 0.0, "greater than 0"),
+    ("scalefl-warmup", -0.1, "greater than or equal to 0"),
 ]
 
 
@@ -211,7 +341,7 @@ def test_numbers_are_finite(key, value):
 
 def test_every_setting_with_a_range_or_a_list_is_tried_above():
     """A new setting must be tried too."""
-    free = {"resume", "state-dir"}  # any bool; any text, or checked below
+    free = {"state-dir", "solver"} | {key for key, value in DEFAULTS.items() if type(value) is bool}  # checked below
     assert {key for key, _, _ in IMPOSSIBLE} | free == set(DEFAULTS)
 
 
@@ -224,6 +354,8 @@ def test_every_setting_with_a_range_or_a_list_is_tried_above():
         ),
         ({"min-train-nodes": 5, "num-clients": 4}, r"min-train-nodes \(5\) must not exceed num-clients \(4\)"),
         ({"solver": "gurobee"}, "solver must be 'exact' or one of: .*osqp.*; got 'gurobee'"),
+        ({"solver": ""}, "solver must be 'exact' or one of: .*osqp.*; got ''"),
+        ({"method": "fedrod", "prior": True}, "prior is not for fedrod"),
         ({"results-dir": "results"}, "results-dir must be an absolute path or start with '~', got 'results'"),
         ({"state-dir": "./state"}, "state-dir must be an absolute path or start with '~', got './state'"),
     ],

@@ -12,6 +12,7 @@ from federations import (
     WatchedGrid,
     asked,
     same_arrays,
+    same_tensors,
     toy_app,
     toy_data,
     toy_network,
@@ -26,8 +27,11 @@ from cafe_flwr import CafeDistill
 from cafe_flwr import strategy as strategy_module
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.messages import Keys
+from cafe_flwr.methods import METHODS
+from cafe_flwr.methods.pfedgraph import PFedGraph
 from cafe_flwr.metrics import THRESHOLDS
 from cafe_flwr.state import Checkpoints
+from cafe_flwr.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
 
 FULL_BATCH = LocalBudget(batch_size=1000, steps=2, learning_rate=0.2)  # the order of examples does not matter
@@ -634,7 +638,9 @@ def test_configs_of_the_user_travel_along(tmp_path):
     assert all(m.content["config"]["batch"] == 7 for m, _ in grid.of_type("evaluate"))
 
 
-@pytest.mark.parametrize("key", ["seed", "clients", "active-exits", "digest", "method", "method.mu", "local.steps"])
+@pytest.mark.parametrize(
+    "key", ["seed", "clients", "active-exits", "digest", "evaluate", "publish", "method", "method.mu", "local.steps"]
+)
 @pytest.mark.parametrize("which", ["train_config", "evaluate_config"])
 def test_configs_of_the_user_cannot_take_our_keys(tmp_path, key, which):
     """Told before anything is sent, not by every client, nor after the last round."""
@@ -668,6 +674,218 @@ def test_evaluation_on_the_server(tmp_path):
         np.testing.assert_array_equal(seen[3][name], result.arrays[name].numpy())
         if name.startswith("stages.0."):
             assert not np.array_equal(seen[0][name], seen[1][name])
+
+
+# --- evaluation in some rounds only ---
+
+
+def by(method, folder, *, app=None, num_nodes=N, num_rounds=4, run=None, **kwargs):
+    """Start any method on toys: its result, notes and messages."""
+    notes = Notes()
+    strategy = FederatedStrategy(
+        method=method,
+        num_rounds=num_rounds,
+        num_clients=N,
+        local=LocalBudget(batch_size=8, steps=4, learning_rate=0.2),
+        wait_seconds=0.0,
+        callbacks=[notes],
+        **kwargs,
+    )
+    grid = grid_of(folder, num_nodes, app)
+    return strategy.start(grid, **(run or {})), notes, grid
+
+
+@pytest.mark.parametrize(("every", "evaluated"), [(1, [1, 2, 3, 4, 5, 6]), (2, [2, 4, 6]), (4, [4, 6]), (50, [6])])
+def test_clients_evaluate_in_the_rounds_asked_for_and_the_last_one(tmp_path, every, evaluated):
+    """In the others they say that they do not know, and Flower's averages have no such round."""
+    result, notes, grid = start(tmp_path, evaluate_every=every)
+    for message, _ in grid.of_type("train"):
+        config = message.content["config"]
+        assert config["evaluate"] == (config["server-round"] in evaluated)
+    for t, record in notes.records.items():
+        assert record.evaluated == (t in evaluated)
+        for report in record.reports:
+            for metrics in (report.before, report.after):
+                values = [v for part in vars(metrics).values() for v in part]
+                assert len(values) == 9
+                assert np.isnan(values).all() == (t not in evaluated)
+            assert math.isfinite(report.train_loss)
+            assert report.local_steps == FULL_BATCH.steps
+    assert sorted(result.train_metrics_clientapp) == evaluated
+    assert all(np.isfinite(report.exits.accuracy).all() for report in notes.reports)
+
+
+def test_the_last_round_is_that_of_the_schedule_not_of_the_start(tmp_path):
+    """A run that is stopped after round 3 of 6 goes on later: round 3 is one like any other."""
+    _, notes, _ = start(tmp_path, evaluate_every=4, run={"num_rounds": 3})
+    assert not any(record.evaluated for record in notes.records.values())
+
+
+def test_clients_that_need_not_evaluate_do_not(tmp_path):
+    """No pass in evaluation mode: it is a quarter of the time of a run."""
+    passes = []
+
+    def watched():
+        network = toy_network()
+        network.register_forward_hook(lambda module, x, z: passes.append(module.training))
+        return network
+
+    start(tmp_path / "never", app=toy_app(build=watched), evaluate_every=4, run={"num_rounds": 3})
+    assert False not in passes
+    start(tmp_path / "once", app=toy_app(build=watched), evaluate_every=3, run={"num_rounds": 3})
+    assert passes.count(False) == 2 * N  # before and after, in round 3
+
+
+def test_a_line_without_accuracies_says_so_by_leaving_them_out(tmp_path, flower_log):
+    _, notes, _ = start(tmp_path, evaluate_every=4)
+    lines = [r.getMessage() for r in flower_log.records if r.getMessage().startswith("[ROUND ")]
+    assert ["accuracy" in line for line in lines] == [False, False, False, True, False, True]
+    assert lines[0].startswith("[ROUND 1/6] 3 clients · students 2/0 · ")
+    assert "nan" not in "".join(lines).lower()
+    for t in (1, 4):
+        line = notes.records[t].to_json()
+        for key in ("accuracy_per_exit", "accuracy_per_exit_after"):
+            assert len(line[key]) == 3
+            assert np.isnan(line[key]).all() == (t == 1)
+        assert line["local_steps"] == FULL_BATCH.steps
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("cafedistill", {"similarity_proxy": "gradients"}),
+        ("fedper", {"prior": True}),
+        ("fedrep", {}),
+        ("fedrod", {}),
+        ("ditto", {}),
+        ("pfedgraph", {}),
+    ],
+)
+def test_how_often_clients_evaluate_changes_no_network(tmp_path, name, settings):
+    """Bit for bit, also where the network that is evaluated is another than the one that trains, and where evaluating
+    could draw random numbers or move running statistics."""
+    outcomes = []
+    for every in (1, 3, 100):
+        folder = tmp_path / str(every)
+        result, notes, _ = by(
+            METHODS[name](**settings), folder, app=toy_app(build=drawing_network), evaluate_every=every
+        )
+        networks = [load_file(folder / f"client-{c}.safetensors") for c in range(N)]
+        losses = [[r.train_loss for r in notes.records[t].reports] for t in range(1, 5)]
+        finals = [(r.exits, r.ensemble, r.test.correct.tolist()) for r in notes.reports]
+        last = [(r.before, r.after) for r in notes.records[4].reports]
+        outcomes.append((result.arrays, networks, losses, finals, last))
+    for arrays, networks, *numbers in outcomes[1:]:
+        assert same_arrays(arrays, outcomes[0][0])
+        assert all(same_tensors(a, b) for a, b in zip(networks, outcomes[0][1], strict=True))
+        assert numbers == list(outcomes[0][2:])
+
+
+# --- what clients are sent for an evaluation ---
+
+
+def simplex_by_bisection(v):
+    """Projection onto the simplex."""
+    low, high = v.max() - 1.0, v.max()
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.maximum(v - middle, 0).sum() > 1 else (low, middle)
+    return np.maximum(v - high, 0)
+
+
+def flat_state(state):
+    return np.concatenate([t.double().numpy().ravel() for t in state.values()])
+
+
+def test_the_final_evaluation_is_of_what_the_server_would_send_next(tmp_path, monkeypatch):
+    """pFedGraph's personal model is the mixture it is sent: after round T = 4 the server plans round 5 from what came
+    up in round 4, and that mixture is published and evaluated. Written out: u_i = θ_0 + Σ_j w_ij Δ_j."""
+    planned = []
+    plan = PFedGraph.plan
+    monkeypatch.setattr(PFedGraph, "plan", lambda self, task: planned.append(task.server_round) or plan(self, task))
+    method = PFedGraph(mu=2.0, same_above=0.999)
+    _, notes, grid = by(method, tmp_path)
+    assert planned == [1, 2, 3, 4, 5]
+
+    came_up = {asked(m)[0]: r.content["arrays"]["flat"].numpy() for m, r in grid.of_type("train")[-N:]}
+    updates = np.stack([came_up[c] for c in range(N)]).astype(np.float64)
+    examples = np.array([len(toy_data(c).train) for c in range(N)])
+    initial = flat_state(seeded_state())
+    for client in range(N):
+        s = np.array([cosine(updates[client], other) for other in updates])
+        s[s > 0.999] = 1.0
+        w = simplex_by_bisection(examples / examples.sum() + s / (2 * 2.0))
+        assert 0.01 < w[client] < 0.99
+        published = load_file(tmp_path / f"client-{client}.safetensors")
+        flat = flat_state({name: published[name] for name in seeded_state()})
+        np.testing.assert_allclose(flat, initial + w @ updates, atol=1e-5)
+        trained = initial + updates[client]
+        assert np.abs(flat - trained).max() > 1e-3  # not the model as it was left
+
+        network = toy_network().eval()
+        network.load_state_dict(published)
+        test = toy_data(client).test
+        with torch.no_grad():
+            accuracy = [(z.argmax(1) == test.y).float().mean().item() for z in network(test.x)]
+        assert notes.reports[client].exits.accuracy == pytest.approx(accuracy)
+
+
+def test_every_evaluation_has_the_downloads_of_the_round_to_come(tmp_path):
+    """With `fraction_evaluate = 1`: what is evaluated after round t is what round t + 1 starts from."""
+    _, _, grid = by(PFedGraph(), tmp_path, fraction_evaluate=1.0)
+
+    def sent(kind):
+        messages = [m for m, _ in grid.of_type(kind)]
+        return {(m.content["config"]["server-round"], asked(m)[0]): m.content["arrays"]["flat"] for m in messages}
+
+    evaluated, trained = sent("evaluate"), sent("train")
+    for t in (1, 2, 3):
+        for client in range(N):
+            assert evaluated[t, client].data == trained[t + 1, client].data
+            assert len(evaluated[t, client].numpy()) > 0
+    assert not np.array_equal(evaluated[4, 0].numpy(), trained[4, 0].numpy())
+
+
+def test_teachers_are_not_sent_for_an_evaluation_at_the_end(tmp_path):
+    """CAFEDistill's teachers are for training alone: after the last round they would be sent in vain."""
+    _, _, grid = start(tmp_path)
+    shared = sum(t.numel() for name, t in toy_network().state_dict().items() if ".head." not in name)
+    for message, _ in grid.of_type("evaluate"):
+        assert "downloads" not in message.content["config"]
+        assert message.content["arrays"]["flat"].shape == (shared,)
+
+
+def test_fine_tuning_after_the_last_round_teaches_what_the_rounds_did_not(tmp_path):
+    """FedBABU's classifiers are as they began until the end; then five rounds' worth of steps must bring the loss on
+    the client's own examples down, not in name only: the schedule's last learning rate is next to nothing."""
+    losses = {}
+    for rounds in (0, 5):
+        folder = tmp_path / str(rounds)
+        _, notes, _ = by(METHODS["fedbabu"](finetune_rounds=rounds), folder, num_rounds=20)
+        assert [report.local_steps for report in notes.reports] == [4 * rounds] * N
+        losses[rounds] = 0.0
+        for client in range(N):
+            network = toy_network()
+            network.load_state_dict(load_file(folder / f"client-{client}.safetensors"))
+            train = toy_data(client).train
+            with torch.no_grad():
+                losses[rounds] += sum(nn.functional.cross_entropy(z, train.y).item() for z in network(train.x))
+            heads_moved = not torch.equal(network.exits[0].head.weight, seeded_state()["exits.0.head.weight"])
+            assert heads_moved == (rounds > 0)
+    assert losses[5] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["cafedistill", "cafedistill-plus", "fedrod", "fedamp", "ditto"])
+def test_what_ran_before_on_the_same_nodes_does_not_matter(tmp_path, name):
+    """A method after another one in the same process starts from the weights of the seed, like anywhere else."""
+    fresh, _, _ = by(METHODS[name](), tmp_path / "fresh", num_rounds=2)
+    app = toy_app()
+    by(METHODS["fedavg"](), tmp_path / "before", app=app, num_rounds=2)
+    after, _, _ = by(METHODS[name](), tmp_path / "after", app=app, num_rounds=2)
+    assert same_arrays(fresh.arrays, after.arrays)
+    for client in range(N):
+        networks = [load_file(tmp_path / f / f"client-{client}.safetensors") for f in ("fresh", "after")]
+        assert same_tensors(*networks)
 
 
 # --- initial arrays ---
@@ -849,9 +1067,14 @@ def test_final_reports_count_what_the_published_networks_do(tmp_path):
         ({"mu": "0.5"}, "mu should be a valid number, got '0.5'"),
         ({"distill_weight": -1.0}, "distill-weight should be greater than or equal to 0"),
         ({"temperature": 0.0}, "temperature should be greater than 0, got 0.0"),
-        ({"selection": "shallow"}, "selection must be one of shallow-first, deep-first, random, none; got 'shallow'"),
-        ({"teachers": "others"}, "teachers must be one of matched, uniform, own; got 'others'"),
-        ({"similarity_proxy": "cosine"}, "similarity_proxy must be one of parameters, gradients; got 'cosine'"),
+        (
+            {"selection": "shallow"},
+            "selection should be 'shallow-first', 'deep-first', 'random' or 'none', got 'shallow'",
+        ),
+        ({"teachers": "others"}, "teachers should be 'matched', 'uniform' or 'own', got 'others'"),
+        ({"similarity_proxy": "cosine"}, "similarity-proxy should be 'parameters' or 'gradients', got 'cosine'"),
+        ({"evaluate_every": 0}, "evaluate-every should be greater than or equal to 1, got 0"),
+        ({"evaluate_every": 2.0}, "evaluate-every should be a valid integer, got 2.0"),
         ({"solver": "osqpp"}, "solver must be 'exact' or one of: .*osqp.*; got 'osqpp'"),
         ({"max_staleness": -1}, "max-staleness should be greater than or equal to 0, got -1"),
         ({"max_staleness": 1.5}, "max-staleness should be a valid integer, got 1.5"),

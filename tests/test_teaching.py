@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from cafe_flwr.teaching import cosine_similarity, project_to_simplex, teacher_weights
+from cafe_flwr.teaching import cosine_similarity, project_to_simplex, simplex_qp, teacher_weights
 
 
 @st.composite
@@ -331,3 +331,39 @@ def test_very_small_and_very_large_heads_have_directions_too():
     rows = np.array([[3.0, 4.0], [4.0, 3.0]], dtype=np.float32)
     for scale in (1e-30, 1e30):
         np.testing.assert_allclose(cosine_similarity(rows * np.float32(scale)), [[1, 0.96], [0.96, 1]], atol=1e-6)
+
+
+# --- any quadratic on the simplex ---
+
+
+@settings(deadline=None, max_examples=60)
+@given(n=st.integers(1, 12), rank=st.integers(0, 12), seed=st.integers(0, 10**6), scale=st.floats(-2, 2))
+def test_a_quadratic_on_the_simplex_is_solved_to_its_optimality_conditions(n, rank, seed, scale):
+    """Karush–Kuhn–Tucker of min ½wᵀHw + qᵀw: all weights of the support share one value ν of the gradient Hw + q, and
+    no other weight has a lower one. H is positive semidefinite, of any rank, so whatever meets them is optimal."""
+    rng = np.random.default_rng(seed)
+    factor = rng.normal(size=(n, min(rank, n)))
+    h, q = 10**scale * factor @ factor.T, rng.normal(size=n)
+    w = simplex_qp(h, q, "osqp")
+    assert (w >= 0).all()
+    assert w.sum() == pytest.approx(1.0, abs=1e-12)
+    gradient = h @ w + q
+    slack = gradient - w @ gradient
+    tolerance = 1e-6 * (1 + np.abs(h).max())
+    assert slack.min() >= -tolerance
+    assert np.abs(slack * w).max() <= tolerance
+
+
+def test_a_quadratic_on_the_simplex_by_hand():
+    """½(w₁² + 3w₂²): w ∝ (1, ⅓). With q = (0, −4) the second is so cheap that it has all the weight: gradient (0, −1).
+    Without a quadratic part the lowest q has it."""
+    np.testing.assert_allclose(simplex_qp([[1.0, 0.0], [0.0, 3.0]], [0.0, 0.0]), [0.75, 0.25], atol=1e-7)
+    np.testing.assert_allclose(simplex_qp([[1.0, 0.0], [0.0, 3.0]], [0.0, -4.0]), [0.0, 1.0], atol=1e-7)
+    np.testing.assert_allclose(simplex_qp(np.zeros((3, 3)), [1.0, 0.5, 2.0]), [0.0, 1.0, 0.0], atol=1e-7)
+
+
+def test_a_quadratic_that_the_solver_gives_up_on_has_no_weights(monkeypatch):
+    import qpsolvers
+
+    monkeypatch.setattr(qpsolvers, "solve_qp", lambda *args, **kwargs: None)
+    assert simplex_qp(np.eye(2), [0.0, 0.0]) is None

@@ -11,7 +11,7 @@ from torch import nn
 
 from cafe_flwr.data import Split
 from cafe_flwr.networks import ConvNet
-from cafe_flwr.training import LocalBudget, batches, learning_rate_at, train
+from cafe_flwr.training import LocalBudget, Outcome, batches, learning_rate_at, pull, snapshot, train
 
 
 @settings(deadline=None)
@@ -89,7 +89,7 @@ def test_the_loss_reported_is_the_mean_over_the_steps_of_an_epoch():
     """Three points in batches of two: (4 + 9)/2 or the like, then a batch of one; w = 2 stays, the rate is tiny."""
     points = Split(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([0, 3, 0]), torch.zeros(3, 1))
     line = Line()
-    loss = train(
+    outcome = train(
         line,
         points,
         lambda x, y: ((line.w * x - y) ** 2).mean(),
@@ -99,7 +99,8 @@ def test_the_loss_reported_is_the_mean_over_the_steps_of_an_epoch():
     errors = {0: 4.0, 1: 9.0, 2: 16.0}  # of every point, squared, at w = 2
     first, second = batches(3, 2, 3, np.random.default_rng(0))
     assert (len(first), len(second)) == (2, 1)
-    assert loss == pytest.approx((np.mean([errors[i] for i in first]) + errors[second[0]]) / 2)
+    assert outcome.loss == pytest.approx((np.mean([errors[i] for i in first]) + errors[second[0]]) / 2)
+    assert outcome.steps == 2
 
 
 @pytest.mark.parametrize("num_rounds", [*range(1, 12), 40, 99, 100])
@@ -131,17 +132,17 @@ class Line(nn.Module):
 POINTS = Split(torch.tensor([1.0, 3.0]), torch.tensor([0, 3]), torch.tensor([[0], [1]]))
 
 
-def fit(budget, line=None):
+def fit(budget, line=None, **how):
     line = line or Line()
-    loss = train(line, POINTS, lambda x, y: ((line.w * x - y) ** 2).mean(), budget, np.random.default_rng(0))
-    return line, loss
+    outcome = train(line, POINTS, lambda x, y: ((line.w * x - y) ** 2).mean(), budget, np.random.default_rng(0), **how)
+    return line, outcome
 
 
 def test_one_step_by_hand():
     """Points (1, 0) and (3, 3), w = 2: errors 2 and 3, loss (4 + 9)/2 = 6.5,
     gradient (2·2·1 + 2·3·3)/2 = 11, step 0.1: w = 2 − 1.1 = 0.9."""
-    line, loss = fit(LocalBudget(batch_size=2, steps=1, learning_rate=0.1))
-    assert loss == pytest.approx(6.5)
+    line, outcome = fit(LocalBudget(batch_size=2, steps=1, learning_rate=0.1))
+    assert outcome == Outcome(pytest.approx(6.5), 1)
     assert line.w.item() == pytest.approx(0.9)
 
 
@@ -165,9 +166,9 @@ def test_momentum_by_hand_and_it_does_not_outlive_the_round():
     In one round of two steps the velocity is 0.9·11 = 9.9: w = 0.9 − 0.99 = −0.09, mean loss (6.5 + 0.45)/2 = 3.475.
     In two rounds of one step the second starts at rest and stays at 0.9.
     """
-    line, loss = fit(LocalBudget(batch_size=2, steps=2, learning_rate=0.1, momentum=0.9))
+    line, outcome = fit(LocalBudget(batch_size=2, steps=2, learning_rate=0.1, momentum=0.9))
     assert line.w.item() == pytest.approx(-0.09, abs=1e-6)
-    assert loss == pytest.approx(3.475)
+    assert outcome == Outcome(pytest.approx(3.475), 2)
 
     one_step = LocalBudget(batch_size=2, steps=1, learning_rate=0.1, momentum=0.9)
     line, _ = fit(one_step)
@@ -218,11 +219,11 @@ def test_the_same_generator_gives_the_same_network_bit_for_bit():
     def run(seed):
         net = network()
         cross_entropy = nn.CrossEntropyLoss()
-        loss = train(net, images(), lambda x, y: cross_entropy(net(x)[-1], y), BUDGET, np.random.default_rng(seed))
-        return loss, torch.cat([p.flatten() for p in net.parameters()])
+        outcome = train(net, images(), lambda x, y: cross_entropy(net(x)[-1], y), BUDGET, np.random.default_rng(seed))
+        return outcome, torch.cat([p.flatten() for p in net.parameters()])
 
-    (loss_a, a), (loss_b, b), (_, c) = run(0), run(0), run(1)
-    assert loss_a == loss_b
+    (outcome_a, a), (outcome_b, b), (_, c) = run(0), run(0), run(1)
+    assert outcome_a == outcome_b
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
 
@@ -232,7 +233,7 @@ def test_agrees_with_a_loop_written_out():
     net, reference = network(), network()
     cross_entropy = nn.CrossEntropyLoss()
     data = images()
-    mean = train(net, data, lambda x, y: cross_entropy(net(x)[-1], y), BUDGET, np.random.default_rng(7))
+    mean, steps = train(net, data, lambda x, y: cross_entropy(net(x)[-1], y), BUDGET, np.random.default_rng(7))
 
     velocity, losses = {}, []
     for positions in batches(len(data), 5, 4 * 5, np.random.default_rng(7)):
@@ -249,7 +250,7 @@ def test_agrees_with_a_loop_written_out():
                 velocity[name] = g if name not in velocity else 0.5 * velocity[name] + g
                 p -= 0.1 * velocity[name]
 
-    assert mean == pytest.approx(sum(losses) / 4, rel=1e-5)
+    assert (mean, steps) == (pytest.approx(sum(losses) / 4, rel=1e-5), 4)
     for p, q in zip(net.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
@@ -265,3 +266,254 @@ def test_training_leaves_the_network_in_training_mode_whatever_it_was():
 
     train(net, images(), loss, BUDGET, np.random.default_rng(0))
     assert modes == [True] * 4
+
+
+# --- some of the parameters ---
+
+
+def all_exits(net):
+    """Mean cross-entropy over all exits, of which every parameter is a part."""
+    cross_entropy = nn.CrossEntropyLoss()
+    return lambda x, y: sum(cross_entropy(z, y) for z in net(x)) / net.num_exits
+
+
+@pytest.mark.parametrize("part", ["personal", "shared", "one", "all"])
+def test_only_the_named_parameters_train_and_the_others_stay_bit_for_bit(part):
+    """With momentum, weight decay and clipping, and whatever gradients are left over from before; afterwards all can be
+    trained as before."""
+    net = network()
+    names = {"personal": net.personal_names(), "shared": net.shared_names(), "one": ["exits.0.head.weight"], "all": []}
+    all_exits(net)(images().x, images().y).backward()
+    before = snapshot(net)
+    train(net, images(), all_exits(net), BUDGET, np.random.default_rng(0), only=names[part])
+    trained = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    assert trained == set(names[part] or before)
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_what_does_not_train_counts_nothing_in_the_norm():
+    """y = w·x + b from w = 2, b = 0: gradients 11 and 5. Clipped to norm 1, w moves by 0.1 alone or 0.1·11/√146 with b,
+    and b, alone, by 0.1."""
+
+    class Affine(Line):
+        def __init__(self):
+            super().__init__()
+            self.b = nn.Parameter(torch.tensor(0.0))
+
+    def step(*only):
+        line = Affine()
+        budget = LocalBudget(batch_size=2, steps=1, learning_rate=0.1, max_grad_norm=1.0)
+        train(
+            line,
+            POINTS,
+            lambda x, y: ((line.w * x + line.b - y) ** 2).mean(),
+            budget,
+            np.random.default_rng(0),
+            only=only,
+        )
+        return line.w.item(), line.b.item()
+
+    assert step("w") == pytest.approx((1.9, 0.0))
+    assert step("b") == pytest.approx((2.0, -0.1))
+    assert step("w", "b") == step() == pytest.approx((2 - 1.1 / math.sqrt(146), -0.5 / math.sqrt(146)), abs=1e-6)
+
+
+def test_a_parameter_that_is_frozen_stays_so_even_where_it_is_named():
+    line, _ = fit(LocalBudget(batch_size=2, steps=3, learning_rate=0.1), only=["w", "frozen"])
+    assert (line.frozen.item(), line.frozen.requires_grad) == (7.0, False)
+    assert line.unused.requires_grad
+    assert line.w.item() != 2.0
+
+
+def test_after_an_error_all_parameters_can_be_trained_again():
+    net = network()
+
+    def loss(x, y):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        train(net, images(), loss, BUDGET, np.random.default_rng(0), only=net.personal_names())
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_tensors_beside_the_network_train_with_it():
+    """y = w·x + b with b beside the network: gradients 11 and 5, step 0.1: w = 0.9, b = −0.5. Clipping to norm 1 is of
+    both together; with weight decay 0.5 b has none of it, as it is 0; with `only`, b trains all the same."""
+
+    def step(also=True, **how):
+        line, b = Line(), torch.zeros((), requires_grad=True)
+        only = how.pop("only", ())
+        train(
+            line,
+            POINTS,
+            lambda x, y: ((line.w * x + b - y) ** 2).mean(),
+            LocalBudget(batch_size=2, steps=1, learning_rate=0.1, **how),
+            np.random.default_rng(0),
+            also=[b] if also else [],
+            only=only,
+        )
+        return line.w.item(), b.item()
+
+    assert step() == pytest.approx((0.9, -0.5))
+    assert step(also=False) == pytest.approx((0.9, 0.0))
+    assert step(only=["unused"]) == pytest.approx((2.0, -0.5))
+    assert step(weight_decay=0.5) == pytest.approx((0.8, -0.5))
+    norm = math.sqrt(11**2 + 5**2)
+    assert step(max_grad_norm=1.0) == pytest.approx((2 - 1.1 / norm, -0.5 / norm))
+
+
+def test_gradients_are_adjusted_after_every_backward_pass_and_before_clipping():
+    """Twice the gradient of 11: w = 2 − 2.2. Clipped to 1 it is 1 again, twice or not. Weight decay 0.5 comes after."""
+    calls = []
+
+    def step(steps=1, **settings):
+        line = Line()
+
+        def double():
+            calls.append(line.w.grad.item())
+            line.w.grad.mul_(2)
+
+        fit(LocalBudget(batch_size=2, steps=steps, learning_rate=0.1, **settings), line, adjust=double)
+        return line.w.item()
+
+    assert step() == pytest.approx(-0.2)
+    assert calls == [pytest.approx(11.0)]
+    assert step(max_grad_norm=1.0) == pytest.approx(1.9)
+    assert step(weight_decay=0.5) == pytest.approx(-0.3)
+    calls.clear()
+    step(steps=3)
+    assert len(calls) == 3
+
+
+# --- part of a round ---
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    n=st.integers(1, 30),
+    batch_size=st.integers(1, 8),
+    steps=st.integers(1, 9),
+    epochs=st.integers(0, 2),
+    parts=st.integers(1, 4),
+)
+def test_parts_of_a_round_follow_one_another_and_are_the_whole_together(n, batch_size, steps, epochs, parts):
+    """No mini-batch twice, none left out, in the same order; the numbers of steps differ by one at most. Where there
+    are fewer mini-batches than parts, as in one pass over few examples, every part takes them all."""
+    data = Split(torch.arange(n).float(), torch.zeros(n, dtype=torch.int64), None)
+    budget = LocalBudget(batch_size=batch_size, steps=steps, epochs=epochs, learning_rate=1e-6)
+
+    def seen(part):
+        line, batches_seen = Line(), []
+
+        def loss(x, y):
+            batches_seen.append(x.tolist())
+            return (line.w * x).square().mean()
+
+        outcome = train(line, data, loss, budget, np.random.default_rng(3), part=part)
+        assert outcome.steps == len(batches_seen)
+        return batches_seen
+
+    whole = seen((0, 1))
+    split = [seen((i, parts)) for i in range(parts)]
+    if len(whole) < parts:
+        assert split == [whole] * parts
+        return
+    assert [batch for part in split for batch in part] == whole
+    sizes = [len(part) for part in split]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(n=st.integers(1, 20), steps=st.integers(1, 5), epochs=st.integers(0, 2), times=st.integers(1, 4))
+def test_several_rounds_worth_of_steps_go_on_through_the_examples(n, steps, epochs, times):
+    """As many steps as so many rounds take, and every example about as often: nothing is seen again before all is."""
+    data = Split(torch.arange(n).float(), torch.zeros(n, dtype=torch.int64), None)
+    budget = LocalBudget(batch_size=4, steps=steps, epochs=epochs, learning_rate=1e-6)
+    line, seen = Line(), []
+
+    def loss(x, y):
+        seen.append(x.int().tolist())
+        return (line.w * x).square().mean()
+
+    outcome = train(line, data, loss, budget, np.random.default_rng(0), times=times)
+    draws = times * (epochs * n if epochs else steps * min(4, n))
+    assert sum(map(len, seen)) == draws
+    assert outcome.steps == len(seen) == -(-draws // min(4, n))
+    counts = np.bincount([i for batch in seen for i in batch], minlength=n)
+    assert counts.max() - counts.min() <= 1
+
+
+def test_no_round_is_no_step():
+    """Nothing changes, and the loss is unknown."""
+    line, outcome = fit(LocalBudget(batch_size=2, steps=1, learning_rate=0.1), times=0)
+    assert math.isnan(outcome.loss)
+    assert outcome.steps == 0
+    assert line.w.item() == 2.0
+
+
+# --- the pull ---
+
+
+def test_the_pull_by_hand():
+    """0.4/2·(w − 0.5)² has gradient 0.4·1.5 = 0.6 at w = 2: w = 2 − 0.1·11.6 = 0.84. The parameters that the loss never
+    sees, or that are frozen, are not pulled though their anchors are far away."""
+    line = Line()
+    anchor = {"w": torch.tensor(0.5), "unused": torch.tensor(-50.0), "frozen": torch.tensor(-70.0)}
+    fit(LocalBudget(batch_size=2, steps=1, learning_rate=0.1), line, adjust=pull(line, anchor, 0.4))
+    assert line.w.item() == pytest.approx(0.84)
+    assert (line.unused.item(), line.frozen.item()) == (5.0, 7.0)
+    assert [t.item() for t in anchor.values()] == [0.5, -50.0, -70.0]
+
+
+def test_the_pull_is_the_gradient_of_half_the_squared_distance():
+    """Against autograd, with anchors for some of the parameters only, over several steps with momentum and clipping;
+    the second exit does not train and does not move."""
+    anchor = {name: t + 1.0 for name, t in snapshot(network()).items() if not name.startswith("stages.0.")}
+    cross_entropy = nn.CrossEntropyLoss()
+
+    def first_exit(net, x, y):
+        return cross_entropy(net.exit(0, net.stage(0, x))[1], y)
+
+    def with_penalty(net, x, y):
+        moving = [p for name, p in net.named_parameters() if name in anchor and name.startswith("exits.0.")]
+        there = [a for name, a in anchor.items() if name.startswith("exits.0.")]
+        distance = sum((p - a).square().sum() for p, a in zip(moving, there, strict=True))
+        return first_exit(net, x, y) + 0.3 / 2 * distance
+
+    pulled, reference = network(), network()
+    train(
+        pulled,
+        images(),
+        lambda x, y: first_exit(pulled, x, y),
+        BUDGET,
+        np.random.default_rng(0),
+        adjust=pull(pulled, anchor, 0.3),
+    )
+    train(reference, images(), lambda x, y: with_penalty(reference, x, y), BUDGET, np.random.default_rng(0))
+    start = snapshot(network())
+    for name, value in pulled.state_dict().items():
+        torch.testing.assert_close(value, reference.state_dict()[name], rtol=1e-4, atol=1e-5)
+        assert torch.equal(value, start[name]) == name.startswith(("stages.1.", "exits.1.")), name
+
+
+def test_no_pull_is_no_change_bit_for_bit():
+    free, held = network(), network()
+    train(free, images(), all_exits(free), BUDGET, np.random.default_rng(0))
+    anchor = {name: t + 1.0 for name, t in snapshot(held).items()}
+    train(held, images(), all_exits(held), BUDGET, np.random.default_rng(0), adjust=pull(held, anchor, 0.0))
+    assert all(torch.equal(a, b) for a, b in zip(free.parameters(), held.parameters(), strict=True))
+
+
+def test_a_snapshot_is_a_copy_of_all_tensors():
+    """Running statistics too; it neither follows the network nor leads it, and holds no graph."""
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    copy = snapshot(net)
+    assert list(copy) == list(net.state_dict())
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    net(torch.randn(4, 3)).sum().backward()
+    with torch.no_grad():
+        net[0].weight += 1.0
+    assert all(torch.equal(copy[name], before[name]) for name in before)
+    copy["0.bias"] += 5.0
+    assert torch.equal(net[0].bias, before["0.bias"])
+    assert not any(t.requires_grad for t in copy.values())

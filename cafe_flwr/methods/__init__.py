@@ -1,10 +1,30 @@
-"""Methods of federated learning, one file each, both halves."""
+"""Methods of federated learning, one file each, both halves.
 
-from cafe_flwr.methods.base import ClientRecord, LocalResult, LocalTask, Method, RoundPlan, settings_of
+Every module of this package is looked through for methods: to add one, add its file (docs/methods.md).
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from cafe_flwr.methods.base import (
+    ClientRecord,
+    LocalResult,
+    LocalTask,
+    Method,
+    RoundPlan,
+    ServerRound,
+    setting,
+    settings_of,
+)
 from cafe_flwr.methods.cafedistill import CafeDistillMethod
 
 METHODS: dict[str, type[Method]] = {CafeDistillMethod.name: CafeDistillMethod}
 """Mapping from method name to method."""
+
+for _module in iter_modules(__path__):
+    for _value in vars(import_module(f"{__name__}.{_module.name}")).values():
+        if isinstance(_value, type) and issubclass(_value, Method) and "name" in vars(_value):
+            METHODS[_value.name] = _value
 
 __all__ = [
     "METHODS",
@@ -14,5 +34,7 @@ __all__ = [
     "LocalTask",
     "Method",
     "RoundPlan",
+    "ServerRound",
+    "setting",
     "settings_of",
 ]

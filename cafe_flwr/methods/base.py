@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cafe_flwr.data import Split
+from cafe_flwr.losses import cross_entropies, self_distillation
 from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.training import LocalBudget
+from cafe_flwr.priors import class_counts, log_prior
+from cafe_flwr.schema import Schema
+from cafe_flwr.training import LocalBudget, train
+
+Tensors = Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
+def setting(
+    default: Any,
+    doc: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    choices: Sequence[str] = (),
+) -> Any:
+    """A method's own setting, declared once: default, meaning and bounds.
+
+    The method checks its values by it, and :class:`cafe_flwr.settings.Settings` offers it as a run's setting.
+    """
+    return field(default=default, metadata={"doc": doc, "ge": ge, "gt": gt, "le": le, "choices": tuple(choices)})
+
+
+@dataclass
 class LocalTask:
     """One client's work in one round.
 
     Attributes
     ----------
     network
-        Holds the shared parameters of this round and the client's personal ones; trained in place.
+        Holds what the client starts from; trained in place.
     data
         Training split.
     active
@@ -33,22 +56,88 @@ class LocalTask:
         Steps, batch size and optimiser settings.
     rng
         The client's random generator of this round for a purpose.
+    private_rng
+        A random generator for a purpose, always the same one, from a secret that never leaves the client's disk; what
+        the server must not foresee, such as noise, comes from it.
+    server_round, num_rounds
+        t and T.
+    state
+        The client's tensors beside the network's (``Method.extra_tensors``), by name; the method replaces entries.
+    initial
+        The weights that all networks of the run started from, by name.
+    steps
+        Gradient steps taken so far.
     """
 
     network: EarlyExitNetwork
     data: Split
     active: Sequence[bool]
-    download: Mapping[str, Tensor]
+    download: Tensors
     budget: LocalBudget
     rng: Callable[[str], np.random.Generator]
+    private_rng: Callable[[str], np.random.Generator] = field(default=lambda purpose: np.random.default_rng())
+    server_round: int = 1
+    num_rounds: int = 1
+    state: dict[str, Tensor] = field(default_factory=dict)
+    initial: Tensors = field(default_factory=dict)
+    steps: int = 0
+
+    def run(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        *,
+        only: Sequence[str] = (),
+        also: Sequence[Tensor] = (),
+        adjust: Callable[[], None] | None = None,
+        part: tuple[int, int] = (0, 1),
+        times: int = 1,
+        purpose: str = "batches",
+    ) -> float:
+        """Train the network on a loss of (x, y), and count the steps.
+
+        Parameters
+        ----------
+        loss
+            (x, y) → scalar.
+        only
+            Parameters of the network to train; all if empty.
+        also
+            Parameters to train that are not the network's.
+        adjust
+            Called after every backward pass, to change the gradients.
+        part
+            (i, n): take the i-th of n nearly equal parts of the round's steps.
+        times
+            Rounds' worth of steps.
+        purpose
+            Of the random generator that draws the mini-batches.
+
+        Returns
+        -------
+        Mean loss over the steps.
+        """
+        outcome = train(
+            self.network,
+            self.data,
+            loss,
+            self.budget,
+            self.rng(purpose),
+            only=only,
+            also=also,
+            adjust=adjust,
+            part=part,
+            times=times,
+        )
+        self.steps += outcome.steps
+        return outcome.loss
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a client reports besides its parameters: mean training loss, and the similarity of each student exit."""
+    """What a client reports besides its tensors: mean training loss, and the similarity of each student exit if any."""
 
     loss: float
-    similarity: list[float]
+    similarity: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,6 +163,59 @@ class ClientRecord:
 
 
 @dataclass(frozen=True)
+class ServerRound:
+    """What the server knows when it plans a round.
+
+    Attributes
+    ----------
+    server_round, num_rounds
+        t and T. t = T + 1: after the last round; what a client is sent then, it is evaluated with.
+    participants
+        Clients of the round, in order.
+    num_exits
+        m.
+    known
+        The last reports of all clients that ever reported.
+    upload
+        What is in a report's flat array.
+    rng
+        Random generator of this round.
+    """
+
+    server_round: int
+    num_rounds: int
+    participants: Sequence[int]
+    num_exits: int
+    known: Mapping[int, ClientRecord]
+    upload: Schema
+    rng: np.random.Generator
+
+    @property
+    def teachers(self) -> list[int]:
+        """Clients that have reported."""
+        return sorted(self.known)
+
+    @property
+    def pupils(self) -> list[int]:
+        """Participants that have reported before."""
+        return sorted(set(self.participants) & set(self.known))
+
+    def uploads(self, clients: Sequence[int]) -> NDArray[np.float32]:
+        """Flat uploads of the clients, (clients, values)."""
+        return np.stack([self.known[c].upload for c in clients])
+
+    def examples(self, clients: Sequence[int]) -> NDArray[np.float64]:
+        """Training examples of the clients."""
+        return np.array([self.known[c].num_examples for c in clients], dtype=np.float64)
+
+    def part(self, uploads: NDArray[np.float32], *names: str) -> NDArray[np.float32]:
+        """The named tensors of flat uploads (clients, …), side by side: (clients, values)."""
+        ends = np.cumsum(self.upload.sizes)
+        spans = [slice(ends[i] - self.upload.sizes[i], ends[i]) for i in map(self.upload.names.index, names)]
+        return np.concatenate([uploads[:, span] for span in spans], axis=1)
+
+
+@dataclass(frozen=True)
 class RoundPlan:
     """What the server has decided for a round.
 
@@ -84,7 +226,7 @@ class RoundPlan:
     downloads
         Flat arrays for single clients, by client.
     weights
-        Teacher weights, (rows: ``weight_rows``, columns: ``weight_columns``), for the records; None without.
+        Who learns from whom: (rows: ``weight_rows``, columns: ``weight_columns``), for the records; None without.
     """
 
     active: NDArray[np.bool_]
@@ -94,41 +236,142 @@ class RoundPlan:
     weight_columns: Sequence[int] = ()
 
 
-class Method(Protocol):
-    """Both halves of a method; an implementation is a frozen dataclass of the method's own settings.
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Both halves of a method; a subclass is a frozen dataclass of the method's own settings, in a file of its own.
 
-    The settings are scalars: they travel to the clients, which build the same object from them.
+    As it stands here it is FedPer: the backbone is averaged, the classifiers are personal, all exits train on the mean
+    of their cross-entropies. A method overrides what it does otherwise: first *what travels* (the four lists of names),
+    then the *server half* (``plan``), then the *client half* (``receive``, ``train`` or just ``loss``, ``deploy``).
+    docs/methods.md shows how to add one.
+
+    Settings are scalars, made with :func:`setting`: they travel to the clients, which build the same object from them.
+
+    Attributes
+    ----------
+    name
+        Of the method, as in ``method = "fedper"``.
+    prefix
+        Before the names of its settings in a run's settings: ``ditto-`` and ``pull`` make ``ditto-pull``.
+    phases
+        Things it trains one after the other in a round, which share the round's steps if ``equal_steps``.
+    prior, distill, equal_steps
+        Settings of every method.
     """
 
     name: ClassVar[str]
+    prefix: ClassVar[str]
+    phases: ClassVar[int] = 1
+
+    prior: bool = setting(False, "Add the log of the client's own class shares to its logits, in training and after.")
+    distill: bool = setting(False, "Let the mean of a client's exits teach each of them (temperature 3).")
+    equal_steps: bool = setting(
+        True, "Methods that train two things in a round share the round's steps; false: each takes all, as published."
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _check(f.name, getattr(self, f.name), f.metadata)
+
+    # --- what travels ---
+
+    def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
+        """Tensors a client has beside its network's, with what they start from."""
+        return {}
 
     def shared_names(self, network: EarlyExitNetwork) -> list[str]:
-        """Parameters that are averaged over clients."""
+        """Tensors that are averaged over clients, by their examples."""
+        return network.shared_names()
 
     def personal_names(self, network: EarlyExitNetwork) -> list[str]:
-        """Parameters that stay on the client's disk."""
+        """Tensors that stay on the client's disk from round to round."""
+        return network.personal_names()
 
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
-        """Parameters each client sends as its own, not averaged."""
+        """Tensors each client sends as its own, not averaged."""
+        return []
 
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
-        """Names of what a client receives as its own."""
+        """Names and shapes of what a client receives as its own."""
+        return []
 
-    def plan(
-        self,
-        server_round: int,
-        num_rounds: int,
-        participants: Sequence[int],
-        num_exits: int,
-        known: Mapping[int, ClientRecord],
-        rng: np.random.Generator,
-    ) -> RoundPlan:
-        """Server half: what the participants are told, given the last reports of all clients known."""
+    def check(self, network: EarlyExitNetwork) -> None:
+        """Raise ValueError if the method cannot run with this network."""
+
+    # --- server half ---
+
+    def plan(self, task: ServerRound) -> RoundPlan:
+        """What the participants are told. By default: train all exits."""
+        return RoundPlan(np.ones((len(task.participants), task.num_exits - 1), dtype=bool))
+
+    # --- client half ---
+
+    def receive(self, tensors: Tensors, download: Tensors, initial: Tensors) -> Tensors:
+        """The client's tensors at the start of a round.
+
+        Parameters
+        ----------
+        tensors
+            The shared ones as averaged, the personal ones as left.
+        download
+            What the server sent to this client alone; empty if nothing.
+        initial
+            The weights that all networks of the run started from.
+        """
+        return tensors
 
     def train(self, task: LocalTask) -> LocalResult:
-        """Client half: one round of local training."""
+        """One round of local training."""
+        return LocalResult(task.run(lambda x, y: self.loss(task, x, y)))
+
+    def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
+        """Loss of a batch: by default the mean over exits of the cross-entropy."""
+        return self.exits_loss(task.network(x), y)
+
+    def exits_loss(self, logits: Sequence[Tensor], y: Tensor, weights: Sequence[float] = ()) -> Tensor:
+        """Σ_k a_k CE(z_k, y), a_k = 1/m unless given; and self-distillation with the same weights if ``distill``."""
+        weights = weights or [1.0 / len(logits)] * len(logits)
+        terms = cross_entropies(logits, y)
+        if self.distill:
+            terms = terms + self_distillation(logits)
+        return terms @ torch.tensor(weights, dtype=terms.dtype, device=terms.device)
+
+    def offset(self, data: Split, num_classes: int) -> Tensor | None:
+        """What is added to the client's logits at every exit, in training and after: its log-prior, or nothing."""
+        return log_prior(class_counts(data.y, num_classes)) if self.prior else None
+
+    def deploy(self, tensors: Tensors) -> Tensors:
+        """The tensors of the client's personal network, under the network's names, from all that the client has."""
+        return tensors
+
+    def finish(self, task: LocalTask) -> None:
+        """Fine-tune after the last round."""
+
+    def extra_rounds(self) -> int:
+        """Rounds' worth of local steps that ``finish`` takes."""
+        return 0
 
 
 def settings_of(method: Method) -> dict[str, Any]:
     """The method's own settings, by name."""
-    return {f.name: getattr(method, f.name) for f in fields(method)}  # type: ignore[arg-type]
+    return {f.name: getattr(method, f.name) for f in fields(method)}
+
+
+def phase(method: Method, number: int) -> tuple[int, int]:
+    """Which part of the round's steps a phase of a method takes: its share, or all of them as published."""
+    return (number, method.phases) if method.equal_steps else (0, 1)
+
+
+_BOUNDS: Sequence[tuple[str, str, Callable[[Any, Any], bool]]] = (
+    ("ge", "at least", operator.ge),
+    ("gt", "greater than", operator.gt),
+    ("le", "at most", operator.le),
+)
+
+
+def _check(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    if bounds.get("choices") and value not in bounds["choices"]:
+        raise ValueError(f"{name} must be one of {', '.join(bounds['choices'])}; got {value!r}")
+    for key, word, holds in _BOUNDS:
+        if bounds.get(key) is not None and not holds(value, bounds[key]):
+            raise ValueError(f"{name} must be {word} {bounds[key]}, got {value!r}")

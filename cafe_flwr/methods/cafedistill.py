@@ -19,71 +19,57 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from cafe_flwr.coordination import SELECTIONS, active_exits
 from cafe_flwr.losses import distillation
-from cafe_flwr.methods.base import ClientRecord, LocalResult, LocalTask, RoundPlan
+from cafe_flwr.methods.base import ClientRecord, LocalResult, LocalTask, Method, RoundPlan, ServerRound, setting
 from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.teaching import TEACHERS, cosine_similarity, teacher_weights
-from cafe_flwr.training import batches, train
+from cafe_flwr.teaching import TEACHERS, check_solver, cosine_similarity, teacher_weights
+from cafe_flwr.training import batches
 
 PROXIES = ("parameters", "gradients")
 
 
-@dataclass(frozen=True)
-class CafeDistillMethod:
-    """Both halves of CAFEDistill, and its ablations.
-
-    Attributes
-    ----------
-    mu
-        μ of the teacher QP.
-    distill_weight
-        λ; at 0 the students learn from labels alone.
-    temperature
-        τ.
-    selection
-        Order in which student exits join, see :func:`cafe_flwr.coordination.active_exits`.
-    teachers
-        ``"matched"`` by the QP; ``"uniform"``: all alike, w = 1/n; ``"own"``: each client's own last exit, nothing is
-        exchanged.
-    similarity_proxy
-        What a client reports as the similarity of exit k to its last exit: ``"parameters"``, the cosine of the two
-        classifiers, or ``"gradients"``, the cosine of the two losses' gradients on the shared stages 1..k.
-    solver
-        Of the teacher QP, see :func:`cafe_flwr.teaching.teacher_weights`.
-    max_staleness
-        A client away for more rounds than this no longer teaches, and teaches itself in its first round back; 0: it
-        always does, with its last head.
-    """
+@dataclass(frozen=True, kw_only=True)
+class CafeDistillMethod(Method):
+    """Both halves of CAFEDistill, and its ablations."""
 
     name: ClassVar[str] = "cafedistill"
+    prefix: ClassVar[str] = ""
 
-    mu: float = 0.5
-    distill_weight: float = 1.0
-    temperature: float = 3.0
-    selection: str = "shallow-first"
-    teachers: str = "matched"
-    similarity_proxy: str = "parameters"
-    solver: str = "exact"
-    max_staleness: int = 0
+    mu: float = setting(
+        0.5, "μ of teacher matching: 0 = learn from oneself only, large = from all in proportion to their data.", ge=0
+    )
+    distill_weight: float = setting(1.0, "λ, the weight of distillation in the local loss; 0: no distillation.", ge=0)
+    temperature: float = setting(3.0, "τ of distillation.", gt=0)
+    selection: str = setting(
+        "shallow-first",
+        "Order in which student exits join: the published shallow-first, or an ablation ('none': all from round 1).",
+        choices=SELECTIONS,
+    )
+    teachers: str = setting(
+        "matched", "Whose last exits teach: matched by the QP, all alike, or only one's own.", choices=TEACHERS
+    )
+    similarity_proxy: str = setting(
+        "parameters",
+        "How an exit's conflict with the last exit is measured: cosine of the classifiers, or of the gradients.",
+        choices=PROXIES,
+    )
+    solver: str = setting("exact", "Of the teacher QP: 'exact' or a solver of qpsolvers, e.g. 'osqp'.")
+    max_staleness: int = setting(
+        0, "Forget the last exit of a client that has been away for more rounds than this; 0: never.", ge=0
+    )
 
     def __post_init__(self) -> None:
-        for name, allowed in (("selection", SELECTIONS), ("teachers", TEACHERS), ("similarity_proxy", PROXIES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        super().__post_init__()
+        refuse_distill(self)
+        if self.solver != "exact":
+            check_solver(self.solver)
 
     # --- what travels ---
-
-    def shared_names(self, network: EarlyExitNetwork) -> list[str]:
-        """Stages and projections."""
-        return network.shared_names()
-
-    def personal_names(self, network: EarlyExitNetwork) -> list[str]:
-        """The classifiers of all exits."""
-        return network.personal_names()
 
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
         """The last exit's classifier, if it may teach others."""
@@ -95,28 +81,18 @@ class CafeDistillMethod:
 
     # --- server half ---
 
-    def plan(
-        self,
-        server_round: int,
-        num_rounds: int,
-        participants: Sequence[int],
-        num_exits: int,
-        known: Mapping[int, ClientRecord],
-        rng: np.random.Generator,
-    ) -> RoundPlan:
+    def plan(self, task: ServerRound) -> RoundPlan:
         """Coordinate the students and match the teachers of one round."""
-        similarity = np.full((len(participants), num_exits - 1), np.nan)
-        for row, client in enumerate(participants):
-            if client in known:
-                similarity[row] = known[client].similarity
-        active = active_exits(server_round, num_rounds, similarity, selection=self.selection, rng=rng)
+        t = min(task.server_round, task.num_rounds)
+        similarity = reported_similarity(task)
+        active = active_exits(t, task.num_rounds, similarity, selection=self.selection, rng=task.rng)
 
-        teachers = [c for c in sorted(known) if not self._is_stale(known[c], server_round)]
-        pupils = sorted(set(participants) & set(teachers))  # in its first round a client teaches itself
-        if self.teachers == "own" or not pupils:
+        teachers = [c for c in task.teachers if not self._is_stale(task.known[c], task.server_round)]
+        pupils = sorted(set(task.participants) & set(teachers))  # in its first round a client teaches itself
+        if self.teachers == "own" or not pupils or task.server_round > task.num_rounds:
             return RoundPlan(active)
-        heads = np.stack([known[c].upload for c in teachers])
-        examples = np.array([known[c].num_examples for c in teachers], dtype=np.float64)
+        heads = task.uploads(teachers)
+        examples = task.examples(teachers)
         if self.teachers == "uniform":
             weights = np.full((len(pupils), len(teachers)), 1.0 / len(teachers))
         else:
@@ -133,11 +109,12 @@ class CafeDistillMethod:
     def train(self, task: LocalTask) -> LocalResult:
         """Minimise the local loss, then report how similar every student exit is to the last exit."""
 
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            return self.local_loss(task.network, x, y, task.active, task.download)
-
-        mean_loss = train(task.network, task.data, loss, task.budget, task.rng("batches"))
+        mean_loss = task.run(lambda x, y: self.loss(task, x, y))
         return LocalResult(mean_loss, self._similarity(task))
+
+    def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
+        """The local loss of a batch."""
+        return self.local_loss(task.network, x, y, task.active, task.download)
 
     def local_loss(
         self,
@@ -168,7 +145,10 @@ class CafeDistillMethod:
         total = F.cross_entropy(logits, y)
         if not students:
             return total
-        taught = F.linear(features, *(teacher[n] for n in network.head_names(last))) if teacher else logits
+        taught = logits
+        if teacher:
+            taught = F.linear(features, *(teacher[name] for name in network.head_names(last)))
+            taught = taught if network.offset is None else taught + network.offset
         for student in students:
             total = total + F.cross_entropy(student, y)
             if self.distill_weight:
@@ -176,15 +156,35 @@ class CafeDistillMethod:
         return total
 
     def _similarity(self, task: LocalTask) -> list[float]:
-        network, last = task.network, task.network.num_exits - 1
+        network = task.network
         if self.similarity_proxy == "gradients":
             size = task.budget.batch_size
             positions = next(batches(len(task.data), size, size, task.rng("similarity")))
             index = torch.from_numpy(positions)
             return gradient_similarity(network, task.data.x[index], task.data.y[index])
-        tensors = network.state_dict()
-        heads = [torch.cat([tensors[n].flatten() for n in network.head_names(k)]) for k in range(last + 1)]
-        return [F.cosine_similarity(head, heads[last], dim=0).item() for head in heads[:last]]
+        return classifier_similarity(network)
+
+
+def refuse_distill(method: Method) -> None:
+    """Raise ValueError if a method that distils anyway is asked for self-distillation on top."""
+    if method.distill:
+        raise ValueError(f"distill is not for {method.name}: it distils already")
+
+
+def reported_similarity(task: ServerRound) -> NDArray[np.float64]:
+    """What the participants last said of their student exits, (participants, m−1); NaN if nothing yet."""
+    similarity = np.full((len(task.participants), task.num_exits - 1), np.nan)
+    for row, client in enumerate(task.participants):
+        if client in task.known:
+            similarity[row] = task.known[client].similarity
+    return similarity
+
+
+def classifier_similarity(network: EarlyExitNetwork) -> list[float]:
+    """Cosine of every student exit's classifier and the last exit's, (m−1,)."""
+    tensors, last = network.state_dict(), network.num_exits - 1
+    heads = [torch.cat([tensors[n].flatten() for n in network.head_names(k)]) for k in range(last + 1)]
+    return [F.cosine_similarity(head, heads[last], dim=0).item() for head in heads[:last]]
 
 
 def gradient_similarity(network: EarlyExitNetwork, x: Tensor, y: Tensor) -> list[float]:

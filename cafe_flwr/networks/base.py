@@ -47,6 +47,12 @@ class EarlyExitNetwork(nn.Module):
     exits
         One :class:`Exit` per stage. All heads must have the same shape.
 
+    Attributes
+    ----------
+    offset
+        (C,), added to the logits of every exit, e.g. a client's log-prior; None: nothing. No parameter: it is neither
+        trained nor in the state dict.
+
     Examples
     --------
     >>> import torch
@@ -69,6 +75,7 @@ class EarlyExitNetwork(nn.Module):
             raise ValueError(f"all heads must have the same (classes, width), got {sorted(shapes)}")
         self.stages = nn.ModuleList(stages)
         self.exits = nn.ModuleList(exits)
+        self.offset: Tensor | None = None
 
     @property
     def num_exits(self) -> int:
@@ -86,7 +93,8 @@ class EarlyExitNetwork(nn.Module):
 
     def exit(self, k: int, h: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, width) and logits (B, C) of exit k from the output of stage k."""
-        return self.exits[k](h)
+        features, logits = self.exits[k](h)
+        return features, logits if self.offset is None else logits + self.offset
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Logits of all exits, (B, C) each."""

@@ -1,0 +1,207 @@
+"""CAFEDistill-plus: what a class looks like is shared class by class, how frequent it is stays with the client.
+
+    server, round t                                            client i, round t
+      for every class c, over the clients that have it:          h_i^k ← h_i^k + ρ (T_i^k − h_i^k), every exit
+        S_ij ← cos(Δ_i[:,c], Δ_j[:,c])                           θ_i ← θ_i + ρ_θ (θ̄ − θ_i), the backbone
+        w_i ← Proj_Δ( a + S_i/(2μ) ), a_j = n_jc/Σ_j n_jc        z_k ← h_i^k φ_k + log π_i, in training and after
+        T_i[:,c] ← Σ_j w_ij h_j[:,c], every exit                 q ← mean_k softmax(z_k/τ), detached
+      send θ̄, T_i                                                minimise Σ_k CE(z_k, y) + λ_k τ² KL(q ‖ z_k/τ)
+      θ̄ ← Σ_i n_i θ_i / Σ_i n_i                                  send θ_i, h_i^1 … h_i^m, class counts; keep both
+
+Δ_i is what client i has made of its classifiers since the common start. docs/method.md has the reasons,
+docs/evidence.md the trail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cafe_flwr.coordination import SELECTIONS, active_exits
+from cafe_flwr.losses import cross_entropies, self_distillation
+from cafe_flwr.methods.base import LocalResult, LocalTask, Method, RoundPlan, ServerRound, Tensors, setting
+from cafe_flwr.methods.cafedistill import classifier_similarity, refuse_distill, reported_similarity
+from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.priors import class_counts
+from cafe_flwr.teaching import cosine_similarity, teacher_weights
+from cafe_flwr.training import snapshot
+
+_COUNTS, _OWN, _UPDATE = "class-counts", "own.", "update."
+
+
+@dataclass(frozen=True, kw_only=True)
+class CafeDistillPlus(Method):
+    """CAFEDistill with a log-prior, classifiers shared class by class, an elastic backbone, and all exits teaching."""
+
+    name: ClassVar[str] = "cafedistill-plus"
+    prefix: ClassVar[str] = "plus-"
+
+    prior: bool = setting(True, "Add the log of the client's own class shares to its logits, in training and after.")
+    mu: float = setting(0.5, "μ of class-wise matching: small = those most like oneself, large = all.", gt=0)
+    pull: float = setting(1.0, "Share ρ of the matched classifiers in what a client starts a round from.", ge=0, le=1)
+    distill_weight: float = setting(1.0, "Weight λ of distillation for student exits; 0: none.", ge=0)
+    last_weight: float = setting(0.3, "Weight of distillation for the last exit, in units of λ.", ge=0)
+    temperature: float = setting(3.0, "Temperature τ of distillation.", gt=0)
+    selection: str = setting("none", "Order in which student exits join.", choices=SELECTIONS)
+    backbone_pull: float = setting(
+        0.5, "Share of the average in the backbone a client starts a round from; the rest is its own.", ge=0, le=1
+    )
+    counts: str = setting(
+        "exact",
+        "Class counts that leave the client: as they are, with noise, or none (then the number of examples).",
+        choices=("exact", "noised", "none"),
+    )
+    count_epsilon: float = setting(1.0, "Privacy ε of one example's label where counts are noised.", gt=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_distill(self)
+
+    # --- what travels ---
+
+    def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
+        """The client's own backbone, its classifiers' update since the common start, and class counts."""
+        tensors = network.state_dict()
+        extra = {_OWN + name: tensors[name].clone() for name in network.shared_names()}
+        extra |= {_UPDATE + name: torch.zeros_like(tensors[name]) for name in network.personal_names()}
+        return extra | ({_COUNTS: torch.zeros(network.num_classes)} if self.counts != "none" else {})
+
+    def personal_names(self, network: EarlyExitNetwork) -> list[str]:
+        """Classifiers and own backbone."""
+        return [*network.personal_names(), *(_OWN + name for name in network.shared_names())]
+
+    def upload_names(self, network: EarlyExitNetwork) -> list[str]:
+        """What the client has made of the classifiers of all exits since the common start, and class counts."""
+        return [*self.download_names(network), *([_COUNTS] if self.counts != "none" else [])]
+
+    def download_names(self, network: EarlyExitNetwork) -> list[str]:
+        """The matched classifiers of all exits, as updates since the common start."""
+        return [_UPDATE + name for name in network.personal_names()]
+
+    # --- server half ---
+
+    def plan(self, task: ServerRound) -> RoundPlan:
+        """Coordinate the students, and match classifiers class by class."""
+        active = active_exits(
+            min(task.server_round, task.num_rounds),
+            task.num_rounds,
+            reported_similarity(task),
+            selection=self.selection,
+            rng=task.rng,
+        )
+        clients, pupils = task.teachers, task.pupils
+        if not pupils:
+            return RoundPlan(active)
+        uploads = task.uploads(clients)
+        shapes = dict(task.upload.entries)
+        names = [name for name in task.upload.names if name.startswith(_UPDATE)]
+        num_classes = shapes[names[-1]][0]
+        if self.counts == "none":
+            counts = np.repeat(task.examples(clients)[:, None], num_classes, axis=1)
+        else:
+            counts = task.part(uploads, _COUNTS).astype(np.float64)
+        # (clients, C, values of a class at all exits): a classifier has a row of weights and a bias for every class
+        parts = [task.part(uploads, name).reshape(len(clients), num_classes, -1) for name in names]
+        matched, weights = match_classes(
+            np.concatenate(parts, axis=2), counts, np.searchsorted(clients, pupils), self.mu
+        )
+        pieces = np.split(matched, np.cumsum([part.shape[2] for part in parts])[:-1], axis=2)
+        flat = np.concatenate([piece.reshape(len(pupils), -1) for piece in pieces], axis=1)
+        return RoundPlan(active, dict(zip(pupils, flat, strict=True)), weights, pupils, clients)
+
+    # --- client half ---
+
+    def receive(self, tensors: Tensors, download: Tensors, initial: Tensors) -> Tensors:
+        """Pull the own classifiers towards those matched, and the own backbone towards the average."""
+        if not download:  # nothing of its own yet that is worth keeping
+            return tensors
+        matched = {name.removeprefix(_UPDATE): update for name, update in download.items()}
+        classifiers = {n: torch.lerp(tensors[n], initial[n] + update, self.pull) for n, update in matched.items()}
+        backbone = {
+            name.removeprefix(_OWN): torch.lerp(own, tensors[name.removeprefix(_OWN)], self.backbone_pull)
+            for name, own in tensors.items()
+            if name.startswith(_OWN)
+        }
+        return {**tensors, **classifiers, **backbone}
+
+    def train(self, task: LocalTask) -> LocalResult:
+        """Minimise the local loss; then report similarities and counts."""
+        result = task.run(lambda x, y: self.loss(task, x, y))
+        if self.counts != "none":
+            counts = class_counts(task.data.y, task.network.num_classes)
+            if self.counts == "noised":  # the same noise whenever it is asked for: it cannot be averaged away
+                counts = noised(counts, self.count_epsilon, task.private_rng("class counts"))
+            task.state[_COUNTS] = counts
+        tensors = snapshot(task.network)
+        task.state |= {_OWN + name: tensors[name] for name in task.network.shared_names()}
+        names = task.network.personal_names()
+        task.state |= {_UPDATE + name: tensors[name] - task.initial[name] for name in names}
+        return LocalResult(result, classifier_similarity(task.network))
+
+    def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropies of the active exits and the last, and what they have still to learn from all of them."""
+        network, last = task.network, task.network.num_exits - 1
+        logits = []
+        for k in range(last + 1):
+            x = network.stage(k, x)
+            if k == last or task.active[k]:
+                logits.append(network.exit(k, x)[1])
+        total = cross_entropies(logits, y).sum()
+        if not self.distill_weight:
+            return total
+        learn = self_distillation(logits, temperature=self.temperature, last_weight=self.last_weight)
+        return total + self.distill_weight * learn.sum()
+
+
+def match_classes(
+    updates: NDArray[np.float32], counts: NDArray[np.float64], rows: NDArray[np.int64], mu: float
+) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Mix every class over the clients that have it: w_i^c = Proj_Δ( a_c + S_i^c/(2μ) ), a_jc = n_jc/Σ_j n_jc.
+
+    Parameters
+    ----------
+    updates
+        (clients, C, values): what each client has changed in its classifiers since the common start, class by class.
+    counts
+        n_jc, (clients, C), 0 or more.
+    rows
+        Clients to mix for.
+    mu
+        μ > 0.
+
+    Returns
+    -------
+    Mixed updates, (rows, C, values), a client's own for classes that nobody has; and the weights a row gives to every
+    client, mean over classes by their frequency, (rows, clients).
+
+    Examples
+    --------
+    >>> updates = np.array([[[3.0, 4.0]], [[4.0, 3.0]]], dtype=np.float32)
+    >>> mixed, weights = match_classes(updates, np.ones((2, 1)), np.array([0]), mu=0.5)
+    >>> weights.round(2), mixed[0, 0].round(2)
+    (array([[0.52, 0.48]]), array([3.48, 3.52], dtype=float32))
+    """
+    mixed = updates[rows].copy()
+    overall = np.zeros((len(rows), len(updates)))
+    for c in np.flatnonzero(counts.sum(axis=0) > 0):
+        holders = np.flatnonzero(counts[:, c] > 0)
+        of_class = counts[holders, c]
+        similarity = cosine_similarity(updates[:, c])[np.ix_(rows, holders)]
+        weights = teacher_weights(similarity, of_class / of_class.sum(), mu)
+        mixed[:, c] = weights.astype(np.float32) @ updates[holders, c]
+        overall[:, holders] += weights * of_class.sum()
+    return mixed, overall / max(counts.sum(), 1.0)
+
+
+def noised(counts: Tensor, epsilon: float, rng: np.random.Generator) -> Tensor:
+    """Counts with Laplace noise of scale 2/ε, never below 0: ε-differentially private for the label of one example.
+
+    A label that changes moves two counts by 1; the number of examples is not hidden.
+    """
+    noise = torch.from_numpy(rng.laplace(scale=2.0 / epsilon, size=len(counts)))
+    return (counts + noise.float()).clamp_min(0.0)

@@ -1,0 +1,60 @@
+"""Ditto-EE (Li et al., arXiv 2012.04221): a global model by FedAvg, and beside it a personal one held near to it.
+
+client i, round t
+  1. θ_i: minimise Σ_k CE(z_k, y)/m from θ^t, to be averaged
+  2. v_i: minimise Σ_k CE(z_k, y)/m + λ/2 · ‖v_i − θ^t‖² from the last v_i, to be used
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from cafe_flwr.methods.base import LocalResult, LocalTask, Tensors, phase, setting
+from cafe_flwr.methods.fedavg import FedAvg
+from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.training import pull, snapshot
+
+_PERSONAL = "personal."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ditto(FedAvg):
+    """FedAvg, and a full personal model with a proximal term."""
+
+    name: ClassVar[str] = "ditto"
+    prefix: ClassVar[str] = "ditto-"
+    phases: ClassVar[int] = 2
+
+    pull: float = setting(0.1, "Weight λ of the pull towards the global model.", ge=0)
+
+    def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
+        """The personal model."""
+        return {_PERSONAL + name: t.clone() for name, t in network.state_dict().items()}
+
+    def personal_names(self, network: EarlyExitNetwork) -> list[str]:
+        """The personal model, all of it."""
+        return [_PERSONAL + name for name in network.state_dict()]
+
+    def train(self, task: LocalTask) -> LocalResult:
+        """Train the global model, then the personal one."""
+        network = task.network
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            return self.loss(task, x, y)
+
+        received = snapshot(network)
+        task.run(loss, part=phase(self, 0))
+        trained = snapshot(network)
+        network.load_state_dict({name: task.state[_PERSONAL + name] for name in trained})
+        towards_global = pull(network, received, self.pull)
+        result = LocalResult(task.run(loss, adjust=towards_global, part=phase(self, 1)))
+        task.state |= {_PERSONAL + name: t for name, t in snapshot(network).items()}
+        network.load_state_dict(trained)
+        return result
+
+    def deploy(self, tensors: Tensors) -> Tensors:
+        """The personal model."""
+        return {n.removeprefix(_PERSONAL): t for n, t in tensors.items() if n.startswith(_PERSONAL)}

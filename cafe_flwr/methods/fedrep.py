@@ -1,0 +1,34 @@
+"""FedRep-EE (Collins et al., arXiv 2102.07078): classifiers first, then the backbone under them.
+
+client i, round t
+  1. minimise Σ_k CE(z_k, y)/m over own classifiers, the backbone frozen
+  2. minimise the same over the backbone, the classifiers frozen
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from cafe_flwr.methods.base import LocalResult, LocalTask, Method, phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedRep(Method):
+    """A shared backbone and personal classifiers, trained in turn."""
+
+    name: ClassVar[str] = "fedrep"
+    prefix: ClassVar[str] = "fedrep-"
+    phases: ClassVar[int] = 2
+
+    def train(self, task: LocalTask) -> LocalResult:
+        """The two phases of a round."""
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            return self.loss(task, x, y)
+
+        network = task.network
+        task.run(loss, only=network.personal_names(), part=phase(self, 0))
+        return LocalResult(task.run(loss, only=network.shared_names(), part=phase(self, 1)))

@@ -1,0 +1,71 @@
+"""FedRoD-EE (Chen & Chao, arXiv 2107.00778): generic classifiers learn all classes alike, personal ones the rest.
+
+    client i, round t: minimise Σ_k [ CE(z_k + log π_i, y) + CE(sg(z_k) + P_i^k sg(φ_k), y) ] / m
+    averaged: backbone and generic classifiers z_k;  personal: classifiers P_i^k;  used: z_k + P_i^k φ_k
+
+π_i are the client's class shares, smoothed: a class it does not have must not give −∞.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cafe_flwr.losses import cross_entropies
+from cafe_flwr.methods.base import LocalResult, LocalTask, Tensors
+from cafe_flwr.methods.fedavg import FedAvg
+from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.priors import class_counts, log_prior
+
+_PERSONAL = "personal."
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedRoD(FedAvg):
+    """Balanced softmax for generic classifiers; personal classifiers on top."""
+
+    name: ClassVar[str] = "fedrod"
+    prefix: ClassVar[str] = "fedrod-"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prior:
+            raise ValueError("prior is not for fedrod: its balanced softmax holds the client's log-prior already")
+
+    def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
+        """A personal classifier for every exit; they begin at 0."""
+        tensors = network.state_dict()
+        return {_PERSONAL + name: torch.zeros_like(tensors[name]) for name in network.personal_names()}
+
+    def personal_names(self, network: EarlyExitNetwork) -> list[str]:
+        """The personal classifiers."""
+        return [_PERSONAL + name for name in network.personal_names()]
+
+    def train(self, task: LocalTask) -> LocalResult:
+        """Train backbone and generic classifiers, and the personal classifiers beside them."""
+        network = task.network
+        balance = log_prior(class_counts(task.data.y, network.num_classes))
+        own = {name: t.clone().requires_grad_() for name, t in task.state.items()}
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            generic, both = [], []
+            for k in range(network.num_exits):
+                x = network.stage(k, x)
+                features, z = network.exit(k, x)
+                weight, bias = (own[_PERSONAL + name] for name in network.head_names(k))
+                generic.append(z + balance)
+                both.append(z.detach() + F.linear(features.detach(), weight, bias))
+            return self.exits_loss(generic, y) + cross_entropies(both, y).mean()
+
+        result = LocalResult(task.run(loss, also=list(own.values())))
+        task.state |= {name: t.detach() for name, t in own.items()}
+        return result
+
+    def deploy(self, tensors: Tensors) -> Tensors:
+        """Both classifiers as one: their sum."""
+        own = {n.removeprefix(_PERSONAL): t for n, t in tensors.items() if n.startswith(_PERSONAL)}
+        return {n: t + own[n] if n in own else t for n, t in tensors.items() if not n.startswith(_PERSONAL)}

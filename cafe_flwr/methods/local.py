@@ -1,0 +1,25 @@
+"""Local-EE: no communication. What every client reaches alone; the floor of a comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from cafe_flwr.methods.base import Method
+from cafe_flwr.networks import EarlyExitNetwork
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local(Method):
+    """Every client trains a network of its own, Σ_k CE(z_k, y)/m."""
+
+    name: ClassVar[str] = "local"
+    prefix: ClassVar[str] = "local-"
+
+    def shared_names(self, network: EarlyExitNetwork) -> list[str]:
+        """Nothing."""
+        return []
+
+    def personal_names(self, network: EarlyExitNetwork) -> list[str]:
+        """The whole network."""
+        return list(network.state_dict())

@@ -1,0 +1,41 @@
+"""LocalKD-EE: FedPer-EE, and a client's own last exit teaches its other exits.
+
+    client i, round t: minimise CE(z_m, y) + Σ_{k<m} [ CE(z_k, y) + λ τ² KL(softmax(z_m/τ) ‖ softmax(z_k/τ)) ]
+
+It is CAFEDistill where every client is its own teacher and all exits train from the first round: the floor that
+teachers from other clients have to pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from cafe_flwr.losses import distillation
+from cafe_flwr.methods.base import LocalTask, Method, setting
+from cafe_flwr.methods.cafedistill import refuse_distill
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalKD(Method):
+    """FedPer with distillation from the client's own last exit."""
+
+    name: ClassVar[str] = "local-kd"
+    prefix: ClassVar[str] = "local-kd-"
+
+    distill_weight: float = setting(1.0, "Weight λ of distillation.", ge=0)
+    temperature: float = setting(3.0, "Temperature τ of distillation.", gt=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_distill(self)
+
+    def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
+        """Sum over exits of cross-entropy and distillation, as CAFEDistill has it."""
+        logits = task.network(x)
+        total = self.exits_loss(logits, y, [1.0] * len(logits))
+        for student in logits[:-1]:
+            total = total + self.distill_weight * distillation(student, logits[-1], self.temperature)
+        return total
