@@ -132,7 +132,7 @@ def read_finished(run: PlannedRun) -> Finished:
     lines = [json.loads(line) for line in (run.folder / "rounds.jsonl").read_text().splitlines()]
     figures = {"accuracy": number(summary.get("accuracy"))}
     figures |= _each_exit("accuracy_exit_{}", summary.get("accuracy_per_exit"), exits)
-    for key in ("accuracy_ensemble", "accuracy_worst_tenth", "accuracy_after_training"):
+    for key in ("accuracy_ensemble", "accuracy_worst_tenth", "accuracy_after_training", "accuracy_adapted"):
         figures[key] = number(summary.get(key))
     figures |= _each_exit("accuracy_after_training_exit_{}", summary.get("accuracy_per_exit_after_training"), exits)
     figures["accuracy_macs_area"] = number(summary.get("accuracy_macs_area"))

@@ -150,11 +150,13 @@ def markdown_rows(comparison: Comparison, table: ConditionTable) -> list[list[st
     """All columns of a table as text: the header, then a list per row. Also the table of the page."""
     exits = range(1, table.exits + 1)
     head = ["method", "mean over exits", *(f"exit {k}" for k in exits), "ensemble of exits", "worst 10 % of clients"]
-    head += ["after local training", "area under accuracy–MACs", "MACs at equal accuracy", "bytes up + down"]
+    adapted = any(math.isfinite(row.of("accuracy_adapted").mean) for row in table.rows)
+    head += ["after local training", *(["log-prior re-estimated"] if adapted else [])]
+    head += ["area under accuracy–MACs", "MACs at equal accuracy", "bytes up + down"]
     head += ["seconds", "local steps", "trials", f"difference to {table.reference} ± std (std. error)"]
     rows = [head]
     names = ["accuracy", *(f"accuracy_exit_{k}" for k in exits), "accuracy_ensemble", "accuracy_worst_tenth"]
-    names += ["accuracy_after_training", "accuracy_macs_area"]
+    names += ["accuracy_after_training", *(["accuracy_adapted"] if adapted else []), "accuracy_macs_area"]
     for row in table.rows:
         if failure := failure_of(row):
             rows.append([row.label, failure, *[""] * (len(head) - 2)])
