@@ -69,8 +69,10 @@ def settings() -> None:
     from cafe_flwr.settings import Settings
 
     table = Table("setting", "default", "meaning", box=box.SIMPLE_HEAD)
-    for name, field in Settings.model_fields.items():
-        table.add_row(name.replace("_", "-"), repr(field.default), (field.description or "").replace("\n", " "))
+    names = Settings.keys()
+    for name in names:
+        field = Settings.model_fields[name.replace("-", "_")]
+        table.add_row(name, repr(field.default), (field.description or "").replace("\n", " "))
     console.print(table)
 
 

@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
 from cafe_flwr.methods import METHODS
-from cafe_flwr.settings import Settings, keys_of_other_methods
+from cafe_flwr.settings import STRICT, Settings, kebab, keys_of_other_methods
 from cafe_flwr.state import Checkpoints
 
 Condition = tuple[tuple[str, Any], ...]
@@ -40,10 +40,6 @@ _COMMON = {  # a row that changed one of these would not be comparable with the 
 _STEPS = {"num-server-rounds", "local-steps", "local-epochs"}  # equal in all rows, if the budget is
 _FREE = _OURS - {"seed", "method"} | {"wait-seconds", "round-timeout", "min-available-nodes"}  # change no number
 _EVALUATE_EVERY = 10  # rounds, unless the file says otherwise: evaluation is a quarter of a run's time
-
-
-def _kebab(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _candidates(value: Any) -> Any:
@@ -64,16 +60,7 @@ Candidates = Annotated[dict[str, list[Any]] | list[dict[str, Any]], PlainValidat
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(
-        alias_generator=_kebab,
-        validate_by_name=False,
-        validate_by_alias=True,
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        use_attribute_docstrings=True,
-        allow_inf_nan=False,
-    )
+    model_config = STRICT | ConfigDict(validate_by_name=False)
 
 
 class Row(_Part):
@@ -327,7 +314,7 @@ def read_experiment(path: Path) -> Experiment:
 
 
 def _keys(part: type[_Part]) -> list[str]:
-    return [_kebab(name) for name in part.model_fields]
+    return [kebab(name) for name in part.model_fields]
 
 
 def _explain(detail: Any) -> str:

@@ -6,6 +6,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from cafe_flwr.data import FederatedData, load_federation
+from cafe_flwr.log import logger
 from cafe_flwr.networks import ConvNet, EarlyExitNetwork
 from cafe_flwr.recording import Recorder, open_results
 from cafe_flwr.settings import Settings
@@ -80,6 +81,8 @@ def run(grid: Grid, settings: Settings) -> Result:
     RuntimeError
         If no client can take part, or all fail in a round. What was recorded until then is kept.
     """
+    if unread := settings.unread():
+        logger.warning("%s does not read %s", settings.method, ", ".join(unread))
     results = open_results(settings)
     recorder = Recorder(results.folder, settings, results.state)
     try:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from cafe_flwr.metrics import DynamicCounts, ExitMetrics
 from cafe_flwr.schema import Schema
+from cafe_flwr.settings import kebab
 from cafe_flwr.training import LocalBudget
 
 PROTOCOL = 1
@@ -37,11 +38,6 @@ RESERVED = frozenset(
         *("clients", "versions", "downloads", "active-exits", "method", "evaluate", "publish"),
     }
 )
-
-
-def kebab(name: str) -> str:
-    """``num_examples`` → ``num-examples``."""
-    return name.replace("_", "-")
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,14 @@ from pydantic.alias_generators import to_snake
 from cafe_flwr.methods import METHODS, Method
 
 
-def _kebab(name: str) -> str:
+def kebab(name: str) -> str:
+    """``num_clients`` → ``num-clients``."""
     return name.replace("_", "-")
 
 
-_CONFIG = ConfigDict(
-    alias_generator=_kebab,
+# Of everything that people write by hand: kebab-case names, no unknown ones, no conversion of types.
+STRICT = ConfigDict(
+    alias_generator=kebab,
     validate_by_name=True,
     validate_by_alias=True,
     extra="forbid",
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
 
     class _MethodSettings(BaseModel): ...
 else:
-    _MethodSettings = create_model("_MethodSettings", __config__=_CONFIG, **_of_methods())
+    _MethodSettings = create_model("_MethodSettings", __config__=STRICT, **_of_methods())
 
 
 class Settings(_MethodSettings):
@@ -70,7 +72,7 @@ class Settings(_MethodSettings):
     ValueError: unknown setting 'dirichlet-alhpa'; did you mean 'dirichlet-alpha'?
     """
 
-    model_config = _CONFIG
+    model_config = STRICT
 
     # The run
     name: str = Field("", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=100)
@@ -175,7 +177,7 @@ class Settings(_MethodSettings):
     def keys(cls) -> list[str]:
         """All setting names, in kebab-case: first those of every run, then the methods' own."""
         own = [name for name in cls.__annotations__ if name in cls.model_fields]
-        return [_kebab(name) for name in dict.fromkeys([*own, *cls.model_fields])]
+        return [kebab(name) for name in dict.fromkeys([*own, *cls.model_fields])]
 
     def to_run_config(self) -> dict[str, bool | int | float | str]:
         """All settings, in kebab-case."""
@@ -210,7 +212,7 @@ class Settings(_MethodSettings):
                 path = path.partition(":")[2]
             if path and not Path(path).expanduser().is_absolute():
                 raise ValueError(
-                    f"{_kebab(key)} must be an absolute path or start with '~', got {path!r}: Flower's processes have "
+                    f"{kebab(key)} must be an absolute path or start with '~', got {path!r}: Flower's processes have "
                     "their own working directory"
                 )
         return self
@@ -219,6 +221,11 @@ class Settings(_MethodSettings):
         """The method, with its own settings."""
         method = METHODS[self.method]
         return method(**{f.name: getattr(self, setting_key(method, f.name)) for f in fields(method)})
+
+    def unread(self) -> list[str]:
+        """Settings, in kebab-case, that were changed although the method does not read them."""
+        changed = {kebab(name) for name, f in type(self).model_fields.items() if getattr(self, name) != f.default}
+        return sorted(changed & keys_of_other_methods(self.method))
 
     @property
     def run_name(self) -> str:
@@ -242,7 +249,7 @@ def keys_of_other_methods(method: str) -> set[str]:
     """Settings, in kebab-case, that only other methods than this one read."""
     mine = {setting_key(METHODS[method], f.name) for f in fields(METHODS[method])} if method in METHODS else set()
     every = {setting_key(other, f.name) for other in METHODS.values() for f in fields(other)}
-    return {_kebab(name) for name in every - mine}
+    return {kebab(name) for name in every - mine}
 
 
 def _explain(settings: type[Settings], detail: Any) -> str:

@@ -71,6 +71,9 @@ def _versions(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+_SECRET_BYTES = 32
+
+
 def _only_for_me(path: str, flags: int) -> int:
     return os.open(path, flags, mode=0o600)
 
@@ -168,10 +171,20 @@ class PersonalStore:
     def private_rng(self, client: int, purpose: str) -> np.random.Generator:
         """A random generator for a purpose, always the same, from a secret of the client that nobody else knows."""
         path = self.folder / "secrets" / f"client-{client}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileExistsError), open(path, "xb", opener=_only_for_me) as file:
-            file.write(os.urandom(32))
-        seed = hashlib.sha256(path.read_bytes() + purpose.encode()).digest()
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            new = path.with_name(f".{path.name}.{os.getpid()}")
+            with open(new, "wb", opener=_only_for_me) as file:
+                file.write(os.urandom(_SECRET_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
+            with contextlib.suppress(FileExistsError):  # another process was faster: its secret counts
+                os.link(new, path)
+            new.unlink()
+        secret = path.read_bytes()
+        if len(secret) != _SECRET_BYTES:
+            raise ValueError(f"{path} holds no secret of {_SECRET_BYTES} bytes: restore it, or remove it for a new one")
+        seed = hashlib.sha256(secret + purpose.encode()).digest()
         return np.random.default_rng(np.frombuffer(seed, dtype=np.uint32))
 
     def publish(self, client: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

@@ -30,14 +30,13 @@ from cafe_flwr.messages import (
     NodeInfo,
     TrainReply,
     TrainRequest,
-    kebab,
     method_config,
 )
 from cafe_flwr.methods import CafeDistillMethod, ClientRecord, Method, RoundPlan, ServerRound, settings_of
 from cafe_flwr.participation import rng_for, sample_clients
 from cafe_flwr.recording import RoundCallback, RoundRecord, RunInfo
 from cafe_flwr.replies import Asked, sort_out
-from cafe_flwr.settings import Settings
+from cafe_flwr.settings import Settings, kebab
 from cafe_flwr.state import ServerState
 from cafe_flwr.training import LocalBudget, learning_rate_at
 

@@ -140,7 +140,7 @@ def test_an_exit_feels_its_own_cross_entropy_only():
 # --- all exits teach each -------------------------------------------------------------------------------------------
 
 
-def slow_self_distillation(z, teacher, tau, last_weight):
+def slow_self_distillation(z, tau, last_weight):
     """Exit by exit, row by row, class by class."""
     m, batch, classes = z.shape
     result = []
@@ -149,8 +149,6 @@ def slow_self_distillation(z, teacher, tau, last_weight):
         for row in range(batch):
             softened = [np.exp(log_softmax(z[j, row][None] / tau))[0] for j in range(m)]
             q = sum(softened) / m
-            if teacher is not None:
-                q = (q + np.exp(log_softmax(teacher[row][None] / tau))[0]) / 2
             total += sum(q[c] * (math.log(q[c]) - math.log(softened[k][c])) for c in range(classes))
         result.append(tau**2 * total / batch * (last_weight if k == m - 1 else 1.0))
     return result
@@ -161,14 +159,14 @@ def test_self_distillation_by_hand():
 
     KL(q‖¾) = ⅝ ln ⅚ + ⅜ ln 1.5 = 0.038098;  KL(q‖½) = ⅝ ln 1.25 + ⅜ ln ¾ = 0.031584, times 0.3 = 0.009475
     At τ = 3 with logits three times as large: nine times as much.
-    With a teacher at (¼, ¾): q = ½(⅝, ⅜) + ½(¼, ¾) = (7/16, 9/16); KL(q‖½) = 7/16·ln ⅞ + 9/16·ln 9/8 = 0.007833
+    The last exit's weight is 0.3 unless told otherwise.
     """
     z = [logits([[math.log(3), 0.0]]), logits([[0.0, 0.0]])]
     assert self_distillation(z, temperature=1.0).tolist() == pytest.approx([0.038098, 0.009475], abs=1e-6)
     three = self_distillation([3 * exit_ for exit_ in z])
     assert three.tolist() == pytest.approx([9 * 0.038098, 9 * 0.009475], abs=1e-5)
-    taught = self_distillation(z, logits([[0.0, math.log(3)]]), temperature=1.0, last_weight=1.0)
-    assert taught[1].item() == pytest.approx(0.007833, abs=1e-6)
+    full = self_distillation(z, temperature=1.0, last_weight=1.0)
+    assert full.tolist() == pytest.approx([0.038098, 0.031584], abs=1e-6)
 
 
 @settings(deadline=None)
@@ -176,31 +174,23 @@ def test_self_distillation_by_hand():
     shape=st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(2, 5)),
     tau=st.floats(0.5, 10),
     last_weight=st.floats(0, 2),
-    taught=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_self_distillation_agrees_with_slow_loops(shape, tau, last_weight, taught, seed):
-    rng = np.random.default_rng(seed)
-    z = 3 * rng.normal(size=shape)
-    teacher = rng.normal(size=shape[1:]) if taught else None
-    value = self_distillation(
-        list(logits(z)), None if teacher is None else logits(teacher), temperature=tau, last_weight=last_weight
-    )
-    np.testing.assert_allclose(value, slow_self_distillation(z, teacher, tau, last_weight), rtol=1e-7, atol=1e-9)
+def test_self_distillation_agrees_with_slow_loops(shape, tau, last_weight, seed):
+    z = 3 * np.random.default_rng(seed).normal(size=shape)
+    value = self_distillation(list(logits(z)), temperature=tau, last_weight=last_weight)
+    np.testing.assert_allclose(value, slow_self_distillation(z, tau, last_weight), rtol=1e-7, atol=1e-9)
     assert (value >= -1e-12).all()
 
 
 def test_nobody_learns_by_teaching():
-    """The gradient of exit k is τ(softmax(z_k/τ) − q) of its own term, as if q were data; the further teacher has
-    none."""
+    """The gradient of exit k is τ(softmax(z_k/τ) − q) of its own term, as if q were data."""
     z = [logits(rows).requires_grad_() for rows in np.random.default_rng(4).normal(size=(3, 2, 4))]
-    teacher = logits(np.random.default_rng(5).normal(size=(2, 4))).requires_grad_()
-    self_distillation(z, teacher, temperature=2.0, last_weight=0.3).sum().backward()
+    self_distillation(z, temperature=2.0, last_weight=0.3).sum().backward()
     soft = [exit_.detach().div(2.0).softmax(dim=1) for exit_ in z]
-    q = sum(soft) / 6 + teacher.detach().div(2.0).softmax(dim=1) / 2
+    q = sum(soft) / 3
     for exit_, p, weight in zip(z, soft, (1.0, 1.0, 0.3), strict=True):
         torch.testing.assert_close(exit_.grad, weight * 2.0 * (p - q) / 2)
-    assert teacher.grad is None
 
 
 def test_a_single_exit_has_nothing_to_learn_from_itself():

@@ -4,10 +4,10 @@ A federation of toys runs with real messages; what is checked is what travels, w
 """
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,7 +38,7 @@ from cafe_flwr.metrics import evaluate
 from cafe_flwr.participation import rng_for
 from cafe_flwr.schema import Schema
 from cafe_flwr.settings import Settings, setting_key
-from cafe_flwr.state import Checkpoints, to_json
+from cafe_flwr.state import Checkpoints, PersonalStore, to_json
 from cafe_flwr.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
 
@@ -93,7 +93,9 @@ class Row(NamedTuple):
     down: Sequence[str] = ()
 
 
-OWN_BACKBONE = prefixed("own.", BACKBONE)  # of cafedistill-plus: as the client left it, beside the average
+# Of cafedistill-plus: the backbone as the client left it, beside the average; and its classifiers since the start.
+OWN_BACKBONE, HEAD_UPDATES = prefixed("own.", BACKBONE), prefixed("update.", HEADS)
+PLUS = Row(BACKBONE, [*HEADS, *OWN_BACKBONE], [*HEAD_UPDATES, "class-means", "class-counts"], HEAD_UPDATES)
 EVERYTHING_AVERAGED = Row(NETWORK, [])
 EXITS_PERSONAL = Row(BACKBONE, HEADS)
 MIXTURES = Row([], NETWORK, prefixed("update.", NETWORK), prefixed("update.", NETWORK))
@@ -114,14 +116,17 @@ TABLE = {
     "fedpac": Row(BACKBONE, HEADS, [*HEADS, "class-means", "variance", "class-counts"], [*HEADS, "prototypes"]),
     "cafedistill": Row(BACKBONE, HEADS, LAST, LAST),
     "cafedistill teachers=own": EXITS_PERSONAL,
-    "cafedistill-plus": Row(BACKBONE, [*HEADS, *OWN_BACKBONE], [*HEADS, "class-counts"], HEADS),
-    "cafedistill-plus counts=noised": Row(
-        BACKBONE, [*HEADS, *OWN_BACKBONE, "class-counts"], [*HEADS, "class-counts"], HEADS
-    ),
-    "cafedistill-plus counts=none": Row(BACKBONE, [*HEADS, *OWN_BACKBONE], HEADS, HEADS),
+    "cafedistill-plus": PLUS,
+    "cafedistill-plus match_by=classifiers": PLUS._replace(up=[*HEAD_UPDATES, "class-counts"]),
+    "cafedistill-plus counts=noised match_by=classifiers": PLUS._replace(up=[*HEAD_UPDATES, "class-counts"]),
+    "cafedistill-plus counts=none match_by=classifiers": PLUS._replace(up=HEAD_UPDATES),
 }
 TWO_PHASES = {"ditto", "fedrep", "fedpac"}  # train two things in a round
 REFUSED = {("fedrod", "prior"), ("cafedistill", "distill"), ("cafedistill-plus", "distill"), ("local-kd", "distill")}
+
+
+# What another value of a setting needs beside it.
+WITH = {("cafedistill-plus", "counts"): {"match_by": "classifiers"}}
 
 
 # --- every method as it is, and with each of its settings at other values --------------------------------------------
@@ -145,7 +150,7 @@ def described(variant):
 
 PLAIN = [(name, {}) for name in sorted(METHODS)]
 VARIANTS = [
-    (name, {f.name: value})
+    (name, {f.name: value} | WITH.get((name, f.name), {}))
     for name in sorted(METHODS)
     for f in fields(METHODS[name])
     if (name, f.name) not in REFUSED
@@ -177,12 +182,16 @@ some_variants = pytest.mark.parametrize("variant", [*PLAIN, *SPECIAL], ids=descr
 plain_methods = pytest.mark.parametrize("variant", PLAIN, ids=described)
 
 
+def known_rng(store, client, purpose):
+    """In the place of a client's private generator."""
+    return rng_for(0, 0, client, purpose)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _the_same_noise():
-    """Noised counts draw from the operating system; here everybody's noise is the same in every run."""
+    """Noise comes from a secret of the operating system's; here a client's noise is the same in every run."""
     with pytest.MonkeyPatch.context() as patch:
-        fixed = SimpleNamespace(urandom=lambda size: np.random.default_rng(0).bytes(size))
-        patch.setattr("cafe_flwr.methods.cafedistill_plus.os", fixed)
+        patch.setattr(PersonalStore, "private_rng", known_rng)
         yield
 
 
@@ -365,8 +374,10 @@ def test_every_setting_says_what_it_is_and_can_be_set_in_a_run(variant):
         offered = Settings.model_fields[key.replace("-", "_")]
         assert (offered.description, offered.default) == (f.metadata["doc"], f.default)
         for value in other_values(f) if (cls.name, f.name) not in REFUSED else []:
-            set_so = Settings.from_run_config({"method": cls.name, key: value}).build_method()
-            assert settings_of(set_so) == {**settings_of(cls()), f.name: value}
+            too = WITH.get((cls.name, f.name), {})
+            config = {"method": cls.name, key: value} | {own_key(cls, cls.__dataclass_fields__[n]): too[n] for n in too}
+            set_so = Settings.from_run_config(config).build_method()
+            assert settings_of(set_so) == {**settings_of(cls()), **too, f.name: value}
 
 
 def beyond(f):
@@ -542,9 +553,8 @@ def starting_point(run, client, message):
     if run.variant[0] == "fedpac":
         tensors |= {name: t for name, t in down.items() if name in HEADS}
     if run.variant[0] == "cafedistill-plus" and down:
-        tensors |= {name: (kept[name] + t) / 2 for name, t in down.items()}
         tensors |= {name: (kept["own." + name] + shared[name]) / 2 for name in BACKBONE}
-    if run.variant[0] == "pfedgraph":
+    if run.variant[0] in ("pfedgraph", "cafedistill-plus"):
         tensors |= {n.removeprefix("update."): start[n.removeprefix("update.")] + t for n, t in down.items()}
     return tensors
 
@@ -951,6 +961,7 @@ def test_training_is_repeatable_and_leaves_the_network_trainable(name):
                 download={},
                 budget=BUDGET,
                 rng=lambda purpose: rng_for(0, 1, 1, purpose),
+                private_rng=lambda purpose: rng_for(0, 0, 1, purpose),
                 state=method.extra_tensors(network),
                 initial=initial(),
             )
@@ -964,3 +975,50 @@ def test_training_is_repeatable_and_leaves_the_network_trainable(name):
             outcomes.append((result, tensors))
         assert outcomes[0][0] == outcomes[1][0]
         assert same_tensors(outcomes[0][1], outcomes[1][1])
+
+
+# --- the example of docs/methods.md ----------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_documentation_is_a_method_that_works(tmp_path, monkeypatch):
+    """As it is printed: classifiers are sent up, their average by examples comes down, and it pulls. Without a pull it
+    is FedPer, bit for bit."""
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class FedNear" in block)
+    example = {"__name__": "fednear"}
+    exec(code, example)
+    monkeypatch.setitem(METHODS, "fednear", example["FedNear"])
+    network = toy_network(exits=2)
+    assert settings_of(METHODS["fednear"]())["pull"] == 0.1
+    with pytest.raises(ValueError, match="pull must be at least 0"):
+        METHODS["fednear"](pull=-1.0)
+    assert METHODS["fednear"]().upload_names(network) == METHODS["fednear"]().download_names(network) == HEADS
+
+    def three_rounds(name, **settings):
+        folder = tmp_path / " ".join([name, *map(str, settings.values())])
+        return quietly(folder, (name, settings), rounds=3, num_rounds=3, num_nodes=N)
+
+    near = three_rounds("fednear")
+    assert [r.client for r in near.notes.reports] == list(range(N))
+    weights = [len(toy_data(client).train) for client in range(N)]
+    for server_round in (1, 2, 3):
+        assert [asked(m) for m, _ in near.messages("train", server_round)] == [[c] for c in range(N)]
+        downloads = [near.sent(message)[1] for message, _ in near.messages("train", server_round)]
+        if server_round == 1:
+            assert downloads == [{}] * N
+            continue
+        reports = near.notes.records[server_round - 1].reports
+        sent = [near.schema("upload").unpack(report.upload) for report in reports]
+        for down in downloads:
+            assert sorted(down) == sorted(HEADS)
+            for name, tensor in down.items():
+                mean = np.average([heads[name].numpy() for heads in sent], axis=0, weights=weights)
+                np.testing.assert_allclose(tensor, mean, rtol=1e-5, atol=1e-6)
+
+    def spread(run):
+        heads = torch.stack([torch.cat([t[name].flatten() for name in HEADS]) for t in run.published.values()])
+        return (heads - heads.mean(0)).norm().item()
+
+    free, fedper = three_rounds("fednear", pull=0.0), three_rounds("fedper")
+    assert_same_outcome(free, fedper)
+    assert spread(three_rounds("fednear", pull=3.0)) < spread(near) < spread(free)

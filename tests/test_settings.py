@@ -99,10 +99,17 @@ def test_prefixes_tell_methods_apart():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_choice_of_a_method_can_be_set(method):
+    needed = {"plus-counts": {"plus-match-by": "classifiers"}}  # class means would tell what counts hide
     for key, f in keys_of(method)[0].items():
         for choice in f.metadata["choices"]:
-            built = Settings.from_run_config({"method": method, key: choice}).build_method()
+            built = Settings.from_run_config({"method": method, **needed.get(key, {}), key: choice}).build_method()
             assert getattr(built, f.name) == choice
+
+
+@pytest.mark.parametrize("counts", ["noised", "none"])
+def test_counts_that_are_hidden_although_class_means_tell_them_are_refused_before_the_run(counts):
+    with pytest.raises(ValueError, match="set match_by to 'classifiers'"):
+        Settings.from_run_config({"method": "cafedistill-plus", "plus-counts": counts})
 
 
 def test_the_choices_of_cafedistill_are_those_of_its_parts():
@@ -302,6 +309,9 @@ IMPOSSIBLE = [
     ("plus-selection", "best", "'shallow-first', 'deep-first', 'random' or 'none'"),
     ("plus-backbone-pull", -0.1, "greater than or equal to 0"),
     ("plus-backbone-pull", 1.1, "less than or equal to 1"),
+    ("plus-match-by", "name", "'features' or 'classifiers'"),
+    ("plus-same-above", -1.1, "greater than or equal to -1"),
+    ("plus-same-above", 1.1, "less than or equal to 1"),
     ("plus-counts", "some", "'exact', 'noised' or 'none'"),
     ("plus-count-epsilon", 0.0, "greater than 0"),
     ("depthfl-ramp", 0.0, "greater than 0"),

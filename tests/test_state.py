@@ -279,6 +279,58 @@ def test_a_published_network_is_whole_with_its_facts_beside(tmp_path):
     assert facts == {"state-version": 1, "client": 7, "round": 9, "accuracy_per_exit": [0.25, 0.5]}
 
 
+# --- the client's secret ---
+
+
+def drawn(folder, client=0, purpose="noise", run=RUN):
+    """What a store that was just opened draws."""
+    return PersonalStore(folder, run).private_rng(client, purpose).integers(2**63, size=4).tolist()
+
+
+def test_a_private_generator_is_the_same_whenever_it_is_asked_for(tmp_path):
+    """Another store, another run, or the same store again; whatever else was drawn in between, or saved and lost."""
+    store = PersonalStore(tmp_path, RUN)
+    first = store.private_rng(0, "noise").integers(2**63, size=4).tolist()
+    assert drawn(tmp_path, purpose="other") != first
+    save(store, 0, 1)
+    save(store, 0, 3, base=0)
+    assert store.private_rng(0, "noise").integers(2**63, size=4).tolist() == first
+    assert drawn(tmp_path) == drawn(tmp_path, run="f" * 16) == first
+
+
+def test_private_generators_differ_by_purpose_client_and_folder(tmp_path):
+    combinations = [(tmp_path / f, client, purpose) for f in "ab" for client in (0, 1, 10) for purpose in ("a", "b")]
+    assert len({tuple(drawn(*combination)) for combination in combinations}) == len(combinations)
+
+
+def test_a_secret_is_for_its_owner_alone_and_is_written_once(tmp_path):
+    """32 bytes of the operating system's, readable for nobody else whatever the process's umask; never replaced."""
+    before = os.umask(0)
+    try:
+        drawn(tmp_path, client=4)
+    finally:
+        os.umask(before)
+    assert names_in(tmp_path) == ["secrets/client-4"]
+    path = tmp_path / "secrets" / "client-4"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    secret, written = path.read_bytes(), path.stat().st_mtime_ns
+    assert len(secret) == 32
+    drawn(tmp_path, client=4, purpose="another")
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == (secret, written)
+
+
+def test_a_private_generator_comes_from_the_secret_alone(tmp_path):
+    """Not from numbers that the server knows: another secret is another generator; the secret brought back, the
+    same."""
+    first = drawn(tmp_path)
+    path = tmp_path / "secrets" / "client-0"
+    secret = path.read_bytes()
+    path.unlink()
+    assert drawn(tmp_path) != first
+    path.write_bytes(secret)
+    assert drawn(tmp_path) == first
+
+
 # --- where ---
 
 
