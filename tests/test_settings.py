@@ -414,3 +414,9 @@ def test_shares_sum_to_one():
 def test_settings_do_not_change():
     with pytest.raises(ValueError, match="frozen"):
         Settings().seed = 3
+
+
+def test_settings_that_the_method_does_not_read_are_named():
+    settings = Settings.from_run_config({"method": "ditto", "mu": 0.7, "ditto-pull": 0.3, "fedprox-mu": 0.01})
+    assert settings.unread() == ["mu"]
+    assert Settings.from_run_config({"mu": 0.7}).unread() == []
