@@ -144,7 +144,7 @@ def compare(
     try:
         failures = _run_experiment(experiment, home, rows, jobs or os.cpu_count() or 1)
     except KeyboardInterrupt:
-        console.print(
+        Console().print(  # the interruption may have come in the middle of a print on the other one
             "Stopped. Finished runs are kept, and others go on from their last round: give the same command again.",
             soft_wrap=True,
         )

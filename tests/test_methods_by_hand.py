@@ -989,10 +989,10 @@ def test_noised_counts_are_the_true_ones_with_laplace_noise_of_the_clients_priva
     method.train(task)
     expected = np.maximum(np.array([5.0, 0.0]) + np.random.default_rng(11).laplace(scale=0.5, size=2), 0)
     assert task.state["class-counts"].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
-    assert asked == ["class counts"]
+    assert asked == ["class counts 4.0"]
     exact = METHODS["cafedistill-plus"]()
     exact.train(local_task(exact, exits=2, private_rng=private_rng))
-    assert asked == ["class counts"]  # not asked where it is not needed
+    assert asked == ["class counts 4.0"]  # not asked where it is not needed
 
 
 MANY = {0: [0, 1] * 20, 1: [0, 1] * 20}  # two clients with the same labels, so many that noise does not reach 0
@@ -1055,7 +1055,7 @@ def test_the_secret_is_in_no_message_and_in_no_other_file(tmp_path):
     for client, path in enumerate(paths):
         secret = path.read_bytes()
         store = PersonalStore(tmp_path, "0" * 16)
-        noise = store.private_rng(client, "class counts").laplace(scale=2.0, size=2)
+        noise = store.private_rng(client, "class counts 1.0").laplace(scale=2.0, size=2)
         told = [secret[i : i + 8] for i in range(0, 32, 8)]
         told += [part.hex().encode() for part in told]
         told += [noise.tobytes(), noise.astype(np.float32).tobytes()]
