@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
 from cafe_flwr.methods import METHODS
+from cafe_flwr.recording import is_bare
 from cafe_flwr.settings import STRICT, Settings, kebab, keys_of_other_methods
 from cafe_flwr.state import Checkpoints
 
@@ -537,7 +538,7 @@ def state_of(run: PlannedRun, undecided: Iterable[str] = ()) -> State:
     ValueError
         If the folder holds something else than (a part of) this run.
     """
-    if not run.folder.is_dir() or not any(run.folder.iterdir()):
+    if not run.folder.is_dir() or is_bare(run.folder):
         return "new"
     advice = "choose another name for the experiment, or another --results-dir"
     try:

@@ -174,7 +174,7 @@ def open_results(settings: Settings) -> Results:
         state = None
         if settings.resume:
             state = _resumable(folder, run_config)
-        elif folder.exists() and any(folder.iterdir()):
+        elif not is_bare(folder):
             _move_aside(folder)
         lock = _lock(folder)
         write_atomically(folder / "settings.json", to_json(run_config, indent=2))
@@ -182,6 +182,12 @@ def open_results(settings: Settings) -> Results:
         raise ValueError(f"cannot write results to {folder}: {error}. Set results-dir to a folder you own") from error
     logger.info("Results: %s", folder)
     return Results(folder, state, lock)
+
+
+def is_bare(folder: Path) -> bool:
+    """Whether a folder is not there, is empty, or was left by a run that ended before it wrote its settings."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return all(name == ".lock" or name.startswith(".settings.json.") for name in names)
 
 
 def _lock(folder: Path) -> IO[str]:

@@ -1033,3 +1033,13 @@ def test_results_of_an_unusable_accuracy_are_null_in_json(tmp_path, no_report):
         facts = strict_json((settings.results / "personal" / f"client-{client}.json").read_text())
         assert facts["accuracy_per_exit"] == [None] * EXITS
         assert facts["temperatures"] == [1.0] * EXITS
+
+
+def test_a_run_that_ended_before_it_wrote_its_settings_is_not_in_the_way(tmp_path):
+    settings = small_settings(tmp_path)
+    settings.results.mkdir(parents=True)
+    (settings.results / ".lock").touch()
+    (settings.results / ".settings.json.7.tmp").write_text("{")
+    run_small(settings)
+    assert (settings.results / "summary.json").exists()
+    assert not settings.results.with_name("small.1").exists()
