@@ -25,6 +25,7 @@ from cafe_flwr.experiment import (
     plan_runs,
     plan_trials,
     read_summary,
+    settings_words,
 )
 from cafe_flwr.report import number, numbers
 from cafe_flwr.state import to_json, write_atomically
@@ -231,7 +232,7 @@ def read_sweep(experiment: Experiment, folder: Path, failures: Mapping[Path, str
                 accuracy[run.trial][run.settings.seed] = read_finished(run).figures["accuracy"]
             elif run.folder in failures:
                 accuracy[run.trial][run.settings.seed] = math.nan
-                tried = ", ".join(f"{key}={value}" for key, value in candidates[run.trial].items())
+                tried = settings_words(candidates[run.trial])
                 reasons.append(f"{tried}, seed {run.settings.seed}: {failures[run.folder]} (log: {run.log})")
             else:
                 complete = False

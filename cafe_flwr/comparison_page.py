@@ -10,7 +10,7 @@ import numpy as np
 
 from cafe_flwr.comparison import Comparison, ConditionTable, RowResult
 from cafe_flwr.comparison_tables import markdown_rows, notes, points, share
-from cafe_flwr.experiment import words
+from cafe_flwr.experiment import settings_words, words
 from cafe_flwr.report_figures import INK, LINE, MARKS, MUTED, canvas, colour, svg
 from cafe_flwr.report_page import CSS, GLOSSARY
 
@@ -220,8 +220,8 @@ def _sweep_rows(comparison: Comparison) -> list[list[str]]:
     for sweep in comparison.sweeps:
         for position, (trial, by_seed) in enumerate(zip(sweep.trials, sweep.accuracy, strict=True)):
             values = ", ".join("failed" if math.isnan(a) else f"{100 * a:.1f}" for a in by_seed.values()) or "not run"
-            settings = ", ".join(f"{key}={value}" for key, value in trial.items())
-            rows.append([sweep.row, words(sweep.condition), settings, values, "chosen" * (position == sweep.best)])
+            chosen = "chosen" * (position == sweep.best)
+            rows.append([sweep.row, words(sweep.condition), settings_words(trial), values, chosen])
     return rows
 
 

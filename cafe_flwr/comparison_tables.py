@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cafe_flwr.comparison import EQUAL_MACS, Comparison, ConditionTable, RowResult, Statistic, statistic
-from cafe_flwr.experiment import words
+from cafe_flwr.experiment import settings_words, words
 from cafe_flwr.report import scaled
 from cafe_flwr.state import write_atomically
 
@@ -83,17 +83,13 @@ def notes(comparison: Comparison, table: ConditionTable) -> list[str]:
 def _sweep_notes(comparison: Comparison, table: ConditionTable) -> list[str]:
     assert comparison.experiment.sweep is not None
     seeds = ", ".join(map(str, comparison.experiment.sweep.seeds))
-    picked = "; ".join(f"{row.label}: {_settings_words(row.chosen)}" for row in table.rows if row.chosen)
+    picked = "; ".join(f"{row.label}: {settings_words(row.chosen)}" for row in table.rows if row.chosen)
     trials = max((row.trials for row in table.rows), default=0)
     lines = [f"settings chosen on validation data, from {trials} trials a row (seeds {seeds}): {picked or 'none yet'}"]
     for sweep in comparison.sweeps:
         if sweep.condition == table.condition:
             lines += [f"{sweep.row}, a trial failed: {reason}" for reason in sweep.failures]
     return lines
-
-
-def _settings_words(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def failure_of(row: RowResult) -> str:
@@ -266,7 +262,7 @@ def _table_lines(comparison: Comparison) -> list[dict[str, Any]]:
     for table in comparison.tables:
         for row in table.rows:
             line: dict[str, Any] = {**dict(table.condition), "row": row.label, "method": row.method}
-            line |= {"seeds": len(row.runs), "trials": row.trials, "chosen": _settings_words(row.chosen)}
+            line |= {"seeds": len(row.runs), "trials": row.trials, "chosen": settings_words(row.chosen)}
             line |= {"reference": table.reference, "baseline": table.baseline or ""}
             for name in figure_names(comparison):
                 value = row.of(name)

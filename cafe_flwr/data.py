@@ -310,7 +310,9 @@ def partition_labels(
         warnings.simplefilter("ignore")  # it warns at every retry; what counts is whether it succeeds
         try:
             shared = [np.asarray(partitioner.load_partition(g)["position"], dtype=np.int64) for g in range(groups)]
-            parts = _deal(labels, shared, num_clients, rng_for(seed, 0, -1, "label groups"))
+            parts = shared
+            if label_groups:
+                parts = _deal(labels, shared, num_clients, rng_for(seed, 0, -1, "label groups"))
             smallest = min(len(part) for part in parts)
             if smallest < minimum:
                 raise ValueError(f"the smallest client would have {smallest} of at least {minimum} examples")

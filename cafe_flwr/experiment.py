@@ -9,7 +9,6 @@ All rows of an experiment share the partition, the initial weights, the particip
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import re
@@ -23,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 
 from cafe_flwr.methods import METHODS
 from cafe_flwr.recording import is_bare
-from cafe_flwr.settings import STRICT, Settings, kebab, keys_of_other_methods
+from cafe_flwr.settings import STRICT, Settings, closest, kebab, keys_of_other_methods
 from cafe_flwr.state import Checkpoints
 
 Condition = tuple[tuple[str, Any], ...]
@@ -244,8 +243,8 @@ def _misplaced(experiment: Experiment) -> Iterator[str]:
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a name that is not known."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+    near = closest(name, known)
+    return f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
 
 
 def slug(text: str) -> str:
@@ -268,6 +267,11 @@ def words(condition: Condition) -> str:
     'dirichlet-alpha = 0.1, num-clients = 20'
     """
     return ", ".join(f"{key} = {value}" for key, value in condition)
+
+
+def settings_words(settings: Mapping[str, Any]) -> str:
+    """Settings as a person reads them: ``mu=2.0, learning-rate=0.1``."""
+    return ", ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def _repeated(values: Sequence[Any]) -> list[Any]:

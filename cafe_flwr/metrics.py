@@ -45,6 +45,17 @@ def exit_logits(network: EarlyExitNetwork, x: Tensor) -> Tensor:
     return torch.cat(chunks, dim=1) if chunks else torch.zeros(network.num_exits, 0, network.num_classes)
 
 
+@torch.no_grad()
+def exit_features(network: EarlyExitNetwork, x: Tensor) -> Tensor:
+    """Features of all exits in evaluation mode, (m, N, d)."""
+    network.eval()
+    features = []
+    for k in range(network.num_exits):
+        x = network.stage(k, x)
+        features.append(network.exit(k, x)[0])
+    return torch.stack(features)
+
+
 def exit_metrics(logits: Tensor, y: Tensor) -> ExitMetrics:
     """Accuracy, cross-entropy and ECE (15 bins, L1) of every exit.
 

@@ -167,8 +167,8 @@ class _Workplace:
         task.state = {name: tensor for name, tensor in tensors.items() if name not in self.weights}
 
     def take(self, task: LocalTask) -> dict[str, Tensor]:
-        """The tensors of a task."""
-        return {**snapshot(self.network), **task.state}
+        """The tensors of a task; the network's are its own, not copies."""
+        return {**self.network.state_dict(), **task.state}
 
     @contextmanager
     def deployed(self, task: LocalTask) -> Iterator[EarlyExitNetwork]:
@@ -178,11 +178,12 @@ class _Workplace:
         if personal is tensors:
             yield self.network
             return
+        kept = snapshot(self.network)
         self.network.load_state_dict(personal)
         try:
             yield self.network
         finally:
-            self.put(task, tensors)
+            self.network.load_state_dict(kept)
 
     @cached_property
     def digest(self) -> str:

@@ -14,6 +14,11 @@ def class_counts(y: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(y, minlength=num_classes).float()
 
 
+def class_sums(features: Tensor, y: Tensor, num_classes: int) -> Tensor:
+    """Sums of the features of every class, (m, C, d), from those of the exits, (m, N, d), and labels (N,)."""
+    return features.new_zeros(len(features), num_classes, features.shape[2]).index_add_(1, y, features)
+
+
 def log_prior(counts: Tensor) -> Tensor:
     """log π_c, π_c = (n_c + 0.1) / Σ_c (n_c + 0.1): finite also for classes that are not there.
 

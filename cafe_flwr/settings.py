@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +30,11 @@ STRICT = ConfigDict(
     use_attribute_docstrings=True,
     allow_inf_nan=False,
 )
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like this one, if any is."""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def setting_key(method: type[Method], field: str) -> str:
@@ -195,10 +200,10 @@ class Settings(_MethodSettings):
                 f"min-train-nodes ({self.min_train_nodes}) must not exceed num-clients ({self.num_clients})"
             )
         if self.method not in METHODS:
-            near = difflib.get_close_matches(self.method, METHODS, n=1)
+            near = closest(self.method, METHODS)
             raise ValueError(
                 f"method should be one of {', '.join(METHODS)}, got {self.method!r}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
+                + (f"; did you mean {near!r}?" if near else "")
             )
         method = self.build_method()
         if method.equal_steps and not self.local_epochs and self.local_steps < method.phases:
@@ -259,9 +264,9 @@ def _explain(settings: type[Settings], detail: Any) -> str:
     key = str(detail["loc"][0])
     if detail["type"] == "extra_forbidden":
         known = settings.keys()
-        near = difflib.get_close_matches(key, known, n=1)
+        near = closest(key, known)
         return f"unknown setting {key!r}; " + (
-            f"did you mean {near[0]!r}?" if near else f"known settings: {', '.join(known)}"
+            f"did you mean {near!r}?" if near else f"known settings: {', '.join(known)}"
         )
     expected = detail["msg"].partition(" should ")[2] or detail["msg"]
     about = (settings.model_fields[to_snake(key)].description or "").replace("\n", " ")

@@ -191,6 +191,11 @@ class ServerRound:
     rng: np.random.Generator
 
     @property
+    def all_exits(self) -> NDArray[np.bool_]:
+        """Every student exit of every participant, (participants, m−1), as ``RoundPlan.active`` has them."""
+        return np.ones((len(self.participants), self.num_exits - 1), dtype=bool)
+
+    @property
     def teachers(self) -> list[int]:
         """Clients that have reported."""
         return sorted(self.known)
@@ -253,6 +258,8 @@ class Method:
         Of the method, as in ``method = "fedper"``.
     prefix
         Before the names of its settings in a run's settings: ``ditto-`` and ``pull`` make ``ditto-pull``.
+    refuses
+        Settings of every method that this one cannot take, with the reason.
     phases
         Things it trains one after the other in a round, which share the round's steps if ``equal_steps``.
     prior, distill, equal_steps
@@ -261,6 +268,7 @@ class Method:
 
     name: ClassVar[str]
     prefix: ClassVar[str]
+    refuses: ClassVar[Mapping[str, str]] = {}
     phases: ClassVar[int] = 1
 
     prior: bool = setting(False, "Add the log of the client's own class shares to its logits, in training and after.")
@@ -272,6 +280,9 @@ class Method:
     def __post_init__(self) -> None:
         for f in fields(self):
             _check(f.name, getattr(self, f.name), f.metadata)
+        for switch, reason in self.refuses.items():
+            if getattr(self, switch):
+                raise ValueError(f"{switch} is not for {self.name}: {reason}")
 
     # --- what travels ---
 
@@ -302,7 +313,7 @@ class Method:
 
     def plan(self, task: ServerRound) -> RoundPlan:
         """What the participants are told. By default: train all exits."""
-        return RoundPlan(np.ones((len(task.participants), task.num_exits - 1), dtype=bool))
+        return RoundPlan(task.all_exits)
 
     # --- client half ---
 
@@ -355,6 +366,11 @@ class Method:
 def settings_of(method: Method) -> dict[str, Any]:
     """The method's own settings, by name."""
     return {f.name: getattr(method, f.name) for f in fields(method)}
+
+
+def without_prefix(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, under the rest of their names."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def phase(method: Method, number: int) -> tuple[int, int]:

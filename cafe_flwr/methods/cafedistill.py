@@ -39,6 +39,7 @@ class CafeDistillMethod(Method):
 
     name: ClassVar[str] = "cafedistill"
     prefix: ClassVar[str] = ""
+    refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
     mu: float = setting(
         0.5, "μ of teacher matching: 0 = learn from oneself only, large = from all in proportion to their data.", ge=0
@@ -65,7 +66,6 @@ class CafeDistillMethod(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_distill(self)
         if self.solver != "exact":
             check_solver(self.solver)
 
@@ -163,12 +163,6 @@ class CafeDistillMethod(Method):
             index = torch.from_numpy(positions)
             return gradient_similarity(network, task.data.x[index], task.data.y[index])
         return classifier_similarity(network)
-
-
-def refuse_distill(method: Method) -> None:
-    """Raise ValueError if a method that distils anyway is asked for self-distillation on top."""
-    if method.distill:
-        raise ValueError(f"distill is not for {method.name}: it distils already")
 
 
 def reported_similarity(task: ServerRound) -> NDArray[np.float64]:

@@ -13,6 +13,7 @@ Clients keep their own θ_i and h_i. docs/method.md has the reasons, docs/eviden
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,14 +25,25 @@ from torch import Tensor
 from cafe_flwr.coordination import SELECTIONS, active_exits
 from cafe_flwr.data import Split
 from cafe_flwr.losses import cross_entropies, self_distillation
-from cafe_flwr.methods.base import LocalResult, LocalTask, Method, RoundPlan, ServerRound, Tensors, setting
-from cafe_flwr.methods.cafedistill import classifier_similarity, refuse_distill, reported_similarity
+from cafe_flwr.methods.base import (
+    LocalResult,
+    LocalTask,
+    Method,
+    RoundPlan,
+    ServerRound,
+    Tensors,
+    setting,
+    without_prefix,
+)
+from cafe_flwr.methods.cafedistill import classifier_similarity, reported_similarity
+from cafe_flwr.methods.mixtures import UPDATE, add_updates, updates
+from cafe_flwr.metrics import exit_features
 from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.priors import class_counts
+from cafe_flwr.priors import class_counts, class_sums
 from cafe_flwr.teaching import cosine_similarity, teacher_weights
 from cafe_flwr.training import snapshot
 
-_COUNTS, _MEANS, _OWN, _UPDATE = "class-counts", "class-means", "own.", "update."
+_COUNTS, _MEANS, _OWN = "class-counts", "class-means", "own."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +52,7 @@ class CafeDistillPlus(Method):
 
     name: ClassVar[str] = "cafedistill-plus"
     prefix: ClassVar[str] = "plus-"
+    refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
     prior: bool = setting(True, "Add the log of the client's own class shares to its logits, in training and after.")
     mu: float = setting(0.1, "μ of class-wise matching: small = those most like oneself, large = all.", gt=0)
@@ -66,7 +79,6 @@ class CafeDistillPlus(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_distill(self)
         if self.match_by == "features" and self.counts != "exact":
             raise ValueError(
                 f"counts = {self.counts!r} hides what match_by = 'features' would tell: set match_by to 'classifiers'"
@@ -78,9 +90,9 @@ class CafeDistillPlus(Method):
         """The client's own backbone, its classifiers' update since the common start, class means and counts."""
         tensors = network.state_dict()
         extra = {_OWN + name: tensors[name].clone() for name in network.shared_names()}
-        extra |= {_UPDATE + name: torch.zeros_like(tensors[name]) for name in network.personal_names()}
+        extra |= {UPDATE + name: torch.zeros_like(tensors[name]) for name in network.personal_names()}
         if self.match_by == "features":
-            width = network.state_dict()[network.head_names(0)[0]].shape[1]
+            width = tensors[network.head_names(0)[0]].shape[1]
             extra[_MEANS] = torch.zeros(network.num_exits, network.num_classes, width)
         return extra | ({_COUNTS: torch.zeros(network.num_classes)} if self.counts != "none" else {})
 
@@ -95,7 +107,7 @@ class CafeDistillPlus(Method):
 
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
         """The matched classifiers of all exits, as updates since the common start."""
-        return [_UPDATE + name for name in network.personal_names()]
+        return [UPDATE + name for name in network.personal_names()]
 
     # --- server half ---
 
@@ -113,7 +125,7 @@ class CafeDistillPlus(Method):
             return RoundPlan(active)
         uploads = task.uploads(clients)
         shapes = dict(task.upload.entries)
-        names = [name for name in task.upload.names if name.startswith(_UPDATE)]
+        names = [name for name in task.upload.names if name.startswith(UPDATE)]
         num_classes = shapes[names[-1]][0]
         if self.counts == "none":
             counts = np.repeat(task.examples(clients)[:, None], num_classes, axis=1)
@@ -121,14 +133,14 @@ class CafeDistillPlus(Method):
             counts = task.part(uploads, _COUNTS).astype(np.float64)
         # (clients, C, values of a class at all exits): a classifier has a row of weights and a bias for every class
         parts = [task.part(uploads, name).reshape(len(clients), num_classes, -1) for name in names]
-        updates = np.concatenate(parts, axis=2)
+        changes = np.concatenate(parts, axis=2)
         if self.match_by == "features":
             means = task.part(uploads, _MEANS).reshape(len(clients), task.num_exits, num_classes, -1)
             described = means.swapaxes(1, 2).reshape(len(clients), num_classes, -1)
         else:
-            described = updates
+            described = changes
         rows = np.searchsorted(clients, pupils)
-        matched, weights = match_classes(updates, described, counts, rows, self.mu, self.same_above)
+        matched, weights = match_classes(changes, described, counts, rows, self.mu, self.same_above)
         pieces = np.split(matched, np.cumsum([part.shape[2] for part in parts])[:-1], axis=2)
         flat = np.concatenate([piece.reshape(len(pupils), -1) for piece in pieces], axis=1)
         return RoundPlan(active, dict(zip(pupils, flat, strict=True)), weights, pupils, clients)
@@ -139,13 +151,10 @@ class CafeDistillPlus(Method):
         """Pull the own classifiers towards those matched, and the own backbone towards the average."""
         if not download:  # nothing of its own yet that is worth keeping
             return tensors
-        matched = {name.removeprefix(_UPDATE): update for name, update in download.items()}
-        classifiers = {n: torch.lerp(tensors[n], initial[n] + update, self.pull) for n, update in matched.items()}
-        backbone = {
-            name.removeprefix(_OWN): torch.lerp(own, tensors[name.removeprefix(_OWN)], self.backbone_pull)
-            for name, own in tensors.items()
-            if name.startswith(_OWN)
-        }
+        matched = add_updates(initial, download)
+        classifiers = {name: torch.lerp(tensors[name], t, self.pull) for name, t in matched.items()}
+        own = without_prefix(tensors, _OWN)
+        backbone = {name: torch.lerp(t, tensors[name], self.backbone_pull) for name, t in own.items()}
         return {**tensors, **classifiers, **backbone}
 
     def train(self, task: LocalTask) -> LocalResult:
@@ -160,8 +169,7 @@ class CafeDistillPlus(Method):
             task.state[_MEANS] = class_means(task.network, task.data)
         tensors = snapshot(task.network)
         task.state |= {_OWN + name: tensors[name] for name in task.network.shared_names()}
-        names = task.network.personal_names()
-        task.state |= {_UPDATE + name: tensors[name] - task.initial[name] for name in names}
+        task.state |= updates(task, task.network.personal_names())
         return LocalResult(result, classifier_similarity(task.network))
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
@@ -179,18 +187,12 @@ class CafeDistillPlus(Method):
         return total + self.distill_weight * learn.sum()
 
 
-@torch.no_grad()
 def class_means(network: EarlyExitNetwork, data: Split) -> Tensor:
     """Mean features of every class less the mean of all examples, (m, C, d); 0 for classes that are not there."""
-    network.eval()
-    h, features = data.x, []
-    for k in range(network.num_exits):
-        h = network.stage(k, h)
-        features.append(network.exit(k, h)[0])
-    phi = torch.stack(features)
+    phi = exit_features(network, data.x)
     phi = phi - phi.mean(dim=1, keepdim=True)
     counts = class_counts(data.y, network.num_classes).clamp_min(1.0)
-    sums = torch.zeros(len(phi), network.num_classes, phi.shape[2]).index_add_(1, data.y, phi)
+    sums = class_sums(phi, data.y, network.num_classes)
     means = sums / counts[:, None]
     # Of a single class the difference is rounding noise, which must not be taken for a direction.
     noise = means.norm(dim=2, keepdim=True) < 1e-4 * sums.shape[2] ** 0.5

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from cafe_flwr.methods.base import LocalResult, LocalTask, Tensors, phase, setting
+from cafe_flwr.methods.base import LocalResult, LocalTask, Tensors, phase, setting, without_prefix
 from cafe_flwr.methods.fedavg import FedAvg
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.training import pull, snapshot
@@ -57,4 +57,4 @@ class Ditto(FedAvg):
 
     def deploy(self, tensors: Tensors) -> Tensors:
         """The personal model."""
-        return {n.removeprefix(_PERSONAL): t for n, t in tensors.items() if n.startswith(_PERSONAL)}
+        return without_prefix(tensors, _PERSONAL)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cafe_flwr.methods.base import LocalResult, LocalTask, RoundPlan, ServerRound, setting
-from cafe_flwr.methods.mixtures import WholeModel, all_active
+from cafe_flwr.methods.mixtures import WholeModel
 from cafe_flwr.teaching import cosine_similarity
 from cafe_flwr.training import pull
 
@@ -37,12 +37,12 @@ class FedAMP(WholeModel):
         """Mix the models of all clients for every client that has one."""
         clients, pupils = task.teachers, task.pupils
         if not pupils:
-            return RoundPlan(all_active(task))
+            return RoundPlan(task.all_exits)
         updates = task.uploads(clients)
         rows = np.searchsorted(clients, pupils)
         weights = attention(cosine_similarity(updates)[rows], rows, self.sharpness, self.self_weight)
         mixed = weights.astype(np.float32) @ updates
-        return RoundPlan(all_active(task), dict(zip(pupils, mixed, strict=True)), weights, pupils, clients)
+        return RoundPlan(task.all_exits, dict(zip(pupils, mixed, strict=True)), weights, pupils, clients)
 
     def train(self, task: LocalTask) -> LocalResult:
         """Train the client's own model with a pull towards its mixture."""

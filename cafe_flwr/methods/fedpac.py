@@ -32,9 +32,9 @@ from cafe_flwr.methods.base import (
     phase,
     setting,
 )
-from cafe_flwr.methods.mixtures import all_active
+from cafe_flwr.metrics import exit_features
 from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.priors import class_counts
+from cafe_flwr.priors import class_counts, class_sums
 from cafe_flwr.teaching import simplex_qp
 
 _MEANS, _VARIANCE, _COUNTS, _PROTOTYPES = "class-means", "variance", "class-counts", "prototypes"
@@ -73,7 +73,7 @@ class FedPAC(Method):
         """Class prototypes, and each known participant's combination of classifiers."""
         clients, pupils = task.teachers, task.pupils
         if not pupils:
-            return RoundPlan(all_active(task))
+            return RoundPlan(task.all_exits)
         uploads = task.uploads(clients)
         means, counts = task.part(uploads, _MEANS), task.part(uploads, _COUNTS)
         variance = task.part(uploads, _VARIANCE)[:, 0]
@@ -85,7 +85,7 @@ class FedPAC(Method):
         mixed = weights.astype(np.float32) @ heads
         flat = prototypes.astype(np.float32).ravel()
         downloads = {c: np.concatenate([h, flat]) for c, h in zip(pupils, mixed, strict=True)}
-        return RoundPlan(all_active(task), downloads, weights, pupils, clients)
+        return RoundPlan(task.all_exits, downloads, weights, pupils, clients)
 
     def receive(self, tensors: Tensors, download: Tensors, initial: Tensors) -> Tensors:
         """Start from the combined classifiers."""
@@ -115,18 +115,11 @@ class FedPAC(Method):
         return result
 
 
-@torch.no_grad()
 def class_statistics(network: EarlyExitNetwork, task: LocalTask) -> dict[str, Tensor]:
     """Class means (times class share), variance and counts of the client's training features, all exits."""
-    network.eval()
-    h, y, features = task.data.x, task.data.y, []
-    for k in range(network.num_exits):
-        h = network.stage(k, h)
-        features.append(network.exit(k, h)[0])
-    phi = torch.stack(features)  # (m, N, d)
+    y, phi = task.data.y, exit_features(network, task.data.x)
     counts = class_counts(y, network.num_classes)
-    sums = torch.zeros(len(phi), network.num_classes, phi.shape[2]).index_add_(1, y, phi)
-    means = sums / len(y)  # π_c φ̄_c
+    means = class_sums(phi, y, network.num_classes) / len(y)  # π_c φ̄_c
     # Σ_c π_c E[‖φ‖² | c] − π_c² ‖φ̄_c‖², over n
     variance = (phi.square().sum() / len(y) - means.square().sum()) / len(y)
     return {_MEANS: means, _VARIANCE: variance.reshape(1), _COUNTS: counts}

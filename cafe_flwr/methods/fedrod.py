@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafe_flwr.losses import cross_entropies
-from cafe_flwr.methods.base import LocalResult, LocalTask, Tensors
+from cafe_flwr.methods.base import LocalResult, LocalTask, Tensors, without_prefix
 from cafe_flwr.methods.fedavg import FedAvg
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.priors import class_counts, log_prior
@@ -30,11 +31,7 @@ class FedRoD(FedAvg):
 
     name: ClassVar[str] = "fedrod"
     prefix: ClassVar[str] = "fedrod-"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.prior:
-            raise ValueError("prior is not for fedrod: its balanced softmax holds the client's log-prior already")
+    refuses: ClassVar[Mapping[str, str]] = {"prior": "its balanced softmax holds the client's log-prior already"}
 
     def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
         """A personal classifier for every exit; they begin at 0."""
@@ -67,5 +64,5 @@ class FedRoD(FedAvg):
 
     def deploy(self, tensors: Tensors) -> Tensors:
         """Both classifiers as one: their sum."""
-        own = {n.removeprefix(_PERSONAL): t for n, t in tensors.items() if n.startswith(_PERSONAL)}
+        own = without_prefix(tensors, _PERSONAL)
         return {n: t + own[n] if n in own else t for n, t in tensors.items() if not n.startswith(_PERSONAL)}

@@ -8,6 +8,7 @@ teachers from other clients have to pass.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from cafe_flwr.losses import distillation
 from cafe_flwr.methods.base import LocalTask, Method, setting
-from cafe_flwr.methods.cafedistill import refuse_distill
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +24,10 @@ class LocalKD(Method):
 
     name: ClassVar[str] = "local-kd"
     prefix: ClassVar[str] = "local-kd-"
+    refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
     distill_weight: float = setting(1.0, "Weight λ of distillation.", ge=0)
     temperature: float = setting(3.0, "Temperature τ of distillation.", gt=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        refuse_distill(self)
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
         """Sum over exits of cross-entropy and distillation, as CAFEDistill has it."""

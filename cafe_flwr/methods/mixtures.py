@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from cafe_flwr.methods.base import LocalTask, Method, ServerRound, Tensors
+from cafe_flwr.methods.base import LocalTask, Method, Tensors, without_prefix
 from cafe_flwr.networks import EarlyExitNetwork
 
-_UPDATE = "update."
-
-
-def all_active(task: ServerRound) -> NDArray[np.bool_]:
-    """Every student exit of every participant trains."""
-    return np.ones((len(task.participants), task.num_exits - 1), dtype=bool)
+UPDATE = "update."  # before the names of tensors that are sent as what has changed since the initial model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +24,7 @@ class WholeModel(Method):
 
     def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
         """The update of every tensor of the network."""
-        return {_UPDATE + name: torch.zeros_like(t) for name, t in network.state_dict().items()}
+        return {UPDATE + name: torch.zeros_like(t) for name, t in network.state_dict().items()}
 
     def shared_names(self, network: EarlyExitNetwork) -> list[str]:
         """Nothing."""
@@ -42,7 +36,7 @@ class WholeModel(Method):
 
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
         """The client's update since the initial model."""
-        return [_UPDATE + name for name in network.state_dict()]
+        return [UPDATE + name for name in network.state_dict()]
 
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
         """The mixture of updates made for the client."""
@@ -54,10 +48,15 @@ class WholeModel(Method):
 
     def report(self, task: LocalTask) -> None:
         """Leave the client's update to be sent."""
-        for name, tensor in task.network.state_dict().items():
-            task.state[_UPDATE + name] = tensor - task.initial[name]
+        task.state |= updates(task, list(task.initial))
 
 
-def add_updates(initial: Tensors, updates: Tensors) -> dict[str, Tensor]:
-    """Initial model + updates, under the names of the network."""
-    return {name: tensor + updates[_UPDATE + name] for name, tensor in initial.items()}
+def updates(task: LocalTask, names: Sequence[str]) -> dict[str, Tensor]:
+    """What the client has made of these tensors of its network since the initial model, as they are sent."""
+    tensors = task.network.state_dict()
+    return {UPDATE + name: tensors[name] - task.initial[name] for name in names}
+
+
+def add_updates(initial: Tensors, received: Tensors) -> dict[str, Tensor]:
+    """Initial model + updates of the tensors received, under the names of the network."""
+    return {name: initial[name] + update for name, update in without_prefix(received, UPDATE).items()}

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafe_flwr.methods.base import LocalResult, LocalTask, RoundPlan, ServerRound, Tensors, setting
-from cafe_flwr.methods.mixtures import WholeModel, add_updates, all_active
+from cafe_flwr.methods.mixtures import WholeModel, add_updates
 from cafe_flwr.teaching import cosine_similarity, teacher_weights
 
 
@@ -40,7 +40,7 @@ class PFedGraph(WholeModel):
         """Mix a model for every participant; one that is not known yet gets the average of all."""
         clients = task.teachers
         if not clients:
-            return RoundPlan(all_active(task))
+            return RoundPlan(task.all_exits)
         updates = task.uploads(clients)
         examples = task.examples(clients)
         similarity = cosine_similarity(updates)
@@ -52,7 +52,7 @@ class PFedGraph(WholeModel):
         weights = teacher_weights(rows, examples / examples.sum(), self.mu)
         mixed = weights.astype(np.float32) @ updates
         downloads = dict(zip(task.participants, mixed, strict=True))
-        return RoundPlan(all_active(task), downloads, weights, task.participants, clients)
+        return RoundPlan(task.all_exits, downloads, weights, task.participants, clients)
 
     def receive(self, tensors: Tensors, download: Tensors, initial: Tensors) -> Tensors:
         """Start from the mixture."""
