@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo compare test lint bench clean
+.PHONY: help demo compare test lint bench bundle clean
 
 help: ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -30,6 +30,9 @@ lint: .venv/.installed ## Lint and types only
 
 bench: .venv/.installed ## Every figure of the README's table of bounds (about 10 minutes)
 	$(BIN)/python -m benchmarks
+
+bundle: .venv/.installed ## Bundle the app for deployment into dist/
+	$(BIN)/python scripts/bundle.py
 
 clean: ## Remove the environment and caches; results stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -3,6 +3,7 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from cafe_flwr.calibration_round import calibrate_federation
 from cafe_flwr.federation import run
 from cafe_flwr.settings import Settings
 
@@ -11,5 +12,9 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation that the run's settings describe."""
-    run(grid, Settings.from_run_config(context.run_config))
+    """Run the federation that the run's settings describe, or calibrate the networks that it has left."""
+    settings = Settings.from_run_config(context.run_config)
+    if settings.mode == "calibrate":
+        calibrate_federation(grid, settings)
+    else:
+        run(grid, settings)

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cafe_flwr import cli_inference
+
 if TYPE_CHECKING:
     from cafe_flwr.experiment import Experiment, PlannedRun
 
@@ -97,6 +99,32 @@ def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]) ->
         console.print(f"Report: {write_report(folder)}", soft_wrap=True)
     except FileNotFoundError as error:
         _fail(str(error))
+
+
+cli_inference.register(app)
+
+
+@app.command("train-central")
+def train_central(
+    run_config: Annotated[
+        list[str] | None, typer.Option("--run-config", "-c", help="Settings, as for `flwr run`: 'key=value …'.")
+    ] = None,
+    results_dir: Annotated[Path | None, typer.Option(help="Where results go; overrides the setting.")] = None,
+) -> None:
+    """Train one network on the data of all clients in one place, by SAFE-KD's recipe unless settings say otherwise."""
+    from cafe_flwr.central import central_settings, run_central
+    from cafe_flwr.report import final_table
+
+    overrides = _overrides(run_config or [])
+    if results_dir is not None:
+        overrides["results-dir"] = str(results_dir.expanduser().resolve())
+    try:
+        settings = central_settings(overrides)
+        run_central(settings, settings.results, progress=True)
+    except ValueError as error:
+        _fail(escape(str(error)))
+    console.print(final_table(settings.results))
+    console.print(f"Results: {settings.results}", soft_wrap=True)
 
 
 @app.command()

@@ -156,7 +156,7 @@ class Directory:
 
     def _admit(self, node: int, info: NodeInfo) -> None:
         who = f"the node of clients {', '.join(map(str, info.clients)) or '(none)'}"
-        if info.version != __version__:
+        if info.version and info.version != __version__:
             self._refuse(node, f"{who} was refused: it runs cafe-flwr {info.version}, the server {__version__}")
             return
         if self.nodes and info.digest != next(iter(self.nodes.values())).digest:

@@ -8,20 +8,27 @@ flat array (key ``flat``):
   clients sends the sum of n_i·θ_i over them as its shared part, in float64, each value in the place of two float32: one
   backbone per node, not per client, and the same average whatever node hosts whom (see ``aggregation``).
 
+With ``wire-dtype = "float16"`` every value takes half of the place, both ways: float16 for float32, float32 for the
+sums. A shared part then goes up as its difference to what came down, Δ_i = θ_i − θ, or Σ n_i·Δ_i: small numbers keep
+more digits.
+
 Lists of per-client values are flattened, client after client.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
+from cafe_flwr.bounds import MAX_NORM, check_norm
 from cafe_flwr.metrics import DynamicCounts, ExitMetrics
+from cafe_flwr.privacy import Privacy
 from cafe_flwr.schema import Schema
 from cafe_flwr.settings import kebab
 from cafe_flwr.training import LocalBudget
@@ -29,13 +36,15 @@ from cafe_flwr.training import LocalBudget
 PROTOCOL = 1
 FLAT = "flat"
 METRICS = "metrics"
+WIRES = ("float32", "float16")
 PHASES = ("before", "after")  # local training
 
-# Keys of a request's config that a user's own must leave alone, as all that begin with "method." or "local.".
+# Keys of a request's config that a user's own must leave alone, as all that begin with one of these words.
+RESERVED_PREFIXES = ("method.", "local.", "privacy.")
 RESERVED = frozenset(
     {
         *("protocol", "run", "seed", "digest", "server-round", "num-rounds", "num-clients", "resumable-from"),
-        *("clients", "versions", "downloads", "active-exits", "method", "evaluate", "publish"),
+        *("clients", "versions", "downloads", "active-exits", "method", "evaluate", "publish", "wire-dtype"),
     }
 )
 
@@ -56,7 +65,7 @@ class NodeInfo:
     Attributes
     ----------
     version
-        Of this package on the node.
+        Of this package on the node; empty where a client of one's own answers (docs/messages.md).
     clients
         Clients it hosts and can serve.
     num_examples
@@ -140,6 +149,10 @@ class TrainRequest:
         Local training.
     evaluate
         Whether clients evaluate before and after training.
+    privacy
+        What clients do to what they send.
+    wire
+        Type of the values that travel, ``"float32"`` or ``"float16"``.
     """
 
     run: str
@@ -157,11 +170,13 @@ class TrainRequest:
     method_settings: Mapping[str, Any]
     budget: LocalBudget
     evaluate: bool = True
+    privacy: Privacy = field(default_factory=Privacy)
+    wire: str = "float32"
 
     def to_content(self, keys: Keys, config: Mapping[str, Any]) -> RecordDict:
         """As a Flower record; ``config`` is the user's own, sent along."""
         mine = [c for c in self.clients if c in self.downloads]
-        flat = np.concatenate([self.shared, *(self.downloads[c] for c in mine)]).astype(np.float32, copy=False)
+        flat = narrowed(np.concatenate([self.shared, *(self.downloads[c] for c in mine)]), self.wire)
         values = {
             **config,
             "protocol": PROTOCOL,
@@ -178,6 +193,8 @@ class TrainRequest:
             "evaluate": self.evaluate,
             **method_config(self.method, self.method_settings),
             **{f"local.{kebab(f.name)}": getattr(self.budget, f.name) for f in fields(LocalBudget)},
+            **({} if self.privacy == Privacy() else _privacy_config(self.privacy)),
+            **({} if self.wire == "float32" else {"wire-dtype": self.wire}),
         }
         return RecordDict({keys.arrays: ArrayRecord({FLAT: Array(flat)}), keys.config: ConfigRecord(_filled(values))})
 
@@ -185,16 +202,26 @@ class TrainRequest:
     def from_message(cls, message: Message, keys: Keys, *, shared_size: int, download_size: int) -> TrainRequest:
         """Read a request on the node; ValueError if it does not fit the node's network."""
         config = record_of(message, keys.config, ConfigRecord)
-        if config.get("protocol") != PROTOCOL:
-            raise ValueError(f"the server speaks message protocol {config.get('protocol')}, this node {PROTOCOL}")
-        flat = _flat(message, keys.arrays)
+        check_server(config)
+        wire = str(config.get("wire-dtype", "float32"))
+        if wire not in WIRES:
+            raise ValueError(f"the server's values are {wire!r}, this node reads {' and '.join(WIRES)}")
+        flat = _flat(message, keys.arrays, wire).astype(np.float32, copy=False)
         with_download = _ints(config, "downloads")
         sizes = [shared_size] + [download_size] * len(with_download)
         if len(flat) != sum(sizes):
             raise ValueError(f"the request carries {len(flat)} values, this node's network needs {sum(sizes)}")
         shared, *downloads = np.split(flat, np.cumsum(sizes)[:-1])
-        clients = _ints(config, "clients")
+        check_norm(shared, MAX_NORM, "the shared part received")
+        for client, download in zip(with_download, downloads, strict=True):
+            check_norm(download, MAX_NORM, f"what client {client} is sent of its own")
+        clients, versions = _ints(config, "clients"), _ints(config, "versions")
         active = np.asarray(config.get("active-exits", []), dtype=bool)
+        if len(versions) != len(clients) or (clients and active.size % len(clients)):
+            raise ValueError(
+                f"the request names {len(clients)} clients, {len(versions)} versions of their state and "
+                f"{active.size} exits: they do not agree"
+            )
         return cls(
             run=str(config["run"]),
             seed=int(config["seed"]),
@@ -203,7 +230,7 @@ class TrainRequest:
             num_rounds=int(config["num-rounds"]),
             resumable_from=int(config["resumable-from"]),
             clients=clients,
-            versions=_ints(config, "versions"),
+            versions=versions,
             active=active.reshape(len(clients), -1),
             shared=shared,
             downloads=dict(zip(with_download, downloads, strict=True)),
@@ -211,6 +238,8 @@ class TrainRequest:
             method_settings=prefixed(config, "method."),
             budget=LocalBudget(**prefixed(config, "local.")),
             evaluate=bool(config.get("evaluate", True)),
+            privacy=Privacy(**prefixed(config, "privacy.")),
+            wire=wire,
         )
 
 
@@ -265,6 +294,8 @@ class TrainReply:
         Clients that finished.
     failures
         Clients that did not, with the reason.
+    wire
+        Type of the values that travel.
     """
 
     server_round: int
@@ -272,14 +303,20 @@ class TrainReply:
     shared: NDArray[Any]
     reports: Sequence[ClientReport]
     failures: Mapping[int, str]
+    wire: str = "float32"
 
     @property
     def weight(self) -> int:
         """Training examples of all clients reported."""
         return sum(report.num_examples for report in self.reports)
 
-    def to_content(self, keys: Keys) -> RecordDict:
-        """As a Flower record."""
+    def update(self, base: NDArray[Any]) -> NDArray[np.float64]:
+        """How far the shared part, or its mean over several clients, is from what was sent."""
+        mean = self.shared if len(self.reports) == 1 else self.shared / self.weight
+        return np.asarray(mean.astype(np.float64) - base)
+
+    def to_content(self, keys: Keys, base: NDArray[np.float32] | None = None) -> RecordDict:
+        """As a Flower record; ``base`` is the shared part received, needed where the wire is float16."""
         config = {
             "protocol": PROTOCOL,
             "server-round": self.server_round,
@@ -299,7 +336,14 @@ class TrainReply:
         for phase in PHASES:
             for f in fields(ExitMetrics):
                 metrics[f"{f.name}-{phase}"] = [v for r in self.reports for v in getattr(getattr(r, phase), f.name)]
-        flat = np.concatenate([self.shared.view(np.float32), *(r.upload for r in self.reports)])
+        shared = self.shared
+        if self.wire == "float16" and self.reports:
+            assert base is not None
+            shared = shared - base if len(self.reports) == 1 else shared - self.weight * base.astype(np.float64)
+        # A sum takes two places of a single value.
+        wide = "float32" if self.wire == "float16" else "float64"
+        places = narrowed(shared, self.wire if len(self.reports) == 1 else wide).view(self.wire)
+        flat = np.concatenate([places, *(narrowed(r.upload, self.wire) for r in self.reports)])
         return RecordDict(
             {
                 keys.arrays: ArrayRecord({FLAT: Array(flat)}),
@@ -310,11 +354,26 @@ class TrainReply:
 
     @classmethod
     def from_message(
-        cls, message: Message, keys: Keys, *, digest: str, shared_size: int, upload_size: int, num_exits: int
+        cls,
+        message: Message,
+        keys: Keys,
+        *,
+        digest: str,
+        shared_size: int,
+        upload_size: int,
+        num_exits: int,
+        wire: str = "float32",
+        base: NDArray[np.float32] | None = None,
     ) -> TrainReply:
-        """Read a reply on the server; ValueError, in words, if anything in it is not as it should be."""
+        """Read a reply on the server; ValueError, in words, if anything in it is not as it should be.
+
+        ``base`` is the shared part as the server has it, needed where the wire is float16: the clients' differences to
+        what they were sent, rounded, count from there, so that the server's own keeps its digits.
+        """
         config = record_of(message, keys.config, ConfigRecord)
         metrics = record_of(message, METRICS, MetricRecord)
+        if config.get("protocol") != PROTOCOL:
+            raise ValueError(f"it speaks message protocol {config.get('protocol')}, this server {PROTOCOL}")
         if config.get("digest") != digest:
             raise ValueError(f"its network has fingerprint {config.get('digest')}, expected {digest}")
         clients = _ints(config, "clients")
@@ -322,13 +381,15 @@ class TrainReply:
         n = len(clients)
         if not n:
             nothing = np.zeros(0, dtype=np.float32)
-            return cls(_round(config), digest, nothing, [], failures)
-        flat = _flat(message, keys.arrays)
+            return cls(_round(config), digest, nothing, [], failures, wire)
+        flat = _flat(message, keys.arrays, wire)
         places = shared_size if n == 1 else 2 * shared_size
         if len(flat) != places + n * upload_size:
             raise ValueError(f"its array has {len(flat)} values, expected {places + n * upload_size}")
-        shared: NDArray[Any] = flat[:places] if n == 1 else flat[:places].view(np.float64)
-        uploads = np.split(flat[places:], n)
+        shared: NDArray[Any] = flat[:places]
+        if n > 1:
+            shared = shared.view(np.float64 if wire == "float32" else np.float32)
+        uploads = np.split(flat[places:].astype(np.float32, copy=False), n)
         broken = sum(int((~np.isfinite(part)).sum()) for part in (shared, *uploads))
         if broken:
             raise ValueError(f"{broken} of the values in its array are NaN or infinite")
@@ -342,13 +403,19 @@ class TrainReply:
         weights = [w[0] for w in column(keys.weight)]
         if not all(isinstance(w, int) and 1 <= w < 2**53 for w in weights):
             raise ValueError(f"{keys.weight!r} must be a whole number of at least 1 for every client, got {weights}")
+        if wire == "float16":
+            assert base is not None
+            wide = shared.astype(np.float64) + sum(weights if n > 1 else [1]) * base.astype(np.float64)
+            shared = wide if n > 1 else wide.astype(np.float32)
         scalars = {
             k: column(k) for k in ("test-examples", "train-loss", "local-steps", "seconds-train", "seconds-evaluate")
         }
+        if min(int(row[0]) for key in ("test-examples", "local-steps") for row in scalars[key]) < 0:
+            raise ValueError("its test examples and local steps must be 0 or more")
         if n > 1 and np.abs(shared).max(initial=0.0) > sum(weights) * float(np.finfo(np.float32).max):
             raise ValueError("its shared parameters are too large for float32")
         similarity = column("similarity", num_exits - 1)
-        if any(abs(value) > 1.01 for row in similarity for value in row):
+        if not all(abs(value) <= 1.01 for row in similarity for value in row):
             raise ValueError("its similarities must lie between −1 and 1")
         exits = {
             phase: {f.name: column(f"{f.name}-{phase}", num_exits) for f in fields(ExitMetrics)} for phase in PHASES
@@ -369,7 +436,7 @@ class TrainReply:
             )
             for i in range(n)
         ]
-        return cls(_round(config), digest, shared, reports, failures)
+        return cls(_round(config), digest, shared, reports, failures, wire)
 
 
 @dataclass(frozen=True)
@@ -413,6 +480,25 @@ class FinalReport:
         "local_steps",
         "ensemble",
     )
+
+    def withheld(self) -> FinalReport:
+        """What a client reports that keeps its metrics to itself: the size of its training split."""
+        nothing = ExitMetrics.unknown(len(self.exits.accuracy))
+
+        def no_counts(counts: DynamicCounts) -> DynamicCounts:
+            return DynamicCounts(*(np.zeros_like(values) for values in counts))
+
+        return replace(
+            self,
+            calibration_examples=0,
+            test_examples=0,
+            classes=0,
+            ensemble=math.nan,
+            exits=nothing,
+            adapted=nothing,
+            calibration=no_counts(self.calibration),
+            test=no_counts(self.test),
+        )
 
     def to_record(self) -> MetricRecord:
         """As a Flower record of its own."""
@@ -478,8 +564,17 @@ class EvaluationReply:
     @classmethod
     def from_message(cls, message: Message, keys: Keys, *, num_exits: int) -> EvaluationReply:
         """Read a reply on the server; ValueError or KeyError if something is not there."""
+        config = record_of(message, keys.config, ConfigRecord)
+        if config.get("protocol") != PROTOCOL:
+            raise ValueError(f"it speaks message protocol {config.get('protocol')}, this server {PROTOCOL}")
         reports = [FinalReport.from_record(record, num_exits) for record in message.content.metric_records.values()]
-        return cls(reports, failures_of(record_of(message, keys.config, ConfigRecord)))
+        return cls(reports, failures_of(config))
+
+
+def check_server(config: Mapping[str, Any]) -> None:
+    """ValueError, on the node, if the server's message follows another version of the contract (docs/messages.md)."""
+    if config.get("protocol") != PROTOCOL:
+        raise ValueError(f"the server speaks message protocol {config.get('protocol')}, this node {PROTOCOL}")
 
 
 def record_of(message: Message, key: str, kind: type[Any]) -> Any:
@@ -491,13 +586,30 @@ def record_of(message: Message, key: str, kind: type[Any]) -> Any:
     return record
 
 
-def _flat(message: Message, key: str) -> NDArray[Any]:
+def narrowed(values: NDArray[Any], wire: str) -> NDArray[Any]:
+    """Values as they travel; ValueError if they are too large for it."""
+    with np.errstate(over="ignore"):
+        narrow = values.astype(wire, copy=False)
+    beyond = np.isinf(narrow) & np.isfinite(values)
+    if beyond.any():
+        raise ValueError(
+            f"{int(beyond.sum())} values are too large to travel as {wire}, the largest {np.abs(values).max():.4g}: "
+            'set wire-dtype = "float32"'
+        )
+    return np.asarray(narrow)
+
+
+def _privacy_config(privacy: Privacy) -> dict[str, Any]:
+    return {f"privacy.{kebab(name)}": value for name, value in vars(privacy).items()}
+
+
+def _flat(message: Message, key: str, wire: str) -> NDArray[Any]:
     record = record_of(message, key, ArrayRecord)
     if list(record) != [FLAT]:
         raise ValueError(f"needs exactly one array, {FLAT!r}, found {', '.join(map(repr, record)) or 'none'}")
     flat = record[FLAT].numpy()
-    if flat.ndim != 1 or flat.dtype != np.float32:
-        raise ValueError(f"its array must be flat float32, got {flat.dtype} of shape {flat.shape}")
+    if flat.ndim != 1 or flat.dtype != np.dtype(wire):
+        raise ValueError(f"its array must be flat {wire}, got {flat.dtype} of shape {flat.shape}")
     return np.asarray(flat)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from cafe_flwr import __version__
 from cafe_flwr.aggregation import weighted
+from cafe_flwr.calibration_node import NodeCalibration
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.data import ClientData
 from cafe_flwr.log import logger
@@ -31,10 +33,12 @@ from cafe_flwr.messages import (
     NodeInfo,
     TrainReply,
     TrainRequest,
+    check_server,
     prefixed,
     record_of,
 )
 from cafe_flwr.methods import METHODS, LocalTask, Method
+from cafe_flwr.methods.mixtures import UPDATE
 from cafe_flwr.metrics import (
     ExitMetrics,
     dynamic_counts,
@@ -47,6 +51,7 @@ from cafe_flwr.metrics import (
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.participation import hosted_clients, rng_for
 from cafe_flwr.priors import adapt_to_label_shift
+from cafe_flwr.privacy import release, stricter
 from cafe_flwr.schema import Schema, digest
 from cafe_flwr.state import PersonalStore, personal_folder
 from cafe_flwr.training import snapshot
@@ -91,6 +96,7 @@ def make_client_app(
     node = _Node(build_network, load_data, keys or Keys(), state_dir or _no_choice)
     app.query()(node.describe)
     app.query("initial")(node.initial)
+    app.query("calibrate")(node.calibrate)
     app.train()(node.train)
     app.evaluate()(node.evaluate)
     return app
@@ -160,6 +166,23 @@ class _Workplace:
         self.put(task, self.method.receive(tensors, download, self.weights))
         self.network.offset = self.method.offset(data.train, self.network.num_classes)
         return task
+
+    def known_start(self, request: TrainRequest, client: int) -> dict[str, Tensor]:
+        """What a client without a past would start this round from: the server can tell, from what it has sent.
+
+        For updates since the common start: how far that is from it.
+        """
+        shared = self.schemas["shared"].unpack(request.shared)
+        download: Mapping[str, Tensor] = {}
+        if client in request.downloads:
+            download = self.schemas["download"].unpack(request.downloads[client])
+        start = self.method.receive({**self.initial, **shared}, download, self.weights)
+        moved = {
+            name: start[name.removeprefix(UPDATE)] - self.weights[name.removeprefix(UPDATE)]
+            for name in start
+            if name.startswith(UPDATE)
+        }
+        return {**start, **moved, **shared}
 
     def put(self, task: LocalTask, tensors: Mapping[str, Tensor]) -> None:
         """Give a task these tensors: the network's into the network, the others beside it."""
@@ -258,6 +281,14 @@ class _Node:
         flat = work.schemas["shared"].pack(work.tensors)
         return Message(RecordDict({self.keys.arrays: ArrayRecord({FLAT: Array(flat)})}), reply_to=message)
 
+    def calibrate(self, message: Message, context: Context) -> Message:
+        """A step of calibration (cafe_flwr.calibration_round) for the clients asked for."""
+        seed, method, settings = _method_of(message, self.keys)
+        work = self._workplace(context, seed, method, settings)
+        hosted = _hosted(context, message.content[self.keys.config].get("num-clients"))
+        side = NodeCalibration(personal_folder(context, self.state_dir(context)), work.network)
+        return side.answer(message, self.keys, lambda c: self._data_of(c, context, seed, hosted).calibration)
+
     def train(self, message: Message, context: Context) -> Message:
         """Evaluate, train and evaluate again every client asked for; one reply for all."""
         work, request, store = self._read(message, context)
@@ -282,8 +313,8 @@ class _Node:
             total = np.zeros(schema.size)
             for report, update in zip(reports, updates, strict=True):
                 total += weighted(update, report.num_examples)
-        reply = TrainReply(request.server_round, request.digest, total, reports, failures)
-        return Message(reply.to_content(self.keys), reply_to=message)
+        reply = TrainReply(request.server_round, request.digest, total, reports, failures, request.wire)
+        return Message(reply.to_content(self.keys, request.shared), reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """Evaluate the personal networks with the shared part sent; after the last round, publish them."""
@@ -316,7 +347,7 @@ class _Node:
                             "temperatures": temperatures,
                         }
                         store.publish(client, _with_offset(network), facts)
-                reports.append(report)
+                reports.append(report if request.privacy.report_metrics else report.withheld())
             except Exception as error:
                 logger.warning("client %d could not be evaluated", client, exc_info=True)
                 failures[client] = f"{type(error).__name__}: {error}"
@@ -333,6 +364,7 @@ class _Node:
                 f"the server's network has fingerprint {request.digest}, this node's {work.digest}: "
                 "network, number of classes and method must be the same on both"
             )
+        request = replace(request, privacy=stricter(request.privacy, context.node_config))
         return work, request, PersonalStore(personal_folder(context, self.state_dir(context)), request.run)
 
     def _process(self, context: Context, seed: int) -> _Process:
@@ -378,6 +410,7 @@ def _no_choice(context: Context) -> str:
 def _method_of(message: Message, keys: Keys) -> tuple[int, str, dict[str, Any]]:
     """Seed, name of the method and its settings, as every message to a node carries them."""
     config = cast(Mapping[str, Any], record_of(message, keys.config, ConfigRecord))
+    check_server(config)
     return int(config["seed"]), str(config["method"]), prefixed(config, "method.")
 
 
@@ -436,31 +469,56 @@ def _train_client(
     version = request.versions[request.clients.index(client)]
     task = work.begin(request, client, shared, version, store, data)
     start = time.perf_counter()
-    before = _evaluate(work, task, data, request.evaluate)
+    tells = request.privacy.report_metrics
+    before = _evaluate(work, task, data, request.evaluate and tells)
     evaluated = time.perf_counter()
     with seeded(int(task.rng("torch").integers(2**63))):  # for networks that draw, e.g. dropout
         result = work.method.train(task)
     trained = time.perf_counter()
-    after = _evaluate(work, task, data, request.evaluate)
+    after = _evaluate(work, task, data, request.evaluate and tells)
     done = time.perf_counter()
     tensors = work.take(task)
     _check_finite(tensors)
     personal = {name: tensors[name] for name in work.schemas["personal"].names}
+    sent = _released(work, request, client, tensors, store)
     store.save(client, request.server_round, personal, base=version, resumable_from=request.resumable_from)
     report = ClientReport(
         client=client,
         num_examples=len(data.train),
-        test_examples=len(data.test),
-        train_loss=result.loss,
+        test_examples=len(data.test) if tells else 0,
+        train_loss=result.loss if tells else math.nan,
         local_steps=task.steps,
-        similarity=result.similarity or [0.0] * (work.network.num_exits - 1),
+        similarity=(result.similarity if tells else []) or [0.0] * (work.network.num_exits - 1),
         before=before,
         after=after,
         seconds_train=trained - evaluated,
         seconds_evaluate=(evaluated - start) + (done - trained),
-        upload=work.schemas["upload"].pack(tensors),
+        upload=sent["upload"],
     )
-    return report, work.schemas["shared"].pack(tensors)
+    return report, sent["shared"]
+
+
+def _released(
+    work: _Workplace, request: TrainRequest, client: int, tensors: Mapping[str, Tensor], store: PersonalStore
+) -> dict[str, NDArray[np.float32]]:
+    """The client's shared part and its upload, flat, as they leave it: clipped and noised if the request says so."""
+    flat = {kind: work.schemas[kind].pack(tensors) for kind in ("shared", "upload")}
+    privacy = request.privacy
+    if privacy.on:
+        known = work.known_start(request, client)
+        for kind, values in flat.items():
+            purpose = f"uplink {kind} {request.run} {request.server_round}"
+            flat[kind] = release(
+                values,
+                work.schemas[kind].pack(known),
+                privacy.clip_of(kind),
+                privacy.noise_multiplier,
+                lambda content, purpose=purpose: store.private_rng(client, f"{purpose} {content}"),  # type: ignore[misc]
+            )
+    if request.wire == "float16":
+        work.schemas["shared"].check_half(flat["shared"] - request.shared, "the update")
+        work.schemas["upload"].check_half(flat["upload"], "the upload")
+    return flat
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

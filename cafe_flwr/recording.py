@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
@@ -73,6 +73,8 @@ class RoundRecord:
         Of all messages of the round.
     seconds
         ``total`` (wall clock), ``train`` and ``evaluate`` (sums over clients), ``server`` and ``other``.
+    suspicious
+        Clients whose influence on others was bounded, with the reason.
     """
 
     server_round: int
@@ -85,6 +87,7 @@ class RoundRecord:
     bytes_down: int
     bytes_up: int
     seconds: Mapping[str, float]
+    suspicious: Mapping[int, str] = field(default_factory=dict)
 
     def accuracy_per_exit(self, phase: str = "before") -> list[float]:
         """Mean over clients, (m,), before or after local training."""
@@ -120,6 +123,7 @@ class RoundRecord:
             "num_rounds": self.num_rounds,
             "participants": list(self.participants),
             "left_out": {str(client): reason for client, reason in sorted(self.left_out.items())},
+            "suspicious": {str(client): reason for client, reason in sorted(self.suspicious.items())},
             "active_exits": self.active_exits,
             "accuracy_per_exit": self.accuracy_per_exit("before"),
             "accuracy_per_exit_after": self.accuracy_per_exit("after"),

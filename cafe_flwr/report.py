@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,8 @@ class Run:
         Last accuracy on record: a row per client, a column per exit 1..m.
     notes
         Sentences on what is missing, unreadable or filled in.
+    evaluation
+        Contents of ``evaluation.json``, which only an evaluated run has; empty without it.
     """
 
     settings: dict[str, Any]
@@ -86,6 +88,7 @@ class Run:
     rounds: list[dict[str, Any]]
     accuracy: pd.DataFrame
     notes: list[str]
+    evaluation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_exits(self) -> int:
@@ -140,6 +143,13 @@ def read_run(folder: Path) -> Run:
             notes.append(f"{name} {problem}: {consequence}.")
             records.append({})
     settings, lines, measured, recorded = records
+    evaluation: dict[str, Any] = {}
+    try:
+        evaluation = _read_json(folder / "evaluation.json")
+    except FileNotFoundError:
+        pass  # a run need not be evaluated
+    except (OSError, ValueError, TypeError) as error:
+        notes.append(f"evaluation.json cannot be read ({error}): calibration and risk are not shown.")
     rounds = [lines[t] for t in sorted(lines)]
 
     of_clients = [row for row in recorded.get("clients") or [] if isinstance(row, Mapping) and "client" in row]
@@ -156,7 +166,7 @@ def read_run(folder: Path) -> Run:
     filled = {key: value for key, value in derived.items() if recorded.get(key) in (None, []) and value is not None}
     if recorded and filled:
         notes.append(f"Not in summary.json, taken from the other records: {', '.join(filled)}.")
-    return Run(settings, {**recorded, **filled, "clients": of_clients}, rounds, accuracy, notes)
+    return Run(settings, {**recorded, **filled, "clients": of_clients}, rounds, accuracy, notes, evaluation)
 
 
 def _read_json(path: Path) -> dict[Any, Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cafe_flwr import report
+from cafe_flwr import report, report_inference
 from cafe_flwr.report import Run, duration, fixed, percent
 from cafe_flwr.report_figures import MARKS, SECTIONS, draw_ramp, svg
 from cafe_flwr.settings import keys_of_other_methods
@@ -28,7 +28,7 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 s
 main { max-width: 64rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem }
 h1 { font-size: 1.9rem; line-height: 1.2; letter-spacing: -.015em; margin: 0; overflow-wrap: anywhere }
 h2 { font-size: 1.25rem; margin: 3rem 0 .9rem; padding-top: 1rem; border-top: 1px solid var(--line) }
-h3 { font-size: 1rem; margin: 0 0 .3rem }
+h3 { font-size: 1rem; margin: 0 0 .3rem } h3.under { margin-top: 2rem }
 .lede { font-size: 1.12rem; max-width: 46rem; margin: 1rem 0 1.5rem }
 .quiet, figcaption, dt small { color: var(--muted); font-size: .88rem }
 .quiet { margin: .2rem 0 }
@@ -81,7 +81,7 @@ PAGE = """<!doctype html>
 {% endfor %}</table></div>
 <p class="quiet">Accuracy on the clients' own test data; MACs include every exit head on the way.</p>
 {% for title, figures in sections.items() %}<section><h2>{{ title }}</h2>
-{% if title in ("Training", "Clients", "Leaving early") %}<p class="key">{% for mark in marks %}
+{% if title in ("Training", "Clients", "Leaving early", evaluated.title) %}<p class="key">{% for mark in marks %}
 <span><i style="color: var(--exit-{{ loop.index }})">{{ mark }}</i> exit {{ loop.index }}
 {{- ", the teacher" if loop.last and teaches }}</span>{% endfor %}</p>{% endif %}
 <div class="pair">{% for figure in figures %}
@@ -91,7 +91,15 @@ PAGE = """<!doctype html>
 {% for row in clients %}<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div><figcaption>Worst client first; examples of each split, classes it has seen, accuracy per
 exit.</figcaption></figure>{% endif %}
-</div></section>
+</div>
+{% if title == evaluated.title and evaluated.rows %}<h3 class="under">By corruption and severity</h3>
+<div class="scroll"><table><tr>{% for column in evaluated.columns %}<th>{{ column }}</th>{% endfor %}</tr>
+{% for label, row in evaluated.rows %}{% if label and (loop.first or label != loop.previtem[0]) %}
+<tr><th colspan="{{ row | length }}"><b>{{ label }}</b></th></tr>{% endif %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+{% for remark in evaluated.remarks %}<p class="quiet">{{ remark }}</p>{% endfor %}{% endif %}
+</section>
 {% endfor %}
 <h2>Left out of rounds</h2>
 {% if left_out %}<div class="scroll"><table class="text"><tr><th>client</th><th>rounds</th><th>reason</th></tr>
@@ -202,6 +210,16 @@ def is_expected(run: Run, section: str, draw: Callable[[Run], Drawn]) -> bool:
     return not (section == "Who teaches whom" and nobody_teaches)
 
 
+def drawings_of(run: Run) -> dict[str, dict[str, Callable[[Run], Drawn]]]:
+    """Figures by section; those of an evaluation follow the section on leaving early."""
+    found = {}
+    for section, drawings in SECTIONS.items():
+        found[section] = drawings
+        if section == "Leaving early" and run.evaluation:
+            found[report_inference.TITLE] = report_inference.FIGURES
+    return found
+
+
 def render(run: Run) -> str:
     """The whole page."""
     from jinja2 import Environment, StrictUndefined
@@ -209,7 +227,7 @@ def render(run: Run) -> str:
 
     sections: dict[str, list[dict[str, str]]] = {}
     absent = []
-    for section, drawings in SECTIONS.items():
+    for section, drawings in drawings_of(run).items():
         for title, draw in drawings.items():
             drawn = draw(run)
             if drawn is None:
@@ -237,5 +255,13 @@ def render(run: Run) -> str:
         left_out=left_out(run),
         rounds=run.rounds,
         tables={"Setting": own_settings(run), "Version": run.get("versions") or {}},
-        glossary=GLOSSARY,
+        evaluated={
+            "title": report_inference.TITLE,
+            "columns": report_inference.columns(run.evaluation),
+            "rows": list(
+                zip(report_inference.labels(run.evaluation), report_inference.rows(run.evaluation), strict=True)
+            ),
+            "remarks": report_inference.remarks(run.evaluation),
+        },
+        glossary=GLOSSARY | (report_inference.WORDS if run.evaluation else {}),
     )

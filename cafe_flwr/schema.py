@@ -1,4 +1,4 @@
-"""The wire: named tensors as one flat float32 array, and the schema that says what is in it."""
+"""The wire: named tensors as one flat array, and the schema that says what is in it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+_HALF_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,24 @@ class Schema:
             raise ValueError(f"{int((~np.isfinite(flat)).sum())} of {self.size} values are NaN or infinite")
         parts = torch.from_numpy(flat.astype(np.float32)).split(self.sizes)
         return {name: part.reshape(shape) for (name, shape), part in zip(self.entries, parts, strict=True)}
+
+    def check_half(self, flat: NDArray[np.floating], what: str) -> None:
+        """Raise ValueError, naming the tensor, if a value of a flat array lies beyond float16.
+
+        Examples
+        --------
+        >>> Schema((("a", (1,)), ("b", (2,)))).check_half(np.array([1.0, 2.0, -1e5]), "the update")
+        Traceback (most recent call last):
+            ...
+        ValueError: the update of b has a value of -100000, beyond float16 (±65504): set wire-dtype = "float32"
+        """
+        beyond = np.flatnonzero(~(np.abs(flat) <= _HALF_MAX))
+        if len(beyond):
+            tensor = int(np.searchsorted(np.cumsum(self.sizes), beyond[0], side="right"))
+            raise ValueError(
+                f"{what} of {self.names[tensor]} has a value of {flat[beyond[0]]:.6g}, beyond float16 "
+                f'(±{_HALF_MAX:.0f}): set wire-dtype = "float32"'
+            )
 
 
 def digest(*schemas: Schema) -> str:

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.alias_generators import to_snake
 
+from cafe_flwr.bounds import Bounds
 from cafe_flwr.methods import METHODS, Method
+from cafe_flwr.objectives import READS
+from cafe_flwr.privacy import Privacy
 
 
 def kebab(name: str) -> str:
@@ -89,6 +92,8 @@ class Settings(_MethodSettings):
     state_dir: str = ""
     """Folder of the clients' personal state; empty: <results-dir>/<name>/personal. A node's own node-config
     'state-dir' comes first."""
+    mode: Literal["train", "calibrate"] = "train"
+    """'train': a federation. 'calibrate': thresholds for the personal networks that the run of this name has left."""
     resume: bool = False
     """Go on from the last checkpoint of the run of this name."""
 
@@ -111,6 +116,24 @@ class Settings(_MethodSettings):
     """How long to wait, before the first round, for the nodes that host the missing clients."""
     round_timeout: float = Field(600.0, gt=0)
     """Seconds after which a round goes on without the replies that are missing."""
+
+    # What is sent, and what is believed
+    wire_dtype: Literal["float32", "float16"] = "float32"
+    """Numbers of the flat arrays in messages; 'float16' halves the bytes."""
+    max_update_norm: float = Field(1e6, ge=0)
+    """A client whose update, or what it sends of its own, has a larger norm is left out of its round; 0: no bound."""
+    max_update_ratio: float = Field(100.0, ge=0)
+    """So many times the median norm of a round's replies is refused too; 0: no bound, else greater than 1."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Clients scale the update of the shared part down to this norm C before it is sent; 0: off (docs/security.md)."""
+    upload_clip_norm: float = Field(0.0, ge=0)
+    """C of what a client sends of its own (its head); 0: as clip-norm."""
+    noise_multiplier: float = Field(0.0, ge=0)
+    """Clients add Gaussian noise of standard deviation so many times C to what they send; 0: none."""
+    privacy_delta: float = Field(1e-5, gt=0, lt=1)
+    """δ at which the log states ε."""
+    report_metrics: bool = True
+    """Clients report accuracies, losses and similarities, which get no noise."""
 
     # The data
     dataset: str = Field("digit-pairs", pattern=r"^(digits|digit-pairs|local:.+)$")
@@ -142,6 +165,14 @@ class Settings(_MethodSettings):
     label_column: str = Field("label", min_length=1)
     """Local data: column of the labels."""
 
+    # Calibration (mode = "calibrate")
+    risk: float = Field(0.05, gt=0, lt=1)
+    """Share α of errors that is allowed among those who leave early (docs/risk.md)."""
+    confidence_level: float = Field(0.9, gt=0, lt=1)
+    """How surely, 1 − δ."""
+    simultaneous: bool = False
+    """Clients that are certified by themselves shall all be right at once."""
+
     # The network
     network: Literal["conv"] = "conv"
     """'conv': three convolutional blocks with group norm, an exit after each."""
@@ -155,12 +186,14 @@ class Settings(_MethodSettings):
     """Passes over the client's training split in a round; 0: count local-steps instead."""
     batch_size: int = Field(16, ge=1)
     """Examples a step."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Of local training; 'adamw' needs a far smaller learning-rate, such as 0.0003. It starts anew in every round."""
     learning_rate: float = Field(0.3, gt=0)
-    """Of SGD: constant until half of the rounds, then a cosine down to 0."""
+    """Of the optimiser: constant until half of the rounds, then a cosine down to 0."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Of SGD, within a round."""
     weight_decay: float = Field(0.0, ge=0)
-    """Of SGD."""
+    """Of the optimiser."""
     max_grad_norm: float = Field(0.0, ge=0)
     """Scale gradients down to this norm; 0: leave them."""
 
@@ -211,6 +244,10 @@ class Settings(_MethodSettings):
                 f"local-steps = {self.local_steps} cannot be shared by the {method.phases} things that {self.method} "
                 "trains in a round: raise it, or set equal-steps = false"
             )
+        self.build_bounds()
+        self.build_privacy()
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum = {self.momentum} is of sgd: set it to 0, or optimizer = 'sgd'")
         for key in ("results_dir", "state_dir", "dataset"):
             path = getattr(self, key)
             if key == "dataset":
@@ -227,10 +264,26 @@ class Settings(_MethodSettings):
         method = METHODS[self.method]
         return method(**{f.name: getattr(self, setting_key(method, f.name)) for f in fields(method)})
 
+    def build_bounds(self) -> Bounds:
+        """What is refused for its size."""
+        return Bounds(self.max_update_norm, self.max_update_ratio)
+
+    def build_privacy(self) -> Privacy:
+        """Clipping and noise of what clients send."""
+        return Privacy(
+            clip_norm=self.clip_norm,
+            upload_clip_norm=self.upload_clip_norm,
+            noise_multiplier=self.noise_multiplier,
+            delta=self.privacy_delta,
+            report_metrics=self.report_metrics,
+        )
+
     def unread(self) -> list[str]:
-        """Settings, in kebab-case, that were changed although the method does not read them."""
+        """Settings, in kebab-case, that were changed although the method or its objective does not read them."""
         changed = {kebab(name) for name, f in type(self).model_fields.items() if getattr(self, name) != f.default}
-        return sorted(changed & keys_of_other_methods(self.method))
+        read = READS[self.build_method().objective]
+        others = {kebab(name) for names in READS.values() for name in names if name not in read}
+        return sorted(changed & (keys_of_other_methods(self.method) | others))
 
     @property
     def run_name(self) -> str:

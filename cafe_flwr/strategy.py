@@ -16,13 +16,17 @@ from flwr.serverapp.strategy import FedAvg, Result
 from numpy.typing import NDArray
 
 from cafe_flwr.aggregation import weighted, weighted_mean
+from cafe_flwr.bounds import Bounds, check_norm, far_longer, norm, times_median
 from cafe_flwr.directory import Directory
 from cafe_flwr.log import logger
 from cafe_flwr.messages import (
     FLAT,
     METRICS,
     PHASES,
+    PROTOCOL,
     RESERVED,
+    RESERVED_PREFIXES,
+    WIRES,
     ClientReport,
     EvaluationReply,
     FinalReport,
@@ -33,7 +37,10 @@ from cafe_flwr.messages import (
     method_config,
 )
 from cafe_flwr.methods import CafeDistillMethod, ClientRecord, Method, RoundPlan, ServerRound, settings_of
+from cafe_flwr.methods.guard import GuardedPlan
+from cafe_flwr.objectives import READS
 from cafe_flwr.participation import rng_for, sample_clients
+from cafe_flwr.privacy import Privacy, epsilon
 from cafe_flwr.recording import RoundCallback, RoundRecord, RunInfo
 from cafe_flwr.replies import Asked, sort_out
 from cafe_flwr.settings import Settings, kebab
@@ -51,6 +58,10 @@ class _Round:
     plan: RoundPlan = field(default_factory=lambda: RoundPlan(np.zeros((0, 0), dtype=bool)))
     reports: Sequence[ClientReport] = ()
     left_out: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def suspicious(self) -> Mapping[int, str]:
+        return self.plan.suspicious if isinstance(self.plan, GuardedPlan) else {}
 
 
 class FederatedStrategy(FedAvg):
@@ -83,6 +94,12 @@ class FederatedStrategy(FedAvg):
         Clients evaluate before and after training in every so many rounds, and in the last one.
     round_timeout
         Seconds after which a round goes on without the replies that are missing.
+    bounds
+        How long a client's update may be before it is refused.
+    privacy
+        Clipping and noise of what clients send; by default neither.
+    wire
+        Type of the values that travel, both ways: ``"float32"``, or ``"float16"`` for half of the bytes.
     callbacks
         Called after every round, see :mod:`cafe_flwr.recording`.
     resume_from
@@ -100,6 +117,9 @@ class FederatedStrategy(FedAvg):
         evaluate_every: int = 1,
         wait_seconds: float = 120.0,
         round_timeout: float = 600.0,
+        bounds: Bounds | None = None,
+        privacy: Privacy | None = None,
+        wire: str = "float32",
         callbacks: Sequence[RoundCallback] = (),
         resume_from: ServerState | None = None,
         **kwargs: Any,
@@ -124,6 +144,11 @@ class FederatedStrategy(FedAvg):
         for name in ("fraction_train", "fraction_evaluate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        if wire not in WIRES:
+            raise ValueError(f"wire must be one of {', '.join(WIRES)}; got {wire!r}")
+        self.bounds = bounds or Bounds()
+        self.privacy = privacy or Privacy()
+        self.wire = wire
         self.method = method
         self._planned_rounds = num_rounds
         self.num_rounds = DEFAULT_ROUNDS if num_rounds is None else num_rounds
@@ -135,7 +160,7 @@ class FederatedStrategy(FedAvg):
         self.round_timeout = round_timeout
         self.callbacks = tuple(callbacks)
         self.keys = Keys(self.arrayrecord_key, self.configrecord_key, self.weighted_by_key)
-        question = {"seed": seed, **method_config(method.name, settings_of(method))}
+        question = {"protocol": PROTOCOL, "seed": seed, **method_config(method.name, settings_of(method))}
         if num_clients is not None:
             question["num-clients"] = num_clients
         self.directory = Directory(self.keys, question)
@@ -150,12 +175,21 @@ class FederatedStrategy(FedAvg):
     def summary(self) -> None:
         """Log the configuration."""
         logger.info("\t├──> Settings of %s:", self.method.name)
-        settings = settings_of(self.method)
+        unread = {name for names in READS.values() for name in names} - set(READS[self.method.objective])
+        settings = {name: value for name, value in settings_of(self.method).items() if name not in unread}
         for i, (name, value) in enumerate(settings.items()):
             logger.info("\t│\t%s %s: %s", "└──" if i == len(settings) - 1 else "├──", name.replace("_", "-"), value)
         local = self.local
         length = f"{local.epochs} epochs" if local.epochs else f"{local.steps} steps"
-        logger.info("\t├──> Local training: %s of %d, SGD at %g", length, local.batch_size, local.learning_rate)
+        optimizer = "AdamW" if local.optimizer == "adamw" else "SGD"
+        logger.info(
+            "\t├──> Local training: %s of %d, %s at %g", length, local.batch_size, optimizer, local.learning_rate
+        )
+        for part in (self.bounds, self.privacy):
+            if part != type(part)():
+                logger.info("\t├──> %s", part)
+        if self.wire != "float32":
+            logger.info("\t├──> Values travel as %s", self.wire)
         logger.info("\t├──> Seed: %d | round timeout: %g s", self.seed, self.round_timeout)
         super().summary()
 
@@ -177,6 +211,8 @@ class FederatedStrategy(FedAvg):
         )
         plan = self._plan(server_round, clients)
         self._round = _Round(clients, plan)
+        for client, reason in self._round.suspicious.items():
+            logger.warning("Round %d: client %d teaches others next to nothing: %s", server_round, client, reason)
         state.plan = plan if plan.weights is not None else state.plan
         return self._messages(server_round, clients, plan, config, MessageType.TRAIN)
 
@@ -194,6 +230,7 @@ class FederatedStrategy(FedAvg):
             return None, None
         info = self.directory.reference
         good, left_out = self._read(server_round, replies, info)
+        good = self._within_bounds(good, left_out)
         for client, reason in sorted(left_out.items()):
             logger.warning("Round %d: client %d is left out: %s", server_round, client, reason)
         reports = sorted((r for reply in good for r in reply.reports), key=lambda report: report.client)
@@ -315,6 +352,7 @@ class FederatedStrategy(FedAvg):
         logger.info("%d clients on %d node(s), %d parameters", len(run.clients), nodes, info.num_parameters)
         if resumed:
             logger.info("Resuming after round %d", state.round)
+        self._tell_privacy(info)
         for callback in self.callbacks:
             callback.on_start(run)
 
@@ -340,6 +378,34 @@ class FederatedStrategy(FedAvg):
                 callback.on_finish(reports)
         logger.info("Finished after %.1f s", time.perf_counter() - started)
         return result
+
+    def _tell_privacy(self, info: NodeInfo) -> None:
+        """Log what the clients' noise guarantees."""
+        privacy = self.privacy
+        if not privacy.on:
+            return
+        if not privacy.noise_multiplier:
+            logger.info(
+                "Updates are clipped to norm %g, without noise: this is no differential privacy", privacy.clip_norm
+            )
+            return
+        releases = sum(schema.size > 0 for schema in (info.shared, info.upload))
+        try:
+            value = epsilon(privacy.noise_multiplier, self.num_rounds, delta=privacy.delta, releases=releases)
+        except ValueError as error:
+            logger.warning("Updates get noise, but what it guarantees is not known here: %s", error)
+            return
+        logger.info(
+            "Differential privacy of what a client sends: ε = %.4g at δ = %g, for a client that takes part in all %d "
+            "rounds (its whole update against none; %d release(s) of σ = %g a round; nothing claimed for sampling)",
+            value,
+            privacy.delta,
+            self.num_rounds,
+            releases,
+            privacy.noise_multiplier,
+        )
+        if privacy.report_metrics:
+            logger.warning("Accuracies, losses and similarities get no noise: report-metrics = false withholds them")
 
     # --- one round ---
 
@@ -382,6 +448,7 @@ class FederatedStrategy(FedAvg):
             bytes_down=sum(_num_bytes(message) for message in messages),
             bytes_up=sum(_num_bytes(reply) for reply in replies if reply.has_content()),
             seconds=seconds,
+            suspicious=self._round.suspicious,
         )
         self._seconds.append(seconds["total"])
         left = sum(self._seconds) / len(self._seconds) * (self.num_rounds - server_round)
@@ -418,6 +485,8 @@ class FederatedStrategy(FedAvg):
         budget = LocalBudget(**{**vars(self.local), "learning_rate": rate})
         if self.num_clients is not None:
             config = {**config, "num-clients": self.num_clients}
+        if self.wire == "float16":
+            self.directory.reference.shared.check_half(self.state.shared, "the shared part")
         messages: list[Message] = []
         self._asked = []
         for node, hosted in self.directory.by_node(clients).items():
@@ -437,10 +506,31 @@ class FederatedStrategy(FedAvg):
                 method_settings=settings_of(self.method),
                 budget=budget,
                 evaluate=self._evaluates_in(server_round),
+                privacy=self.privacy,
+                wire=self.wire,
             )
             messages.append(Message(request.to_content(self.keys, config), node, message_type))
             self._asked.append(Asked(messages[-1], node, hosted))
         return messages
+
+    def _within_bounds(self, good: Sequence[TrainReply], left_out: dict[int, str]) -> list[TrainReply]:
+        """The replies that are not far longer than the others; clients of those that are join those left out."""
+        assert self.state is not None
+        ratio = self.bounds.max_ratio
+        refused: dict[int, str] = {}
+        examples = [reply.weight / len(reply.reports) for reply in good]
+        lengths = [norm(reply.update(self.state.shared)) for reply in good]
+        for i in far_longer(lengths, examples, ratio):
+            refused[i] = f"its update has {times_median(lengths, i)}"
+        reports = [(i, report) for i, reply in enumerate(good) for report in reply.reports]
+        lengths = [norm(report.upload) for _, report in reports]
+        for j in far_longer(lengths, [report.num_examples for _, report in reports], ratio):
+            i, report = reports[j]
+            refused.setdefault(i, f"what client {report.client} sends of its own has {times_median(lengths, j)}")
+        for i, reason in refused.items():
+            text = f"its node's reply cannot be used: {reason}; at most {ratio:g} times are allowed"
+            left_out |= {report.client: text for report in good[i].reports}
+        return [reply for i, reply in enumerate(good) if i not in refused]
 
     def _evaluates_in(self, server_round: int) -> bool:
         return server_round % self.evaluate_every == 0 or server_round == self.num_rounds
@@ -453,7 +543,7 @@ class FederatedStrategy(FedAvg):
     ) -> tuple[list[TrainReply], dict[int, str]]:
         """Replies that can be used, in the order of their clients, and clients left out with the reason."""
         assert self.state is not None
-        digest = self.state.digest
+        digest, shared = self.state.digest, self.state.shared
 
         def read(message: Message) -> TrainReply:
             reply = TrainReply.from_message(
@@ -463,10 +553,15 @@ class FederatedStrategy(FedAvg):
                 shared_size=info.shared.size,
                 upload_size=info.upload.size,
                 num_exits=info.num_exits,
+                wire=self.wire,
+                base=shared,
             )
+            if reply.reports:
+                check_norm(reply.update(shared), self.bounds.max_norm, "its update")
             if reply.server_round != server_round:
                 raise ValueError(f"it is of round {reply.server_round}")
             for r in reply.reports:
+                check_norm(r.upload, self.bounds.max_norm, f"what client {r.client} sends of its own")
                 if r.num_examples != self._examples(r.client):
                     raise ValueError(
                         f"client {r.client} reports {r.num_examples} examples, {self._examples(r.client)} at the start"
@@ -626,7 +721,7 @@ class CafeDistill(FederatedStrategy):
 
 
 def _check_reserved(config: Mapping[str, Any]) -> None:
-    reserved = [key for key in config if key in RESERVED or key.startswith(("method.", "local."))]
+    reserved = [key for key in config if key in RESERVED or key.startswith(RESERVED_PREFIXES)]
     if set(reserved) - {"server-round"}:  # Flower's own strategies put it there, too
         raise ValueError(f"the config for clients must not hold keys of the strategy's own: {', '.join(reserved)}")
 

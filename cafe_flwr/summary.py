@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cafe_flwr import __version__
+from cafe_flwr.cost_curve import area_under_curve as area_under_curve
+from cafe_flwr.cost_curve import cheapest
 from cafe_flwr.messages import FinalReport
 from cafe_flwr.methods import RoundPlan
 from cafe_flwr.metrics import THRESHOLDS, DynamicCounts, worst_share
@@ -124,7 +126,7 @@ def _dynamic(reports: Sequence[FinalReport], macs: NDArray[np.float64]) -> tuple
     mean_macs = shares @ macs
 
     def point(loss_allowed: float) -> dict[str, Any]:
-        chosen = _cheapest(calibration, macs, loss_allowed)
+        chosen = cheapest(calibration, macs, loss_allowed)
         return {
             "threshold": float(THRESHOLDS[chosen]) if np.isfinite(THRESHOLDS[chosen]) else None,
             "accuracy": float(accuracy[chosen]),
@@ -141,40 +143,6 @@ def _dynamic(reports: Sequence[FinalReport], macs: NDArray[np.float64]) -> tuple
         "exit_shares": shares.tolist(),
     }
     return dynamic, curve
-
-
-def _cheapest(calibration: DynamicCounts, macs: NDArray[np.float64], loss_allowed: float) -> int:
-    """Position of the cheapest threshold whose accuracy is, one standard error aside, not below the full network's."""
-    examples = int(calibration.left[0].sum())
-    if not examples:
-        return len(THRESHOLDS) - 1  # nothing to choose by: never leave early
-    gain = calibration.correct - calibration.correct[-1]
-    spread = np.sqrt(np.maximum(calibration.changed - gain**2 / examples, 0.0))
-    good = gain - spread >= -loss_allowed * examples
-    return int(np.where(good, calibration.left @ macs, np.inf).argmin())
-
-
-def area_under_curve(accuracy: Sequence[float], macs: Sequence[float]) -> float:
-    """Mean accuracy over MACs from the cheapest point of the curve to the full network, at the best point within each.
-
-    Parameters
-    ----------
-    accuracy, macs
-        Points of the accuracy–MACs curve, in any order; NaN is returned without any.
-
-    Examples
-    --------
-    >>> area_under_curve([0.5, 1.0, 0.5], [1.0, 2.0, 3.0])  # rises to 1.0 at 2, and need not fall after
-    0.875
-    """
-    if not len(accuracy):
-        return math.nan
-    order = np.argsort(macs, kind="stable")
-    x = np.asarray(macs, dtype=np.float64)[order]
-    y = np.maximum.accumulate(np.asarray(accuracy, dtype=np.float64)[order])
-    if x[-1] == x[0]:
-        return float(y[-1])
-    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
 def _local_steps(rounds: Sequence[Mapping[str, Any]], reports: Sequence[FinalReport], num_clients: int) -> float:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from cafe_flwr.data import Split
 
+OPTIMIZERS = ("sgd", "adamw")
+
 
 @dataclass(frozen=True)
 class LocalBudget:
@@ -29,9 +31,11 @@ class LocalBudget:
     epochs
         Passes over the client's training split; 0 to count steps instead.
     learning_rate, momentum, weight_decay
-        Of SGD.
+        Of the optimiser; only SGD has a momentum.
     max_grad_norm
         Gradients are scaled down to this norm; 0 leaves them as they are.
+    optimizer
+        ``"sgd"`` or ``"adamw"``, whose running means do not outlive a round.
     """
 
     batch_size: int = 16
@@ -41,6 +45,7 @@ class LocalBudget:
     momentum: float = 0.0
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         for name, low in (("batch_size", 1), ("steps", 1), ("epochs", 0)):
@@ -48,12 +53,22 @@ class LocalBudget:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be greater than 0, got {self.learning_rate}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}")
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum is of sgd, {self.optimizer} has none: set it to 0, got {self.momentum}")
 
     def num_draws(self, num_examples: int) -> int:
         """Examples drawn in a round by a client with ``num_examples`` of them."""
         if self.epochs:
             return self.epochs * num_examples
         return self.steps * min(self.batch_size, num_examples)
+
+    def new_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """The optimiser, as it starts."""
+        if self.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, self.learning_rate, weight_decay=self.weight_decay)
+        return torch.optim.SGD(parameters, self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
 def learning_rate_at(base: float, server_round: int, num_rounds: int) -> float:
@@ -109,6 +124,7 @@ def train(
     only: Sequence[str] = (),
     also: Sequence[Tensor] = (),
     adjust: Callable[[], None] | None = None,
+    after_step: Callable[[], None] | None = None,
     part: tuple[int, int] = (0, 1),
     times: int = 1,
 ) -> Outcome:
@@ -134,6 +150,8 @@ def train(
         Parameters to train that are not the network's.
     adjust
         Called after every backward pass, to change the gradients.
+    after_step
+        Called after every step, for example to average the network over steps.
     part
         (i, n): take the i-th of n nearly equal parts of the round's mini-batches; where there are too few to share,
         every part takes all.
@@ -148,9 +166,7 @@ def train(
     todo = todo[len(todo) * i // n : len(todo) * (i + 1) // n]
     with _frozen(network, only):
         parameters = [*(p for p in network.parameters() if p.requires_grad), *also]
-        optimizer = torch.optim.SGD(
-            parameters, budget.learning_rate, momentum=budget.momentum, weight_decay=budget.weight_decay
-        )
+        optimizer = budget.new_optimizer(parameters)
         losses = []
         for positions in todo:
             index = torch.from_numpy(positions)
@@ -162,6 +178,8 @@ def train(
             if budget.max_grad_norm:
                 nn.utils.clip_grad_norm_(parameters, budget.max_grad_norm)
             optimizer.step()
+            if after_step is not None:
+                after_step()
             losses.append(value.detach())
     mean = torch.stack(losses).mean().item() if losses else math.nan
     return Outcome(mean, len(losses))

@@ -34,6 +34,7 @@ from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.federation import build_network, build_strategy, federation
 from cafe_flwr.methods import METHODS
+from cafe_flwr.privacy import Privacy
 from cafe_flwr.recording import Recorder
 from cafe_flwr.report import final_table
 from cafe_flwr.state import Checkpoints
@@ -387,10 +388,30 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         local_steps=4,
         local_epochs=2,
         batch_size=9,
+        wire_dtype="float16",
+        max_update_norm=7000.0,
+        max_update_ratio=12.0,
+        clip_norm=3.0,
+        upload_clip_norm=4.0,
+        noise_multiplier=0.01,
+        privacy_delta=0.0001,
+        report_metrics=False,
         learning_rate=0.07,
         momentum=0.4,
         weight_decay=0.001,
         max_grad_norm=2.5,
+        objective="erde",
+        ema_decay=0.9,
+        objective_temperature=2.0,
+        safe_kd_alpha=0.5,
+        safe_kd_beta=0.25,
+        erde_right=0.75,
+        erde_wrong=0.2,
+        neo_kd_alpha=2.0,
+        neo_kd_beta=0.7,
+        adversarial_epsilon=0.01,
+        adversarial_steps=2,
+        objective_teacher="matched",
         prior=True,
         equal_steps=False,
         mu=0.9,
@@ -415,6 +436,9 @@ def test_every_setting_reaches_the_strategy(tmp_path):
     ]:
         assert getattr(strategy, name) == getattr(settings, name), name
     assert strategy.num_rounds == settings.num_server_rounds
+    assert (strategy.bounds.max_norm, strategy.bounds.max_ratio) == (7000.0, 12.0)
+    assert strategy.wire == "float16"
+    assert strategy.privacy == Privacy(3.0, 4.0, 0.01, 0.0001, report_metrics=False)
     for name in ["batch_size", "learning_rate", "momentum", "weight_decay", "max_grad_norm"]:
         assert getattr(strategy.local, name) == getattr(settings, name), name
     assert (strategy.local.steps, strategy.local.epochs) == (settings.local_steps, settings.local_epochs)

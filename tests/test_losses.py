@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe_flwr.losses import cross_entropies, distillation, self_distillation
+from cafe_flwr.losses import (
+    consistency,
+    cross_entropies,
+    decoupled_distillation,
+    distillation,
+    erde,
+    neighbour_distillation,
+    orthogonal_distillation,
+    self_distillation,
+)
 
 
 def log_softmax(z):
@@ -204,3 +213,217 @@ def test_self_distillation_of_extreme_logits_stays_finite_in_float32():
     loss.backward()
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
     assert torch.isfinite(z.grad).all()
+
+
+# --- decoupled distillation ------------------------------------------------------------------------------------------
+
+
+def softmax(z):
+    return np.exp(log_softmax(np.asarray(z, dtype=np.float64)))
+
+
+def kl(p, q):
+    """Σ p (ln p − ln q) of one distribution, where p is not 0."""
+    return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+def decoupled_slowly(student, teacher, y, tau, a=1.0, b=1.0):
+    """Row by row: the two-way distributions and those of the other classes, as the paper defines them."""
+    total = 0.0
+    for s, t, label in zip(softmax(np.asarray(student) / tau), softmax(np.asarray(teacher) / tau), y, strict=True):
+        others = [c for c in range(len(s)) if c != label]
+        target = kl([t[label], 1 - t[label]], [s[label], 1 - s[label]])
+        rest = kl([t[c] / (1 - t[label]) for c in others], [s[c] / (1 - s[label]) for c in others])
+        total += tau**2 * (a * target + b * rest)
+    return total / len(y)
+
+
+drawn = given(
+    batch=st.integers(1, 5),
+    classes=st.integers(2, 7),
+    tau=st.floats(0.7, 10),
+    scale=st.floats(0.1, 5),
+    seed=st.integers(0, 10**6),
+)
+
+
+def draw(batch, classes, scale, seed, networks=2):
+    rng = np.random.default_rng(seed)
+    return scale * rng.normal(size=(networks, batch, classes)), rng.integers(classes, size=batch)
+
+
+@settings(deadline=None)
+@drawn
+def test_decoupled_distillation_agrees_with_its_definition(batch, classes, tau, scale, seed):
+    (student, teacher), y = draw(batch, classes, scale, seed)
+    for a, b in ((1.0, 1.0), (1.0, 8.0), (0.3, 0.0)):
+        value = decoupled_distillation(
+            logits(student), logits(teacher), torch.from_numpy(y), temperature=tau, target_weight=a, others_weight=b
+        )
+        assert value.item() == pytest.approx(decoupled_slowly(student, teacher, y, tau, a, b), rel=1e-6, abs=1e-9)
+
+
+@settings(deadline=None)
+@drawn
+def test_plain_distillation_is_the_decoupled_one_with_the_teachers_doubt_as_weight(batch, classes, tau, scale, seed):
+    """KL = KL(b) + (1 − p_y^T)·KL(p̂), Eq. 5 of the paper, example by example."""
+    (student, teacher), y = draw(batch, classes, scale, seed)
+    total = 0.0
+    for i in range(batch):
+        doubt = 1 - softmax(teacher[i : i + 1] / tau)[0, y[i]]
+        row = (logits(student[i : i + 1]), logits(teacher[i : i + 1]), torch.from_numpy(y[i : i + 1]))
+        total += decoupled_distillation(*row, temperature=tau, others_weight=float(doubt)).item()
+    plain = distillation(logits(student), logits(teacher), tau).item()
+    assert plain == pytest.approx(total / batch, rel=1e-6, abs=1e-9)
+
+
+def test_with_two_classes_decoupled_distillation_is_plain():
+    (student, teacher), y = draw(6, 2, 3.0, 0)
+    value = decoupled_distillation(logits(student), logits(teacher), torch.from_numpy(y), others_weight=99.0)
+    assert value.item() == pytest.approx(distillation(logits(student), logits(teacher), 4.0).item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("sure", "of"), [(90.0, "teacher"), (90.0, "student"), (90.0, "both"), (1000.0, "both")])
+def test_decoupled_distillation_is_exact_where_the_label_is_all_but_certain(dtype, sure, of):
+    """1 − p_y is about e^−90 or less, which 1 − softmax cannot hold: the other classes still teach, by hand.
+
+    Others (0, 1) against (1, 0): p̂ = (1/(1+e), e/(1+e)), KL = (e−1)/(e+1) = tanh(½). The two-way term of a sure teacher
+    and an unsure student is −ln p_y^S; of two that are sure alike 0; of an unsure teacher and a sure student that of
+    the definition, with ln p_y^S = 0 and ln(1 − p_y^S) = ln(e^0 + e^1) − sure.
+    """
+    y, high = torch.tensor([0]), {"teacher": (0.0, sure), "student": (sure, 0.0), "both": (sure, sure)}[of]
+    student = torch.tensor([[high[0], 1.0, 0.0]], dtype=dtype, requires_grad=True)
+    teacher = torch.tensor([[high[1], 0.0, 1.0]], dtype=dtype)
+    value = decoupled_distillation(student, teacher, y, temperature=1.0)
+    unsure = 1 / (2 + math.e)  # p of a logit 0 beside 0 and 1
+    rest = math.log(1 + math.e)  # log-sum of the others
+    target = {
+        "teacher": -math.log(unsure),
+        "student": unsure * math.log(unsure) + (1 - unsure) * (math.log(1 - unsure) - (rest - sure)),
+        "both": 0.0,
+    }[of]
+    assert value.item() == pytest.approx(target + math.tanh(0.5), rel=1e-5)
+    value.backward()
+    assert student.grad.isfinite().all()
+    assert (student.grad[0, 1] - student.grad[0, 2]).item() > 0.5  # it has the others the wrong way round
+
+
+def test_gradients_of_decoupled_distillation_are_those_of_the_definition():
+    """By central differences of the slow reference; the teacher gets none."""
+    (student, teacher), y = draw(3, 5, 1.5, 4)
+    s, t = logits(student).requires_grad_(), logits(teacher).requires_grad_()
+    decoupled_distillation(s, t, torch.from_numpy(y), temperature=2.0, others_weight=8.0).backward()
+    assert t.grad is None
+    h = 1e-6
+    for i, c in np.ndindex(student.shape):
+        up, down = student.copy(), student.copy()
+        up[i, c] += h
+        down[i, c] -= h
+        slope = decoupled_slowly(up, teacher, y, 2.0, 1.0, 8.0) - decoupled_slowly(down, teacher, y, 2.0, 1.0, 8.0)
+        assert s.grad[i, c].item() == pytest.approx(slope / (2 * h), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", [decoupled_distillation, erde])
+def test_a_single_class_is_refused(loss):
+    with pytest.raises(ValueError, match=r"at least 2 classes, got logits of shape \(3, 1\)"):
+        loss(torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64))
+
+
+# --- from the last exit to the others --------------------------------------------------------------------------------
+
+
+def test_consistency_is_what_every_exit_has_still_to_learn_from_the_last():
+    (first, second, last), _ = draw(4, 5, 2.0, 5, networks=3)
+    value = consistency([logits(z) for z in (first, second, last)], temperature=3.0)
+    expected = [reference(first, last, 3.0), reference(second, last, 3.0), 0.0]
+    np.testing.assert_allclose(value.numpy(), expected, rtol=1e-9)
+
+
+def test_consistency_does_not_train_the_last_exit():
+    exits = [logits(z).requires_grad_() for z in draw(4, 5, 2.0, 5, networks=3)[0]]
+    consistency(exits).sum().backward()
+    assert exits[2].grad is None
+    assert min(z.grad.abs().max() for z in exits[:2]) > 0.01
+    assert consistency(exits[2:]).tolist() == [0.0]
+
+
+# --- ERDE ------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@drawn
+def test_erde_agrees_with_its_definition(batch, classes, tau, scale, seed):
+    (student, teacher), y = draw(batch, classes, scale, seed)
+    total = 0.0
+    for s, t, label in zip(student, teacher, y, strict=True):
+        if t.argmax() == label:
+            total += 0.7 * tau**2 * kl(softmax([t / tau])[0], softmax([s / tau])[0])
+        else:
+            total += 0.4 * sum(p * math.log(p) for p in softmax([s])[0] if p > 0) / math.log(classes)
+    value = erde(logits(student), logits(teacher), torch.from_numpy(y), temperature=tau, right=0.7, wrong=0.4)
+    assert value.item() == pytest.approx(total / batch, rel=1e-6, abs=1e-9)
+
+
+def test_erde_follows_a_teacher_that_is_right_and_grows_unsure_where_it_is_wrong():
+    """After a small step down the gradient: nearer to the right teacher, more entropy under the wrong one."""
+    student, teacher = logits([[1.0, 0.5, -1.0]]).requires_grad_(), logits([[0.0, 3.0, 0.0]]).requires_grad_()
+
+    def entropy(z):
+        p = softmax(z.detach().numpy())
+        return -(p * np.log(p)).sum()
+
+    for label, measure in ((1, lambda z: -reference(z.detach().numpy(), teacher.detach().numpy(), 4.0)), (0, entropy)):
+        (slope,) = torch.autograd.grad(erde(student, teacher, torch.tensor([label])), student)
+        assert measure(student - 0.1 * slope) > measure(student)
+    erde(student, teacher, torch.tensor([1])).backward()
+    assert teacher.grad is None
+
+
+# --- NEO-KD ----------------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_teach_by_the_mean_of_their_outputs():
+    clean, _ = draw(3, 4, 2.0, 6, networks=4)
+    bad, _ = draw(3, 4, 2.0, 7, networks=4)
+    p, q = softmax_all(clean), softmax_all(bad)
+    neighbours = [[0, 1], [0, 1, 2], [1, 2, 3], [2, 3]]
+    expected = [
+        np.mean([kl(np.mean([p[j][i] for j in near], axis=0), q[k][i]) for i in range(3)])
+        for k, near in enumerate(neighbours)
+    ]
+    value = neighbour_distillation([logits(z) for z in bad], [logits(z) for z in clean])
+    np.testing.assert_allclose(value.numpy(), expected, rtol=1e-9)
+
+
+def softmax_all(networks):
+    return [softmax(z) for z in networks]
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_every_exit_is_taught_the_label_and_its_own_classes(per_example):
+    clean, y = draw(3, 5, 2.0, 8, networks=2)
+    bad, _ = draw(3, 5, 2.0, 9, networks=2)
+    owner = np.random.default_rng(0).integers(2, size=(3, 5) if per_example else 5)
+    owner_of = np.broadcast_to(owner, (3, 5))
+    p, q, expected = softmax_all(clean), softmax_all(bad), []
+    for k in range(2):
+        rows = []
+        for i in range(3):
+            kept = np.array([p[k][i][c] if c == y[i] or owner_of[i, c] == k else 0.0 for c in range(5)])
+            rows.append(kl(kept / kept.sum(), q[k][i]))
+        expected.append(np.mean(rows))
+    value = orthogonal_distillation(
+        [logits(z) for z in bad], [logits(z) for z in clean], torch.from_numpy(y), torch.from_numpy(owner)
+    )
+    np.testing.assert_allclose(value.numpy(), expected, rtol=1e-9)
+
+
+def test_clean_outputs_teach_and_are_not_trained_by_it():
+    clean, y = draw(3, 5, 2.0, 8, networks=2)
+    teachers, students = ([logits(z).requires_grad_() for z in clean] for _ in range(2))
+    owner = torch.tensor([0, 1, 0, 1, 0])
+    total = orthogonal_distillation(students, teachers, torch.from_numpy(y), owner).sum()
+    (total + neighbour_distillation(students, teachers).sum()).backward()
+    assert all(z.grad is None for z in teachers)
+    assert all(z.grad.isfinite().all() and z.grad.abs().max() > 0.01 for z in students)

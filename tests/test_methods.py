@@ -35,6 +35,7 @@ from cafe_flwr.data import ClientData, Split
 from cafe_flwr.messages import Keys, NodeInfo
 from cafe_flwr.methods import METHODS, ClientRecord, LocalTask, Method, ServerRound, settings_of
 from cafe_flwr.metrics import evaluate
+from cafe_flwr.objectives import Objective
 from cafe_flwr.participation import rng_for
 from cafe_flwr.schema import Schema
 from cafe_flwr.settings import Settings, setting_key
@@ -156,8 +157,9 @@ VARIANTS = [
     if (name, f.name) not in REFUSED
     for value in other_values(f)
 ]
-# Without the switches of every method, which have tests of their own.
-OWN = [v for v in (*PLAIN, *VARIANTS) if not {"prior", "distill", "equal_steps"} & set(v[1])]
+# Without the switches and the objectives' settings of every method, which have tests of their own.
+SWITCHES = {"prior", "distill", "equal_steps"} | {f.name for f in fields(Objective)}
+OWN = [v for v in (*PLAIN, *VARIANTS) if not SWITCHES & set(v[1])]
 # Variants for which other things travel, or other code trains.
 SPECIAL = [v for v in VARIANTS if described(v) in TABLE or v[1] == {"similarity_proxy": "gradients"}]
 

@@ -238,10 +238,14 @@ def test_no_number_with_a_point_passes_for_anything_else(key, value):
         Settings.from_run_config({key: value})
 
 
-@pytest.mark.parametrize("key", [k for k, v in DEFAULTS.items() if type(v) is float and k != "test-share"])
+OPEN = ("test-share", "risk", "confidence-level", "privacy-delta")  # neither 0 nor 1 can be
+
+
+@pytest.mark.parametrize("key", [k for k, v in DEFAULTS.items() if type(v) is float and k not in OPEN])
 def test_whole_numbers_pass_for_numbers(key):
-    """`learning-rate=1` on the command line is an integer in TOML. (A test-share of 0 or 1 cannot be.)"""
-    value = 0 if key in ("momentum", "calibration-share", "validation-share") else 1
+    """`learning-rate=1` on the command line is an integer in TOML."""
+    nothing = ("momentum", "calibration-share", "validation-share", "upload-clip-norm", "noise-multiplier")
+    value = 0 if key in (*nothing, "max-update-ratio") else 1
     assert Settings.from_run_config({key: value}).to_run_config()[key] == value
 
 
@@ -257,6 +261,19 @@ IMPOSSIBLE = [
     ("method", "fedavgg", "one of cafedistill, .*fedavg"),
     ("num-server-rounds", 0, "greater than or equal to 1"),
     ("num-clients", 0, "greater than or equal to 1"),
+    ("mode", "serve", "'train' or 'calibrate'"),
+    ("risk", 0.0, "greater than 0"),
+    ("risk", 1.0, "less than 1"),
+    ("confidence-level", 0.0, "greater than 0"),
+    ("confidence-level", 1.0, "less than 1"),
+    ("wire-dtype", "float64", "'float32' or 'float16'"),
+    ("max-update-norm", -1.0, "greater than or equal to 0"),
+    ("max-update-ratio", -1.0, "greater than or equal to 0"),
+    ("clip-norm", -1.0, "greater than or equal to 0"),
+    ("upload-clip-norm", -1.0, "greater than or equal to 0"),
+    ("noise-multiplier", -0.1, "greater than or equal to 0"),
+    ("privacy-delta", 0.0, "greater than 0"),
+    ("privacy-delta", 1.0, "less than 1"),
     ("fraction-train", 0.0, "greater than 0"),
     ("fraction-train", 1.01, "less than or equal to 1"),
     ("min-train-nodes", 0, "greater than or equal to 1"),
@@ -288,11 +305,25 @@ IMPOSSIBLE = [
     ("local-steps", 0, "greater than or equal to 1"),
     ("local-epochs", -1, "greater than or equal to 0"),
     ("batch-size", 0, "greater than or equal to 1"),
+    ("optimizer", "adam", "'sgd' or 'adamw'"),
     ("learning-rate", 0.0, "greater than 0"),
     ("momentum", 1.0, "less than 1"),
     ("momentum", -0.1, "greater than or equal to 0"),
     ("weight-decay", -0.1, "greater than or equal to 0"),
     ("max-grad-norm", -1.0, "greater than or equal to 0"),
+    ("objective", "kd", "'cross-entropy', 'safe-kd', 'erde' or 'neo-kd'"),
+    ("ema-decay", -0.1, "greater than or equal to 0"),
+    ("ema-decay", 1.1, "less than or equal to 1"),
+    ("objective-temperature", 0.0, "greater than 0"),
+    ("safe-kd-alpha", -0.1, "greater than or equal to 0"),
+    ("safe-kd-beta", -0.1, "greater than or equal to 0"),
+    ("erde-right", -0.1, "greater than or equal to 0"),
+    ("erde-wrong", -0.1, "greater than or equal to 0"),
+    ("neo-kd-alpha", -0.1, "greater than or equal to 0"),
+    ("neo-kd-beta", -0.1, "greater than or equal to 0"),
+    ("adversarial-epsilon", -0.1, "greater than or equal to 0"),
+    ("adversarial-steps", 0, "greater than or equal to 1"),
+    ("objective-teacher", "me", "'ema' or 'matched'"),
     ("mu", -0.5, "greater than or equal to 0"),
     ("distill-weight", -1.0, "greater than or equal to 0"),
     ("temperature", 0.0, "greater than 0"),
@@ -419,4 +450,8 @@ def test_settings_do_not_change():
 def test_settings_that_the_method_does_not_read_are_named():
     settings = Settings.from_run_config({"method": "ditto", "mu": 0.7, "ditto-pull": 0.3, "fedprox-mu": 0.01})
     assert settings.unread() == ["mu"]
+    taught = {"method": "ditto", "objective": "erde", "ema-decay": 0.9, "safe-kd-alpha": 2.0, "neo-kd-beta": 0.0}
+    assert Settings.from_run_config(taught).unread() == ["neo-kd-beta", "safe-kd-alpha"]
+    assert Settings.from_run_config({"objective-teacher": "matched"}).unread() == ["objective-teacher"]
+    assert Settings.from_run_config({"objective-teacher": "matched", "objective": "safe-kd"}).unread() == []
     assert Settings.from_run_config({"mu": 0.7}).unread() == []

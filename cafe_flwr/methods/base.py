@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -15,27 +14,13 @@ from torch import Tensor
 from cafe_flwr.data import Split
 from cafe_flwr.losses import cross_entropies, self_distillation
 from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.objectives import Lesson, Objective
+from cafe_flwr.options import setting as setting  # methods declare their settings with it
 from cafe_flwr.priors import class_counts, log_prior
 from cafe_flwr.schema import Schema
 from cafe_flwr.training import LocalBudget, train
 
 Tensors = Mapping[str, Tensor]
-
-
-def setting(
-    default: Any,
-    doc: str,
-    *,
-    ge: float | None = None,
-    gt: float | None = None,
-    le: float | None = None,
-    choices: Sequence[str] = (),
-) -> Any:
-    """A method's own setting, declared once: default, meaning and bounds.
-
-    The method checks its values by it, and :class:`cafe_flwr.settings.Settings` offers it as a run's setting.
-    """
-    return field(default=default, metadata={"doc": doc, "ge": ge, "gt": gt, "le": le, "choices": tuple(choices)})
 
 
 @dataclass
@@ -67,6 +52,8 @@ class LocalTask:
         The weights that all networks of the run started from, by name.
     steps
         Gradient steps taken so far.
+    lesson
+        The objective at work in the training that runs now, if it has been asked for.
     """
 
     network: EarlyExitNetwork
@@ -81,6 +68,7 @@ class LocalTask:
     state: dict[str, Tensor] = field(default_factory=dict)
     initial: Tensors = field(default_factory=dict)
     steps: int = 0
+    lesson: Lesson | None = None
 
     def run(
         self,
@@ -94,6 +82,8 @@ class LocalTask:
         purpose: str = "batches",
     ) -> float:
         """Train the network on a loss of (x, y), and count the steps.
+
+        The objective begins anew: its teacher is the network as it stands before the first step.
 
         Parameters
         ----------
@@ -116,6 +106,7 @@ class LocalTask:
         -------
         Mean loss over the steps.
         """
+        self.lesson = None
         outcome = train(
             self.network,
             self.data,
@@ -125,11 +116,17 @@ class LocalTask:
             only=only,
             also=also,
             adjust=adjust,
+            after_step=self._after_step,
             part=part,
             times=times,
         )
+        self.lesson = None
         self.steps += outcome.steps
         return outcome.loss
+
+    def _after_step(self) -> None:
+        if self.lesson is not None:
+            self.lesson.after_step()
 
 
 @dataclass(frozen=True)
@@ -242,7 +239,7 @@ class RoundPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method:
+class Method(Objective):
     """Both halves of a method; a subclass is a frozen dataclass of the method's own settings, in a file of its own.
 
     As it stands here it is FedPer: the backbone is averaged, the classifiers are personal, all exits train on the mean
@@ -263,7 +260,7 @@ class Method:
     phases
         Things it trains one after the other in a round, which share the round's steps if ``equal_steps``.
     prior, distill, equal_steps
-        Settings of every method.
+        Settings of every method, beside those of its objective.
     """
 
     name: ClassVar[str]
@@ -278,8 +275,7 @@ class Method:
     )
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            _check(f.name, getattr(self, f.name), f.metadata)
+        super().__post_init__()
         for switch, reason in self.refuses.items():
             if getattr(self, switch):
                 raise ValueError(f"{switch} is not for {self.name}: {reason}")
@@ -337,15 +333,46 @@ class Method:
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
         """Loss of a batch: by default the mean over exits of the cross-entropy."""
-        return self.exits_loss(task.network(x), y)
+        return self.exits_loss(task, x, y, task.network(x))
 
-    def exits_loss(self, logits: Sequence[Tensor], y: Tensor, weights: Sequence[float] = ()) -> Tensor:
-        """Σ_k a_k CE(z_k, y), a_k = 1/m unless given; and self-distillation with the same weights if ``distill``."""
-        weights = weights or [1.0 / len(logits)] * len(logits)
-        terms = cross_entropies(logits, y)
+    def exits_loss(
+        self,
+        task: LocalTask,
+        x: Tensor,
+        y: Tensor,
+        logits: Sequence[Tensor],
+        weights: Sequence[float] = (),
+        *,
+        shift: Tensor | None = None,
+    ) -> Tensor:
+        """Σ_k a_k CE(z_k, y) of all exits, or another objective's terms in the place of the cross-entropies.
+
+        a_k are the objective's weights, 1/m for cross-entropy, unless given; with ``distill``, self-distillation is
+        added with the same weights. ``shift`` is what the method has added to the logits.
+        """
+        weights = weights or self.weights(len(logits))
+        terms = self.exit_terms(task, x, y, logits, shift=shift)
         if self.distill:
             terms = terms + self_distillation(logits)
         return terms @ torch.tensor(weights, dtype=terms.dtype, device=terms.device)
+
+    def exit_terms(
+        self,
+        task: LocalTask,
+        x: Tensor,
+        y: Tensor,
+        logits: Sequence[Tensor],
+        *,
+        exits: Sequence[int] = (),
+        shift: Tensor | None = None,
+        teacher: Tensor | None = None,
+    ) -> Tensor:
+        """What every exit minimises, (m,): its cross-entropy, or its term of another objective (``Lesson.terms``)."""
+        if self.objective == "cross-entropy":
+            return cross_entropies(logits, y)
+        if task.lesson is None:
+            task.lesson = self.begin(task.network, task.rng(f"objective {task.steps}"))
+        return task.lesson.terms(x, y, logits, exits=exits, shift=shift, teacher=teacher)
 
     def offset(self, data: Split, num_classes: int) -> Tensor | None:
         """What is added to the client's logits at every exit, in training and after: its log-prior, or nothing."""
@@ -376,18 +403,3 @@ def without_prefix(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
 def phase(method: Method, number: int) -> tuple[int, int]:
     """Which part of the round's steps a phase of a method takes: its share, or all of them as published."""
     return (number, method.phases) if method.equal_steps else (0, 1)
-
-
-_BOUNDS: Sequence[tuple[str, str, Callable[[Any, Any], bool]]] = (
-    ("ge", "at least", operator.ge),
-    ("gt", "greater than", operator.gt),
-    ("le", "at most", operator.le),
-)
-
-
-def _check(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    if bounds.get("choices") and value not in bounds["choices"]:
-        raise ValueError(f"{name} must be one of {', '.join(bounds['choices'])}; got {value!r}")
-    for key, word, holds in _BOUNDS:
-        if bounds.get(key) is not None and not holds(value, bounds[key]):
-            raise ValueError(f"{name} must be {word} {bounds[key]}, got {value!r}")

@@ -13,7 +13,7 @@ docs/method.md has every formula and says what the paper leaves open.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +26,9 @@ from torch.nn import functional as F
 from cafe_flwr.coordination import SELECTIONS, active_exits
 from cafe_flwr.losses import distillation
 from cafe_flwr.methods.base import ClientRecord, LocalResult, LocalTask, Method, RoundPlan, ServerRound, setting
+from cafe_flwr.methods.guard import GuardedPlan
 from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.robustness import guarded_weights
 from cafe_flwr.teaching import TEACHERS, check_solver, cosine_similarity, teacher_weights
 from cafe_flwr.training import batches
 
@@ -63,6 +65,11 @@ class CafeDistillMethod(Method):
     max_staleness: int = setting(
         0, "Forget the last exit of a client that has been away for more rounds than this; 0: never.", ge=0
     )
+    objective_teacher: str = setting(
+        "ema",
+        "Who teaches in safe-kd and erde: the EMA teacher, or in its place the classifiers matched by the QP.",
+        choices=("ema", "matched"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,13 +100,17 @@ class CafeDistillMethod(Method):
             return RoundPlan(active)
         heads = task.uploads(teachers)
         examples = task.examples(teachers)
+        own, prior = np.searchsorted(teachers, pupils), examples / examples.sum()
         if self.teachers == "uniform":
-            weights = np.full((len(pupils), len(teachers)), 1.0 / len(teachers))
+            rows, prior = np.zeros((len(pupils), len(teachers))), np.full(len(teachers), 1.0 / len(teachers))
+            weights = np.full(rows.shape, 1.0 / len(teachers))
         else:
-            rows = cosine_similarity(heads)[np.searchsorted(teachers, pupils)]
-            weights = teacher_weights(rows, examples / examples.sum(), self.mu, self.solver)
+            rows = cosine_similarity(heads)[own]
+            weights = teacher_weights(rows, prior, self.mu, self.solver)
+        weights, doubts = guarded_weights(weights, rows, prior, self.mu, heads, own)
         mixed = weights.astype(np.float32) @ heads
-        return RoundPlan(active, dict(zip(pupils, mixed, strict=True)), weights, pupils, teachers)
+        suspicious = {teachers[i]: reason for i, reason in doubts.items()}
+        return GuardedPlan(active, dict(zip(pupils, mixed, strict=True)), weights, pupils, teachers, suspicious)
 
     def _is_stale(self, record: ClientRecord, server_round: int) -> bool:
         return bool(self.max_staleness) and server_round - 1 - record.seen > self.max_staleness
@@ -113,45 +124,30 @@ class CafeDistillMethod(Method):
         return LocalResult(mean_loss, self._similarity(task))
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
-        """The local loss of a batch."""
-        return self.local_loss(task.network, x, y, task.active, task.download)
-
-    def local_loss(
-        self,
-        network: EarlyExitNetwork,
-        x: Tensor,
-        y: Tensor,
-        active: Sequence[bool],
-        teacher: Mapping[str, Tensor],
-    ) -> Tensor:
         """L_i = CE(z_m, y) + Σ_{k active} [ CE(z_k, y) + λ·τ²·KL( softmax(z̃/τ) ‖ softmax(z_k/τ) ) ].
 
-        Parameters
-        ----------
-        network, x, y
-            The client's network and a batch.
-        active
-            (m−1,): which student exits train. The others are not even computed.
-        teacher
-            The teacher's classifier; empty: the client's own last exit teaches.
+        Exits that are not active are not even computed. z̃ are the last features under the classifier received; in
+        round 1 the client's own last exit. Another objective's terms take the place of the cross-entropies; if the
+        matched teacher takes the place of its EMA teacher, λ's term, which would say the same again, falls away.
         """
-        last = network.num_exits - 1
-        students = []
-        for k in range(last):
-            x = network.stage(k, x)
-            if active[k]:
-                students.append(network.exit(k, x)[1])
-        features, logits = network.exit(last, network.stage(last, x))
-        total = F.cross_entropy(logits, y)
-        if not students:
-            return total
-        taught = logits
-        if teacher:
-            taught = F.linear(features, *(teacher[name] for name in network.head_names(last)))
+        network, exits, h = task.network, training_exits(task), x
+        logits = []
+        for k in range(network.num_exits):
+            h = network.stage(k, h)
+            if k in exits:
+                features, z = network.exit(k, h)
+                logits.append(z)
+        taught = z
+        if task.download:
+            taught = F.linear(features, *(task.download[name] for name in network.head_names(exits[-1])))
             taught = taught if network.offset is None else taught + network.offset
-        for student in students:
-            total = total + F.cross_entropy(student, y)
-            if self.distill_weight:
+        taught = taught.detach()
+        matched = self.is_taught and self.objective_teacher == "matched"
+        terms = self.exit_terms(task, x, y, logits, exits=exits, teacher=taught if matched else None)
+        total = terms[-1]
+        for student, term in zip(logits[:-1], terms[:-1], strict=True):
+            total = total + term
+            if self.distill_weight and not matched:
                 total = total + self.distill_weight * distillation(student, taught, self.temperature)
         return total
 
@@ -163,6 +159,11 @@ class CafeDistillMethod(Method):
             index = torch.from_numpy(positions)
             return gradient_similarity(network, task.data.x[index], task.data.y[index])
         return classifier_similarity(network)
+
+
+def training_exits(task: LocalTask) -> list[int]:
+    """The active student exits and the last one, counted from 0."""
+    return [*(k for k, active in enumerate(task.active) if active), task.network.num_exits - 1]
 
 
 def reported_similarity(task: ServerRound) -> NDArray[np.float64]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cafe_flwr.coordination import SELECTIONS, active_exits
 from cafe_flwr.data import Split
-from cafe_flwr.losses import cross_entropies, self_distillation
+from cafe_flwr.losses import self_distillation
 from cafe_flwr.methods.base import (
     LocalResult,
     LocalTask,
@@ -35,10 +35,11 @@ from cafe_flwr.methods.base import (
     setting,
     without_prefix,
 )
-from cafe_flwr.methods.cafedistill import classifier_similarity, reported_similarity
+from cafe_flwr.methods.cafedistill import classifier_similarity, reported_similarity, training_exits
 from cafe_flwr.methods.mixtures import UPDATE, add_updates, updates
 from cafe_flwr.metrics import exit_features
 from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.objectives import logits_at
 from cafe_flwr.priors import class_counts, class_sums
 from cafe_flwr.teaching import cosine_similarity, teacher_weights
 from cafe_flwr.training import snapshot
@@ -174,13 +175,9 @@ class CafeDistillPlus(Method):
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropies of the active exits and the last, and what they have still to learn from all of them."""
-        network, last = task.network, task.network.num_exits - 1
-        logits = []
-        for k in range(last + 1):
-            x = network.stage(k, x)
-            if k == last or task.active[k]:
-                logits.append(network.exit(k, x)[1])
-        total = cross_entropies(logits, y).sum()
+        exits = training_exits(task)
+        logits = logits_at(task.network, x, exits)
+        total = self.exit_terms(task, x, y, logits, exits=exits).sum()
         if not self.distill_weight:
             return total
         learn = self_distillation(logits, temperature=self.temperature, last_weight=self.last_weight)

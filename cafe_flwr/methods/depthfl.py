@@ -38,7 +38,7 @@ class DepthFL(FedAvg):
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
         """Cross-entropies, and what every exit has still to learn from each of the others."""
         logits = task.network(x)
-        return self.exits_loss(logits, y) + self.weight(task) * mutual_divergence(logits) / len(logits)
+        return self.exits_loss(task, x, y, logits) + self.weight(task) * mutual_divergence(logits) / len(logits)
 
     def weight(self, task: LocalTask) -> float:
         """The ramp r(t) of this round."""

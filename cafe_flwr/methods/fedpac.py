@@ -97,13 +97,13 @@ class FedPAC(Method):
         prototypes = task.download.get(_PROTOTYPES)
 
         def aligned(x: Tensor, y: Tensor) -> Tensor:
-            features, logits = [], []
+            h, features, logits = x, [], []
             for k in range(network.num_exits):
-                x = network.stage(k, x)
-                f, z = network.exit(k, x)
+                h = network.stage(k, h)
+                f, z = network.exit(k, h)
                 features.append(f)
                 logits.append(z)
-            total = self.exits_loss(logits, y)
+            total = self.exits_loss(task, x, y, logits)
             if prototypes is None:
                 return total
             return total + self.alignment * (torch.stack(features) - prototypes[:, y]).square().mean()

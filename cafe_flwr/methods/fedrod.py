@@ -49,14 +49,14 @@ class FedRoD(FedAvg):
         own = {name: t.clone().requires_grad_() for name, t in task.state.items()}
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
-            generic, both = [], []
+            h, generic, both = x, [], []
             for k in range(network.num_exits):
-                x = network.stage(k, x)
-                features, z = network.exit(k, x)
+                h = network.stage(k, h)
+                features, z = network.exit(k, h)
                 weight, bias = (own[_PERSONAL + name] for name in network.head_names(k))
                 generic.append(z + balance)
                 both.append(z.detach() + F.linear(features.detach(), weight, bias))
-            return self.exits_loss(generic, y) + cross_entropies(both, y).mean()
+            return self.exits_loss(task, x, y, generic, shift=balance) + cross_entropies(both, y).mean()
 
         result = LocalResult(task.run(loss, also=list(own.values())))
         task.state |= {name: t.detach() for name, t in own.items()}

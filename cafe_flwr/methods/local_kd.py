@@ -32,7 +32,7 @@ class LocalKD(Method):
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
         """Sum over exits of cross-entropy and distillation, as CAFEDistill has it."""
         logits = task.network(x)
-        total = self.exits_loss(logits, y, [1.0] * len(logits))
+        total = self.exits_loss(task, x, y, logits, [1.0] * len(logits))
         for student in logits[:-1]:
             total = total + self.distill_weight * distillation(student, logits[-1], self.temperature)
         return total

@@ -34,7 +34,7 @@ class ScaleFL(FedAvg):
         logits = task.network(x)
         m = len(logits)
         weights = [2 * (k + 1) / (m * (m + 1)) for k in range(m)]
-        total = self.exits_loss(logits, y, weights)
+        total = self.exits_loss(task, x, y, logits, weights)
         if task.server_round > self.warmup * task.num_rounds:
             for a, z in zip(weights[:-1], logits[:-1], strict=True):
                 total = total + a * self.gamma * distillation(z, logits[-1], self.temperature)

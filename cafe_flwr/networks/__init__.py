@@ -1,6 +1,17 @@
 """Early-exit networks."""
 
-from cafe_flwr.networks.base import EarlyExitNetwork, Exit
+from cafe_flwr.networks.attach import attach_exits
+from cafe_flwr.networks.base import EarlyExitNetwork, Exit, batch_norm_names
 from cafe_flwr.networks.conv import ConvNet
+from cafe_flwr.networks.resnet import ResNet18
+from cafe_flwr.networks.transformer import TextTransformer
 
-__all__ = ["ConvNet", "EarlyExitNetwork", "Exit"]
+__all__ = [
+    "ConvNet",
+    "EarlyExitNetwork",
+    "Exit",
+    "ResNet18",
+    "TextTransformer",
+    "attach_exits",
+    "batch_norm_names",
+]

@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast, get_args
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+Statistics = Literal["average", "personal", "drop"]
+
+
+def batch_norm_names(network: nn.Module) -> list[str]:
+    """State-dict names of the running statistics of batch (and instance) norms: means, variances and counters.
+
+    Examples
+    --------
+    >>> batch_norm_names(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    ['1.running_mean', '1.running_var', '1.num_batches_tracked']
+    """
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in network.named_modules()
+        if isinstance(module, _NormBase)
+        for name in ("running_mean", "running_var", "num_batches_tracked")
+        if getattr(module, name) is not None
+    ]
+
+
+def _drop_statistics(network: nn.Module) -> None:
+    """Make batch norms normalise by the statistics of the batch, always; they keep none."""
+    for module in network.modules():
+        if isinstance(module, _NormBase):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
 
 
 class Exit(nn.Module):
@@ -37,6 +65,9 @@ class Exit(nn.Module):
 class EarlyExitNetwork(nn.Module):
     """A network with an exit after every stage.
 
+    What passes from stage to stage is one tensor whose first dimension is the batch, so that rows which have left can
+    be dropped from it.
+
     ``forward(x)`` computes all exits. To compute no further than needed, step with ``stage(k, h)`` and look with
     ``exit(k, h)``; k counts from 0 as Python does, so exit k = 1..m of the papers is ``k − 1`` here.
 
@@ -52,6 +83,11 @@ class EarlyExitNetwork(nn.Module):
     offset
         (C,), added to the logits of every exit, e.g. a client's log-prior; None: nothing. No parameter: it is neither
         trained nor in the state dict.
+    statistics
+        What happens to the running statistics of batch norms (docs/networks.md): ``"average"`` (the default), they are
+        averaged as the weights are; ``"personal"``, they stay on the client; ``"drop"``, there are none, the
+        statistics of the batch at hand are used, in evaluation too. Setting it to ``"drop"`` cannot be undone. The
+        counters of batches (``num_batches_tracked``, integers) are neither shared nor personal: they start anew.
 
     Examples
     --------
@@ -76,6 +112,7 @@ class EarlyExitNetwork(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.exits = nn.ModuleList(exits)
         self.offset: Tensor | None = None
+        self._statistics: Statistics = "average"
 
     @property
     def num_exits(self) -> int:
@@ -86,6 +123,21 @@ class EarlyExitNetwork(nn.Module):
     def num_classes(self) -> int:
         """C, the number of classes."""
         return self._head(0).out_features
+
+    @property
+    def statistics(self) -> Statistics:
+        """What happens to the running statistics of batch norms."""
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, policy: Statistics) -> None:
+        if policy not in get_args(Statistics):
+            raise ValueError(f"statistics must be one of {', '.join(get_args(Statistics))}; got {policy!r}")
+        if self._statistics == "drop" != policy:
+            raise ValueError(f"the running statistics of this network are dropped: build it anew for {policy!r}")
+        if policy == "drop":
+            _drop_statistics(self)
+        self._statistics = policy
 
     def stage(self, k: int, h: Tensor) -> Tensor:
         """Output of stage k from that of stage k − 1 (from the input, if k is 0)."""
@@ -111,11 +163,22 @@ class EarlyExitNetwork(nn.Module):
         """State-dict names of the classifier of exit k (weight and bias)."""
         return [f"exits.{k}.head.{name}" for name in self._head(k).state_dict()]
 
-    def personal_names(self) -> list[str]:
-        """State-dict names that stay on the client: the classifiers of all exits."""
+    def classifier_names(self) -> list[str]:
+        """State-dict names of the classifiers of all exits."""
         return [name for k in range(self.num_exits) for name in self.head_names(k)]
+
+    def personal_names(self) -> list[str]:
+        """State-dict names that stay on the client: the classifiers of all exits.
+
+        And the running statistics of batch norms, if those are ``"personal"``.
+        """
+        return self.classifier_names() + (self._running() if self._statistics == "personal" else [])
 
     def shared_names(self) -> list[str]:
         """State-dict names that are averaged over clients: the stages and the exits' projections."""
-        personal = set(self.personal_names())
-        return [name for name in self.state_dict() if name not in personal]
+        others = {*self.personal_names(), *batch_norm_names(self)}
+        others -= set(self._running() if self._statistics == "average" else [])
+        return [name for name in self.state_dict() if name not in others]
+
+    def _running(self) -> list[str]:
+        return [name for name in batch_norm_names(self) if not name.endswith("num_batches_tracked")]

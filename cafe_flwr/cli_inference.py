@@ -1,0 +1,152 @@
+"""Commands about personal networks after a run: calibrate, evaluate, export, predict; and training in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+console = Console()
+
+_Results = Annotated[Path, typer.Argument(help="A results folder.", metavar="RESULTS")]
+
+
+class Format(StrEnum):
+    """Of exported graphs."""
+
+    onnx = "onnx"
+    torch = "torch"
+    both = "both"
+
+
+def calibrate(
+    folder: _Results,
+    risk: Annotated[float, typer.Option(help="Share α of errors that is allowed, in (0, 1).")] = 0.05,
+    confidence_level: Annotated[float, typer.Option(help="How surely, 1 − δ in (0, 1).")] = 0.9,
+    simultaneous: Annotated[
+        bool, typer.Option("--simultaneous", help="Clients certified by themselves shall all be right at once.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the split of calibration examples into two folds.")] = 0,
+) -> None:
+    """Find, for every client, thresholds to leave early at a risk you state, and say what is certified of whom."""
+    from cafe_flwr.calibration import Request, calibrate_run
+    from cafe_flwr.personal import FinishedRun
+
+    with _errors(), _bar("calibrating") as progress:
+        request = Request(risk, confidence_level, simultaneous, seed)
+        found = calibrate_run(FinishedRun(folder), request, progress)
+    table = Table("client", "certified by", box=box.SIMPLE_HEAD)
+    for column in ("examples", "leave early", "realised risk"):
+        table.add_column(column, justify="right")
+    claims: dict[str, str] = {}
+    for line in found["clients"]:
+        certified = line["basis"] != "not certified"
+        seen = (f"{line['coverage']:.0%}", f"{line['realised_risk']:.3f}") if certified else ("never", "–")
+        table.add_row(str(line["client"]), line["basis"], str(line["examples"]), *seen)
+        claims.setdefault(line["basis"], f"client {line['client']}: {line['claim']}")
+    console.print(table)
+    for basis, claim in claims.items():
+        console.print(f"· {basis}, e.g. {escape(claim)}", soft_wrap=True, highlight=False)
+    console.print(f"Thresholds: {folder / 'personal'}/client-*.thresholds.json", soft_wrap=True)
+
+
+def evaluate(
+    folder: _Results,
+    risk: Annotated[list[float] | None, typer.Option(help="Risks α to evaluate; by default 0.01, 0.05, 0.1.")] = None,
+    corruptions: Annotated[bool, typer.Option(help="Also under corrupted inputs.")] = True,
+    seed: Annotated[int, typer.Option(help="Of corruptions and folds.")] = 0,
+) -> None:
+    """Accuracy, calibration, risk and coverage of every client's personal network, also under corrupted inputs."""
+    from cafe_flwr.corruptions import CORRUPTIONS
+    from cafe_flwr.evaluation import RISKS, evaluate_run
+    from cafe_flwr.personal import FinishedRun
+    from cafe_flwr.report import write_report
+    from cafe_flwr.report_inference import evaluation_table
+
+    with _errors():
+        with _bar("evaluating") as progress:
+            found = evaluate_run(
+                FinishedRun(folder),
+                risks=tuple(risk or RISKS),
+                corruptions=tuple(CORRUPTIONS) if corruptions else (),
+                seed=seed,
+                progress=progress,
+            )
+        console.print(evaluation_table(found))
+        console.print(f"Report: {write_report(folder)}", soft_wrap=True)
+
+
+def export(
+    folder: _Results,
+    client: Annotated[int, typer.Option(help="Whose personal network.")],
+    to: Annotated[
+        Path | None, typer.Option(help="Folder to write; by default RESULTS/exported/client-<client>.")
+    ] = None,
+    max_prob: Annotated[
+        float | None, typer.Option(help="Leave at this probability, in place of calibrated thresholds.")
+    ] = None,
+    format: Annotated[Format, typer.Option(help="Of the graphs.")] = Format.onnx,
+) -> None:
+    """Write a client's network as one graph per stage with its exit, for devices that have onnxruntime and numpy."""
+    from cafe_flwr.export import export_client
+    from cafe_flwr.personal import FinishedRun
+
+    target = to or folder / "exported" / f"client-{client}"
+    with _errors():
+        written = export_client(FinishedRun(folder), client, target, max_prob=max_prob, format=format.value)
+    for kind, difference in written.difference.items():
+        checked = "not verified" if difference is None else f"verified, logits differ by at most {difference:.1e}"
+        console.print(f"{kind}: {checked}", highlight=False)
+    for note in written.notes:
+        console.print(f"· {escape(note)}", soft_wrap=True, highlight=False)
+    console.print(f"Exported: {written.folder}", soft_wrap=True)
+
+
+def predict(
+    folder: Annotated[Path, typer.Argument(help="Folder of an export.", metavar="EXPORTED")],
+    inputs: Annotated[Path, typer.Argument(help="A .npy file, an image or a folder of images.", metavar="INPUTS")],
+    out: Annotated[Path | None, typer.Option(help="A .csv or .json file to write; by default CSV is printed.")] = None,
+) -> None:
+    """Run an exported network with onnxruntime; inputs that are easy leave early."""
+    from cafe_flwr.predict import as_csv, predict_file
+
+    with _errors():
+        found = predict_file(folder, inputs, out)
+    if out is None:
+        typer.echo(as_csv(found), nl=False)
+    else:
+        console.print(f"Predictions: {out}", soft_wrap=True)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Errors that are for people are shown as such."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar that is told (done, of how many)."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (calibrate, evaluate, export, predict):
+        app.command()(command)

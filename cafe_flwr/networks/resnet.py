@@ -1,0 +1,102 @@
+"""ResNet-18 for small images, with an exit after each of its four stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from torch import nn
+
+from cafe_flwr.networks.base import EarlyExitNetwork, Exit
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(32, channels // 2), channels)  # up to 32 groups, of two channels or more
+
+
+_NORMS: dict[str, Callable[[int], nn.Module]] = {"group": _group_norm, "batch": nn.BatchNorm2d}
+
+
+class ResNet18(EarlyExitNetwork):
+    """ResNet-18 (He et al., arXiv 1512.03385) from torchvision's blocks, for images of 32×32 or 64×64.
+
+    The stem is the one in use for CIFAR, and for Tiny-ImageNet as well: a 3×3 convolution with stride 1 and no pooling.
+    On 64×64 images every map is then twice as high and wide as on 32×32, at four times the MACs; ``stem_stride=2``
+    makes them the same size at the same MACs.
+
+    The projection of an exit is global average pooling, a linear layer and a layer norm, as in ``ConvNet``. Weights
+    start as torchvision starts them.
+
+    Parameters
+    ----------
+    input_shape
+        (channels, height, width) of the images.
+    num_classes
+        C.
+    features
+        Feature width at every exit.
+    norm
+        ``"group"``: groups of channels are normalised within an example (up to 32 groups), nothing to average over
+        clients; ``"batch"``: as published, with ``statistics`` to say what becomes of the running statistics.
+    width
+        Channels of the first stage; the others have 2, 4 and 8 times as many. 64 is ResNet-18.
+    stem_stride
+        Stride of the first convolution.
+
+    Raises
+    ------
+    ValueError
+        If the images are too small to be halved three times, or the norm is not known.
+
+    Examples
+    --------
+    >>> network = ResNet18(input_shape=(3, 32, 32), num_classes=100)
+    >>> network.num_exits, round(sum(p.numel() for p in network.parameters()) / 1e6, 2)
+    (4, 11.34)
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        features: int = 128,
+        norm: Literal["group", "batch"] = "group",
+        width: int = 64,
+        stem_stride: int = 1,
+    ) -> None:
+        channels, *size = input_shape
+        if len(size) != 2 or min(size) < 8 * stem_stride:
+            raise ValueError(
+                f"images must be at least {8 * stem_stride} pixels high and wide, got an input of shape "
+                f"{tuple(input_shape)}"
+            )
+        if norm not in _NORMS:
+            raise ValueError(f"norm must be one of {', '.join(_NORMS)}; got {norm!r}")
+        if width < 2 or width % 2:
+            raise ValueError(f"width must be an even number of channels, got {width}")
+        layer = _NORMS[norm]
+        stem = [nn.Conv2d(channels, width, 3, stem_stride, padding=1, bias=False), layer(width), nn.ReLU(inplace=True)]
+        stages = [nn.Sequential(*stem, *_blocks(width, width, 1, layer))]
+        stages += [nn.Sequential(*_blocks(width << (k - 1), width << k, 2, layer)) for k in (1, 2, 3)]
+        for module in nn.ModuleList(stages).modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        super().__init__(stages, [Exit(_projection(width << k, features), features, num_classes) for k in range(4)])
+
+
+def _blocks(channels: int, width: int, stride: int, norm: Callable[[int], nn.Module]) -> list[nn.Module]:
+    """The two residual blocks of a stage."""
+    from torchvision.models.resnet import BasicBlock
+
+    shortcut = None
+    if stride != 1 or channels != width:
+        shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), norm(width))
+    return [
+        BasicBlock(channels, width, stride, shortcut, norm_layer=norm),
+        BasicBlock(width, width, norm_layer=norm),
+    ]
+
+
+def _projection(channels: int, features: int) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, features), nn.LayerNorm(features))
