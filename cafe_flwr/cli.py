@@ -53,7 +53,8 @@ def run(
     overrides = _overrides(run_config or [])
     if results_dir is not None:
         overrides["results-dir"] = str(results_dir.expanduser().resolve())
-    results = _settings(folder, overrides).results
+    settings = _settings(folder, overrides)
+    results = settings.results
     pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
     try:
         with private_superlink() as env:
@@ -62,7 +63,10 @@ def run(
         _fail(str(error))
     if not status.completed:
         _fail(f"the run ended as {status.status}; what it wrote until then is in {results}")
-    show(results)
+    if settings.mode == "calibrate":
+        cli_inference.show_calibration(json.loads((results / "calibration.json").read_text()))
+    else:
+        show(results)
 
 
 @app.command()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -43,6 +43,12 @@ def calibrate(
     with _errors(), _bar("calibrating") as progress:
         request = Request(risk, confidence_level, simultaneous, seed)
         found = calibrate_run(FinishedRun(folder), request, progress)
+    show_calibration(found)
+    console.print(f"Thresholds: {folder / 'personal'}/client-*.thresholds.json", soft_wrap=True)
+
+
+def show_calibration(found: Mapping[str, Any]) -> None:
+    """Print who is certified by what, from what ``calibration.json`` holds."""
     table = Table("client", "certified by", box=box.SIMPLE_HEAD)
     for column in ("examples", "leave early", "realised risk"):
         table.add_column(column, justify="right")
@@ -55,7 +61,6 @@ def calibrate(
     console.print(table)
     for basis, claim in claims.items():
         console.print(f"· {basis}, e.g. {escape(claim)}", soft_wrap=True, highlight=False)
-    console.print(f"Thresholds: {folder / 'personal'}/client-*.thresholds.json", soft_wrap=True)
 
 
 def evaluate(

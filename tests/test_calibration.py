@@ -90,6 +90,20 @@ def test_flower_gives_what_the_folder_gives(settings: Settings) -> None:
         assert {c: read_thresholds(run.folder / "personal", c) for c in run.clients} == files
 
 
+def test_the_server_app_calibrates_when_the_mode_says_so(settings: Settings) -> None:
+    from flwr.app import Context, RecordDict
+
+    import server_app
+
+    asked = settings.model_copy(update={"mode": "calibrate", "risk": 0.25})
+    config = asked.to_run_config()
+    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
+    before = (settings.results / "summary.json").read_bytes()
+    server_app.app(InProcessGrid(digits_app(), 2, config), context)
+    assert json.loads((settings.results / "calibration.json").read_text())["risk"] == 0.25
+    assert (settings.results / "summary.json").read_bytes() == before  # nothing of the run is touched
+
+
 def test_a_client_without_network_is_named_and_the_others_go_on(settings: Settings, flower_log: Any) -> None:
     personal = settings.results / "personal"
     hidden = {path: path.read_bytes() for path in personal.glob("client-3.*")}
