@@ -403,7 +403,8 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> 
     """The second row takes 5,000 rounds; when the first has finished, the command is interrupted, then given again."""
     rows = ["fedavg", {"label": "long", "method": "fedavg", "settings": {"num-server-rounds": 5000}}]
     file = write(tmp_path, tiny(rows=rows, budget="published"))
-    program = "from cafe_flwr.cli import app; app()"
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # CI may have it ignored
+    program = f"{listen}; from cafe_flwr.cli import app; app()"
     call = [sys.executable, "-u", "-c", program, "compare", str(file), "--results-dir", str(tmp_path)]
     lines = []
     with subprocess.Popen([*call, "--jobs", "1"], stdout=subprocess.PIPE, text=True) as process:
