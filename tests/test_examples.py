@@ -242,14 +242,19 @@ def test_an_answer_of_another_protocol_is_refused(kind, stops, by_hand, tmp_path
 
 @pytest.mark.flower
 def test_hand_written_clients_in_flowers_simulation_engine(by_hand, tmp_path):
-    """The same metrics as in one process, to the last digit."""
+    """The same metrics as in one process, but for the last digits: processes differ in their threads."""
     expected = metrics_of(by_hand, tmp_path, rounds=2)
     saved = tmp_path / "engine.json"
     with private_superlink() as env:
         config = [f'metrics-file="{saved}"', "num-server-rounds=2"]
         status = run_app(EXAMPLES / "hand-written-client", {**env, "OMP_NUM_THREADS": "1"}, config)
     assert status.completed, status
-    assert json.loads(saved.read_text()) == expected
+    found = json.loads(saved.read_text())
+    assert found.keys() == expected.keys()
+    for server_round, metrics in expected.items():
+        assert found[server_round].keys() == metrics.keys()
+        for name, values in metrics.items():
+            assert found[server_round][name] == pytest.approx(values, rel=1e-4, abs=1e-5), (server_round, name)
 
 
 # --- docs/messages.md ------------------------------------------------------------------------------------------------
