@@ -127,6 +127,7 @@ class EarlyExitRunner:
         if isinstance(policy, PerExit):
             temperatures = _fitting(policy, network, temperatures)
             self._closed = frozenset(k for k, t in enumerate(policy.thresholds) if t == math.inf)
+        self._looks_back = getattr(policy, "looks_back", True)
         self.network, self.policy, self.batch_size, self.progress = network, policy, batch_size, progress
         self.temperatures = check_temperatures(temperatures, network.num_exits)
         self._dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.get_default_dtype())
@@ -175,7 +176,7 @@ class EarlyExitRunner:
         """Labels, exits and confidence of a batch, which is not empty."""
         h: Any = x.to(self.device, self._dtype if x.is_floating_point() else x.dtype)
         last = self.network.num_exits - 1
-        rows = history = None  # those still there (None: all), and what the exits so far said about them
+        rows = history = None  # those still there (None: all), and what the exits so far said (None: nobody asks)
         for k in range(last + 1):
             h = self.network.stage(k, h)
             if k in self._closed:
@@ -183,13 +184,17 @@ class EarlyExitRunner:
             logits = self.network.exit(k, h)[1]
             if self.temperatures:
                 logits = logits / self.temperatures[k]
-            label = logits.argmax(dim=1)
+            label = logits.argmax(dim=1) if self._looks_back or k == last else None
             stay = None
             if k < last:
-                history = label[:, None] if history is None else torch.cat([history, label[:, None]], dim=1)
-                stay = (~self.policy.leaves(k, logits, history)).nonzero()[:, 0]
-                if len(stay) == len(label):
+                if label is not None:
+                    history = label[:, None] if history is None else torch.cat([history, label[:, None]], dim=1)
+                leaves = self.policy.leaves(k, logits, logits[:, :0] if history is None else history)
+                if not leaves.any():
                     continue
+                stay = (~leaves).nonzero()[:, 0]
+            if label is None:
+                label = logits.argmax(dim=1)
             best = logits.softmax(dim=1).amax(dim=1).float()
             if rows is None:
                 labels, confidence, exits = label.clone(), best, torch.full_like(label, k)
@@ -197,7 +202,9 @@ class EarlyExitRunner:
                 labels[rows], confidence[rows], exits[rows] = label, best, k
             if stay is None or not len(stay):
                 break
-            h, history = _select(h, stay, k), _select(history, stay, k)
+            h = _select(h, stay, k)
+            if history is not None:
+                history = _select(history, stay, k)
             rows = stay if rows is None else rows[stay]
         return labels, exits, confidence
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 
 class Policy(Protocol):
-    """Decides at every exit but the last, which keeps whoever is left."""
+    """Decides at every exit but the last, which keeps whoever is left.
+
+    A policy with an attribute ``looks_back = False`` does not ask what earlier exits said, and saves the runner's time.
+    """
 
     def leaves(self, k: int, logits: Tensor, labels: Tensor) -> Tensor:
         """Which rows leave at exit k = 0..m−2, (B,) bool.
@@ -24,7 +27,7 @@ class Policy(Protocol):
         logits
             Of this exit, (B, C), for the rows that are still there, divided by the exit's temperature if it has one.
         labels
-            What exits 0..k said about the same rows, (B, k + 1).
+            What exits 0..k said about the same rows, (B, k + 1); (B, 0) if ``looks_back`` is False.
         """
 
 
@@ -43,6 +46,8 @@ class MaxProb:
     >>> MaxProb(0.6).leaves(0, logits, logits.argmax(1, keepdim=True))
     tensor([ True, False])
     """
+
+    looks_back: ClassVar[bool] = False
 
     threshold: float
 
@@ -70,6 +75,8 @@ class Entropy:
     tensor([ True, False])
     """
 
+    looks_back: ClassVar[bool] = False
+
     threshold: float
 
     def __post_init__(self) -> None:
@@ -96,6 +103,8 @@ class Margin:
     >>> Margin(0.5).leaves(0, logits, logits.argmax(1, keepdim=True))
     tensor([ True, False])
     """
+
+    looks_back: ClassVar[bool] = False
 
     threshold: float
 
@@ -160,6 +169,8 @@ class PerExit:
     >>> PerExit((0.99, 0.6)).leaves(1, logits, logits.argmax(1, keepdim=True))
     tensor([ True, False])
     """
+
+    looks_back: ClassVar[bool] = False
 
     thresholds: tuple[float, ...]
     temperatures: tuple[float, ...] = ()
