@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cafe_flwr.cost_curve import CostCurve, accuracy_macs_curve, area_under_curve
 from cafe_flwr.inference import EarlyExitRunner, evaluating
@@ -158,8 +157,12 @@ def policy_latency(runner: EarlyExitRunner, x: Tensor, repeats: int = 5) -> floa
 
 def _macs_of_parts(network: EarlyExitNetwork, example: Tensor) -> tuple[list[int], list[int]]:
     """MACs of each stage and of each exit, per example."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, a tenth of a second of every process
+
     if not len(example):
         raise ValueError("the example is an empty batch: one row at least is needed to count by")
+    if len(example) == 1 and network.statistics == "drop":  # a single row has no statistics of its batch
+        example = torch.cat([example, example])
     totals, h = [], example
     with torch.no_grad(), evaluating(network), _all_counted(), FlopCounterMode(display=False) as counter:
         for k in range(network.num_exits):
