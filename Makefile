@@ -2,10 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo compare test lint bench bundle clean
+.PHONY: help demo compare test lint bench bundle deploy-check clean
 
 help: ## Show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 .venv/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed; name one with: make PYTHON=python3.11 ...")'
@@ -33,6 +33,9 @@ bench: .venv/.installed ## Every figure of the README's table of bounds (about 1
 
 bundle: .venv/.installed ## Bundle the app for deployment into dist/
 	$(BIN)/python scripts/bundle.py
+
+deploy-check: .venv/.installed ## SuperLink and SuperNodes on loopback, killed and resumed: what is promised and what happens (some minutes)
+	$(BIN)/python -m deploy check
 
 clean: ## Remove the environment and caches; results stay
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info

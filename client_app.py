@@ -5,7 +5,7 @@ from flwr.app import Context
 
 from cafe_flwr import EarlyExitNetwork, make_client_app
 from cafe_flwr.data import ClientData
-from cafe_flwr.federation import build_network, federation
+from cafe_flwr.federation import build_network, federation, state_dir
 from cafe_flwr.settings import Settings
 
 torch.set_num_threads(1)  # a worker per core; threads of one worker only get in each other's way
@@ -13,18 +13,17 @@ torch.set_num_threads(1)  # a worker per core; threads of one worker only get in
 
 def build(context: Context) -> EarlyExitNetwork:
     """The network that the run's settings name."""
-    return build_network(Settings.from_run_config(context.run_config))
+    return build_network(Settings.from_run_config(context.run_config), context.node_config)
 
 
 def load(client: int, context: Context) -> ClientData:
     """The data of one client."""
-    return federation(Settings.from_run_config(context.run_config)).load(client)
+    return federation(Settings.from_run_config(context.run_config), context.node_config).load(client)
 
 
-def state_dir(context: Context) -> str:
+def personal_state(context: Context) -> str:
     """Folder of the clients' personal state, where the node's own node-config names none."""
-    settings = Settings.from_run_config(context.run_config)
-    return settings.state_dir or str(settings.results / "personal")
+    return state_dir(Settings.from_run_config(context.run_config), context.node_config)
 
 
-app = make_client_app(build, load, state_dir=state_dir)
+app = make_client_app(build, load, state_dir=personal_state)

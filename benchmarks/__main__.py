@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-NAMES = ("local_training", "server_step", "risk", "inference", "uplink", "demo", "paired")
+NAMES = ("local_training", "memory", "server_step", "risk", "inference", "uplink", "demo", "paired", "docstrings")
 
 if __name__ == "__main__":
     failed = [n for n in NAMES if subprocess.run([sys.executable, "-m", f"benchmarks.{n}"], check=False).returncode]

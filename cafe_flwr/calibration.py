@@ -32,7 +32,7 @@ from cafe_flwr.federated_risk import (
 from cafe_flwr.metrics import exit_logits
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.participation import rng_for
-from cafe_flwr.personal import FinishedRun, fingerprint
+from cafe_flwr.personal import PersonalNetworks, fingerprint
 from cafe_flwr.risk import folds
 from cafe_flwr.selective import confidence_and_correct
 from cafe_flwr.state import to_json, write_atomically
@@ -152,9 +152,9 @@ def read_thresholds(folder: Path, client: int) -> ExitThresholds | None:
 
 
 def calibrate_run(
-    run: FinishedRun, request: Request, progress: Callable[[int, int], None] | None = None
+    run: PersonalNetworks, request: Request, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """Calibrate all clients of a results folder; ``calibration.json`` says what is certified.
+    """Calibrate all clients of a finished run, or one on its node; ``calibration.json`` says what is certified.
 
     Returns
     -------
@@ -167,7 +167,7 @@ def calibrate_run(
     """
     clients = run.clients
     if not clients:
-        raise ValueError(f"{run.folder / 'personal'} holds no personal network: was the run finished?")
+        raise ValueError(f"{run.networks} holds no personal network: was the run finished?")
     sides = {}
     for done, client in enumerate(clients):
         if progress:
@@ -178,12 +178,12 @@ def calibrate_run(
     path = pooled_path([side.histogram() for side in sides.values()])
     certificates = decide({c: side.counts(path) for c, side in sides.items()}, path, request)
     for client, certificate in certificates.items():
-        keep(run.folder / "personal", client, certificate, sides[client].fingerprint)
-    return record(run.folder, certificates, request)
+        keep(run.networks, client, certificate, sides[client].fingerprint)
+    return record(run.output("calibration.json"), certificates, request)
 
 
-def record(folder: Path, certificates: Mapping[int, ClientCertificate], request: Request) -> dict[str, Any]:
-    """Write ``calibration.json`` into a results folder."""
+def record(path: Path, certificates: Mapping[int, ClientCertificate], request: Request) -> dict[str, Any]:
+    """Write ``calibration.json``."""
     bases = [c.basis for c in certificates.values()]
     found = {
         "risk": request.risk,
@@ -204,7 +204,7 @@ def record(folder: Path, certificates: Mapping[int, ClientCertificate], request:
             for client, c in certificates.items()
         ],
     }
-    write_atomically(folder / "calibration.json", to_json(found, indent=2))
+    write_atomically(path, to_json(found, indent=2))
     return found
 
 

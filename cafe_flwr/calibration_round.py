@@ -93,7 +93,7 @@ def calibrate_federation(grid: Grid, settings: Settings) -> dict[str, Any]:
     kept = ask("certificate", {c: certificate_to_json(certificate) for c, certificate in certificates.items()})
     for client in sorted(certificates.keys() - kept.keys()):
         logger.warning("client %d did not confirm its thresholds: they may not be on its disk", client)
-    found = record(settings.results, certificates, request)
+    found = record(settings.results / "calibration.json", certificates, request)
     for line in found["clients"]:
         logger.info("client %d · %s · %s", line["client"], line["basis"], line["claim"])
     return found

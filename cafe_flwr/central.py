@@ -17,6 +17,7 @@ from cafe_flwr.adversarial import evaluating
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.data import ClientData, Split
 from cafe_flwr.federation import build_network, federation
+from cafe_flwr.images import Augmentation
 from cafe_flwr.messages import FinalReport
 from cafe_flwr.metrics import (
     ExitMetrics,
@@ -97,6 +98,7 @@ def train_central(
     batch_size: int = 64,
     seed: int = 0,
     watch: Split | None = None,
+    augment: Augmentation | None = None,
     progress: bool = False,
 ) -> Trained:
     """Train a network on one data set, at a constant learning rate; the EMA teacher lives through the whole training.
@@ -117,6 +119,8 @@ def train_central(
         Of the order of the examples, of dropout, and of adversarial inputs.
     watch
         Examples on which every epoch's accuracy is taken.
+    augment
+        Varies the inputs of every mini-batch.
     progress
         Show a bar.
 
@@ -173,7 +177,8 @@ def train_central(
             show(history[-1])
 
         with seeded(int(rng_for(seed, 0, 0, "torch").integers(2**63))):  # for networks that draw, e.g. dropout
-            train(network, data, loss, budget, rng_for(seed, 0, 0, "batches"), after_step=after_step)
+            rng = rng_for(seed, 0, 0, "batches")
+            train(network, data, loss, budget, rng, after_step=after_step, augment=augment)
     network.eval()
     if broken := [name for name, t in network.state_dict().items() if not t.isfinite().all()]:
         raise ValueError(f"training ended with NaN or infinite values in {', '.join(broken[:3])}: lower learning_rate")
@@ -269,6 +274,7 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
         batch_size=settings.batch_size,
         seed=settings.seed,
         watch=data.calibration if len(data.calibration) else None,
+        augment=data.augment,
         progress=progress,
     )
     report, temperatures = _report(network, data, trained.steps)

@@ -17,13 +17,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cafe_flwr import cli_inference
+from cafe_flwr import cli_inference, cli_node
 
 if TYPE_CHECKING:
     from cafe_flwr.experiment import Experiment, PlannedRun
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Personalised federated early-exit networks.")
 console = Console()
+
+_SMOKE_ROWS = 300
 
 _PAIR = r"""(\S+?)=('[^']*'|"[^"]*"|\S+)"""  # as Flower reads its run config
 
@@ -48,7 +50,7 @@ def run(
 
     Like `flwr run APP --stream`, with a SuperLink of its own that is stopped at the end, in this Python environment.
     """
-    from cafe_flwr.launch import private_superlink, run_app
+    from cafe_flwr.launch import private_superlink, run_app, with_resources
 
     overrides = _overrides(run_config or [])
     if results_dir is not None:
@@ -58,7 +60,7 @@ def run(
     pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
     try:
         with private_superlink() as env:
-            status = run_app(folder, env, pairs, federation_config or [])
+            status = run_app(folder, env, pairs, with_resources(settings, federation_config or []))
     except RuntimeError as error:
         _fail(str(error))
     if not status.completed:
@@ -106,6 +108,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A results folder.")]) ->
 
 
 cli_inference.register(app)
+cli_node.register(app)
 
 
 @app.command("train-central")
@@ -145,23 +148,42 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="Put the tables between the two compare markers of this file.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and list the runs.")] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="At the file's smoke size: minutes, on made-up data, to see that all runs.")
+    ] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder with copies of the hub's data sets; overrides the setting.")
+    ] = None,
 ) -> None:
     """Run an experiment and compare its rows: same data, same initial weights, same participants, same steps.
 
     Finished runs are kept and skipped when the command is given again. A run that fails is reported, and the others go
-    on; the exit code is then 1.
+    on; the exit code is then 1. With --smoke, data sets of the hub are made up unless --data-dir has them.
     """
     from cafe_flwr.comparison_tables import between_markers
-    from cafe_flwr.experiment import check_experiment, check_folders, nearest, read_experiment
+    from cafe_flwr.experiment import (
+        check_experiment,
+        check_folders,
+        nearest,
+        read_experiment,
+        smoke_size,
+        with_data_dir,
+    )
 
     try:
         experiment = read_experiment(file)
+        if smoke:
+            experiment = smoke_size(experiment)
+        if data_dir is not None:
+            experiment = with_data_dir(experiment, data_dir.expanduser().resolve())
         for label in only or []:
             if label not in experiment.labels:
                 raise ValueError(f"--only: no row is called {label!r}; {nearest(label, experiment.labels)}")
         if update_markdown is not None:
             between_markers(update_markdown)
         home = results_dir.expanduser().resolve() / experiment.name
+        if smoke:
+            experiment = _with_stand_ins(experiment, home)
         check_experiment(experiment, home)
         check_folders(experiment, home)
         if not dry_run:
@@ -184,6 +206,21 @@ def compare(
     _show_comparison(experiment, home, failures, update_markdown)
     if failures:
         raise typer.Exit(1)
+
+
+def _with_stand_ins(experiment: Experiment, home: Path) -> Experiment:
+    """The experiment on made-up files, below its folder, in the place of sets that would come from the hub."""
+    from cafe_flwr.experiment import plan_runs, with_data_dir
+    from cafe_flwr.hub import HUB_SETS
+    from cafe_flwr.stand_ins import write_stand_in
+
+    planned = [run.settings for run in plan_runs(experiment, home)]
+    made, folder = [s.dataset for s in planned if s.dataset in HUB_SETS and not s.data_dir], home / "made-up-data"
+    for name in dict.fromkeys(made):
+        if not (folder / name).is_dir():
+            write_stand_in(folder, name, _SMOKE_ROWS)
+        console.print(f"{name}: {_SMOKE_ROWS} made-up rows in {folder / name}", soft_wrap=True, highlight=False)
+    return with_data_dir(experiment, folder) if made else experiment
 
 
 def _run_experiment(experiment: Experiment, home: Path, rows: Sequence[str], jobs: int) -> dict[Path, str]:
@@ -211,6 +248,7 @@ def _run_all(runs: Sequence[PlannedRun], jobs: int, what: str) -> dict[Path, str
         console.print(f"{len(runs) - len(waiting)} of {len(runs)} {what} are finished already")
     if not waiting:
         return {}
+    _show_estimate(waiting, jobs)
     failures: dict[Path, str] = {}
     running: dict[Path, PlannedRun] = {}
     rounds = 0  # of runs that have ended
@@ -244,6 +282,17 @@ def _run_all(runs: Sequence[PlannedRun], jobs: int, what: str) -> dict[Path, str
     return failures
 
 
+def _show_estimate(runs: Sequence[PlannedRun], jobs: int) -> None:
+    """About how long they take and how much memory they need, or why that cannot be said."""
+    from cafe_flwr.estimate import estimate
+
+    try:
+        line = estimate(runs, jobs).words()
+    except (MemoryError, RuntimeError, ValueError) as error:
+        line = f"No estimate of time and memory: {error}"
+    console.print(escape(line), soft_wrap=True, highlight=False)
+
+
 def _list_runs(experiment: Experiment, home: Path, rows: Sequence[str], jobs: int) -> None:
     """What there is to run, what is there already, and about how long the rest takes."""
     from cafe_flwr.comparison import choose, read_sweep
@@ -258,6 +307,7 @@ def _list_runs(experiment: Experiment, home: Path, rows: Sequence[str], jobs: in
     decided = plan_runs(experiment, home, chosen)
     all_runs = plan_trials(experiment, home) + plan_runs(experiment, home)
     left, seconds, measured = 0, 0.0, 0
+    waiting: list[PlannedRun] = []
     for run in (run for run in all_runs if run.row in rows):
         rounds = run.settings.num_server_rounds
         if run.trial is None and run.name not in {other.name for other in decided}:
@@ -270,12 +320,15 @@ def _list_runs(experiment: Experiment, home: Path, rows: Sequence[str], jobs: in
             to_do = max(0, rounds - run.rounds_done)
             state = "to do" if to_do == rounds else f"{run.rounds_done} rounds are done"
         left += to_do
+        waiting += [run] if to_do else []
         table.add_row(run.name, str(rounds), state)
     console.print(table)
     if measured and left:
         console.print(f"To do: {left} rounds, about {duration(seconds / measured * left / jobs)} with {jobs} at a time")
     else:
         console.print(f"To do: {left} rounds" + (", no finished run tells how long they take" if left else ""))
+    if waiting:
+        _show_estimate(waiting, jobs)
 
 
 def _show_comparison(experiment: Experiment, home: Path, failures: dict[Path, str], markdown: Path | None) -> None:

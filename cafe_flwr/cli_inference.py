@@ -6,13 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from cafe_flwr.locks import InUse
+
+if TYPE_CHECKING:
+    from cafe_flwr.export import Exported
 
 console = Console()
 
@@ -40,7 +45,7 @@ def calibrate(
     from cafe_flwr.calibration import Request, calibrate_run
     from cafe_flwr.personal import FinishedRun
 
-    with _errors(), _bar("calibrating") as progress:
+    with errors(), bar("calibrating") as progress:
         request = Request(risk, confidence_level, simultaneous, seed)
         found = calibrate_run(FinishedRun(folder), request, progress)
     show_calibration(found)
@@ -76,8 +81,8 @@ def evaluate(
     from cafe_flwr.report import write_report
     from cafe_flwr.report_inference import evaluation_table
 
-    with _errors():
-        with _bar("evaluating") as progress:
+    with errors():
+        with bar("evaluating") as progress:
             found = evaluate_run(
                 FinishedRun(folder),
                 risks=tuple(risk or RISKS),
@@ -105,8 +110,13 @@ def export(
     from cafe_flwr.personal import FinishedRun
 
     target = to or folder / "exported" / f"client-{client}"
-    with _errors():
+    with errors():
         written = export_client(FinishedRun(folder), client, target, max_prob=max_prob, format=format.value)
+    show_export(written)
+
+
+def show_export(written: Exported) -> None:
+    """Print what an export has written, and what must be known of it."""
     for kind, difference in written.difference.items():
         checked = "not verified" if difference is None else f"verified, logits differ by at most {difference:.1e}"
         console.print(f"{kind}: {checked}", highlight=False)
@@ -123,7 +133,7 @@ def predict(
     """Run an exported network with onnxruntime; inputs that are easy leave early."""
     from cafe_flwr.predict import as_csv, predict_file
 
-    with _errors():
+    with errors():
         found = predict_file(folder, inputs, out)
     if out is None:
         typer.echo(as_csv(found), nl=False)
@@ -132,17 +142,17 @@ def predict(
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def errors() -> Iterator[None]:
     """Errors that are for people are shown as such."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, InUse) as error:
         Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         raise typer.Exit(1) from None
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Callable[[int, int], None]]:
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar that is told (done, of how many)."""
     from rich.progress import Progress
 

@@ -185,8 +185,9 @@ def evaluate_client(
     for name, severity in conditions:
         x = test.x
         if (name, severity) != CLEAN:
-            values = values or value_range(torch.cat([data.train.x, calibration.x]))
-            x = corrupt(x, name, severity, rng_for(seed, 0, client, f"{name} {severity}"), values=values)
+            values = values or value_range(network.inputs(torch.cat([data.train.x, calibration.x])))
+            rng = rng_for(seed, 0, client, f"{name} {severity}")
+            x = corrupt(network.inputs(x), name, severity, rng, values=values)
         seen = exit_logits(network, x)
         held = confidence_and_correct(scale_logits(seen, own_temperatures), test.y)
         outcomes = {risk: certificate.outcome(*held) for risk, certificate in certificates.items()}

@@ -55,7 +55,8 @@ def row_name(row: RowResult) -> str:
 def notes(comparison: Comparison, table: ConditionTable) -> list[str]:
     """Sentences beneath a table: budget, what was checked, how MACs are compared, trials, what is missing."""
     experiment = comparison.experiment
-    lines = [f"budget: {table.budget}", *table.fairness]
+    lines = ["SMOKE RUN: it shows that everything runs; its figures mean nothing"] if experiment.is_smoke else []
+    lines += [f"budget: {table.budget}", *table.fairness]
     if table.baseline:
         accuracy = share(statistic(run.full_accuracy for run in table.row(table.baseline).runs.values()), spread=False)
         lines.append(

@@ -5,7 +5,8 @@ share is split into train, calibration and test with the same label distribution
 scikit-learn's handwritten digits: their partition is drawn first, as labels only, and the images of each client are
 then rendered from base digits that belong to one of the three splits alone, so no test image is made from a training
 digit. Clients may also see the world rotated, meet other class priors in the test, or hold out training examples in
-place of the test.
+place of the test. Sets of the hub (:mod:`cafe_flwr.hub`) are decoded when a client is loaded, and stay pixels (uint8):
+networks normalise them batch by batch. Texts become tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cafe_flwr import digits
+from cafe_flwr import digits, docstrings
+from cafe_flwr.hub import HUB_SETS, open_set
+from cafe_flwr.images import SYMMETRIC, Augmentation, Normalisation
 from cafe_flwr.local_data import read_local
 from cafe_flwr.participation import rng_for
+from cafe_flwr.tokenizer import Tokenizer
 
 
 class Split(NamedTuple):
@@ -35,7 +39,7 @@ class Split(NamedTuple):
     Attributes
     ----------
     x
-        Inputs, (N, …) float32.
+        Inputs, (N, …) float32; or pixels of images, (N, C, H, W) uint8; or tokens of texts, (N, L) int64.
     y
         Labels 0..C−1, (N,) int64.
     source
@@ -60,12 +64,14 @@ class ClientData:
     """What one client holds: three disjoint splits, all rotated alike.
 
     Their label distribution is the same, except that of ``test`` under a test shift. With a validation share ``test``
-    holds validation examples: they come from the training data, and no test data is in any split.
+    holds validation examples: they come from the training data, and no test data is in any split. ``augment`` says how
+    training varies the inputs of a batch; None: not at all.
     """
 
     train: Split
     calibration: Split
     test: Split
+    augment: Augmentation | None = None
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,21 @@ class FederatedData:
         Shape of one input, e.g. (1, 16, 16).
     load
         The data of one client, made when it is asked for.
+    vocabulary
+        Of texts: number of different tokens, padding included; 0: the inputs are no texts.
+    pixels
+        Of images that come as pixels (uint8): how networks normalise them.
+    num_examples
+        Of all clients together, all splits; 0: not known.
     """
 
     num_clients: int
     class_names: tuple[str, ...]
     input_shape: tuple[int, ...]
     load: Callable[[int], ClientData]
+    vocabulary: int = 0
+    pixels: Normalisation = SYMMETRIC
+    num_examples: int = 0
 
     @property
     def num_classes(self) -> int:
@@ -101,7 +116,12 @@ class _Source(NamedTuple):
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
     input_shape: tuple[int, ...]
-    images: NDArray[np.float32] | None = None  # of the embedded sets they are rendered when a client is loaded
+    read: Callable[[NDArray[np.int64]], Tensor] | None = None  # inputs of rows; None: rendered, not read
+    splits: NDArray[np.int64] | None = None  # 0, 1 or 2 where the set itself says what a row is for
+    rows: NDArray[np.int64] | None = None  # of the whole set, where only some take part
+    vocabulary: int = 0
+    pixels: Normalisation = SYMMETRIC
+    augment: Augmentation | None = None
 
 
 @lru_cache(maxsize=4)
@@ -117,6 +137,11 @@ def load_federation(
     image_size: int = 0,
     image_column: str = "image",
     label_column: str = "label",
+    data_dir: str = "",
+    augmentation: str = "usual",
+    max_tokens: int = 64,
+    vocabulary: int = 8192,
+    long_texts: str = "cut",
     label_groups: int = 0,
     rotations: int = 1,
     validation_share: float = 0.0,
@@ -128,8 +153,9 @@ def load_federation(
     Parameters
     ----------
     dataset
-        ``"digits"``, ``"digit-pairs"`` or ``"local:<path>"`` (a parquet file, a folder of parquet files, or a folder
-        with one subfolder of images per class).
+        Embedded: ``"digits"``, ``"digit-pairs"``, ``"docstrings"``. Of the hub: ``"cifar10"``, ``"cifar100"``,
+        ``"tiny-imagenet"``, ``"ag-news"``. Or ``"local:<path>"`` (a parquet file, a folder of parquet files, or a
+        folder with one subfolder of images per class).
     num_clients
         Number of clients.
     partition
@@ -142,6 +168,14 @@ def load_federation(
         Local sets only: resize images to this height and width; 0 keeps them as they are.
     image_column, label_column
         Local sets only: names of the columns.
+    data_dir
+        Sets of the hub only: folder with a local copy in ``<data_dir>/<dataset>``; empty: the hub.
+    augmentation
+        Sets of the hub only: ``"usual"``, random crops and mirror images in training, or ``"none"``.
+    max_tokens, vocabulary
+        Texts only: words of a text that are kept, and the number of different tokens (:mod:`cafe_flwr.tokenizer`).
+    long_texts
+        Texts only: ``"cut"`` those of more words than ``max_tokens``, or ``"refuse"`` them.
     label_groups
         G ≥ 1: client i is in group i mod G, and the clients of a group share one label distribution. 0: every client is
         a group of its own. Embedded sets: a group has the labels that its first client would have without groups, and
@@ -178,14 +212,19 @@ def load_federation(
     if min(num_clients, examples_per_client, classes_per_client) < 1:
         raise ValueError("num-clients, examples-per-client and classes-per-client must be at least 1")
     _check_shifts(dataset, num_clients, label_groups, validation_share, test_shift)
+    tokenizer = Tokenizer(max_tokens, vocabulary, cut=long_texts == "cut")
     if dataset in digits.NUM_CLASSES:
         source = _embedded(dataset, num_clients * examples_per_client)
+    elif dataset == "docstrings":
+        source = _docstrings(num_clients * examples_per_client, shares, seed, tokenizer)
+    elif dataset in HUB_SETS:
+        source = _of_the_hub(dataset, data_dir, augmentation, tokenizer)
     else:
         source = _local(dataset, image_size, image_column, label_column)
     _check_rotations(rotations, source.input_shape)
-    groups = 0 if source.images is None else label_groups  # labels that are rendered need not be dealt out
+    groups = 0 if source.read is None else label_groups  # labels that are rendered need not be dealt out
     parts = partition_labels(source.labels, num_clients, partition, alpha, classes_per_client, seed, groups)
-    if source.images is None and label_groups:
+    if source.read is None and label_groups:
         parts = [parts[client % label_groups] for client in range(num_clients)]
 
     @cache
@@ -195,29 +234,42 @@ def load_federation(
         rng = partial(rng_for, seed, 0, client)
         turn = client // max(label_groups, 1) % rotations
         labels = source.labels[parts[client]]
-        positions = dict(zip(digits.SPLITS, stratified_split(labels, shares, rng("split")), strict=True))
+        if source.splits is None:
+            uses = stratified_split(labels, shares, rng("split"))
+        else:
+            uses = [np.flatnonzero(source.splits[parts[client]] == k) for k in range(len(digits.SPLITS))]
+        positions = dict(zip(digits.SPLITS, uses, strict=True))
 
         def make(use: str, split: str, y: NDArray[np.int64]) -> Split:
-            if source.images is None:
+            if source.read is None:
                 x, origin = digits.render(dataset, y, split, seed, rng(f"render-{use}"))
                 x = rotate(x, turn, rotations, digits.BACKGROUND)
             else:
                 rows = parts[client][positions[split]]
-                x, origin = rotate(torch.from_numpy(source.images[rows]), turn, rotations), rows[:, None]
+                rows = rows if source.rows is None else source.rows[rows]
+                x, origin = rotate(source.read(rows), turn, rotations), rows[:, None]
             return Split(x, torch.from_numpy(y), torch.from_numpy(origin))
 
         train, calibration = (make(split, split, labels[positions[split]]) for split in ("train", "calibration"))
         if not validation_share:
             y = shift_labels(labels[positions["test"]], train.y.numpy(), test_shift, rng("test-shift"))
-            return ClientData(train, calibration, make("test", "test", y))
+            return ClientData(train, calibration, make("test", "test", y), source.augment)
         cut = (1 - validation_share, validation_share)
         train, validation = map(train.take, stratified_split(train.y.numpy(), cut, rng("validation")))
         if test_shift:
             y = shift_labels(validation.y.numpy(), train.y.numpy(), test_shift, rng("test-shift"))
             validation = make("validation", "train", y)
-        return ClientData(train, calibration, validation)
+        return ClientData(train, calibration, validation, source.augment)
 
-    return FederatedData(num_clients, source.class_names, source.input_shape, load)
+    return FederatedData(
+        num_clients,
+        source.class_names,
+        source.input_shape,
+        load,
+        vocabulary=source.vocabulary,
+        pixels=source.pixels,
+        num_examples=sum(map(len, parts)),
+    )
 
 
 def _check_shifts(
@@ -232,7 +284,7 @@ def _check_shifts(
         raise ValueError(f"validation-share must be 0 (none) or more and less than 1, got {validation_share}")
     if not 0 <= test_shift <= 1:
         raise ValueError(f"test-shift must be from 0 (none) to 1 (all test labels redrawn), got {test_shift}")
-    if test_shift and dataset.startswith("local:"):
+    if test_shift and dataset not in digits.NUM_CLASSES:
         known = " and ".join(map(repr, digits.NUM_CLASSES))
         raise ValueError(f"test-shift works for the embedded sets only, {known}, not {dataset!r}: set test-shift to 0")
 
@@ -260,10 +312,37 @@ def _local(dataset: str, image_size: int, image_column: str, label_column: str) 
     """The set ``"local:<path>"``."""
     kind, _, path = dataset.partition(":")
     if kind != "local" or not path:
-        known = ", ".join(map(repr, digits.NUM_CLASSES))
+        known = ", ".join(map(repr, (*digits.NUM_CLASSES, "docstrings", *HUB_SETS)))
         raise ValueError(f"dataset must be {known} or 'local:<path>', got {dataset!r}")
     images, labels, names = read_local(Path(path).expanduser(), image_size, image_column, label_column)
-    return _Source(labels, names, tuple(int(n) for n in images.shape[1:]), images)
+    return _Source(labels, names, tuple(int(n) for n in images.shape[1:]), lambda rows: torch.from_numpy(images[rows]))
+
+
+def _docstrings(num_examples: int, shares: tuple[float, float, float], seed: int, tokenizer: Tokenizer) -> _Source:
+    """The sentences of installed packages."""
+    sentences = docstrings.sentences()
+    rows, splits = docstrings.draw(num_examples, shares, seed)
+    return _Source(
+        sentences.labels[rows],
+        docstrings.PACKAGES,
+        (tokenizer.max_tokens,),
+        lambda wanted: tokenizer([sentences.texts[row] for row in wanted]),
+        splits=splits,
+        rows=rows,
+        vocabulary=tokenizer.vocabulary,
+    )
+
+
+def _of_the_hub(dataset: str, data_dir: str, augmentation: str, tokenizer: Tokenizer) -> _Source:
+    """A set of the hub, or a local copy of it."""
+    opened = open_set(dataset, data_dir)
+    about, size = opened.about, opened.about.image_size
+    source = _Source(opened.labels, opened.class_names, (3, size, size), opened.images)
+    if not size:
+        read, shape = (lambda rows: tokenizer(opened.texts(rows))), (tokenizer.max_tokens,)
+        return source._replace(read=read, input_shape=shape, vocabulary=tokenizer.vocabulary)
+    augment = about.augmentation if augmentation == "usual" else None
+    return source._replace(pixels=about.pixels, augment=augment)
 
 
 def partition_labels(
@@ -406,9 +485,11 @@ def rotate(x: Tensor, turn: int, turns: int, background: float | None = None) ->
     angle, aspect = 2 * math.pi * turn / turns, x.shape[-1] / x.shape[-2]
     cos, sin = math.cos(angle), math.sin(angle)
     # affine_grid wants the map from the rotated image back to the given one, its axes in units of half the image.
+    pixels, x = x.dtype == torch.uint8, x if x.is_floating_point() else x.float()
     inverse = torch.tensor([[[cos, -sin / aspect, 0.0], [sin * aspect, cos, 0.0]]], dtype=x.dtype)
     grid = torch.nn.functional.affine_grid(inverse, [1, *x.shape[1:]], align_corners=False)
     fill = x.amin((1, 2, 3), keepdim=True) if background is None else background
     # Beyond the edges grid_sample takes 0, so that is what the background is moved to.
     moved = torch.nn.functional.grid_sample(x - fill, grid.expand(len(x), -1, -1, -1), align_corners=False)
-    return moved + fill
+    turned = moved + fill
+    return turned.round().clamp(0, 255).to(torch.uint8) if pixels else turned

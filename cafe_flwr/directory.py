@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -37,9 +37,11 @@ class Directory:
         self.question = question
         self.nodes: dict[int, NodeInfo] = {}
         self.hosts: dict[int, int] = {}
+        self.names: dict[int, str] = {}  # of clients' nodes, where they have one; also of nodes that are gone
         self.problems: list[str] = []
         self._refused: set[int] = set()
         self._asked_at: dict[int, float] = {}
+        self._unanswered: dict[str, int] = {}  # questions under way: message → node
         self._suspects: set[int] = set()
 
     @property
@@ -53,6 +55,21 @@ class Directory:
         for client in sorted(clients):
             groups[self.hosts[client]].append(client)
         return dict(groups)
+
+    def label(self, client: int) -> str:
+        """A client for people: its number, and its node's name if it has one."""
+        name = self.names.get(client)
+        return f"client {client} ({name})" if name else f"client {client}"
+
+    def gather(self, grid: Grid, clients: Sequence[int] | None, minimum: int, seconds: float) -> list[int]:
+        """Clients that are there, of those named or of all; waits for so many of them, but not longer than that."""
+        deadline = time.monotonic() + seconds
+        while True:
+            there = sorted(self.hosts) if clients is None else [c for c in clients if c in self.hosts]
+            if len(there) >= minimum or time.monotonic() >= deadline:
+                return there
+            time.sleep(_POLL_SECONDS)
+            self.refresh(grid)
 
     def wait(self, grid: Grid, *, min_nodes: int, num_clients: int | None, seconds: float) -> None:
         """Wait until the clients are there; go on without some of them when the time is up.
@@ -97,11 +114,18 @@ class Directory:
             logger.warning("Starting without clients %s", ", ".join(map(str, absent)))
 
     def refresh(self, grid: Grid, timeout: float = _LATE_SECONDS) -> int:
-        """Ask nodes that are new, forget nodes that are gone; the number of nodes there are."""
+        """Ask nodes that are new, forget nodes that are gone; the number of nodes there are.
+
+        An answer that comes after the timeout is read the next time: a small device may take longer to start than a
+        round should wait.
+        """
         present = sorted(grid.get_node_ids())
         for node in set(self.nodes) - set(present):
             info = self.nodes.pop(node)
-            logger.warning("The node of clients %s is gone", ", ".join(map(str, info.clients)))
+            logger.warning("The node of %s is gone", _clients(info))
+        self._unanswered = {message: node for message, node in self._unanswered.items() if node in present}
+        if self._unanswered:
+            self._take(grid.pull_messages(list(self._unanswered)))
         now = time.monotonic()
         known = self._refused | set(self.nodes)
         new = [n for n in present if n not in known and now - self._asked_at.get(n, -_RETRY_SECONDS) >= _RETRY_SECONDS]
@@ -114,14 +138,22 @@ class Directory:
                 for node in new
             }
             replies = grid.send_and_receive(list(asked.values()), timeout=timeout)
-            node_of = {message.metadata.message_id: node for node, message in asked.items()}
-            answers = {node_of[reply.metadata.reply_to_message_id]: reply for reply in replies}
-            infos = self._read(answers)
-            # In the order of the clients: node ids are random, and the first node is the reference.
-            for node in sorted(infos, key=lambda node: min(infos[node].clients, default=-1)):
-                self._admit(node, infos[node])
+            self._unanswered |= {message.metadata.message_id: node for node, message in asked.items()}
+            self._take(replies)
         self._assign()
         return len(present)
+
+    def _take(self, replies: Iterable[Message]) -> None:
+        """Read answers, and admit or refuse the nodes they are from."""
+        answers = {}
+        for reply in replies:
+            node = self._unanswered.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None and node not in self.nodes:
+                answers[node] = reply
+        infos = self._read(answers)
+        # In the order of the clients: node ids are random, and the first node is the reference.
+        for node in sorted(infos, key=lambda node: min(infos[node].clients, default=-1)):
+            self._admit(node, infos[node])
 
     def suspect(self, node: int, failed: bool) -> None:
         """Note that a node failed, or that it is well again: where two host a client, the sound one is asked."""
@@ -155,7 +187,7 @@ class Directory:
         return infos
 
     def _admit(self, node: int, info: NodeInfo) -> None:
-        who = f"the node of clients {', '.join(map(str, info.clients)) or '(none)'}"
+        who = f"the node of {_clients(info)}"
         if info.version and info.version != __version__:
             self._refuse(node, f"{who} was refused: it runs cafe-flwr {info.version}, the server {__version__}")
             return
@@ -163,12 +195,14 @@ class Directory:
             self._refuse(node, f"{who} was refused: its network or method differs from that of the nodes before it")
             return
         for problem in info.problems:
-            self._problem(problem)
+            self._problem(f"{info.name}: {problem}" if info.name else problem)
         hosted = {client for other in self.nodes.values() for client in other.clients}
         taken = [client for client in info.clients if client in hosted]
         if taken:
             self._problem(f"{who}: clients {', '.join(map(str, taken))} are hosted by another node already")
         self.nodes[node] = info
+        if info.name:
+            self.names |= dict.fromkeys(set(info.clients) - set(taken), info.name)
 
     def _refuse(self, node: int, problem: str) -> None:
         self._refused.add(node)
@@ -178,3 +212,9 @@ class Directory:
         if expected or num_clients is None:
             return f"{max(min_nodes, expected)} wanted"
         return f"{len(self.hosts)} of {num_clients} clients"
+
+
+def _clients(info: NodeInfo) -> str:
+    """The clients of a node, and its name if it has one."""
+    name = f" ({info.name})" if info.name else ""
+    return f"clients {', '.join(map(str, info.clients)) or '(none)'}{name}"

@@ -6,7 +6,6 @@ thresholds are calibrated by a client for itself; ``pooled`` ones on the calibra
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from cafe_flwr.corruptions import CORRUPTIONS
 from cafe_flwr.evaluation_tables import long_table, put_together
 from cafe_flwr.exit_thresholds import GUARANTEES
 from cafe_flwr.metrics import ECE_BINS
-from cafe_flwr.personal import FinishedRun
+from cafe_flwr.personal import PersonalNetworks
 from cafe_flwr.selective import VOID
 from cafe_flwr.state import to_json, write_atomically
 
@@ -24,7 +23,7 @@ SEVERITIES = (1, 3, 5)
 
 
 def evaluate_run(
-    run: FinishedRun,
+    run: PersonalNetworks,
     *,
     clients: Sequence[int] | None = None,
     risks: Sequence[float] = RISKS,
@@ -34,12 +33,12 @@ def evaluate_run(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate the personal networks of a run; write ``evaluation.json`` and ``evaluation.parquet`` into its folder.
+    """Evaluate personal networks; write ``evaluation.json`` and ``evaluation.parquet`` to where the run keeps them.
 
     Parameters
     ----------
     run
-        The run.
+        A finished run, or one client's network on its node.
     clients
         Some of its clients, by default all.
     risks, guarantee
@@ -61,7 +60,7 @@ def evaluate_run(
         For a client, risk, guarantee, corruption or severity that does not exist.
     """
     chosen = _check(run, clients, risks, guarantee, corruptions, severities)
-    settings = json.loads((run.folder / "settings.json").read_text())
+    settings = run.run_config
     notes = _notes(settings)
     conditions = [CLEAN, *((name, severity) for name in corruptions for severity in severities)]
     found: list[ClientEvaluation] = []
@@ -79,7 +78,7 @@ def evaluate_run(
         progress(len(chosen), len(chosen))
     pooled = certify_together(found, risks, guarantee, seed)
     evaluation = {
-        "name": run.folder.name,
+        "name": run.name,
         "guarantee": guarantee,
         "risks": list(risks),
         "seed": seed,
@@ -88,13 +87,13 @@ def evaluate_run(
         "notes": notes,
         **put_together(found, pooled, guarantee=guarantee, shifted=bool(settings.get("test-shift"))),
     }
-    write_atomically(run.folder / "evaluation.parquet", long_table(found, pooled).to_parquet(index=False))
-    write_atomically(run.folder / "evaluation.json", to_json(evaluation, indent=1))
+    write_atomically(run.output("evaluation.parquet"), long_table(found, pooled).to_parquet(index=False))
+    write_atomically(run.output("evaluation.json"), to_json(evaluation, indent=1))
     return evaluation
 
 
 def _check(
-    run: FinishedRun,
+    run: PersonalNetworks,
     clients: Sequence[int] | None,
     risks: Sequence[float],
     guarantee: str,
@@ -105,9 +104,9 @@ def _check(
     there = run.clients
     chosen = there if clients is None else list(dict.fromkeys(clients))
     if not there or not chosen:
-        raise ValueError(f"{run.folder} holds no personal network to evaluate: the run must have ended")
+        raise ValueError(f"{run.networks} holds no personal network to evaluate: the run must have ended")
     if unknown := [client for client in chosen if client not in there]:
-        raise ValueError(f"clients {unknown} have no personal network in {run.folder}: there are {there}")
+        raise ValueError(f"clients {unknown} have no personal network in {run.networks}: there are {there}")
     if guarantee not in GUARANTEES:
         raise ValueError(f"guarantee must be one of {', '.join(GUARANTEES)}, got {guarantee!r}")
     if bad := [risk for risk in risks if not 0 < risk < 1]:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
@@ -35,10 +35,13 @@ _COMMON = {  # a row that changed one of these would not be comparable with the 
     *("dataset", "partition", "dirichlet-alpha", "classes-per-client", "examples-per-client"),
     *("calibration-share", "test-share", "image-size", "image-column", "label-column"),
     *("label-groups", "rotations", "test-shift"),
-    *("network", "feature-width", "evaluate-every"),
+    *("data-dir", "augmentation", "max-tokens", "vocabulary", "long-texts"),
+    *("network", "feature-width", "network-width", "network-depth", "norm", "statistics", "stem-stride"),
+    *("attention-heads", "dropout", "evaluate-every"),
 }
 _STEPS = {"num-server-rounds", "local-steps", "local-epochs"}  # equal in all rows, if the budget is
-_FREE = _OURS - {"seed", "method"} | {"wait-seconds", "round-timeout", "min-available-nodes"}  # change no number
+_FREE = _OURS - {"seed", "method"}  # these and how long to wait change no number
+_FREE |= {"wait-seconds", "round-timeout", "round-retries", "min-available-nodes"}
 _EVALUATE_EVERY = 10  # rounds, unless the file says otherwise: evaluation is a quarter of a run's time
 
 
@@ -99,6 +102,19 @@ class Sweep(_Part):
     """Candidates of single rows, by label."""
 
 
+class Smoke(_Part):
+    """The experiment at a size that shows within minutes that everything runs. Its figures mean nothing."""
+
+    settings: dict[str, Any] = {}
+    """In the place of those of all rows."""
+    seeds: list[int] = Field([0], min_length=1)
+    """In the place of the experiment's."""
+    vary: Candidates | None = None
+    """In the place of the experiment's; none: as it has it."""
+    rows: list[str] = []
+    """Labels of the rows that run; by default all."""
+
+
 class Experiment(_Part):
     """Contents of an experiment's YAML file.
 
@@ -133,6 +149,11 @@ class Experiment(_Part):
     """
     sweep: Sweep | None = None
     """How settings are chosen before the runs; none: they are taken as they stand."""
+    smoke: Smoke | None = None
+    """What ``compare --smoke`` changes."""
+
+    is_smoke: ClassVar[bool] = False
+    """Whether this is the small size, whose figures mean nothing."""
 
     @field_validator("rows", mode="before")
     @classmethod
@@ -185,6 +206,58 @@ class Experiment(_Part):
         return _combinations(candidates) if candidates else []
 
 
+class SmokeExperiment(Experiment):
+    """An experiment at its smoke size, see :func:`smoke_size`."""
+
+    is_smoke: ClassVar[bool] = True
+
+
+def smoke_size(experiment: Experiment) -> SmokeExperiment:
+    """The experiment at the size that its ``smoke`` section gives, under a name and title that say so.
+
+    There is no sweep: settings are taken as they stand.
+
+    Raises
+    ------
+    ValueError
+        If the experiment has no such section.
+
+    Examples
+    --------
+    >>> smoke = {"settings": {"num-server-rounds": 2}, "rows": ["local"]}
+    >>> whole = Experiment.model_validate({"name": "a", "seeds": [1, 2], "rows": ["fedavg", "local"], "smoke": smoke})
+    >>> small = smoke_size(whole)
+    >>> small.name, small.seeds, small.labels, small.settings
+    ('a-smoke', [0], ['local'], {'num-server-rounds': 2})
+    """
+    if experiment.smoke is None:
+        raise ValueError(
+            f"the experiment {experiment.name!r} has no smoke size: add a section 'smoke' with the settings that make "
+            "it small, or leave --smoke out"
+        )
+    smoke = experiment.smoke
+    rows = [row for row in experiment.rows if row.name in smoke.rows or not smoke.rows]
+    labels = [row.name for row in rows]
+    return SmokeExperiment.model_validate(
+        {
+            "name": f"{experiment.name}-smoke",
+            "title": f"SMOKE RUN, figures mean nothing: {experiment.title or experiment.name}",
+            "seeds": smoke.seeds,
+            "budget": experiment.budget,
+            "settings": {**experiment.settings, **smoke.settings},
+            "vary": experiment.vary if smoke.vary is None else smoke.vary,
+            "rows": rows,
+            "reference": experiment.reference_row if experiment.reference_row in labels else "",
+            "baselines": [label for label in experiment.baseline_rows if label in labels],
+        }
+    )
+
+
+def with_data_dir(experiment: Experiment, folder: Path) -> Experiment:
+    """The experiment with copies of the hub's sets in another folder."""
+    return experiment.model_copy(update={"settings": {**experiment.settings, "data-dir": str(folder)}})
+
+
 def _disagreements(experiment: Experiment) -> Iterator[str]:
     """What is wrong with an experiment whose parts are each well formed."""
     labels = experiment.labels
@@ -207,6 +280,12 @@ def _disagreements(experiment: Experiment) -> Iterator[str]:
     for where, used in named.items():
         yield from (f"{where}: no row is called {u!r}; {nearest(u, labels)}" for u in used if u not in labels)
     yield from _misplaced(experiment)
+    if experiment.smoke:
+        used = experiment.smoke.rows
+        yield from (f"smoke: no row is called {u!r}; {nearest(u, labels)}" for u in used if u not in labels)
+        yield from (f"smoke: seeds has {seed} more than once" for seed in _repeated(experiment.smoke.seeds))
+        if len(experiment.name) > 54:
+            yield "name: at most 54 characters, where there is a smoke size (its folder is called <name>-smoke)"
     if not experiment.conditions:
         yield "vary is an empty list"
     yield from (f"vary: {words(twice) or 'nothing'} stands there twice" for twice in _repeated(experiment.conditions))
@@ -232,6 +311,12 @@ def _misplaced(experiment: Experiment) -> Iterator[str]:
         places.append((f"sweep: trials of {row.name!r}", list(itertools.chain.from_iterable(trials)), fixed))
     if experiment.sweep:
         places.append(("sweep: settings", experiment.sweep.settings, _COMMON | experiment.varied))
+    if experiment.smoke:
+        vary = experiment.vary if experiment.smoke.vary is None else experiment.smoke.vary
+        varied = sorted({key for values in _combinations(vary) for key in values} & set(experiment.smoke.settings))
+        places.append(("smoke: vary", sorted({key for values in _combinations(vary) for key in values}), set()))
+        yield from (f"smoke: settings: {key} is varied, so it cannot be one value for all" for key in varied)
+        places.append(("smoke: settings", experiment.smoke.settings, set()))
     for where, keys, not_here in places:
         for key in keys:
             if key in _OURS | _BUDGET:
@@ -329,7 +414,7 @@ def _explain(detail: Any) -> str:
     *outer, key = detail["loc"]
     where = f"{_place(outer)}: " if outer else ""
     if detail["type"] == "extra_forbidden":
-        parts: dict[Any, type[_Part]] = {"sweep": Sweep, "rows": Row}
+        parts: dict[Any, type[_Part]] = {"sweep": Sweep, "rows": Row, "smoke": Smoke}
         return f"{where}unknown key {key!r}; {nearest(str(key), _keys(parts[outer[0]] if outer else Experiment))}"
     if detail["type"] == "missing":
         return f"{where}the key {key!r} is missing"

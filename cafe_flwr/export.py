@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,20 +12,18 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from cafe_flwr import digits
 from cafe_flwr.atomic_folder import atomic_folder, check_replaceable
+from cafe_flwr.calibration import read_thresholds
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.device import FORMAT, FORMAT_VERSION, MANIFEST
 from cafe_flwr.exit_thresholds import ExitThresholds
 from cafe_flwr.graphs import INSTALL, SUFFIXES, difference, logits_of, on_cpu, write_graphs
 from cafe_flwr.inference import EarlyExitRunner, MaxProb, PerExit
 from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.personal import FinishedRun, fingerprint
+from cafe_flwr.personal import PersonalNetworks, fingerprint
 from cafe_flwr.state import to_json
 
 _KINDS = {"onnx": ("onnx",), "torch": ("torch",), "both": ("onnx", "torch")}
-_EMBEDDED_PIXELS = (0.3, 0.4)  # as cafe_flwr.digits renders them
-_LOCAL_PIXELS = (0.5, 0.5)  # as cafe_flwr.local_data reads them
 
 
 @dataclass(frozen=True)
@@ -157,19 +154,19 @@ def export(
 
 
 def export_client(
-    run: FinishedRun,
+    run: PersonalNetworks,
     client: int,
     folder: Path,
     *,
     max_prob: float | None = None,
     format: Literal["onnx", "torch", "both"] = "onnx",
 ) -> Exported:
-    """Export a client's personal network of a finished run, with its calibrated thresholds if there are any.
+    """Export a client's personal network, with its calibrated thresholds if there are any.
 
     Parameters
     ----------
     run
-        Holds ``personal/client-<k>.safetensors`` and, after a calibration, ``personal/client-<k>.thresholds.json``.
+        A finished run, or the client's network on its node; with ``client-<k>.thresholds.json`` after a calibration.
     client
         k.
     folder, format
@@ -184,14 +181,7 @@ def export_client(
         As :func:`export`; and if there is no such client, or its thresholds cannot be read.
     """
     personal = run.personal(client)
-    path = run.folder / "personal" / f"client-{client}.thresholds.json"
-    thresholds: ExitThresholds | float | None = max_prob
-    if max_prob is None and path.is_file():
-        try:
-            thresholds = ExitThresholds.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): calibrate again") from None
-    dataset = json.loads((run.folder / "settings.json").read_text()).get("dataset", "")
+    thresholds = read_thresholds(run.networks, client) if max_prob is None else max_prob
     return export(
         personal.network,
         folder,
@@ -200,9 +190,9 @@ def export_client(
         thresholds=thresholds,
         temperatures=() if isinstance(thresholds, ExitThresholds) else personal.temperatures,
         format=format,
-        pixels=_EMBEDDED_PIXELS if dataset in digits.NUM_CLASSES else _LOCAL_PIXELS,
+        pixels=run.pixels,
         facts={
-            "run": run.folder.name,
+            "run": run.name,
             "client": client,
             **{key: personal.facts[key] for key in ("method", "round", "accuracy_per_exit") if key in personal.facts},
         },

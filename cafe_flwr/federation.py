@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from cafe_flwr.data import FederatedData, load_federation
+from cafe_flwr.data import ClientData, FederatedData, load_federation
 from cafe_flwr.log import logger
-from cafe_flwr.networks import ConvNet, EarlyExitNetwork
+from cafe_flwr.networks import ConvNet, EarlyExitNetwork, ResNet18, TextTransformer
+from cafe_flwr.node_config import data_folder, hosted, is_device
 from cafe_flwr.recording import Recorder, open_results
 from cafe_flwr.settings import Settings
 from cafe_flwr.state import ServerState
 from cafe_flwr.strategy import FederatedStrategy
-from cafe_flwr.training import LocalBudget
 
 
-def federation(settings: Settings) -> FederatedData:
-    """The data set of the settings, dealt out to its clients."""
+def federation(settings: Settings, node_config: Mapping[str, Any] | None = None) -> FederatedData:
+    """The data of the settings: a data set dealt out to clients, or what the clients bring.
+
+    Parameters
+    ----------
+    settings
+        Of the run.
+    node_config
+        Of the node that asks, if it is one. No path in the settings leads to a device's data: they come from the
+        server, or whoever has started the run.
+
+    Raises
+    ------
+    ValueError
+        If there is no such data set, or it cannot serve so many clients.
+    """
+    if settings.dataset == "local":
+        shape = (settings.image_channels, settings.image_size, settings.image_size)
+        return FederatedData(
+            settings.num_clients, settings.classes, shape, lambda client: _own(client, settings, node_config or {})
+        )
+    if settings.dataset.startswith("local:") and node_config is not None and is_device(node_config):
+        raise ValueError(
+            f"the run names a path on this node, dataset = {settings.dataset!r}: a node with a node-config of its own "
+            "reads data from its data-dir only; set dataset = 'local'"
+        )
     return load_federation(
         settings.dataset,
         settings.num_clients,
@@ -28,6 +55,11 @@ def federation(settings: Settings) -> FederatedData:
         image_size=settings.image_size,
         image_column=settings.image_column,
         label_column=settings.label_column,
+        data_dir=_copies(settings, node_config),
+        augmentation=settings.augmentation,
+        max_tokens=settings.max_tokens,
+        vocabulary=settings.vocabulary,
+        long_texts=settings.long_texts,
         validation_share=settings.validation_share,
         label_groups=settings.label_groups,
         rotations=settings.rotations,
@@ -36,10 +68,82 @@ def federation(settings: Settings) -> FederatedData:
     )
 
 
-def build_network(settings: Settings) -> EarlyExitNetwork:
-    """The network of the settings, for their data set."""
-    data = federation(settings)
-    return ConvNet(data.input_shape, data.num_classes, features=settings.feature_width)
+def _copies(settings: Settings, node_config: Mapping[str, Any] | None) -> str:
+    """Folder with copies of the hub's sets; empty: the hub. A device takes no path from the run's settings."""
+    if node_config is not None and is_device(node_config):
+        return str(node_config.get("data-dir", ""))
+    return settings.data_dir
+
+
+def _own(client: int, settings: Settings, node_config: Mapping[str, Any]) -> ClientData:
+    from cafe_flwr.own_data import load_own
+
+    return load_own(
+        data_folder(node_config, client, hosted(node_config, settings.num_clients)),
+        client,
+        class_names=settings.classes,
+        shares=settings.shares,
+        image_size=settings.image_size,
+        channels=settings.image_channels,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        validation_share=settings.validation_share,
+        seed=settings.seed,
+    )
+
+
+def state_dir(settings: Settings, node_config: Mapping[str, Any]) -> str:
+    """Folder of personal state where a node's own node-config names none; empty: the user's own.
+
+    A device takes no path from the run's settings.
+    """
+    if is_device(node_config):
+        return ""
+    return settings.state_dir or str(settings.results / "personal")
+
+
+def build_network(settings: Settings, node_config: Mapping[str, Any] | None = None) -> EarlyExitNetwork:
+    """The network of the settings, for their data.
+
+    Raises
+    ------
+    ValueError
+        If the data are not of the kind or size that the network takes.
+    """
+    data = federation(settings, node_config)
+    network = _network(settings, data)
+    network.pixels = data.pixels
+    network.statistics = settings.statistics
+    return network
+
+
+def _network(settings: Settings, data: FederatedData) -> EarlyExitNetwork:
+    width, depth, features = settings.network_width, settings.network_depth, settings.feature_width
+    if settings.network == "transformer":
+        return TextTransformer(
+            data.vocabulary,
+            data.input_shape[0],
+            data.num_classes,
+            features,
+            width=width or 128,
+            heads=settings.attention_heads,
+            blocks=depth or 4,
+            norm=settings.norm,
+            dropout=settings.dropout,
+        )
+    if settings.norm == "layer":
+        raise ValueError("norm = 'layer' is of the transformer: choose 'group' or 'batch'")
+    if settings.network == "resnet18":
+        return ResNet18(
+            data.input_shape,
+            data.num_classes,
+            features,
+            norm=settings.norm,
+            width=width or 64,
+            stem_stride=settings.stem_stride,
+        )
+    widths = [(width or 8) << k for k in range(depth or 3)]
+    return ConvNet(data.input_shape, data.num_classes, widths, features, settings.norm)
 
 
 def build_strategy(
@@ -52,16 +156,7 @@ def build_strategy(
         min_train_nodes=settings.min_train_nodes,
         min_available_nodes=settings.min_available_nodes,
         num_rounds=settings.num_server_rounds,
-        local=LocalBudget(
-            batch_size=settings.batch_size,
-            steps=settings.local_steps,
-            epochs=settings.local_epochs,
-            optimizer=settings.optimizer,
-            learning_rate=settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            max_grad_norm=settings.max_grad_norm,
-        ),
+        local=settings.build_budget(),
         bounds=settings.build_bounds(),
         privacy=settings.build_privacy(),
         wire=settings.wire_dtype,
@@ -70,6 +165,7 @@ def build_strategy(
         evaluate_every=settings.evaluate_every,
         wait_seconds=settings.wait_seconds,
         round_timeout=settings.round_timeout,
+        round_retries=settings.round_retries,
         callbacks=[recorder] if recorder else [],
         resume_from=resume_from,
     )

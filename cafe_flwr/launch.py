@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -14,9 +15,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 from urllib.request import urlopen
+
+from cafe_flwr.devices import simulation_resources
+
+if TYPE_CHECKING:
+    from cafe_flwr.settings import Settings
 
 _START_SECONDS = 60.0
 _POLL_SECONDS = 1.0
@@ -49,7 +55,7 @@ def private_superlink() -> Iterator[dict[str, str]]:
     Environment in which ``flwr`` commands talk to it, as connection ``private``.
     """
     with tempfile.TemporaryDirectory(prefix="cafe-flwr-") as home:
-        port, control_port = _free_port(), _free_port()
+        port, control_port = free_port(), free_port()
         folder = Path(sys.executable).parent  # of this environment's commands, on the PATH or not
         env = {
             **os.environ,
@@ -80,7 +86,7 @@ def private_superlink() -> Iterator[dict[str, str]]:
                 start_new_session=True,
             )
         try:
-            _wait_until_healthy(process, port, log)
+            wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
             yield env
         finally:
             _stop(process)
@@ -100,7 +106,7 @@ def run_app(
     """
     options = [f"--run-config={pair}" for pair in run_config]
     options += [f"--federation-config={pair}" for pair in federation_config]
-    answer = _flwr(env, "run", str(app), _CONNECTION, "--format", "json", *options)
+    answer = flwr(env, "run", str(app), _CONNECTION, "--format", "json", *options)
     if not answer.get("success", False):
         raise RuntimeError(answer.get("error-message") or "Flower refused the run")
     run_id = int(answer["run-id"])
@@ -109,7 +115,7 @@ def run_app(
         status = _wait_until_finished(env, run_id)
         time.sleep(2 * _POLL_SECONDS)  # the last lines of the log
     except KeyboardInterrupt:
-        _flwr(env, "stop", str(run_id), _CONNECTION, "--format", "json")
+        flwr(env, "stop", str(run_id), _CONNECTION, "--format", "json")
         raise
     finally:
         log.terminate()
@@ -117,10 +123,19 @@ def run_app(
     return RunStatus(run_id, status)
 
 
+def with_resources(settings: Settings, federation_config: Sequence[str]) -> list[str]:
+    """The federation config, with each worker's share of a GPU before it where there is one; what is given counts."""
+    given = " ".join(federation_config)
+    if given.endswith(".toml"):  # a file is all there is
+        return list(federation_config)
+    pairs = simulation_resources(settings.device, settings.clients_per_gpu)
+    return [*(pair for pair in pairs if pair.partition("=")[0] not in given), *federation_config]
+
+
 def _wait_until_finished(env: dict[str, str], run_id: int) -> str:
     failures = 0
     while failures < _MAX_FAILURES:
-        answer = _flwr(env, "ls", _CONNECTION, "--run-id", str(run_id), "--format", "json")
+        answer = flwr(env, "ls", _CONNECTION, "--run-id", str(run_id), "--format", "json")
         runs = answer.get("runs", [])
         failures = 0 if runs else failures + 1
         if runs and str(runs[0]["status"]).startswith("finished"):
@@ -129,7 +144,8 @@ def _wait_until_finished(env: dict[str, str], run_id: int) -> str:
     raise RuntimeError(f"the SuperLink no longer answers: {answer.get('error-message')}")
 
 
-def _flwr(env: dict[str, str], *arguments: str) -> dict[str, Any]:
+def flwr(env: dict[str, str], *arguments: str) -> dict[str, Any]:
+    """The answer of a ``flwr`` command, called with ``--format json``; Flower's words where it gives no JSON."""
     done = subprocess.run(["flwr", *arguments], env=env, capture_output=True, text=True, check=False)
     try:
         return dict(json.loads(done.stdout))
@@ -137,13 +153,22 @@ def _flwr(env: dict[str, str], *arguments: str) -> dict[str, Any]:
         return {"success": False, "error-message": (done.stdout + done.stderr).strip()}
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def wait_until_healthy(
+    process: subprocess.Popen[bytes], url: str, log: Path, context: ssl.SSLContext | None = None
+) -> None:
+    """Wait until a SuperLink answers at its URL; ``context`` knows its authority.
+
+    Raises
+    ------
+    RuntimeError
+        If it ends before, with the end of its log, or takes too long.
+    """
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise RuntimeError(f"the SuperLink did not start:\n{log.read_text(errors='replace')[-2000:]}")
         try:
-            with urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+            with urlopen(f"{url}/health", timeout=1, context=context):
                 return
         except (URLError, OSError):
             time.sleep(0.2)
@@ -162,7 +187,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nothing listens at now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

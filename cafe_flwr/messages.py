@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from cafe_flwr.bounds import MAX_NORM, check_norm
 from cafe_flwr.metrics import DynamicCounts, ExitMetrics
+from cafe_flwr.node_config import check_name
 from cafe_flwr.privacy import Privacy
 from cafe_flwr.schema import Schema
 from cafe_flwr.settings import kebab
@@ -82,6 +83,8 @@ class NodeInfo:
         m, and the values of the whole network.
     macs
         MACs of inference up to each exit, (m,).
+    name
+        What people call the node; empty if it has no name.
     """
 
     version: str
@@ -96,10 +99,11 @@ class NodeInfo:
     num_exits: int
     num_parameters: int
     macs: list[int]
+    name: str = ""
 
     def to_content(self, keys: Keys) -> RecordDict:
         """As a Flower record."""
-        values = {kebab(f.name): getattr(self, f.name) for f in fields(self)}
+        values = {kebab(f.name): getattr(self, f.name) for f in fields(self) if f.name != "name" or self.name}
         for name in ("shared", "upload", "download"):
             values[name] = values[name].to_json()
         return RecordDict({keys.config: ConfigRecord(_filled({"protocol": PROTOCOL, **values}))})
@@ -114,10 +118,12 @@ class NodeInfo:
                 "install the same version of cafe-flwr on both"
             )
         lists = {"clients", "num-examples", "problems"}
-        missing = {kebab(f.name) for f in fields(cls)} - set(config) - lists
+        missing = {kebab(f.name) for f in fields(cls)} - set(config) - lists - {"name"}
         if missing:
             raise ValueError(f"answered without {', '.join(sorted(missing))}")
         values: dict[str, Any] = {f.name: config.get(kebab(f.name), []) for f in fields(cls)}
+        values["name"] = str(config.get("name", ""))
+        check_name(values["name"])
         for name in ("shared", "upload", "download"):
             values[name] = Schema.from_json(values[name])
         return cls(**values)
@@ -296,6 +302,8 @@ class TrainReply:
         Clients that did not, with the reason.
     wire
         Type of the values that travel.
+    notes
+        What was unusual about clients that finished, in words.
     """
 
     server_round: int
@@ -304,6 +312,7 @@ class TrainReply:
     reports: Sequence[ClientReport]
     failures: Mapping[int, str]
     wire: str = "float32"
+    notes: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def weight(self) -> int:
@@ -323,6 +332,7 @@ class TrainReply:
             "digest": self.digest,
             "clients": [r.client for r in self.reports],
             **failed(self.failures),
+            **noted(self.notes),
         }
         metrics: dict[str, list[int] | list[float]] = {
             keys.weight: [r.num_examples for r in self.reports],
@@ -436,7 +446,7 @@ class TrainReply:
             )
             for i in range(n)
         ]
-        return cls(_round(config), digest, shared, reports, failures, wire)
+        return cls(_round(config), digest, shared, reports, failures, wire, notes_of(config))
 
 
 @dataclass(frozen=True)
@@ -543,6 +553,16 @@ def failures_of(config: Mapping[str, Any]) -> dict[int, str]:
     return dict(zip(_ints(config, "failed-clients"), map(str, config.get("failures", [])), strict=True))
 
 
+def noted(notes: Mapping[int, str]) -> dict[str, Any]:
+    """What is unusual about clients, as replies carry it."""
+    return _filled({"noted-clients": list(notes), "notes": list(notes.values())})
+
+
+def notes_of(config: Mapping[str, Any]) -> dict[int, str]:
+    """What :func:`noted` wrote."""
+    return dict(zip(_ints(config, "noted-clients"), map(str, config.get("notes", [])), strict=True))
+
+
 def _filled(values: dict[str, Any]) -> dict[str, Any]:
     """Without empty lists: Flower's records cannot count their bytes. A list that is not there is empty."""
     return {key: value for key, value in values.items() if value != []}
@@ -554,11 +574,12 @@ class EvaluationReply:
 
     reports: Sequence[FinalReport]
     failures: Mapping[int, str]
+    notes: Mapping[int, str] = field(default_factory=dict)
 
     def to_content(self, keys: Keys) -> RecordDict:
         """As a Flower record."""
         content = RecordDict({f"client-{report.client}": report.to_record() for report in self.reports})
-        content[keys.config] = ConfigRecord({"protocol": PROTOCOL, **failed(self.failures)})
+        content[keys.config] = ConfigRecord({"protocol": PROTOCOL, **failed(self.failures), **noted(self.notes)})
         return content
 
     @classmethod
@@ -568,7 +589,7 @@ class EvaluationReply:
         if config.get("protocol") != PROTOCOL:
             raise ValueError(f"it speaks message protocol {config.get('protocol')}, this server {PROTOCOL}")
         reports = [FinalReport.from_record(record, num_exits) for record in message.content.metric_records.values()]
-        return cls(reports, failures_of(config))
+        return cls(reports, failures_of(config), notes_of(config))
 
 
 def check_server(config: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,11 +14,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafe_flwr.data import Split
+from cafe_flwr.devices import device_of, moved
 from cafe_flwr.networks import EarlyExitNetwork
 
 ECE_BINS = 15
 _TEMPERATURES = [float(t) for t in np.geomspace(0.25, 4.0, 33)]
-_BATCH = 1024  # examples evaluated at once
+_BATCH = 1024  # examples evaluated at once, at most
+_VALUES = 1 << 18  # inputs of a batch, at most: so that evaluation takes no more memory than training
 
 # Max-prob thresholds at which dynamic inference is counted; the last one is never reached: all exits run.
 THRESHOLDS = np.append(np.linspace(0.0, 1.0, 101), np.inf)
@@ -37,23 +40,33 @@ class ExitMetrics:
         return cls(*([math.nan] * num_exits for _ in range(3)))
 
 
+def _batches(network: EarlyExitNetwork, x: Tensor) -> Iterator[Tensor]:
+    """Mini-batches of the inputs, on the network's device."""
+    device = device_of(network)
+    rows = max(1, min(_BATCH, _VALUES // max(1, x[:1].numel())))
+    return (moved(part, device) for part in x.split(rows))
+
+
 @torch.no_grad()
 def exit_logits(network: EarlyExitNetwork, x: Tensor) -> Tensor:
-    """Logits of all exits in evaluation mode, (m, N, C)."""
+    """Logits of all exits in evaluation mode, (m, N, C), on the CPU; computed where the network is."""
     network.eval()
-    chunks = [torch.stack(network(part)) for part in x.split(_BATCH)]
+    chunks = [torch.stack(network(part)).cpu() for part in _batches(network, x) if len(part)]
     return torch.cat(chunks, dim=1) if chunks else torch.zeros(network.num_exits, 0, network.num_classes)
 
 
 @torch.no_grad()
 def exit_features(network: EarlyExitNetwork, x: Tensor) -> Tensor:
-    """Features of all exits in evaluation mode, (m, N, d)."""
+    """Features of all exits in evaluation mode, (m, N, d), on the CPU; computed where the network is."""
     network.eval()
-    features = []
-    for k in range(network.num_exits):
-        x = network.stage(k, x)
-        features.append(network.exit(k, x)[0])
-    return torch.stack(features)
+    chunks = []
+    for h in _batches(network, x):
+        features = []
+        for k in range(network.num_exits):
+            h = network.stage(k, h)
+            features.append(network.exit(k, h)[0])
+        chunks.append(torch.stack(features).cpu())
+    return torch.cat(chunks, dim=1)
 
 
 def exit_metrics(logits: Tensor, y: Tensor) -> ExitMetrics:

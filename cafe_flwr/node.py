@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import secrets
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ from torch import Tensor
 
 from cafe_flwr import __version__
 from cafe_flwr.aggregation import weighted
-from cafe_flwr.calibration_node import NodeCalibration
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.data import ClientData
+from cafe_flwr.devices import OnDevice, Placement, device_of, free_memory, is_out_of_memory, reason_of
 from cafe_flwr.log import logger
 from cafe_flwr.messages import (
     FLAT,
@@ -49,7 +50,9 @@ from cafe_flwr.metrics import (
     fit_temperatures,
 )
 from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.participation import hosted_clients, rng_for
+from cafe_flwr.node_config import hosted, name_of
+from cafe_flwr.participation import rng_for
+from cafe_flwr.personal import fingerprint_of
 from cafe_flwr.priors import adapt_to_label_shift
 from cafe_flwr.privacy import release, stricter
 from cafe_flwr.schema import Schema, digest
@@ -58,6 +61,16 @@ from cafe_flwr.training import snapshot
 
 BuildNetwork = Callable[[Context], EarlyExitNetwork]
 LoadData = Callable[[int, Context], ClientData]
+
+
+class Parts(NamedTuple):
+    """The two functions that a ready ClientApp was made from."""
+
+    build_network: BuildNetwork
+    load_data: LoadData
+
+
+PARTS = "cafe_flwr_parts"
 
 
 def make_client_app(
@@ -94,6 +107,7 @@ def make_client_app(
     """
     app = ClientApp()
     node = _Node(build_network, load_data, keys or Keys(), state_dir or _no_choice)
+    setattr(app, PARTS, Parts(build_network, load_data))  # for the commands that work without a server
     app.query()(node.describe)
     app.query("initial")(node.initial)
     app.query("calibrate")(node.calibrate)
@@ -103,7 +117,7 @@ def make_client_app(
 
 
 @dataclass(frozen=True)
-class _Workplace:
+class Workplace:
     """The network and the method of one run, with what follows from them. Built once per process."""
 
     network: EarlyExitNetwork
@@ -114,7 +128,7 @@ class _Workplace:
     def tensors(self) -> dict[str, Tensor]:
         """All that a client has: the network's tensors and those the method keeps beside them, as they start."""
         self.network.load_state_dict(self.weights)  # whatever the process has trained before
-        extra = self.method.extra_tensors(self.network)
+        extra = {name: t.cpu() for name, t in self.method.extra_tensors(self.network).items()}
         assert not extra.keys() & self.weights.keys()
         return {**self.weights, **extra}
 
@@ -150,21 +164,24 @@ class _Workplace:
         if client in request.downloads:
             download = self.schemas["download"].unpack(request.downloads[client])
         row = request.clients.index(client)
+        device = device_of(self.network)
         task = LocalTask(
             network=self.network,
             data=data.train,
             active=request.active[row].tolist(),
-            download=download,
+            download={name: t.to(device) for name, t in download.items()},
             budget=request.budget,
             rng=partial(rng_for, request.seed, request.server_round, client),
             private_rng=partial(store.private_rng, client),
             server_round=request.server_round,
             num_rounds=request.num_rounds,
-            initial=self.weights,
+            initial=OnDevice(self.weights, device),
+            augment=data.augment,
         )
         tensors = {**self.initial, **shared, **(store.load(client, version) or {})}
         self.put(task, self.method.receive(tensors, download, self.weights))
-        self.network.offset = self.method.offset(data.train, self.network.num_classes)
+        offset = self.method.offset(data.train, self.network.num_classes)
+        self.network.offset = None if offset is None else offset.to(device)
         return task
 
     def known_start(self, request: TrainRequest, client: int) -> dict[str, Tensor]:
@@ -185,9 +202,10 @@ class _Workplace:
         return {**start, **moved, **shared}
 
     def put(self, task: LocalTask, tensors: Mapping[str, Tensor]) -> None:
-        """Give a task these tensors: the network's into the network, the others beside it."""
+        """Give a task these tensors: the network's into the network, the others beside it, on its device."""
         self.network.load_state_dict({name: tensors[name] for name in self.weights})
-        task.state = {name: tensor for name, tensor in tensors.items() if name not in self.weights}
+        device = device_of(self.network)
+        task.state = {name: tensor.to(device) for name, tensor in tensors.items() if name not in self.weights}
 
     def take(self, task: LocalTask) -> dict[str, Tensor]:
         """The tensors of a task; the network's are its own, not copies."""
@@ -215,12 +233,21 @@ class _Workplace:
 
 
 class _Process:
-    """What a process builds once for a run: the network, and the data of its clients."""
+    """What a process builds once for a run: the network, on its device, and the data of its clients.
 
-    def __init__(self, network: EarlyExitNetwork) -> None:
+    Where the device cannot be had, ``trouble`` says why: the node then answers, and none of its clients takes part.
+    """
+
+    def __init__(self, network: EarlyExitNetwork, placement: Placement) -> None:
         self.network = network
+        self.placement = placement
         self.weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-        self.workplaces: dict[Any, _Workplace] = {}
+        self.trouble = ""
+        try:
+            placement.place(network)
+        except ValueError as error:
+            self.trouble = str(error)
+        self.workplaces: dict[Any, Workplace] = {}
         self.data: dict[int, ClientData] = {}
 
 
@@ -245,18 +272,24 @@ class _Node:
         """Answer the strategy's first question: who is here, with which network and how much data?"""
         seed, method, settings = _method_of(message, self.keys)
         work = self._workplace(context, seed, method, settings)
-        hosted = _hosted(context, message.content[self.keys.config].get("num-clients"))
+        here = _hosted(message, context, self.keys)
+        process = self._process(context, seed)
         clients, sizes, problems, macs = [], [], [], [0] * work.network.num_exits
-        for client in hosted:
+        for client in here:
             try:
-                data = self._data_of(client, context, seed, hosted)
-                problems += [f"client {client} {note}" for note in _check_data(data, work.network.num_classes)]
+                if process.trouble:
+                    raise ValueError(process.trouble)
+                data = self._data_of(client, context, seed, here)
+                problems += [f"client {client} {note}" for note in check_data(data, work.network.num_classes)]
+                for split in (data.train, data.calibration, data.test):
+                    work.network.check_inputs(split.x)
             except Exception as error:
                 logger.warning("client %d cannot serve: %s", client, error, exc_info=True)
                 problems.append(f"client {client} is left out: {error}")
                 continue
             if not any(macs):
-                macs = macs_per_exit(work.network, data.train.x[:1])
+                counted = copy.deepcopy(work.network) if process.placement.compile else work.network  # a copy is eager
+                macs = macs_per_exit(counted, data.train.x[:1].to(device_of(counted)))
             clients.append(client)
             sizes.append(len(data.train))
         info = NodeInfo(
@@ -272,6 +305,7 @@ class _Node:
             num_exits=work.network.num_exits,
             num_parameters=sum(t.numel() for t in work.network.state_dict().values()),
             macs=macs,
+            name=name_of(context.node_config),
         )
         return Message(info.to_content(self.keys), reply_to=message)
 
@@ -283,37 +317,44 @@ class _Node:
 
     def calibrate(self, message: Message, context: Context) -> Message:
         """A step of calibration (cafe_flwr.calibration_round) for the clients asked for."""
+        from cafe_flwr.calibration_node import NodeCalibration  # SciPy takes longer to import than a message to answer
+
         seed, method, settings = _method_of(message, self.keys)
         work = self._workplace(context, seed, method, settings)
-        hosted = _hosted(context, message.content[self.keys.config].get("num-clients"))
+        here = _hosted(message, context, self.keys)
         side = NodeCalibration(personal_folder(context, self.state_dir(context)), work.network)
-        return side.answer(message, self.keys, lambda c: self._data_of(c, context, seed, hosted).calibration)
+        return side.answer(message, self.keys, lambda c: self._data_of(c, context, seed, here).calibration)
 
     def train(self, message: Message, context: Context) -> Message:
         """Evaluate, train and evaluate again every client asked for; one reply for all."""
         work, request, store = self._read(message, context)
         schema = work.schemas["shared"]
         shared = schema.unpack(request.shared)
-        hosted = _hosted(context, message.content[self.keys.config].get("num-clients"))
+        here = _hosted(message, context, self.keys)
         reports: list[ClientReport] = []
         updates: list[NDArray[np.float32]] = []
         failures: dict[int, str] = {}
         for client in request.clients:
+            short_of_memory = False
             try:
-                data = self._data_of(client, context, request.seed, hosted)
-                report, update = _train_client(work, request, client, data, shared, store)
+                data = self._data_of(client, context, request.seed, here)
+                with store.locked(client):
+                    report, update = _train_client(work, request, client, data, shared, store)
                 reports.append(report)
                 updates.append(update)
             except Exception as error:
                 logger.warning("client %d failed in round %d", client, request.server_round, exc_info=True)
-                failures[client] = f"{type(error).__name__}: {error}"
+                failures[client] = reason_of(error, device_of(work.network))
+                short_of_memory |= is_out_of_memory(error)
+            if short_of_memory:  # here, where the error no longer holds on to what it was about
+                free_memory(work.network)
         if len(updates) == 1:
             total: NDArray[Any] = updates[0]
         else:
             total = np.zeros(schema.size)
             for report, update in zip(reports, updates, strict=True):
                 total += weighted(update, report.num_examples)
-        reply = TrainReply(request.server_round, request.digest, total, reports, failures, request.wire)
+        reply = TrainReply(request.server_round, request.digest, total, reports, failures, request.wire, store.notes)
         return Message(reply.to_content(self.keys, request.shared), reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
@@ -321,41 +362,43 @@ class _Node:
         work, request, store = self._read(message, context)
         shared = work.schemas["shared"].unpack(request.shared)
         config = message.content[self.keys.config]
-        hosted = _hosted(context, config.get("num-clients"))
+        here = _hosted(message, context, self.keys)
         reports: list[FinalReport] = []
         failures: dict[int, str] = {}
         for client, version in zip(request.clients, request.versions, strict=True):
             try:
-                data = self._data_of(client, context, request.seed, hosted)
-                task = work.begin(request, client, shared, version, store, data)
-                with seeded(int(task.rng("torch").integers(2**63))):
-                    if config.get("publish"):
-                        work.method.finish(task)
-                _check_finite(work.take(task))
-                with work.deployed(task) as network:
-                    report, temperatures = _final_report(client, network, data, task.steps)
-                    if config.get("publish"):
-                        facts = {
-                            "run": request.run,
-                            "round": request.server_round,
-                            "method": request.method,
-                            "digest": request.digest,
-                            "num_exits": network.num_exits,
-                            "num_classes": network.num_classes,
-                            "personal": network.personal_names(),
-                            "accuracy_per_exit": report.exits.accuracy,
-                            "temperatures": temperatures,
-                        }
-                        store.publish(client, _with_offset(network), facts)
+                data = self._data_of(client, context, request.seed, here)
+                with store.locked(client):
+                    task = work.begin(request, client, shared, version, store, data)
+                    with seeded(int(task.rng("torch").integers(2**63))):
+                        if config.get("publish"):
+                            work.method.finish(task)
+                    _check_finite(work.take(task))
+                    with work.deployed(task) as network:
+                        report, temperatures = final_report(client, network, data, task.steps)
+                        if config.get("publish"):
+                            facts = {
+                                "run": request.run,
+                                "round": request.server_round,
+                                "method": request.method,
+                                "digest": request.digest,
+                                "seed": request.seed,
+                                **facts_of(network, data, report, temperatures),
+                                "context": {
+                                    "run_config": dict(context.run_config),
+                                    "node_config": dict(context.node_config),
+                                },
+                            }
+                            store.publish(client, with_offset(network), facts)
                 reports.append(report if request.privacy.report_metrics else report.withheld())
             except Exception as error:
                 logger.warning("client %d could not be evaluated", client, exc_info=True)
-                failures[client] = f"{type(error).__name__}: {error}"
-        return Message(EvaluationReply(reports, failures).to_content(self.keys), reply_to=message)
+                failures[client] = reason_of(error, device_of(work.network))
+        return Message(EvaluationReply(reports, failures, store.notes).to_content(self.keys), reply_to=message)
 
     # --- what lives as long as the process ---
 
-    def _read(self, message: Message, context: Context) -> tuple[_Workplace, TrainRequest, PersonalStore]:
+    def _read(self, message: Message, context: Context) -> tuple[Workplace, TrainRequest, PersonalStore]:
         work = self._workplace(context, *_method_of(message, self.keys))
         sizes = {f"{kind}_size": work.schemas[kind].size for kind in ("shared", "download")}
         request = TrainRequest.from_message(message, self.keys, **sizes)
@@ -364,30 +407,34 @@ class _Node:
                 f"the server's network has fingerprint {request.digest}, this node's {work.digest}: "
                 "network, number of classes and method must be the same on both"
             )
+        if trouble := self._process(context, request.seed).trouble:
+            raise ValueError(trouble)
         request = replace(request, privacy=stricter(request.privacy, context.node_config))
-        return work, request, PersonalStore(personal_folder(context, self.state_dir(context)), request.run)
+        folder = personal_folder(context, self.state_dir(context))
+        return work, request, PersonalStore(folder, request.run, message.metadata.created_at)
 
     def _process(self, context: Context, seed: int) -> _Process:
         key = (self.token, seed, *sorted(context.run_config.items()))
         if key not in _PROCESSES:
             with seeded(seed):
-                process = _Process(self.build_network(context))
+                placement = Placement.of(context.run_config, context.node_config)
+                process = _Process(self.build_network(context), placement)
             _PROCESSES.clear()
             _PROCESSES[key] = process
         return _PROCESSES[key]
 
-    def _workplace(self, context: Context, seed: int, method: str, settings: Mapping[str, Any]) -> _Workplace:
+    def _workplace(self, context: Context, seed: int, method: str, settings: Mapping[str, Any]) -> Workplace:
         process = self._process(context, seed)
         key = (method, *sorted(settings.items()))
         if key not in process.workplaces:
             if method not in METHODS:
                 raise ValueError(f"this node knows no method {method!r}, only {', '.join(METHODS)}")
-            process.workplaces[key] = _Workplace(process.network, METHODS[method](**settings), process.weights)
+            process.workplaces[key] = Workplace(process.network, METHODS[method](**settings), process.weights)
         return process.workplaces[key]
 
-    def _data_of(self, client: int, context: Context, seed: int, hosted: Sequence[int]) -> ClientData:
-        if client not in hosted:
-            raise ValueError(f"this node does not host client {client}, only {', '.join(map(str, hosted)) or 'none'}")
+    def _data_of(self, client: int, context: Context, seed: int, here: Sequence[int]) -> ClientData:
+        if client not in here:
+            raise ValueError(f"this node does not host client {client}, only {', '.join(map(str, here)) or 'none'}")
         data = self._process(context, seed).data
         if client not in data:
             with seeded(int(rng_for(seed, 0, client, "data").integers(2**63))):
@@ -414,37 +461,31 @@ def _method_of(message: Message, keys: Keys) -> tuple[int, str, dict[str, Any]]:
     return int(config["seed"]), str(config["method"]), prefixed(config, "method.")
 
 
-def _hosted(context: Context, num_clients: Any) -> list[int]:
-    """Clients this node hosts: named in its node-config, or by its place in a simulation."""
-    node = context.node_config
-    if "clients" in node:
-        try:
-            return sorted({int(c) for c in str(node["clients"]).split(",")})
-        except ValueError:
-            raise ValueError(
-                f"node-config clients must be numbers like '3' or '3,7', got {node['clients']!r}"
-            ) from None
-    if "partition-id" not in node:
-        raise ValueError("this node's node-config names no clients: give clients=<number> or partition-id=<number>")
-    partition = int(node["partition-id"])
-    if num_clients is None:
-        return [partition]
-    return hosted_clients(partition, int(node.get("num-partitions", num_clients)), int(num_clients))
+def _hosted(message: Message, context: Context, keys: Keys) -> list[int]:
+    """Clients this node hosts; in a simulation the message says how many there are."""
+    num_clients: Any = message.content[keys.config].get("num-clients")
+    return hosted(context.node_config, None if num_clients is None else int(num_clients))
 
 
-def _check_data(data: ClientData, num_classes: int) -> list[str]:
+def check_data(data: ClientData, num_classes: int) -> list[str]:
     """What is unusual about a client's data, in words; ValueError if it cannot take part."""
     if not len(data.train):
         raise ValueError("its training split is empty")
     for name in ("train", "calibration", "test"):
-        y = getattr(data, name).y
+        x, y = getattr(data, name)[:2]
+        if y.dim() != 1 or len(x) != len(y):
+            raise ValueError(
+                f"its {name} split has inputs of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}: every "
+                "input needs one label"
+            )
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
             raise ValueError(
                 f"its {name} split has labels {int(y.min())}..{int(y.max())}, expected 0..{num_classes - 1}"
             )
-    if data.train.x.dtype != torch.float32 or data.train.y.dtype != torch.int64:
+    if data.train.x.dtype not in (torch.float32, torch.uint8, torch.int64) or data.train.y.dtype != torch.int64:
         raise ValueError(
-            f"its inputs must be float32 and its labels int64, got {data.train.x.dtype} and {data.train.y.dtype}"
+            "its inputs must be float32 (pixels of images: uint8; tokens of texts: int64) and its labels int64, got "
+            f"{data.train.x.dtype} and {data.train.y.dtype}"
         )
     notes = []
     if len(data.train.y.unique()) == 1:
@@ -455,7 +496,7 @@ def _check_data(data: ClientData, num_classes: int) -> list[str]:
 
 
 def _train_client(
-    work: _Workplace,
+    work: Workplace,
     request: TrainRequest,
     client: int,
     data: ClientData,
@@ -467,6 +508,7 @@ def _train_client(
     Returns the report and the client's shared part, flat.
     """
     version = request.versions[request.clients.index(client)]
+    store.check_current(client, request.server_round)
     task = work.begin(request, client, shared, version, store, data)
     start = time.perf_counter()
     tells = request.privacy.report_metrics
@@ -479,7 +521,7 @@ def _train_client(
     done = time.perf_counter()
     tensors = work.take(task)
     _check_finite(tensors)
-    personal = {name: tensors[name] for name in work.schemas["personal"].names}
+    personal = {name: tensors[name].cpu() for name in work.schemas["personal"].names}
     sent = _released(work, request, client, tensors, store)
     store.save(client, request.server_round, personal, base=version, resumable_from=request.resumable_from)
     report = ClientReport(
@@ -499,7 +541,7 @@ def _train_client(
 
 
 def _released(
-    work: _Workplace, request: TrainRequest, client: int, tensors: Mapping[str, Tensor], store: PersonalStore
+    work: Workplace, request: TrainRequest, client: int, tensors: Mapping[str, Tensor], store: PersonalStore
 ) -> dict[str, NDArray[np.float32]]:
     """The client's shared part and its upload, flat, as they leave it: clipped and noised if the request says so."""
     flat = {kind: work.schemas[kind].pack(tensors) for kind in ("shared", "upload")}
@@ -527,23 +569,38 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
         raise ValueError(f"training ended with NaN or infinite values in {', '.join(broken[:3])}: lower learning-rate")
 
 
-def _with_offset(network: EarlyExitNetwork) -> dict[str, Tensor]:
-    """The network's tensors, with what is added to its logits put into the biases of the classifiers."""
-    tensors = snapshot(network)
+def with_offset(network: EarlyExitNetwork) -> dict[str, Tensor]:
+    """The network's tensors, on the CPU, with what is added to its logits in the biases of the classifiers."""
+    tensors = {name: tensor.cpu() for name, tensor in snapshot(network).items()}
     if network.offset is not None:
         for k in range(network.num_exits):
-            tensors[network.head_names(k)[1]] += network.offset
+            tensors[network.head_names(k)[1]] += network.offset.cpu()
     return tensors
 
 
-def _evaluate(work: _Workplace, task: LocalTask, data: ClientData, wanted: bool) -> ExitMetrics:
+def _evaluate(work: Workplace, task: LocalTask, data: ClientData, wanted: bool) -> ExitMetrics:
     if not wanted:
         return ExitMetrics.unknown(work.network.num_exits)
     with work.deployed(task) as network:
         return evaluate(network, data.test)
 
 
-def _final_report(
+def facts_of(
+    network: EarlyExitNetwork, data: ClientData, report: FinalReport, temperatures: Sequence[float]
+) -> dict[str, Any]:
+    """What is told of a published network beside it: what it takes and gives, and how good it is."""
+    return {
+        "num_exits": network.num_exits,
+        "num_classes": network.num_classes,
+        "input_shape": list(data.train.x.shape[1:]),
+        "personal": network.personal_names(),
+        "fingerprint": fingerprint_of(with_offset(network)),
+        "accuracy_per_exit": report.exits.accuracy,
+        "temperatures": list(temperatures),
+    }
+
+
+def final_report(
     client: int, network: EarlyExitNetwork, data: ClientData, local_steps: int
 ) -> tuple[FinalReport, list[float]]:
     """Evaluation of a personal network, and the temperature of each exit, fitted on the calibration split."""
@@ -552,7 +609,7 @@ def _final_report(
     scale = torch.tensor(temperatures)[:, None, None]
     adapted = ExitMetrics.unknown(network.num_exits)
     if network.offset is not None:
-        adapted = exit_metrics(adapt_to_label_shift(test, scale, network.offset), data.test.y)
+        adapted = exit_metrics(adapt_to_label_shift(test, scale, network.offset.cpu()), data.test.y)
     report = FinalReport(
         client=client,
         train_examples=len(data.train),

@@ -202,6 +202,7 @@ class Lesson:
         self, x: Tensor, y: Tensor, logits: Sequence[Tensor], exits: Sequence[int], shift: Tensor | None
     ) -> Tensor:
         own, network = self.objective, self.network
+        x = network.inputs(x)  # an attack changes numbers, not pixels
 
         def attacked(x: Tensor) -> list[Tensor]:
             return logits_at(network, x, exits, shift)

@@ -7,15 +7,20 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
+from cafe_flwr import digits
 from cafe_flwr.data import ClientData
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.state import STATE_VERSION
+
+_EMBEDDED_PIXELS = (0.3, 0.4)  # as cafe_flwr.digits renders them
+_LOCAL_PIXELS = (0.5, 0.5)  # as cafe_flwr.local_data reads them
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,31 @@ def clients_of(folder: Path) -> list[int]:
     return sorted(int(name) for name in found if name.isdigit())
 
 
+def read_facts(folder: Path, client: int) -> dict[str, Any]:
+    """Contents of ``client-<partition>.json``: what is known of a client's personal network.
+
+    Raises
+    ------
+    ValueError
+        If the client has no personal network there, or the file is damaged or of another client.
+    """
+    weights, facts_file = (folder / f"client-{client}.{kind}" for kind in ("safetensors", "json"))
+    for path in (weights, facts_file):
+        if not path.is_file():
+            known = ", ".join(map(str, clients_of(folder))) or "none"
+            raise ValueError(f"{path} is not there: {folder} holds the personal networks of clients {known}")
+    try:
+        facts = json.loads(facts_file.read_text())
+        version, owner = facts.get("state-version"), facts.get("client")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"the personal network of client {client} in {folder} is damaged: {error}") from None
+    if version != STATE_VERSION or owner != client:
+        raise ValueError(
+            f"{facts_file} is of client {owner} in format {version}, expected client {client} in format {STATE_VERSION}"
+        )
+    return dict(facts)
+
+
 def read_personal(folder: Path, client: int, network: EarlyExitNetwork) -> Personal:
     """Load a client's personal weights into a network of the same architecture.
 
@@ -63,30 +93,68 @@ def read_personal(folder: Path, client: int, network: EarlyExitNetwork) -> Perso
     Raises
     ------
     ValueError
-        If there is no such client, a file is damaged, or the weights are those of another network.
+        If there is no such client, a file is damaged, or the weights are those of another network or client.
     """
-    weights, facts_file = (folder / f"client-{client}.{kind}" for kind in ("safetensors", "json"))
-    for path in (weights, facts_file):
-        if not path.is_file():
-            known = ", ".join(map(str, clients_of(folder))) or "none"
-            raise ValueError(f"{path} is not there: {folder} holds the personal networks of clients {known}")
+    facts, weights = read_facts(folder, client), folder / f"client-{client}.safetensors"
     try:
-        facts = json.loads(facts_file.read_text())
         tensors = load_file(weights)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"the personal network of client {client} in {folder} is damaged: {error}") from None
-    if facts.get("state-version") != STATE_VERSION or facts.get("client") != client:
-        raise ValueError(
-            f"{facts_file} is of client {facts.get('client')} in format {facts.get('state-version')}, expected client "
-            f"{client} in format {STATE_VERSION}"
-        )
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{weights} holds the weights of another network: {error}") from None
+    published = facts.get("fingerprint")  # files of earlier versions have none
+    if published is not None and published != fingerprint_of(tensors):
+        raise ValueError(
+            f"{weights} is damaged, or not the file that client {client} published: its fingerprint is "
+            f"{fingerprint_of(tensors)}, that in client-{client}.json is {published}. Bring both files back together"
+        )
     network.offset = None  # it is in the biases of a published network
     network.eval()
     return Personal(client, network, facts)
+
+
+class PersonalNetworks(Protocol):
+    """Personal networks with the data of their clients: of a finished run, or one client's on its own node."""
+
+    @property
+    def name(self) -> str:
+        """What they are called in tables."""
+
+    @property
+    def networks(self) -> Path:
+        """Folder of ``client-<partition>.safetensors`` and thresholds."""
+
+    @property
+    def clients(self) -> list[int]:
+        """Clients that have a personal network."""
+
+    @property
+    def run_config(self) -> Mapping[str, Any]:
+        """Settings of the run, in kebab-case."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels."""
+
+    @property
+    def pixels(self) -> tuple[float, float] | None:
+        """Mean and standard deviation that images in 0..1 were normalised by; None if that is not known."""
+
+    def personal(self, client: int) -> Personal:
+        """A client's personal network."""
+
+    def data(self, client: int) -> ClientData:
+        """The client's data, as in the run."""
+
+    def output(self, name: str) -> Path:
+        """Where a file goes that is made from the networks."""
+
+
+def pixels_of(dataset: str) -> tuple[float, float]:
+    """Mean and standard deviation of pixels, as the embedded sets are rendered or local images are read."""
+    return _EMBEDDED_PIXELS if dataset in digits.NUM_CLASSES else _LOCAL_PIXELS
 
 
 @dataclass(frozen=True)
@@ -100,21 +168,24 @@ class FinishedRun:
             raise ValueError(f"{self.folder} is no results folder of a run: it has no settings.json")
 
     @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.folder.name
+
+    @property
+    def networks(self) -> Path:
+        """Folder of the personal networks."""
+        return self.folder / "personal"
+
+    @property
     def clients(self) -> list[int]:
         """Clients that have a personal network."""
-        return clients_of(self.folder / "personal")
+        return clients_of(self.networks)
 
-    def personal(self, client: int) -> Personal:
-        """A client's personal network."""
-        from cafe_flwr.federation import build_network
-
-        return read_personal(self.folder / "personal", client, build_network(self._settings))
-
-    def data(self, client: int) -> ClientData:
-        """The client's data, as in the run."""
-        from cafe_flwr.federation import federation
-
-        return federation(self._settings).load(client)
+    @property
+    def run_config(self) -> Mapping[str, Any]:
+        """Settings of the run, in kebab-case."""
+        return dict(json.loads((self.folder / "settings.json").read_text()))
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -124,10 +195,31 @@ class FinishedRun:
         return federation(self._settings).class_names
 
     @property
+    def pixels(self) -> tuple[float, float]:
+        """Mean and standard deviation that images were normalised by."""
+        return pixels_of(self.run_config.get("dataset", ""))
+
+    def personal(self, client: int) -> Personal:
+        """A client's personal network."""
+        from cafe_flwr.federation import build_network
+
+        return read_personal(self.networks, client, build_network(self._settings))
+
+    def data(self, client: int) -> ClientData:
+        """The client's data, as in the run."""
+        from cafe_flwr.federation import federation
+
+        return federation(self._settings).load(client)
+
+    def output(self, name: str) -> Path:
+        """In the results folder."""
+        return self.folder / name
+
+    @property
     def _settings(self) -> Any:
         from cafe_flwr.settings import Settings
 
-        return Settings.from_run_config(json.loads((self.folder / "settings.json").read_text()))
+        return Settings.from_run_config(self.run_config)
 
 
 def fingerprint(network: EarlyExitNetwork) -> str:
@@ -142,8 +234,13 @@ def fingerprint(network: EarlyExitNetwork) -> str:
     >>> fingerprint(network) == before
     False
     """
+    return fingerprint_of(network.state_dict())
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """The fingerprint of the network that has these tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         plain = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(plain.shape)} {plain.dtype};".encode())
         digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())

@@ -122,15 +122,18 @@ def _image_names(path: Path) -> list[str]:
     return names
 
 
-def _read_images(path: Path, names: Sequence[str], model: ExitedModel) -> NDArray[np.float32]:
-    """Images as the network wants them, (B, C, H, W)."""
-    pixels = model.manifest.get("pixels")
-    if pixels is None or len(model.input_shape) != 3:
+def _read_images(path: Path, names: Sequence[str], model: ExitedModel) -> NDArray[Any]:
+    """Images as the network wants them, (B, C, H, W): pixels, or normalised."""
+    takes_pixels = model.manifest["input"]["dtype"] == "uint8"
+    pixels: dict[str, float] | None = model.manifest.get("pixels")
+    if (pixels is None and not takes_pixels) or len(model.input_shape) != 3:
         raise ValueError(
             "this export does not say how pixels become its inputs: give a .npy file, or export with pixels=(mean, std)"
         )
     home = path if path.is_dir() else path.parent
     images = np.stack([_read_image(home / name, model.input_shape) for name in names])
+    if takes_pixels or pixels is None:
+        return np.rint((images + 1) * 127.5).astype(np.uint8)
     return (images - np.float32(2 * pixels["mean"] - 1)) / np.float32(2 * pixels["std"])
 
 

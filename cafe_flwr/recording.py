@@ -25,7 +25,9 @@ from cafe_flwr.summary import mean, mean_rows, summarise
 COLUMNS = ("round", "client", "phase", "exit", "accuracy", "loss", "ece", "examples")
 
 # Settings that may differ when a run is resumed: they do not change its numbers.
-_FREE_ON_RESUME = {"resume", "results-dir", "state-dir", "wait-seconds", "round-timeout", "min-available-nodes"}
+_FREE_ON_RESUME = {
+    *("resume", "results-dir", "state-dir", "wait-seconds", "round-timeout", "round-retries", "min-available-nodes"),
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ class RoundRecord:
         ``total`` (wall clock), ``train`` and ``evaluate`` (sums over clients), ``server`` and ``other``.
     suspicious
         Clients whose influence on others was bounded, with the reason.
+    failed_tries
+        Tries of this round before the one that counts, each with the clients left out and the reasons.
+    notes
+        What nodes said of their clients' state, in words.
+    names
+        Names of the participants' nodes, where they have one.
     """
 
     server_round: int
@@ -88,6 +96,9 @@ class RoundRecord:
     bytes_up: int
     seconds: Mapping[str, float]
     suspicious: Mapping[int, str] = field(default_factory=dict)
+    failed_tries: Sequence[Mapping[int, str]] = ()
+    notes: Mapping[int, str] = field(default_factory=dict)
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def accuracy_per_exit(self, phase: str = "before") -> list[float]:
         """Mean over clients, (m,), before or after local training."""
@@ -107,6 +118,7 @@ class RoundRecord:
         """The round in one line, for the terminal."""
         width = len(str(self.num_rounds))
         left_out = f" ({len(self.left_out)} left out)" if self.left_out else ""
+        left_out += f" (try {len(self.failed_tries) + 1})" if self.failed_tries else ""
         before, after = (" ".join(f"{a:.3f}" for a in self.accuracy_per_exit(p)) for p in PHASES)
         accuracy = f"accuracy {before} → {after} · " if self.evaluated else ""
         return (
@@ -122,8 +134,11 @@ class RoundRecord:
             "round": self.server_round,
             "num_rounds": self.num_rounds,
             "participants": list(self.participants),
-            "left_out": {str(client): reason for client, reason in sorted(self.left_out.items())},
-            "suspicious": {str(client): reason for client, reason in sorted(self.suspicious.items())},
+            "left_out": _by_client(self.left_out),
+            "failed_tries": [_by_client(reasons) for reasons in self.failed_tries],
+            "suspicious": _by_client(self.suspicious),
+            "notes": _by_client(self.notes),
+            "names": _by_client(self.names),
             "active_exits": self.active_exits,
             "accuracy_per_exit": self.accuracy_per_exit("before"),
             "accuracy_per_exit_after": self.accuracy_per_exit("after"),
@@ -333,6 +348,11 @@ class Recorder:
             csv.writer(file, lineterminator="\n").writerows(rows)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _by_client(words: Mapping[int, str]) -> dict[str, str]:
+    """Words about clients, as JSON has them."""
+    return {str(client): text for client, text in sorted(words.items())}
 
 
 def _is_before(row: str, server_round: int) -> bool:

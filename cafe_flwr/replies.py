@@ -16,6 +16,9 @@ class _Reply(Protocol):
     @property
     def failures(self) -> Mapping[int, str]: ...
 
+    @property
+    def notes(self) -> Mapping[int, str]: ...
+
 
 R = TypeVar("R", bound=_Reply)
 
@@ -79,6 +82,17 @@ def sort_out(
         on_node(one.node, True)
         left_out |= dict.fromkeys(one.clients, "no reply from its node in time")
     return sorted(good, key=lambda reply: reply.reports[0].client), left_out
+
+
+def notes_in(replies: Iterable[_Reply]) -> dict[int, str]:
+    """What nodes noted about clients that they report, in the order of the clients."""
+    found = {
+        report.client: reply.notes[report.client]
+        for reply in replies
+        for report in reply.reports
+        if report.client in reply.notes
+    }
+    return dict(sorted(found.items()))
 
 
 def last_line(reason: str | None) -> str:

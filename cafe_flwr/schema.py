@@ -85,8 +85,7 @@ class Schema:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}")
         if not self.entries:
             return np.zeros(0, dtype=np.float32)
-        flat = torch.cat([tensors[name].detach().reshape(-1).to(torch.float32) for name in self.names])
-        return flat.cpu().numpy()
+        return torch.cat([tensors[name].detach().reshape(-1).to("cpu", torch.float32) for name in self.names]).numpy()
 
     def unpack(self, flat: NDArray[np.floating]) -> dict[str, Tensor]:
         """The named tensors (float32) of a flat array.

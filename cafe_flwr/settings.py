@@ -11,10 +11,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.alias_generators import to_snake
 
+from cafe_flwr import digits
 from cafe_flwr.bounds import Bounds
+from cafe_flwr.devices import DEVICE_PATTERN
+from cafe_flwr.hub import names_of_sets
 from cafe_flwr.methods import METHODS, Method
 from cafe_flwr.objectives import READS
 from cafe_flwr.privacy import Privacy
+from cafe_flwr.training import LocalBudget
+
+IMAGE_SETS = (*digits.NUM_CLASSES, *names_of_sets(texts=False))
+TEXT_SETS = ("docstrings", *names_of_sets(texts=True))
 
 
 def kebab(name: str) -> str:
@@ -107,7 +114,8 @@ class Settings(_MethodSettings):
     fraction_train: float = Field(1.0, gt=0, le=1)
     """Share of the clients that train in a round."""
     min_train_nodes: int = Field(1, ge=1)
-    """At least so many clients train in a round, whatever fraction-train says."""
+    """At least so many clients train in a round, whatever fraction-train says; a round in which fewer replied well does
+    not count."""
     min_available_nodes: int = Field(1, ge=1)
     """Wait for at least so many nodes before the first round."""
     evaluate_every: int = Field(1, ge=1)
@@ -116,6 +124,8 @@ class Settings(_MethodSettings):
     """How long to wait, before the first round, for the nodes that host the missing clients."""
     round_timeout: float = Field(600.0, gt=0)
     """Seconds after which a round goes on without the replies that are missing."""
+    round_retries: int = Field(1, ge=0)
+    """A round with fewer than min-train-nodes good replies is repeated so many times, then the run stops."""
 
     # What is sent, and what is believed
     wire_dtype: Literal["float32", "float16"] = "float32"
@@ -136,8 +146,21 @@ class Settings(_MethodSettings):
     """Clients report accuracies, losses and similarities, which get no noise."""
 
     # The data
-    dataset: str = Field("digit-pairs", pattern=r"^(digits|digit-pairs|local:.+)$")
-    """'digit-pairs', 'digits', or 'local:<path>' of a parquet file or image folder on every node."""
+    dataset: str = Field("digit-pairs", pattern=rf"^({'|'.join((*IMAGE_SETS, *TEXT_SETS))}|local|local:.+)$")
+    """'digit-pairs', 'digits', 'docstrings'; 'cifar10', 'cifar100', 'tiny-imagenet', 'ag-news', of the hub or of
+    data-dir; 'local': every client's own data, in the data-dir of its node's node-config; 'local:<path>': a parquet
+    file or image folder, the same for all, dealt out (simulation only)."""
+    data_dir: str = ""
+    """Folder with a copy of the hub's set in <data-dir>/<dataset>; empty: the hub. A node's own node-config 'data-dir'
+    comes first."""
+    augmentation: Literal["usual", "none"] = "usual"
+    """Images of the hub's sets are cropped at random and mirrored in training."""
+    max_tokens: int = Field(64, ge=1)
+    """Texts: words that are kept."""
+    vocabulary: int = Field(8192, ge=2)
+    """Texts: number of different tokens, to which words are hashed; 0 is padding."""
+    long_texts: Literal["cut", "refuse"] = "cut"
+    """Texts of more words than max-tokens are cut, or an error."""
     partition: Literal["dirichlet", "pathological"] = "dirichlet"
     """How labels are dealt out: Dirichlet shares of every class, or a fixed number of classes per client."""
     dirichlet_alpha: float = Field(0.1, gt=0)
@@ -164,6 +187,10 @@ class Settings(_MethodSettings):
     """Local data: column of the images."""
     label_column: str = Field("label", min_length=1)
     """Local data: column of the labels."""
+    image_channels: Literal[0, 1, 3] = 0
+    """'local' data: make all images grey (1) or coloured (3); must be set there."""
+    class_names: str = ""
+    """'local' data: names of the federation's classes, separated by commas, in the order of their labels."""
 
     # Calibration (mode = "calibrate")
     risk: float = Field(0.05, gt=0, lt=1)
@@ -174,10 +201,25 @@ class Settings(_MethodSettings):
     """Clients that are certified by themselves shall all be right at once."""
 
     # The network
-    network: Literal["conv"] = "conv"
-    """'conv': three convolutional blocks with group norm, an exit after each."""
+    network: Literal["conv", "resnet18", "transformer"] = "conv"
+    """'conv': convolutional blocks; 'resnet18': four stages of residual blocks; both for images. 'transformer': blocks
+    of attention, for texts. An exit after each block or stage."""
     feature_width: int = Field(24, ge=1)
     """Width of the features that enter the classifier of every exit."""
+    network_width: int = Field(0, ge=0)
+    """Channels of the first block (conv) or stage (resnet18), or of the embeddings (transformer); 0: 8, 64 or 128."""
+    network_depth: int = Field(0, ge=0)
+    """Blocks, and exits; 0: 3 (conv) or 4. resnet18 has 4."""
+    norm: Literal["group", "batch", "layer"] = "group"
+    """Of groups of channels of an example, of a batch, or of a token ('layer': transformer only)."""
+    statistics: Literal["average", "personal", "drop"] = "average"
+    """Running statistics of batch norms: averaged as weights are, kept on the client, or none (docs/networks.md)."""
+    stem_stride: Literal[1, 2] = 1
+    """Of resnet18's first convolution; 2 for 64×64 images at the cost of 32×32."""
+    attention_heads: int = Field(4, ge=1)
+    """Of the transformer; they divide its width."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    """Of the transformer."""
 
     # Local training
     local_steps: int = Field(6, ge=1)
@@ -196,6 +238,19 @@ class Settings(_MethodSettings):
     """Of the optimiser."""
     max_grad_norm: float = Field(0.0, ge=0)
     """Scale gradients down to this norm; 0: leave them."""
+
+    # Where it computes (docs/devices.md)
+    device: str = Field("auto", pattern=DEVICE_PATTERN)
+    """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', … or 'mps'. A node's own node-config 'device' comes
+    first."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of matrix products and convolutions (autocast); weights, losses and all that is sent or kept are float32."""
+    channels_last: bool = False
+    """Keep the weights of convolutions as (out, height, width, in): faster on GPUs with tensor cores."""
+    compile: bool = False
+    """Compile stages and exits by torch.compile: the first steps take longer, the others less."""
+    clients_per_gpu: int = Field(1, ge=1, le=100)
+    """Clients that train at a time on one GPU, in a simulation started by cafe-flwr run; without a GPU: no meaning."""
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Any]) -> Settings:
@@ -244,11 +299,13 @@ class Settings(_MethodSettings):
                 f"local-steps = {self.local_steps} cannot be shared by the {method.phases} things that {self.method} "
                 "trains in a round: raise it, or set equal-steps = false"
             )
+        self._check_network()
         self.build_bounds()
         self.build_privacy()
+        self._check_own_data()
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"momentum = {self.momentum} is of sgd: set it to 0, or optimizer = 'sgd'")
-        for key in ("results_dir", "state_dir", "dataset"):
+        for key in ("results_dir", "state_dir", "data_dir", "dataset"):
             path = getattr(self, key)
             if key == "dataset":
                 path = path.partition(":")[2]
@@ -259,10 +316,70 @@ class Settings(_MethodSettings):
                 )
         return self
 
+    def _check_network(self) -> None:
+        """What the settings alone say against the network; the data's shape comes later."""
+        takes, holds = "texts" if self.network == "transformer" else "images", "images"
+        if self.dataset in TEXT_SETS:
+            holds = "texts"
+        if takes != holds:
+            fitting = "'transformer'" if holds == "texts" else "'conv' or 'resnet18'"
+            raise ValueError(
+                f"network = {self.network!r} takes {takes}, and {self.dataset!r} holds {holds}: set network to "
+                f"{fitting}"
+            )
+        if self.build_method().objective == "neo-kd" and takes == "texts":
+            raise ValueError("objective = 'neo-kd' changes inputs a little, and tokens cannot be: choose another one")
+        if self.norm == "layer" and self.network != "transformer":
+            raise ValueError(f"norm = 'layer' is of the transformer: {self.network!r} takes 'group' or 'batch'")
+        if self.statistics != "average" and self.norm != "batch":
+            raise ValueError(
+                f"statistics = {self.statistics!r} is about batch norms, and norm = {self.norm!r} keeps none: set "
+                "norm to 'batch', or statistics to 'average'"
+            )
+        if self.network == "resnet18" and self.network_depth not in (0, 4):
+            raise ValueError(f"resnet18 has 4 stages, got network-depth = {self.network_depth}: set it to 0")
+        if self.stem_stride != 1 and self.network != "resnet18":
+            raise ValueError(f"stem-stride = {self.stem_stride} is of resnet18: set it to 1 for {self.network!r}")
+
+    def _check_own_data(self) -> None:
+        """Where clients bring their own data, the run must say what it is to look like, and deals nothing out."""
+        if self.dataset != "local":
+            return
+        names = self.classes
+        if len(names) < 2 or len(set(names)) < len(names) or not all(names):
+            raise ValueError(
+                "dataset = 'local' needs class-names, at least two different ones separated by commas, "
+                f"got {self.class_names!r}"
+            )
+        if not self.image_size or not self.image_channels:
+            raise ValueError(
+                "dataset = 'local' needs image-size and image-channels (1 or 3): all clients' images must be alike, "
+                f"got {self.image_size} and {self.image_channels}"
+            )
+        for name, off in (("label_groups", 0), ("rotations", 1), ("test_shift", 0.0)):
+            if getattr(self, name) != off:
+                raise ValueError(
+                    f"{kebab(name)} changes data that is dealt out, and with dataset = 'local' it is the clients' own: "
+                    f"set it to {off}"
+                )
+
     def build_method(self) -> Method:
         """The method, with its own settings."""
         method = METHODS[self.method]
         return method(**{f.name: getattr(self, setting_key(method, f.name)) for f in fields(method)})
+
+    def build_budget(self) -> LocalBudget:
+        """How a client trains in one round."""
+        return LocalBudget(
+            batch_size=self.batch_size,
+            steps=self.local_steps,
+            epochs=self.local_epochs,
+            optimizer=self.optimizer,
+            learning_rate=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+        )
 
     def build_bounds(self) -> Bounds:
         """What is refused for its size."""
@@ -284,6 +401,11 @@ class Settings(_MethodSettings):
         read = READS[self.build_method().objective]
         others = {kebab(name) for names in READS.values() for name in names if name not in read}
         return sorted(changed & (keys_of_other_methods(self.method) | others))
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, where the run says them."""
+        return tuple(name.strip() for name in self.class_names.split(",")) if self.class_names else ()
 
     @property
     def run_name(self) -> str:

@@ -12,12 +12,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Context
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
@@ -25,6 +28,7 @@ from safetensors.numpy import save
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from cafe_flwr.locks import locked
 from cafe_flwr.log import logger
 from cafe_flwr.methods.base import ClientRecord, RoundPlan
 
@@ -42,8 +46,23 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno:  # of a write to a full disk, which does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the folder's list of names on disk; not every system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -71,7 +90,29 @@ def _versions(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+class Damaged(Exception):
+    """A file that is not whole, or not what was written."""
+
+
+class Late(RuntimeError):
+    """Work that the server no longer waits for."""
+
+
+def _checksum(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """CRC-32 of names and bytes: safetensors has none, and a flipped bit would pass for a weight."""
+    value = 0
+    for name in sorted(arrays):
+        value = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
+
+
+def _bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    """Tensors of any type as arrays of bytes."""
+    return {name: t.detach().contiguous().reshape(-1).view(torch.uint8).numpy() for name, t in tensors.items()}
+
+
 _SECRET_BYTES = 32
+_LOCK_SECONDS = 10.0  # how long a client waits for another process that works on its state
 
 
 def _only_for_me(path: str, flags: int) -> int:
@@ -87,7 +128,8 @@ class PersonalStore:
 
     The server says which version a client starts from: that of the last report it has of the client. A message that
     arrives twice therefore gives the same result twice, a reply that got lost counts as not given, and a run that is
-    resumed from an older checkpoint goes on from the older version.
+    resumed from an older checkpoint goes on from the older version. The work of a message that the server has given up,
+    and sent again or gone on without, is refused.
 
     Parameters
     ----------
@@ -95,42 +137,63 @@ class PersonalStore:
         Folder of the personal state, of any number of clients and runs.
     run
         Token of the run; state of other runs is neither read nor overwritten.
+    asked_at
+        When the server made the message that the store is opened for, in seconds of its clock.
+
+    Attributes
+    ----------
+    notes
+        What was unusual about a client's state, in words.
     """
 
-    def __init__(self, folder: Path, run: str) -> None:
+    def __init__(self, folder: Path, run: str, asked_at: float = 0.0) -> None:
         if not re.fullmatch(r"[0-9a-f]{8,64}", run):
             raise ValueError(f"run must be a hexadecimal token, got {run!r}")
         self.folder = folder
+        self.run = run
+        self.asked_at = asked_at
         self._versions = folder / "versions" / run
+        self.notes: dict[int, str] = {}
 
     def _of(self, client: int) -> Path:
         return self._versions / f"client-{client}"
 
+    @contextmanager
+    def locked(self, client: int) -> Iterator[None]:
+        """Inside, no other process works on the client's state of this run.
+
+        Raises
+        ------
+        InUse
+            If another still does after a while, with its process number: two nodes with one folder, or one that has
+            not finished what it was asked for earlier.
+        """
+        path = self.folder / "locks" / f"{self.run}-client-{client}.lock"
+        with locked(path, f"the state of client {client} in {self.folder}", _LOCK_SECONDS):
+            yield
+
     def load(self, client: int, version: int) -> dict[str, Tensor] | None:
         """Personal parameters after the given round; None for version 0, what a client starts from.
 
-        If the file is damaged, the newest whole one before it is used, with a warning.
+        If the file is damaged, the newest whole one before it is used, with a warning and a note.
 
         Raises
         ------
         ValueError
-            If there is no such version, or it belongs to another client.
+            If there is no such version, it belongs to another client, or all are damaged.
         """
         if version == 0:
             return None
-        if not _version_path(self._of(client), version).exists():
-            raise ValueError(
-                f"its personal state of round {version} is not in {self._of(client)}: bring the folder back, or set "
-                "state-dir to where it is"
-            )
-        for server_round, path in _versions(self._of(client)):
+        folder = self._of(client)
+        versions = _versions(folder)
+        if version not in dict(versions):
+            raise ValueError(self._missing(client, version, [r for r, _ in versions]))
+        for server_round, path in versions:
             if server_round > version:
                 continue
             try:
-                with safe_open(path, framework="pt") as file:
-                    facts = file.metadata() or {}
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
+                facts, tensors = _read_version(path)
+            except Damaged as error:
                 logger.warning(
                     "state of client %d, round %d, is damaged (%s): using an older", client, server_round, error
                 )
@@ -140,11 +203,62 @@ class PersonalStore:
                     f"{path} holds the state of client {facts.get('client')} in format {facts.get('state-version')}, "
                     f"expected client {client} in format {STATE_VERSION}: give every client its own state folder"
                 )
+            if server_round < version:
+                self.notes[client] = f"its state of round {version} is damaged, that of round {server_round} was used"
             return tensors
+        if len(versions) > 1:
+            raise ValueError(
+                f"its personal state of round {version}, and all before it, is damaged in {folder}: bring the folder "
+                "back from a copy"
+            )
+        self.notes[client] = f"its state of round {version}, the only one, is damaged: it started anew"
         return None
 
+    def _missing(self, client: int, version: int, rounds: list[int]) -> str:
+        """Why a version is not there, as far as can be told, and what to do."""
+        folder = self._of(client)
+        text = f"its personal state of round {version} is not in {folder}"
+        if not rounds:
+            others = sum((run / f"client-{client}").exists() for run in self._versions.parent.glob("*"))
+            found = f" (it has state of {others} other run(s))" if others else ""
+            return f"{text}{found}: bring the folder back, or set state-dir to where it is"
+        kept = ", ".join(map(str, sorted(rounds)))
+        if min(rounds) > version:
+            return (
+                f"{text}, which has rounds {kept}: the server was resumed from a checkpoint older than its last two; "
+                "bring the newer checkpoint back, or start a new run"
+            )
+        return (
+            f"{text}, which has rounds {kept}: the folder is an older copy; bring the newer one back, or set state-dir "
+            "to where it is"
+        )
+
+    def check_current(self, client: int, server_round: int) -> None:
+        """Refuse what the server has given up: it has asked for this round, or a later one, again since.
+
+        Without this the work of a slow process, or of a message that was long on its way, would take the place of what
+        the server has from this client.
+
+        Raises
+        ------
+        Late
+            If there is a version of this round or a later one, asked for later.
+        """
+        for number, path in _versions(self._of(client)):
+            if number >= server_round and _asked_at(path) > self.asked_at:
+                raise Late(
+                    f"too late: the server has asked for round {number} since it asked for this round {server_round}; "
+                    "the newer state stays"
+                )
+
     def save(
-        self, client: int, server_round: int, tensors: Mapping[str, Tensor], *, base: int, resumable_from: int
+        self,
+        client: int,
+        server_round: int,
+        tensors: Mapping[str, Tensor],
+        *,
+        base: int,
+        resumable_from: int,
     ) -> None:
         """Write the version of a round.
 
@@ -158,8 +272,20 @@ class PersonalStore:
             Version that training started from. Versions between it and this one were never acknowledged: they go.
         resumable_from
             Oldest round that the run may be resumed from; versions that are not needed for it go, too.
+
+        Raises
+        ------
+        Late
+            If the server has asked again since; nothing is written.
         """
-        facts = {"state-version": str(STATE_VERSION), "client": str(client), "round": str(server_round)}
+        self.check_current(client, server_round)
+        facts = {
+            "state-version": str(STATE_VERSION),
+            "client": str(client),
+            "round": str(server_round),
+            "asked-at": repr(self.asked_at),
+            "checksum": _checksum(_bytes_of(tensors)),
+        }
         content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, facts)
         write_atomically(_version_path(self._of(client), server_round), content)
         versions = _versions(self._of(client))
@@ -193,6 +319,28 @@ class PersonalStore:
         write_atomically(self.folder / f"client-{client}.safetensors", content)
         text = to_json({"state-version": STATE_VERSION, "client": client, **facts}, indent=2)
         write_atomically(self.folder / f"client-{client}.json", text)
+
+
+def _read_version(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Facts and tensors of a version; :class:`Damaged` if it is not as it was written."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Damaged(str(error)) from error
+    if "checksum" in facts and facts["checksum"] != _checksum(_bytes_of(tensors)):
+        raise Damaged("its checksum differs")
+    return facts, tensors
+
+
+def _asked_at(path: Path) -> float:
+    """When the server asked for a version, 0 if its file does not say."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return float((file.metadata() or {})["asked-at"])
+    except (SafetensorError, OSError, KeyError, ValueError):
+        return 0.0
 
 
 def personal_folder(context: Context, chosen: str = "") -> Path:
@@ -270,7 +418,8 @@ class Checkpoints:
         if records:
             arrays["uploads"] = np.stack([r.upload for r in records])
             arrays["similarity"] = np.stack([r.similarity for r in records])
-        write_atomically(_version_path(self.folder, state.round), save(arrays, {"facts": json.dumps(facts)}))
+        header = {"facts": json.dumps(facts), "checksum": _checksum(arrays)}
+        write_atomically(_version_path(self.folder, state.round), save(arrays, header))
         for _, path in _versions(self.folder)[2:]:
             path.unlink(missing_ok=True)
 
@@ -279,9 +428,12 @@ class Checkpoints:
         for server_round, path in _versions(self.folder):
             try:
                 with safe_open(path, framework="np") as file:
-                    facts = json.loads((file.metadata() or {})["facts"])
+                    header = file.metadata() or {}
+                    facts = json.loads(header["facts"])
                     arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError, KeyError, ValueError) as error:
+                if header.get("checksum", _checksum(arrays)) != _checksum(arrays):
+                    raise Damaged("its checksum differs")
+            except (SafetensorError, OSError, KeyError, ValueError, Damaged) as error:
                 logger.warning("checkpoint of round %d is damaged (%s), using the one before", server_round, error)
                 continue
             if facts["state-version"] != STATE_VERSION:

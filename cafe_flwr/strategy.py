@@ -42,12 +42,29 @@ from cafe_flwr.objectives import READS
 from cafe_flwr.participation import rng_for, sample_clients
 from cafe_flwr.privacy import Privacy, epsilon
 from cafe_flwr.recording import RoundCallback, RoundRecord, RunInfo
-from cafe_flwr.replies import Asked, sort_out
+from cafe_flwr.replies import Asked, notes_in, sort_out
 from cafe_flwr.settings import Settings, kebab
 from cafe_flwr.state import ServerState
 from cafe_flwr.training import LocalBudget, learning_rate_at
 
 DEFAULT_ROUNDS = 100
+
+
+class RoundFailed(RuntimeError):
+    """Too few clients replied well in a round; the server's state is as before it.
+
+    Attributes
+    ----------
+    participants
+        Clients that were asked.
+    left_out
+        Those that did not, with the reason.
+    """
+
+    def __init__(self, text: str, participants: Sequence[int], left_out: Mapping[int, str]) -> None:
+        super().__init__(text)
+        self.participants = participants
+        self.left_out = left_out
 
 
 @dataclass
@@ -58,6 +75,7 @@ class _Round:
     plan: RoundPlan = field(default_factory=lambda: RoundPlan(np.zeros((0, 0), dtype=bool)))
     reports: Sequence[ClientReport] = ()
     left_out: Mapping[int, str] = field(default_factory=dict)
+    notes: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def suspicious(self) -> Mapping[int, str]:
@@ -94,6 +112,9 @@ class FederatedStrategy(FedAvg):
         Clients evaluate before and after training in every so many rounds, and in the last one.
     round_timeout
         Seconds after which a round goes on without the replies that are missing.
+    round_retries
+        A round in which fewer than ``min_train_nodes`` clients replied well is repeated so many times with those of its
+        participants that are there, or come back within ``wait_seconds``; then the run stops.
     bounds
         How long a client's update may be before it is refused.
     privacy
@@ -117,6 +138,7 @@ class FederatedStrategy(FedAvg):
         evaluate_every: int = 1,
         wait_seconds: float = 120.0,
         round_timeout: float = 600.0,
+        round_retries: int = 1,
         bounds: Bounds | None = None,
         privacy: Privacy | None = None,
         wire: str = "float32",
@@ -137,6 +159,7 @@ class FederatedStrategy(FedAvg):
             "evaluate-every": evaluate_every,
             "wait-seconds": wait_seconds,
             "round-timeout": round_timeout,
+            "round-retries": round_retries,
         }
         checked |= {"num-server-rounds": num_rounds} if num_rounds is not None else {}
         checked |= {"num-clients": num_clients} if num_clients is not None else {}
@@ -158,6 +181,7 @@ class FederatedStrategy(FedAvg):
         self.evaluate_every = evaluate_every
         self.wait_seconds = wait_seconds
         self.round_timeout = round_timeout
+        self.round_retries = round_retries
         self.callbacks = tuple(callbacks)
         self.keys = Keys(self.arrayrecord_key, self.configrecord_key, self.weighted_by_key)
         question = {"protocol": PROTOCOL, "seed": seed, **method_config(method.name, settings_of(method))}
@@ -168,6 +192,7 @@ class FederatedStrategy(FedAvg):
         self._resume_from = resume_from
         self._asked: list[Asked] = []
         self._round = _Round()
+        self._failure: RoundFailed | None = None  # of the round under way, if it is repeated
         self._seconds: deque[float] = deque(maxlen=10)
 
     # --- Flower's strategy interface ---
@@ -202,17 +227,17 @@ class FederatedStrategy(FedAvg):
             return []
         self._connect(grid)
         state = self._state(arrays)
-        clients = sample_clients(
-            list(self.directory.hosts),
-            self.fraction_train,
-            self.min_train_nodes,
-            seed=self.seed,
-            server_round=server_round,
-        )
+        there = self._enough(grid, server_round)
+        clients = there
+        if self._failure is None:
+            clients = sample_clients(
+                there, self.fraction_train, self.min_train_nodes, seed=self.seed, server_round=server_round
+            )
         plan = self._plan(server_round, clients)
         self._round = _Round(clients, plan)
         for client, reason in self._round.suspicious.items():
-            logger.warning("Round %d: client %d teaches others next to nothing: %s", server_round, client, reason)
+            who = self.directory.label(client)
+            logger.warning("Round %d: %s teaches others next to nothing: %s", server_round, who, reason)
         state.plan = plan if plan.weights is not None else state.plan
         return self._messages(server_round, clients, plan, config, MessageType.TRAIN)
 
@@ -223,8 +248,8 @@ class FederatedStrategy(FedAvg):
 
         Raises
         ------
-        RuntimeError
-            If no client replied well, with all reasons.
+        RoundFailed
+            If fewer than ``min_train_nodes`` clients replied well, with all reasons.
         """
         if self.state is None or not self._round.clients:
             return None, None
@@ -232,12 +257,17 @@ class FederatedStrategy(FedAvg):
         good, left_out = self._read(server_round, replies, info)
         good = self._within_bounds(good, left_out)
         for client, reason in sorted(left_out.items()):
-            logger.warning("Round %d: client %d is left out: %s", server_round, client, reason)
+            logger.warning("Round %d: %s is left out: %s", server_round, self.directory.label(client), reason)
+        notes = notes_in(good)
+        for client, note in notes.items():
+            logger.warning("Round %d: %s: %s", server_round, self.directory.label(client), note)
         reports = sorted((r for reply in good for r in reply.reports), key=lambda report: report.client)
-        self._round.reports, self._round.left_out = reports, left_out
-        if not reports:
-            reasons = "\n  ".join(f"client {client}: {reason}" for client, reason in sorted(left_out.items()))
-            raise RuntimeError(f"round {server_round} failed for every client:\n  {reasons}")
+        self._round.reports, self._round.left_out, self._round.notes = reports, left_out, notes
+        if len(reports) < max(1, self._minimum):
+            few = f"has {len(reports)} of the {self._minimum} clients it needs (min-train-nodes)"
+            text = few if reports else "failed for every client"
+            reasons = "".join(f"\n  {self.directory.label(c)}: {reason}" for c, reason in sorted(left_out.items()))
+            raise RoundFailed(f"round {server_round} {text}:{reasons}", self._round.clients, left_out)
         # A node that reports several clients has weighted its sum already.
         sums = (weighted(r.shared, r.weight) if len(r.reports) == 1 else r.shared for r in good)
         self.state.shared = weighted_mean(sums, sum(reply.weight for reply in good))
@@ -317,7 +347,7 @@ class FederatedStrategy(FedAvg):
         Raises
         ------
         RuntimeError
-            If no client can take part, or all clients of a round fail.
+            If no client can take part, or too few clients of a round reply well, also when it is repeated.
         """
         started = time.perf_counter()
         if self._planned_rounds is None:
@@ -419,11 +449,27 @@ class FederatedStrategy(FedAvg):
         result: Result,
     ) -> ArrayRecord:
         start = time.perf_counter()
-        messages = list(self.configure_train(server_round, arrays, config, grid))
-        configured = time.perf_counter()
-        replies = list(grid.send_and_receive(messages, timeout=timeout))
-        received = time.perf_counter()
-        new_arrays, metrics = self.aggregate_train(server_round, replies)
+        bytes_down = bytes_up = 0
+        failed_tries: list[Mapping[int, str]] = []
+        self._failure = None
+        while True:
+            tried = time.perf_counter()
+            messages = list(self.configure_train(server_round, arrays, config, grid))
+            configured = time.perf_counter()
+            replies = list(grid.send_and_receive(messages, timeout=timeout))
+            received = time.perf_counter()
+            bytes_down += sum(_num_bytes(message) for message in messages)
+            bytes_up += sum(_num_bytes(reply) for reply in replies if reply.has_content())
+            try:
+                new_arrays, metrics = self.aggregate_train(server_round, replies)
+                break
+            except RoundFailed as failure:
+                if len(failed_tries) == self.round_retries:
+                    raise
+                failed_tries.append(failure.left_out)
+                self._failure = failure
+                tries = f"{len(failed_tries)} of {self.round_retries}"
+                logger.warning("%s\nRound %d is repeated (%s)", failure, server_round, tries)
         if metrics is not None:
             result.train_metrics_clientapp[server_round] = metrics
         if new_arrays is not None:
@@ -434,7 +480,7 @@ class FederatedStrategy(FedAvg):
             "total": done - start,
             "train": sum(r.seconds_train for r in reports),
             "evaluate": sum(r.seconds_evaluate for r in reports),
-            "server": (configured - start) + (done - received),
+            "server": (configured - tried) + (done - received),
         }
         seconds["other"] = max(0.0, seconds["total"] - seconds["train"] - seconds["evaluate"] - seconds["server"])
         record = RoundRecord(
@@ -445,10 +491,13 @@ class FederatedStrategy(FedAvg):
             plan=self._round.plan,
             reports=reports,
             learning_rate=learning_rate_at(self.local.learning_rate, server_round, self.num_rounds),
-            bytes_down=sum(_num_bytes(message) for message in messages),
-            bytes_up=sum(_num_bytes(reply) for reply in replies if reply.has_content()),
+            bytes_down=bytes_down,
+            bytes_up=bytes_up,
             seconds=seconds,
             suspicious=self._round.suspicious,
+            failed_tries=failed_tries,
+            notes=self._round.notes,
+            names={c: self.directory.names[c] for c in self._round.clients if c in self.directory.names},
         )
         self._seconds.append(seconds["total"])
         left = sum(self._seconds) / len(self._seconds) * (self.num_rounds - server_round)
@@ -458,6 +507,29 @@ class FederatedStrategy(FedAvg):
         for callback in self.callbacks:
             callback.on_round(record, self.state)
         return arrays
+
+    @property
+    def _minimum(self) -> int:
+        """Clients that a round needs; where it is known how many there are, not more than these."""
+        return self.min_train_nodes if self.num_clients is None else min(self.min_train_nodes, self.num_clients)
+
+    def _enough(self, grid: Grid, server_round: int) -> list[int]:
+        """Clients to choose from, or to ask again; waits for those that are missing.
+
+        Raises
+        ------
+        RuntimeError
+            If there are too few for a round.
+        """
+        wanted = self._failure.participants if self._failure else None
+        there = self.directory.gather(grid, wanted, self._minimum, self.wait_seconds)
+        if len(there) >= max(1, self._minimum):
+            return there
+        of, before = (f" of its {len(wanted)} participants", f"\n{self._failure}") if wanted else ("", "")
+        raise RuntimeError(
+            f"round {server_round} needs at least {self._minimum} clients (min-train-nodes), but {len(there)}{of} are "
+            f"there, also after {self.wait_seconds:g} s: start more nodes and resume the run{before}"
+        )
 
     def _plan(self, server_round: int, clients: Sequence[int]) -> RoundPlan:
         assert self.state is not None
@@ -589,7 +661,9 @@ class FederatedStrategy(FedAvg):
             self.directory.suspect,
         )
         for client, reason in sorted(left_out.items()):
-            logger.warning("Round %d: no evaluation of client %d: %s", server_round, client, reason)
+            logger.warning("Round %d: no evaluation of %s: %s", server_round, self.directory.label(client), reason)
+        for client, note in notes_in(good).items():
+            logger.warning("Round %d: %s: %s", server_round, self.directory.label(client), note)
         return sorted((report for reply in good for report in reply.reports), key=lambda report: report.client)
 
     def _evaluate_all(self, grid: Grid, config: ConfigRecord, timeout: float) -> list[FinalReport]:
@@ -613,10 +687,16 @@ class FederatedStrategy(FedAvg):
         """Ask nodes that have come since, or all of them if nobody has asked yet."""
         if self.directory.hosts:
             self.directory.refresh(grid)
-        if not self.directory.hosts:
+        if self.directory.hosts:
+            return
+        try:
             self.directory.wait(
                 grid, min_nodes=self.min_available_nodes, num_clients=self.num_clients, seconds=self.wait_seconds
             )
+        except RuntimeError as error:
+            if self._failure is None:
+                raise
+            raise RuntimeError(f"{error}\n{self._failure}") from None
 
     def _state(self, arrays: ArrayRecord) -> ServerState:
         """The state with the given shared parameters; made in the first round."""

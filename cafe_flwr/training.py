@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cafe_flwr.data import Split
+from cafe_flwr.devices import device_of, gradient_scaler, moved
+from cafe_flwr.images import Augmentation
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -127,8 +129,9 @@ def train(
     after_step: Callable[[], None] | None = None,
     part: tuple[int, int] = (0, 1),
     times: int = 1,
+    augment: Augmentation | None = None,
 ) -> Outcome:
-    """Run one round of local training in place.
+    """Run one round of local training in place, where the network is: mini-batches are brought there.
 
     Parameters of exits that the loss does not touch get no gradient and do not change, weight decay included.
 
@@ -137,13 +140,13 @@ def train(
     network
         Its parameters that require gradients are trained.
     data
-        Training split.
+        Training split, on any device.
     loss
         (x, y) → scalar.
     budget
         Steps, batch size and optimiser settings.
     rng
-        Order of the examples.
+        Order of the examples, then their augmentation.
     only
         Names of the parameters to train; the others are frozen. All if empty.
     also
@@ -157,36 +160,51 @@ def train(
         every part takes all.
     times
         Rounds' worth of mini-batches.
+    augment
+        Varies the inputs of every mini-batch.
     """
     network.train()
+    device, scaler = device_of(network), gradient_scaler(network)
     todo = list(batches(len(data), budget.batch_size, times * budget.num_draws(len(data)), rng))
     i, n = part
     if len(todo) < n:
         todo *= n  # a single mini-batch cannot be shared: every part takes it
     todo = todo[len(todo) * i // n : len(todo) * (i + 1) // n]
-    with _frozen(network, only):
+    with frozen(network, only):
         parameters = [*(p for p in network.parameters() if p.requires_grad), *also]
         optimizer = budget.new_optimizer(parameters)
         losses = []
         for positions in todo:
             index = torch.from_numpy(positions)
+            x, y = moved(data.x[index], device), moved(data.y[index], device)
+            if augment is not None:
+                x = augment(x, rng)
             optimizer.zero_grad(set_to_none=True)
-            value = loss(data.x[index], data.y[index])
-            value.backward()
+            value = loss(x, y)
+            if scaler is None:
+                value.backward()
+            else:
+                scaler.scale(value).backward()
+                scaler.unscale_(optimizer)
             if adjust is not None:
                 adjust()
             if budget.max_grad_norm:
                 nn.utils.clip_grad_norm_(parameters, budget.max_grad_norm)
-            optimizer.step()
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)  # not taken where gradients were too large for float16
+                scaler.update()
             if after_step is not None:
                 after_step()
             losses.append(value.detach())
+        optimizer.zero_grad(set_to_none=True)  # as large as the network, and of no use any more
     mean = torch.stack(losses).mean().item() if losses else math.nan
     return Outcome(mean, len(losses))
 
 
 @contextmanager
-def _frozen(network: nn.Module, only: Sequence[str]) -> Iterator[None]:
+def frozen(network: nn.Module, only: Sequence[str]) -> Iterator[None]:
     """All parameters but those named require no gradient inside; as they were outside."""
     frozen = [p for name, p in network.named_parameters() if only and name not in only and p.requires_grad]
     for p in frozen:

@@ -153,6 +153,8 @@ class Recorded:
         paths = sorted((folder / "personal").glob("client-*.json"))
         facts = {int(path.stem.split("-")[1]): json.loads(path.read_text()) for path in paths}
         tokens = {fact.pop("run") for fact in facts.values()}
+        for fact in facts.values():
+            fact.pop("context", None)  # names folders, and the node of many that hosted the client
         (versions,) = (folder / "personal" / "versions").iterdir()
         assert tokens <= {versions.name}
         return cls(
@@ -189,9 +191,11 @@ class Recorded:
 
 
 def facts_and_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What a safetensors file holds; the order of the facts in its header is left to chance by the library."""
+    """What a safetensors file holds, but the time; the order of its facts is left to chance by the library."""
     with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {}), load_file(path)
+        facts = dict(file.metadata() or {})
+    facts.pop("asked-at", None)
+    return facts, load_file(path)
 
 
 def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

@@ -243,7 +243,7 @@ def test_a_client_that_does_not_exist_is_an_error():
 @pytest.mark.parametrize(
     ("dataset", "clients", "options", "message"),
     [
-        ("mnist", 10, {}, "'digits', 'digit-pairs' or 'local:<path>', got 'mnist'"),
+        ("mnist", 10, {}, "'digits', 'digit-pairs', 'docstrings', .*'ag-news' or 'local:<path>', got 'mnist'"),
         ("", 10, {}, "local:<path>"),
         ("digits", 10, {"partition": "iid"}, "'dirichlet' or 'pathological', got 'iid'"),
         ("digits", 10, {"shares": (0.5, 0.1, 0.5)}, "sum to 1"),

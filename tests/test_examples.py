@@ -345,13 +345,21 @@ def traffic(folder: Path) -> Iterator[WatchedGrid]:
                 shutil.rmtree(path)
         return answer(message, context)
 
-    def federation(app: Any, nodes: int, **options: Any) -> WatchedGrid:
-        grid = WatchedGrid(app, nodes, node_config={"state-dir": str(folder)})
+    def damage_state_of_client_1(answer: Any, message: Any, context: Any) -> Any:
+        if int(message.content["config"].get("server-round", 0)) == 3:
+            newest = max((folder / "named").rglob("client-1/round-*"))
+            newest.write_bytes(newest.read_bytes()[:-3])
+        return answer(message, context)
+
+    def federation(app: Any, nodes: int, state: Path = folder, **options: Any) -> WatchedGrid:
+        named = {"name": state.name} if state != folder else {}
+        grid = WatchedGrid(app, nodes, node_config={"state-dir": str(state), **named})
         strategy = CafeDistill(num_rounds=3, fraction_evaluate=1.0, **options)
         strategy.start(grid, train_config=ConfigRecord({"mine": 1}))
         return grid
 
     yield federation(toy_app(), 3)
+    yield federation(FaultyApp(toy_app(), damage_state_of_client_1), 1, folder / "named", num_clients=2)
     yield federation(toy_app(), 2, num_clients=5, wire="float16", privacy=Privacy(clip_norm=1.0))
     grid = federation(FaultyApp(toy_app(load), lose_state_of_client_1), 2, num_clients=5)
     (folder / "client-2.safetensors").unlink()
@@ -374,7 +382,8 @@ def test_every_record_key_type_and_shape_is_as_documented(contract, tmp_path):
             up = reply.content.get("config", {})
             failed = [*up.get("failed-clients", []), *up.get("problems", [])]
             n_down, n_up = len(asked(message)), len(up.get("clients", []))
-            sizes = {**size, "m": NUM_EXITS, "K": len(THRESHOLDS), "d": len(config.get("downloads", []))}
+            noted = len(up.get("noted-clients", []))
+            sizes = {**size, "q": noted, "m": NUM_EXITS, "K": len(THRESHOLDS), "d": len(config.get("downloads", []))}
             checked.wire = np.dtype(config.get("wire-dtype", "float32"))
             checked.check(f"{message.metadata.message_type} Down", message.content, {**sizes, "n": n_down})
             checked.check(f"{message.metadata.message_type} Up", reply.content, {**sizes, "n": n_up, "k": len(failed)})

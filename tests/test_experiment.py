@@ -30,9 +30,13 @@ from cafe_flwr.experiment import (
     read_experiment,
     read_summary,
     slug,
+    smoke_size,
     state_of,
+    with_data_dir,
 )
+from cafe_flwr.hub import HUB_SETS
 from cafe_flwr.methods import METHODS
+from cafe_flwr.stand_ins import write_stand_in
 from tests.federations import Recorded, run_until
 
 TINY = {
@@ -137,6 +141,13 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
         ),
         ({"sweep": {"seeds": [1], "trials": {"num-clients": [5]}}}, "num-clients must be the same in all rows"),
         ({"rows": None}, "rows should be a valid list"),
+        ({"smoke": {"setings": {}}}, "smoke: unknown key 'setings'; did you mean 'settings'?"),
+        ({"smoke": {"rows": ["fedvag"]}}, "smoke: no row is called 'fedvag'; did you mean 'fedavg'?"),
+        ({"smoke": {"seeds": [1, 1]}}, "smoke: seeds has 1 more than once"),
+        ({"smoke": {"settings": {"seed": 1}}}, "smoke: settings: seed is set by the comparison itself"),
+        ({"smoke": {"settings": {"mu": 1.0}}, "vary": {"mu": [0.1, 0.5]}}, "smoke: settings: mu is varied"),
+        ({"smoke": {"vary": {"seed": [1]}}}, "smoke: vary: seed is set by the comparison itself"),
+        ({"smoke": {}, "name": "a" * 55}, "name: at most 54 characters"),
     ],
 )
 def test_refused_in_a_file(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -221,9 +232,16 @@ def test_slugs_keep_letters_digits_and_dots() -> None:
 
 
 def test_shipped_experiments_can_run(tmp_path: Path) -> None:
+    """Those on data sets of the hub: on made-up copies, at their smoke size."""
     for path in sorted(Path("experiments").glob("*.yaml")):
         shipped = read_experiment(path)
         assert shipped.name == path.stem
+        if (name := shipped.settings["dataset"]) in HUB_SETS:
+            assert {run.settings.dataset for run in plan_runs(shipped, tmp_path) + plan_trials(shipped, tmp_path)} == {
+                name
+            }
+            assert set(shipped.labels) == set(METHODS)
+            shipped = with_data_dir(smoke_size(shipped), write_stand_in(tmp_path, name, 400))
         check_experiment(shipped, tmp_path / shipped.name)
     assert set(METHODS) <= set(read_experiment(Path("experiments/digit-pairs.yaml")).labels)
 
@@ -240,6 +258,7 @@ def test_shipped_experiments_can_run(tmp_path: Path) -> None:
         ),
         ({"rows": [{"method": "fedavg", "settings": {"learning-rate": [0.1]}}]}, "learning-rate should be"),
         ({"rows": [{"method": "fedavg", "settings": {"mu": 0.1}}]}, "fedavg has no setting 'mu'"),
+        ({"settings": {**TINY, "dataset": "cifar10", "data-dir": "/nowhere"}}, "there is no folder /nowhere/cifar10"),
         (
             {"sweep": {"seeds": [1], "trials": {"fedprox-mu": [0.1]}}},
             "row 'fedavg': fedavg has no setting 'fedprox-mu'",

@@ -70,7 +70,7 @@ def test_all_files_are_there_and_nothing_else(finished):
     }
     personal = {p.name for p in (folder / "personal").iterdir()}
     expected = {f"client-{c}.{kind}" for c in range(CLIENTS) for kind in ("safetensors", "json")}
-    assert personal == expected | {"versions"}
+    assert personal == expected | {"versions", "locks"}
     assert not [p for p in folder.rglob("*") if p.name.endswith(".tmp")]
     assert all(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
 
@@ -500,6 +500,11 @@ def test_every_setting_of_the_data_set_reaches_it(tmp_path, monkeypatch):
         "image_size": 12,
         "image_column": "picture",
         "label_column": "class",
+        "data_dir": "/some/copies",
+        "augmentation": "none",
+        "max_tokens": 33,
+        "vocabulary": 444,
+        "long_texts": "refuse",
         "label_groups": 5,
         "rotations": 4,
         "validation_share": 0.35,

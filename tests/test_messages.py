@@ -144,7 +144,7 @@ def node_info(**changes):
 
 
 @pytest.mark.parametrize("keys", [Keys(), OTHER_KEYS])
-@pytest.mark.parametrize("changes", [{}, {"clients": [], "num_examples": [], "problems": []}])
+@pytest.mark.parametrize("changes", [{}, {"clients": [], "num_examples": [], "problems": []}, {"name": "ward 7"}])
 def test_a_nodes_answer_survives(keys, changes):
     info = node_info(**changes)
     assert NodeInfo.from_message(delivered(info.to_content(keys)), keys) == info
@@ -153,7 +153,7 @@ def test_a_nodes_answer_survives(keys, changes):
 def test_a_nodes_answer_that_lacks_something_is_refused():
     content = node_info().to_content(Keys())
     for name in [kebab(f.name) for f in fields(NodeInfo)]:
-        if name in ("clients", "num-examples", "problems"):  # an empty list is not sent
+        if name in ("clients", "num-examples", "problems", "name"):  # an empty list, or name, is not sent
             continue
         config = dict(content["config"])
         del config[name]

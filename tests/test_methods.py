@@ -854,7 +854,8 @@ def test_a_single_client_with_a_single_class_is_enough(tmp_path, variant):
     """Nobody to learn from, and classes that nobody has: all numbers stay finite."""
 
     def load(client):
-        return ClientData(*(Split(s.x, torch.zeros_like(s.y)) for s in vars(toy_data(client)).values()))
+        data = toy_data(client)
+        return ClientData(*(Split(s.x, torch.zeros_like(s.y)) for s in (data.train, data.calibration, data.test)))
 
     done = quietly(tmp_path, variant, 1, app=toy_app(load, lambda: toy_network(exits=2)), num_clients=1)
     assert [[r.client for r in done.notes.records[t].reports] for t in range(1, T + 1)] == [[0]] * T

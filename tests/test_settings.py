@@ -244,7 +244,7 @@ OPEN = ("test-share", "risk", "confidence-level", "privacy-delta")  # neither 0 
 @pytest.mark.parametrize("key", [k for k, v in DEFAULTS.items() if type(v) is float and k not in OPEN])
 def test_whole_numbers_pass_for_numbers(key):
     """`learning-rate=1` on the command line is an integer in TOML."""
-    nothing = ("momentum", "calibration-share", "validation-share", "upload-clip-norm", "noise-multiplier")
+    nothing = ("momentum", "dropout", "calibration-share", "validation-share", "upload-clip-norm", "noise-multiplier")
     value = 0 if key in (*nothing, "max-update-ratio") else 1
     assert Settings.from_run_config({key: value}).to_run_config()[key] == value
 
@@ -281,6 +281,7 @@ IMPOSSIBLE = [
     ("evaluate-every", 0, "greater than or equal to 1"),
     ("wait-seconds", -1.0, "greater than or equal to 0"),
     ("round-timeout", 0.0, "greater than 0"),
+    ("round-retries", -1, "greater than or equal to 0"),
     ("dataset", "cifar", "match pattern"),
     ("dataset", "local:", "match pattern"),
     ("partition", "iid", "'dirichlet' or 'pathological'"),
@@ -300,7 +301,19 @@ IMPOSSIBLE = [
     ("image-size", -1, "greater than or equal to 0"),
     ("image-column", "", "at least 1 character"),
     ("label-column", "", "at least 1 character"),
-    ("network", "mlp", "'conv'"),
+    ("image-channels", 2, "0, 1 or 3"),
+    ("augmentation", "strong", "'usual' or 'none'"),
+    ("max-tokens", 0, "greater than or equal to 1"),
+    ("vocabulary", 1, "greater than or equal to 2"),
+    ("long-texts", "keep", "'cut' or 'refuse'"),
+    ("network", "mlp", "'conv', 'resnet18' or 'transformer'"),
+    ("network-width", -1, "greater than or equal to 0"),
+    ("network-depth", -1, "greater than or equal to 0"),
+    ("norm", "none", "'group', 'batch' or 'layer'"),
+    ("statistics", "keep", "'average', 'personal' or 'drop'"),
+    ("stem-stride", 3, "1 or 2"),
+    ("attention-heads", 0, "greater than or equal to 1"),
+    ("dropout", 1.0, "less than 1"),
     ("feature-width", 0, "greater than or equal to 1"),
     ("local-steps", 0, "greater than or equal to 1"),
     ("local-epochs", -1, "greater than or equal to 0"),
@@ -311,6 +324,9 @@ IMPOSSIBLE = [
     ("momentum", -0.1, "greater than or equal to 0"),
     ("weight-decay", -0.1, "greater than or equal to 0"),
     ("max-grad-norm", -1.0, "greater than or equal to 0"),
+    ("device", "gpu", "match pattern"),
+    ("precision", "float64", "'float32', 'bfloat16' or 'float16'"),
+    ("clients-per-gpu", 0, "greater than or equal to 1"),
     ("objective", "kd", "'cross-entropy', 'safe-kd', 'erde' or 'neo-kd'"),
     ("ema-decay", -0.1, "greater than or equal to 0"),
     ("ema-decay", 1.1, "less than or equal to 1"),
@@ -382,7 +398,8 @@ def test_numbers_are_finite(key, value):
 
 def test_every_setting_with_a_range_or_a_list_is_tried_above():
     """A new setting must be tried too."""
-    free = {"state-dir", "solver"} | {key for key, value in DEFAULTS.items() if type(value) is bool}  # checked below
+    elsewhere = {"state-dir", "data-dir", "class-names", "solver"}
+    free = elsewhere | {key for key, value in DEFAULTS.items() if type(value) is bool}  # checked below
     assert {key for key, _, _ in IMPOSSIBLE} | free == set(DEFAULTS)
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cafe_flwr.data import Split
+from cafe_flwr.images import Augmentation
 from cafe_flwr.losses import cross_entropies, self_distillation
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.objectives import Lesson, Objective
@@ -54,6 +55,8 @@ class LocalTask:
         Gradient steps taken so far.
     lesson
         The objective at work in the training that runs now, if it has been asked for.
+    augment
+        How training varies the inputs of a batch; None: not at all.
     """
 
     network: EarlyExitNetwork
@@ -69,6 +72,7 @@ class LocalTask:
     initial: Tensors = field(default_factory=dict)
     steps: int = 0
     lesson: Lesson | None = None
+    augment: Augmentation | None = None
 
     def run(
         self,
@@ -119,6 +123,7 @@ class LocalTask:
             after_step=self._after_step,
             part=part,
             times=times,
+            augment=self.augment,
         )
         self.lesson = None
         self.steps += outcome.steps

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafe_flwr.coordination import SELECTIONS, active_exits
+from cafe_flwr.devices import device_of, moved
 from cafe_flwr.losses import distillation
 from cafe_flwr.methods.base import ClientRecord, LocalResult, LocalTask, Method, RoundPlan, ServerRound, setting
 from cafe_flwr.methods.guard import GuardedPlan
@@ -156,8 +157,8 @@ class CafeDistillMethod(Method):
         if self.similarity_proxy == "gradients":
             size = task.budget.batch_size
             positions = next(batches(len(task.data), size, size, task.rng("similarity")))
-            index = torch.from_numpy(positions)
-            return gradient_similarity(network, task.data.x[index], task.data.y[index])
+            index, device = torch.from_numpy(positions), device_of(network)
+            return gradient_similarity(network, moved(task.data.x[index], device), moved(task.data.y[index], device))
         return classifier_similarity(network)
 
 

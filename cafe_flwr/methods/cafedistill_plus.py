@@ -91,7 +91,7 @@ class CafeDistillPlus(Method):
         """The client's own backbone, its classifiers' update since the common start, class means and counts."""
         tensors = network.state_dict()
         extra = {_OWN + name: tensors[name].clone() for name in network.shared_names()}
-        extra |= {UPDATE + name: torch.zeros_like(tensors[name]) for name in network.personal_names()}
+        extra |= {UPDATE + name: torch.zeros_like(tensors[name]) for name in network.classifier_names()}
         if self.match_by == "features":
             width = tensors[network.head_names(0)[0]].shape[1]
             extra[_MEANS] = torch.zeros(network.num_exits, network.num_classes, width)
@@ -108,7 +108,7 @@ class CafeDistillPlus(Method):
 
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
         """The matched classifiers of all exits, as updates since the common start."""
-        return [UPDATE + name for name in network.personal_names()]
+        return [UPDATE + name for name in network.classifier_names()]
 
     # --- server half ---
 
@@ -170,7 +170,7 @@ class CafeDistillPlus(Method):
             task.state[_MEANS] = class_means(task.network, task.data)
         tensors = snapshot(task.network)
         task.state |= {_OWN + name: tensors[name] for name in task.network.shared_names()}
-        task.state |= updates(task, task.network.personal_names())
+        task.state |= updates(task, task.network.classifier_names())
         return LocalResult(result, classifier_similarity(task.network))
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Ditto(FedAvg):
 
     def personal_names(self, network: EarlyExitNetwork) -> list[str]:
         """The personal model, all of it."""
-        return [_PERSONAL + name for name in network.state_dict()]
+        return [*super().personal_names(network), *(_PERSONAL + name for name in network.state_dict())]
 
     def train(self, task: LocalTask) -> LocalResult:
         """Train the global model, then the personal one."""

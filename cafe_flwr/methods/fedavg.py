@@ -23,8 +23,8 @@ class FedAvg(Method):
 
     def shared_names(self, network: EarlyExitNetwork) -> list[str]:
         """The whole network."""
-        return list(network.state_dict())
+        return network.whole_names()
 
     def personal_names(self, network: EarlyExitNetwork) -> list[str]:
-        """Nothing."""
-        return []
+        """Nothing but a batch norm's running statistics, if those are personal."""
+        return network.statistics_names()

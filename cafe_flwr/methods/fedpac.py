@@ -63,11 +63,11 @@ class FedPAC(Method):
 
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
         """Classifiers and class statistics."""
-        return [*network.personal_names(), _MEANS, _VARIANCE, _COUNTS]
+        return [*network.classifier_names(), _MEANS, _VARIANCE, _COUNTS]
 
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
         """Combined classifiers and the prototypes of all classes."""
-        return [*network.personal_names(), _PROTOTYPES]
+        return [*network.classifier_names(), _PROTOTYPES]
 
     def plan(self, task: ServerRound) -> RoundPlan:
         """Class prototypes, and each known participant's combination of classifiers."""
@@ -108,7 +108,7 @@ class FedPAC(Method):
                 return total
             return total + self.alignment * (torch.stack(features) - prototypes[:, y]).square().mean()
 
-        heads, backbone = network.personal_names(), network.shared_names()
+        heads, backbone = network.classifier_names(), network.shared_names()
         task.run(lambda x, y: self.loss(task, x, y), only=heads, part=phase(self, 0))
         result = LocalResult(task.run(aligned, only=backbone, part=phase(self, 1)))
         task.state |= class_statistics(network, task)

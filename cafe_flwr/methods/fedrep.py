@@ -30,5 +30,5 @@ class FedRep(Method):
             return self.loss(task, x, y)
 
         network = task.network
-        task.run(loss, only=network.personal_names(), part=phase(self, 0))
+        task.run(loss, only=network.classifier_names(), part=phase(self, 0))
         return LocalResult(task.run(loss, only=network.shared_names(), part=phase(self, 1)))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cafe_flwr.devices import device_of
 from cafe_flwr.losses import cross_entropies
 from cafe_flwr.methods.base import LocalResult, LocalTask, Tensors, without_prefix
 from cafe_flwr.methods.fedavg import FedAvg
@@ -36,16 +37,16 @@ class FedRoD(FedAvg):
     def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
         """A personal classifier for every exit; they begin at 0."""
         tensors = network.state_dict()
-        return {_PERSONAL + name: torch.zeros_like(tensors[name]) for name in network.personal_names()}
+        return {_PERSONAL + name: torch.zeros_like(tensors[name]) for name in network.classifier_names()}
 
     def personal_names(self, network: EarlyExitNetwork) -> list[str]:
         """The personal classifiers."""
-        return [_PERSONAL + name for name in network.personal_names()]
+        return [*super().personal_names(network), *(_PERSONAL + name for name in network.classifier_names())]
 
     def train(self, task: LocalTask) -> LocalResult:
         """Train backbone and generic classifiers, and the personal classifiers beside them."""
         network = task.network
-        balance = log_prior(class_counts(task.data.y, network.num_classes))
+        balance = log_prior(class_counts(task.data.y, network.num_classes)).to(device_of(network))
         own = {name: t.clone().requires_grad_() for name, t in task.state.items()}
 
         def loss(x: Tensor, y: Tensor) -> Tensor:

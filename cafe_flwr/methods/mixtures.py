@@ -23,8 +23,9 @@ class WholeModel(Method):
     """
 
     def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
-        """The update of every tensor of the network."""
-        return {UPDATE + name: torch.zeros_like(t) for name, t in network.state_dict().items()}
+        """The update of every tensor that travels."""
+        tensors = network.state_dict()
+        return {UPDATE + name: torch.zeros_like(tensors[name]) for name in network.whole_names()}
 
     def shared_names(self, network: EarlyExitNetwork) -> list[str]:
         """Nothing."""
@@ -36,7 +37,7 @@ class WholeModel(Method):
 
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
         """The client's update since the initial model."""
-        return [UPDATE + name for name in network.state_dict()]
+        return [UPDATE + name for name in network.whole_names()]
 
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
         """The mixture of updates made for the client."""
@@ -48,7 +49,7 @@ class WholeModel(Method):
 
     def report(self, task: LocalTask) -> None:
         """Leave the client's update to be sent."""
-        task.state |= updates(task, list(task.initial))
+        task.state |= updates(task, task.network.whole_names())
 
 
 def updates(task: LocalTask, names: Sequence[str]) -> dict[str, Tensor]:

@@ -75,4 +75,5 @@ class PFedGraph(WholeModel):
 
 def _update(task: LocalTask) -> Tensor:
     parameters: Mapping[str, Tensor] = dict(task.network.named_parameters())
-    return torch.cat([(parameters.get(name, t) - t).flatten() for name, t in task.initial.items()])
+    sent = {name: task.initial[name] for name in task.network.whole_names()}
+    return torch.cat([(parameters.get(name, t) - t).flatten() for name, t in sent.items()])

@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cafe_flwr.networks.base import EarlyExitNetwork, Exit
 from cafe_flwr.networks.cutting import cut
@@ -221,6 +220,8 @@ def _classifier(model: nn.Module, example: Tensor) -> tuple[str, nn.Linear, Tens
 @torch.no_grad()
 def _run(pieces: Sequence[nn.Module], example: Tensor) -> tuple[list[Tensor], list[int]]:
     """Outputs of the pieces, and the multiply-adds (twice) of each."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, a tenth of a second of every process
+
     outputs, macs, h = [], [], example
     for piece in pieces:
         with FlopCounterMode(display=False) as counter:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, cast, get_args
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from cafe_flwr.images import SYMMETRIC
 
 Statistics = Literal["average", "personal", "drop"]
 
@@ -88,6 +91,11 @@ class EarlyExitNetwork(nn.Module):
         averaged as the weights are; ``"personal"``, they stay on the client; ``"drop"``, there are none, the
         statistics of the batch at hand are used, in evaluation too. Setting it to ``"drop"`` cannot be undone. The
         counters of batches (``num_batches_tracked``, integers) are neither shared nor personal: they start anew.
+    pixels
+        How images that come as pixels (uint8) are normalised; other inputs are taken as they are.
+    autocast
+        What stages and exits compute matrix products and convolutions in, ``torch.bfloat16`` or ``torch.float16``;
+        features and logits come out as float32 all the same. None: as the weights are.
 
     Examples
     --------
@@ -112,6 +120,8 @@ class EarlyExitNetwork(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.exits = nn.ModuleList(exits)
         self.offset: Tensor | None = None
+        self.pixels = SYMMETRIC
+        self.autocast: torch.dtype | None = None
         self._statistics: Statistics = "average"
 
     @property
@@ -139,13 +149,28 @@ class EarlyExitNetwork(nn.Module):
             _drop_statistics(self)
         self._statistics = policy
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """The inputs as the first stage takes them: pixels (uint8) normalised, others as they are."""
+        return self.pixels(x) if x.dtype == torch.uint8 else x
+
+    def check_inputs(self, x: Tensor) -> None:
+        """Raise ValueError if these inputs, (N, …), are not for this network; what it says is for people."""
+
     def stage(self, k: int, h: Tensor) -> Tensor:
         """Output of stage k from that of stage k − 1 (from the input, if k is 0)."""
-        return self.stages[k](h)
+        h = h if k else self.inputs(h)
+        if self.autocast is None:
+            return self.stages[k](h)
+        with torch.autocast(h.device.type, self.autocast):
+            return self.stages[k](h)
 
     def exit(self, k: int, h: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, width) and logits (B, C) of exit k from the output of stage k."""
-        features, logits = self.exits[k](h)
+        if self.autocast is None:
+            features, logits = self.exits[k](h)
+        else:
+            with torch.autocast(h.device.type, self.autocast):
+                features, logits = (t.float() for t in self.exits[k](h))
         return features, logits if self.offset is None else logits + self.offset
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -172,13 +197,23 @@ class EarlyExitNetwork(nn.Module):
 
         And the running statistics of batch norms, if those are ``"personal"``.
         """
-        return self.classifier_names() + (self._running() if self._statistics == "personal" else [])
+        return self.classifier_names() + self.statistics_names()
 
     def shared_names(self) -> list[str]:
         """State-dict names that are averaged over clients: the stages and the exits' projections."""
         others = {*self.personal_names(), *batch_norm_names(self)}
         others -= set(self._running() if self._statistics == "average" else [])
         return [name for name in self.state_dict() if name not in others]
+
+    def whole_names(self) -> list[str]:
+        """State-dict names that are averaged where the whole network is: all but counters and personal statistics."""
+        counters = (name for name in batch_norm_names(self) if name.endswith("num_batches_tracked"))
+        others = {*counters, *self.statistics_names()}
+        return [name for name in self.state_dict() if name not in others]
+
+    def statistics_names(self) -> list[str]:
+        """State-dict names of the running statistics that stay on the client: none, unless they are ``"personal"``."""
+        return self._running() if self._statistics == "personal" else []
 
     def _running(self) -> list[str]:
         return [name for name in batch_norm_names(self) if not name.endswith("num_batches_tracked")]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from cafe_flwr.networks.base import EarlyExitNetwork, Exit
+from cafe_flwr.networks.checks import IMAGE_NORMS, check_images, check_norm
 
 _CELLS = 4  # an exit sees its block's output as at most 4×4 cells, so that left and right stay apart
 
 
 class ConvNet(EarlyExitNetwork):
-    """Blocks of 3×3 convolution, group norm, ReLU and 2×2 max pooling, with an exit after each.
+    """Blocks of 3×3 convolution, norm, ReLU and 2×2 max pooling, with an exit after each.
 
     The projection of an exit is average pooling, a linear layer and a layer norm; without the norm, summed exit losses
     need a learning rate several times smaller. The published ConvNet has three blocks; their widths are not published
@@ -28,11 +29,14 @@ class ConvNet(EarlyExitNetwork):
         Channels of the blocks; multiples of 4, for the group norm.
     features
         Feature width at every exit.
+    norm
+        ``"group"`` (4 groups of channels) or ``"batch"``, with ``statistics`` to say what becomes of the running
+        statistics.
 
     Raises
     ------
     ValueError
-        If the images are too small to be halved once per block.
+        If the images are too small to be halved once per block, or the norm is not known.
 
     Examples
     --------
@@ -47,7 +51,11 @@ class ConvNet(EarlyExitNetwork):
         num_classes: int,
         widths: Sequence[int] = (8, 16, 32),
         features: int = 24,
+        norm: str = "group",
     ) -> None:
+        check_norm(norm, IMAGE_NORMS)
+        if norm == "group" and any(width % 4 for width in widths):
+            raise ValueError(f"widths must be multiples of 4 for the group norm, got {', '.join(map(str, widths))}")
         in_channels, *size = input_shape
         if len(size) != 2 or min(size) < 2 ** len(widths):
             raise ValueError(
@@ -60,7 +68,7 @@ class ConvNet(EarlyExitNetwork):
             stages.append(
                 nn.Sequential(
                     nn.Conv2d(channels[k], width, 3, padding=1, bias=False),
-                    nn.GroupNorm(4, width),
+                    nn.GroupNorm(4, width) if norm == "group" else nn.BatchNorm2d(width),
                     nn.ReLU(),
                     nn.MaxPool2d(2),
                 )
@@ -74,3 +82,8 @@ class ConvNet(EarlyExitNetwork):
             )
             exits.append(Exit(projection, features, num_classes))
         super().__init__(stages, exits)
+        self.in_channels = in_channels
+
+    def check_inputs(self, x: Tensor) -> None:
+        """Raise ValueError if these are not images of its channels."""
+        check_images(x, self.in_channels)

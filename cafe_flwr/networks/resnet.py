@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from cafe_flwr.networks.base import EarlyExitNetwork, Exit
+from cafe_flwr.networks.checks import check_images, check_norm
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -71,8 +72,7 @@ class ResNet18(EarlyExitNetwork):
                 f"images must be at least {8 * stem_stride} pixels high and wide, got an input of shape "
                 f"{tuple(input_shape)}"
             )
-        if norm not in _NORMS:
-            raise ValueError(f"norm must be one of {', '.join(_NORMS)}; got {norm!r}")
+        check_norm(norm, _NORMS)
         if width < 2 or width % 2:
             raise ValueError(f"width must be an even number of channels, got {width}")
         layer = _NORMS[norm]
@@ -83,6 +83,11 @@ class ResNet18(EarlyExitNetwork):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         super().__init__(stages, [Exit(_projection(width << k, features), features, num_classes) for k in range(4)])
+        self.in_channels = channels
+
+    def check_inputs(self, x: Tensor) -> None:
+        """Raise ValueError if these are not images of its channels."""
+        check_images(x, self.in_channels)
 
 
 def _blocks(channels: int, width: int, stride: int, norm: Callable[[int], nn.Module]) -> list[nn.Module]:

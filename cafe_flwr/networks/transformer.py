@@ -87,6 +87,26 @@ class TextTransformer(EarlyExitNetwork):
             nn.Sequential(_Mean(), nn.Linear(width, features), nn.LayerNorm(features)) for _ in range(blocks)
         ]
         super().__init__(stages, [Exit(projection, features, num_classes) for projection in projections])
+        self.vocabulary, self.max_length = vocabulary, max_length
+
+    def check_inputs(self, x: Tensor) -> None:
+        """Raise ValueError if these are not tokens, (N, L) int64, that it knows and of at most its length."""
+        _check_tokens(x, self.max_length)
+        if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.vocabulary:
+            raise ValueError(
+                f"tokens are {int(x.min())}..{int(x.max())}, the network knows 0..{self.vocabulary - 1}: build it with "
+                f"a larger vocabulary, or make tokens with its own"
+            )
+
+
+def _check_tokens(tokens: Tensor, max_length: int) -> None:
+    if tokens.dtype != torch.int64 or tokens.dim() != 2:
+        raise ValueError(f"texts must be tokens, (B, L) int64; got {tokens.dtype} of shape {tuple(tokens.shape)}")
+    if tokens.shape[1] > max_length:
+        raise ValueError(
+            f"texts have {tokens.shape[1]} tokens, the network takes {max_length}: shorten them, or build "
+            "the network with a larger max_length"
+        )
 
 
 def _pack(h: Tensor, mask: Tensor) -> Tensor:
@@ -108,13 +128,7 @@ class _Embedding(nn.Module):
         nn.init.normal_(self.position, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if tokens.dtype != torch.int64 or tokens.dim() != 2:
-            raise ValueError(f"texts must be tokens, (B, L) int64; got {tokens.dtype} of shape {tuple(tokens.shape)}")
-        if tokens.shape[1] > len(self.position):
-            raise ValueError(
-                f"texts have {tokens.shape[1]} tokens, the network takes {len(self.position)}: shorten them, or build "
-                "the network with a larger max_length"
-            )
+        _check_tokens(tokens, len(self.position))
         first = torch.arange(tokens.shape[1], device=tokens.device) == 0
         mask = (tokens != PADDING) | first  # a text without a token must not divide by 0
         return _pack(self.dropout(self.token(tokens) + self.position[: tokens.shape[1]]), mask)

@@ -1,0 +1,32 @@
+"""What the named networks refuse in the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+IMAGE_NORMS = ("group", "batch")
+
+
+def check_norm(norm: str, known: Iterable[str]) -> None:
+    """Raise ValueError if the norm is not one of those known."""
+    if norm not in (known := list(known)):
+        raise ValueError(f"norm must be one of {', '.join(known)}; got {norm!r}")
+
+
+def check_images(x: Tensor, channels: int) -> None:
+    """Raise ValueError if these are not images, (N, channels, H, W) float32 or uint8.
+
+    Examples
+    --------
+    >>> check_images(torch.zeros(2, 7, dtype=torch.int64), 3)
+    Traceback (most recent call last):
+        ...
+    ValueError: images must be (N, 3, height, width), float32 or uint8; got torch.int64 of shape (2, 7)
+    """
+    if x.dim() != 4 or x.shape[1] != channels or x.dtype not in (torch.float32, torch.uint8):
+        raise ValueError(
+            f"images must be (N, {channels}, height, width), float32 or uint8; got {x.dtype} of shape {tuple(x.shape)}"
+        )

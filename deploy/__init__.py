@@ -1,0 +1,1 @@
+"""Deployment on real machines: ``python -m deploy``; docs/deployment.md is the guide."""

@@ -1,0 +1,1 @@
+"""Handwritten digits, and a network of which four widths are trained."""
