@@ -21,7 +21,6 @@ from torch import Tensor
 
 from cafe_flwr import __version__
 from cafe_flwr.aggregation import weighted
-from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.data import ClientData
 from cafe_flwr.devices import OnDevice, Placement, device_of, free_memory, is_out_of_memory, reason_of
 from cafe_flwr.log import logger
@@ -270,6 +269,8 @@ class _Node:
 
     def describe(self, message: Message, context: Context) -> Message:
         """Answer the strategy's first question: who is here, with which network and how much data?"""
+        from cafe_flwr.cost import macs_per_exit  # the other messages' processes need none of it
+
         seed, method, settings = _method_of(message, self.keys)
         work = self._workplace(context, seed, method, settings)
         here = _hosted(message, context, self.keys)

@@ -70,7 +70,9 @@ if TYPE_CHECKING:
 
     class _MethodSettings(BaseModel): ...
 else:
-    _MethodSettings = create_model("_MethodSettings", __config__=STRICT, **_of_methods())
+    # They bring their descriptions: looking for docstrings would cost every process a tenth of a second.
+    _described = ConfigDict(**{**STRICT, "use_attribute_docstrings": False})
+    _MethodSettings = create_model("_MethodSettings", __config__=_described, **_of_methods())
 
 
 class Settings(_MethodSettings):
