@@ -28,7 +28,7 @@ lint: .venv/.installed ## Lint and types only
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: .venv/.installed ## Every figure of the README's table of bounds (about 10 minutes)
+bench: .venv/.installed ## Every benchmark in turn (the better part of an hour)
 	$(BIN)/python -m benchmarks
 
 bundle: .venv/.installed ## Bundle the app for deployment into dist/

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
-NAMES = ("local_training", "memory", "server_step", "risk", "inference", "uplink", "demo", "paired", "docstrings")
+NAMES = (
+    *("startup", "local_training", "memory", "server_step", "risk", "inference"),
+    *("uplink", "growth", "rounds", "demo", "paired", "docstrings"),
+)
 
 if __name__ == "__main__":
     failed = [n for n in NAMES if subprocess.run([sys.executable, "-m", f"benchmarks.{n}"], check=False).returncode]
