@@ -17,7 +17,7 @@ from typing import NamedTuple
 from benchmarks.runs import ROOT
 from deploy.loopback import Loopback
 
-NODES, ROUNDS, MEGABYTES = 3, 4, 5.0
+NODES, ROUNDS, MEGABYTES = 3, 3, 5.0
 MANY = 300
 APPS = Path(__file__).parent / "loopback"
 MANIFEST = """[project]
