@@ -83,7 +83,7 @@ def main() -> None:
             config = {"partition-id": i, "num-partitions": NODES, "state-dir": str(Path(name) / f"state-{i}")}
             deployment.add_node(f"node-{i}", config)
         deployment.wait_online(NODES)
-        for job in (plain, ours, phases, ours_many, plain_many):
+        for job in (ours, ours_many, plain, phases, plain_many):
             seconds[job] = seconds_per_round(deployment, Path(name), job)
     print(f"a round of {NODES} SuperNodes on loopback, {MEGABYTES:g} MB each way, median of {ROUNDS - 1}:")
     for job, words in (

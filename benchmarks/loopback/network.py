@@ -18,8 +18,8 @@ class Bulk(nn.Module):
         self.parts = nn.ParameterList(torch.zeros(size // tensors) for _ in range(tensors))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input and a sum of all parameters."""
-        return x + torch.stack([part.sum() for part in self.parts]).sum()
+        """The input, and the mean of every tensor with so small a weight that training stays where it is."""
+        return x + 1e-3 * torch.stack([part.mean() for part in self.parts]).mean()
 
 
 def build(tensors: int, megabytes: float) -> EarlyExitNetwork:
