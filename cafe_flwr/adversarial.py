@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cafe_flwr.losses import cross_entropies
 
@@ -72,15 +71,3 @@ def deal_classes(batch: int, num_classes: int, num_exits: int, rng: np.random.Ge
     """
     order = rng.permuted(np.tile(np.arange(num_classes), (batch, 1)), axis=1)
     return torch.from_numpy(order % num_exits)
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Every part of the network in evaluation mode inside, so that no running statistics notice; as it was outside."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

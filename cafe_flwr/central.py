@@ -13,23 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cafe_flwr.adversarial import evaluating
 from cafe_flwr.cost import macs_per_exit
-from cafe_flwr.data import ClientData, Split
+from cafe_flwr.data import Split
 from cafe_flwr.federation import build_network, federation
 from cafe_flwr.images import Augmentation
-from cafe_flwr.messages import FinalReport
 from cafe_flwr.metrics import (
-    ExitMetrics,
-    dynamic_counts,
-    ensemble_accuracy,
     evaluate,
-    exit_logits,
-    exit_metrics,
-    fit_temperatures,
 )
 from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.node import seeded
+from cafe_flwr.networks.base import evaluating
+from cafe_flwr.node import final_report, seeded
 from cafe_flwr.objectives import Objective
 from cafe_flwr.participation import rng_for
 from cafe_flwr.recording import RunInfo
@@ -277,7 +270,7 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
         augment=data.augment,
         progress=progress,
     )
-    report, temperatures = _report(network, data, trained.steps)
+    report, temperatures = final_report(0, network, data, trained.steps)
     token, tensors = secrets.token_hex(8), snapshot(network)
     facts = {
         "run": token,
@@ -301,24 +294,3 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
     PersonalStore(folder / "personal", token).publish(0, tensors, facts)
     write_atomically(folder / "summary.json", to_json(summary, indent=2))
     return summary
-
-
-def _report(network: EarlyExitNetwork, data: ClientData, steps: int) -> tuple[FinalReport, list[float]]:
-    """Evaluation of the trained network as a federation evaluates a client's, and the temperature of each exit."""
-    calibration, test = exit_logits(network, data.calibration.x), exit_logits(network, data.test.x)
-    temperatures = fit_temperatures(calibration, data.calibration.y)
-    scale = torch.tensor(temperatures)[:, None, None]
-    report = FinalReport(
-        client=0,
-        train_examples=len(data.train),
-        calibration_examples=len(data.calibration),
-        test_examples=len(data.test),
-        classes=len(data.train.y.unique()),
-        local_steps=steps,
-        ensemble=ensemble_accuracy(test, data.test.y),
-        exits=exit_metrics(test, data.test.y),
-        adapted=ExitMetrics.unknown(network.num_exits),
-        calibration=dynamic_counts(calibration / scale, data.calibration.y),
-        test=dynamic_counts(test / scale, data.test.y),
-    )
-    return report, temperatures

@@ -32,14 +32,27 @@ class Format(StrEnum):
     both = "both"
 
 
+# Options of the commands for a results folder, and of those for a node (cafe_flwr.cli_node).
+RiskOption = Annotated[float, typer.Option(help="Share α of errors that is allowed, in (0, 1).")]
+ConfidenceOption = Annotated[float, typer.Option(help="How surely, 1 − δ in (0, 1).")]
+FoldsSeedOption = Annotated[int, typer.Option(help="Of the split of calibration examples into two folds.")]
+RisksOption = Annotated[list[float] | None, typer.Option(help="Risks α to evaluate; by default 0.01, 0.05, 0.1.")]
+CorruptionsOption = Annotated[bool, typer.Option(help="Also under corrupted inputs.")]
+EvaluationSeedOption = Annotated[int, typer.Option(help="Of corruptions and folds.")]
+MaxProbOption = Annotated[
+    float | None, typer.Option(help="Leave at this probability, in place of calibrated thresholds.")
+]
+FormatOption = Annotated[Format, typer.Option(help="Of the graphs.")]
+
+
 def calibrate(
     folder: _Results,
-    risk: Annotated[float, typer.Option(help="Share α of errors that is allowed, in (0, 1).")] = 0.05,
-    confidence_level: Annotated[float, typer.Option(help="How surely, 1 − δ in (0, 1).")] = 0.9,
+    risk: RiskOption = 0.05,
+    confidence_level: ConfidenceOption = 0.9,
     simultaneous: Annotated[
         bool, typer.Option("--simultaneous", help="Clients certified by themselves shall all be right at once.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the split of calibration examples into two folds.")] = 0,
+    seed: FoldsSeedOption = 0,
 ) -> None:
     """Find, for every client, thresholds to leave early at a risk you state, and say what is certified of whom."""
     from cafe_flwr.calibration import Request, calibrate_run
@@ -70,9 +83,9 @@ def show_calibration(found: Mapping[str, Any]) -> None:
 
 def evaluate(
     folder: _Results,
-    risk: Annotated[list[float] | None, typer.Option(help="Risks α to evaluate; by default 0.01, 0.05, 0.1.")] = None,
-    corruptions: Annotated[bool, typer.Option(help="Also under corrupted inputs.")] = True,
-    seed: Annotated[int, typer.Option(help="Of corruptions and folds.")] = 0,
+    risk: RisksOption = None,
+    corruptions: CorruptionsOption = True,
+    seed: EvaluationSeedOption = 0,
 ) -> None:
     """Accuracy, calibration, risk and coverage of every client's personal network, also under corrupted inputs."""
     from cafe_flwr.corruptions import CORRUPTIONS
@@ -100,10 +113,8 @@ def export(
     to: Annotated[
         Path | None, typer.Option(help="Folder to write; by default RESULTS/exported/client-<client>.")
     ] = None,
-    max_prob: Annotated[
-        float | None, typer.Option(help="Leave at this probability, in place of calibrated thresholds.")
-    ] = None,
-    format: Annotated[Format, typer.Option(help="Of the graphs.")] = Format.onnx,
+    max_prob: MaxProbOption = None,
+    format: FormatOption = Format.onnx,
 ) -> None:
     """Write a client's network as one graph per stage with its exit, for devices that have onnxruntime and numpy."""
     from cafe_flwr.export import export_client

@@ -11,7 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from cafe_flwr.cli_inference import Format, bar, console, errors, show_calibration, show_export
+from cafe_flwr.cli_inference import (
+    ConfidenceOption,
+    CorruptionsOption,
+    EvaluationSeedOption,
+    FoldsSeedOption,
+    Format,
+    FormatOption,
+    MaxProbOption,
+    RiskOption,
+    RisksOption,
+    bar,
+    console,
+    errors,
+    show_calibration,
+    show_export,
+)
 
 if TYPE_CHECKING:
     from cafe_flwr.node_local import NodeNetwork
@@ -39,9 +54,9 @@ def evaluate(
     data: _Data = None,
     app: _App = None,
     node_config: _NodeConfig = None,
-    risk: Annotated[list[float] | None, typer.Option(help="Risks α to evaluate; by default 0.01, 0.05, 0.1.")] = None,
-    corruptions: Annotated[bool, typer.Option(help="Also under corrupted inputs.")] = True,
-    seed: Annotated[int, typer.Option(help="Of corruptions and folds.")] = 0,
+    risk: RisksOption = None,
+    corruptions: CorruptionsOption = True,
+    seed: EvaluationSeedOption = 0,
 ) -> None:
     """Accuracy, calibration, risk and coverage of the client's network, also under corrupted inputs."""
     from cafe_flwr.corruptions import CORRUPTIONS
@@ -68,9 +83,9 @@ def calibrate(
     data: _Data = None,
     app: _App = None,
     node_config: _NodeConfig = None,
-    risk: Annotated[float, typer.Option(help="Share α of errors that is allowed, in (0, 1).")] = 0.05,
-    confidence_level: Annotated[float, typer.Option(help="How surely, 1 − δ in (0, 1).")] = 0.9,
-    seed: Annotated[int, typer.Option(help="Of the split of calibration examples into two folds.")] = 0,
+    risk: RiskOption = 0.05,
+    confidence_level: ConfidenceOption = 0.9,
+    seed: FoldsSeedOption = 0,
 ) -> None:
     """Find thresholds from the client's own calibration data alone; they replace those of an earlier calibration."""
     from cafe_flwr.calibration import Request, calibrate_run, thresholds_file
@@ -92,10 +107,8 @@ def export(
     to: Annotated[
         Path | None, typer.Option(help="Folder to write; by default exported/client-<client> in the state folder.")
     ] = None,
-    max_prob: Annotated[
-        float | None, typer.Option(help="Leave at this probability, in place of calibrated thresholds.")
-    ] = None,
-    format: Annotated[Format, typer.Option(help="Of the graphs.")] = Format.onnx,
+    max_prob: MaxProbOption = None,
+    format: FormatOption = Format.onnx,
 ) -> None:
     """Write the client's network as one graph per stage with its exit, for devices that have onnxruntime and numpy."""
     from cafe_flwr.export import export_client

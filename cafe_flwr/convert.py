@@ -128,8 +128,8 @@ def _labels(values: Iterable[Any]) -> Tensor:
     listed = [value.item() if isinstance(value, Tensor | np.generic) else value for value in values]
     if missing := sum(value is None for value in listed):
         raise ValueError(f"{missing} of {len(listed)} examples have no label")
-    if wrong := next((value for value in listed if isinstance(value, bool) or not isinstance(value, int)), None):
-        raise ValueError(f"labels must be whole numbers from 0 up, got {wrong!r}: number the classes first")
+    if wrong := [value for value in listed if isinstance(value, bool) or not isinstance(value, int)]:
+        raise ValueError(f"labels must be whole numbers from 0 up, got {wrong[0]!r}: number the classes first")
     y = torch.tensor(listed, dtype=torch.int64)
     if len(y) and int(y.min()) < 0:
         raise ValueError(f"labels must be numbers from 0 up, got {int(y.min())}: some labels are missing or withheld")

@@ -15,8 +15,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from cafe_flwr.cost_curve import CostCurve, accuracy_macs_curve, area_under_curve
-from cafe_flwr.inference import EarlyExitRunner, evaluating
+from cafe_flwr.inference import EarlyExitRunner
 from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.networks.base import evaluating
 
 __all__ = [
     "CostCurve",

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafe_flwr.data import FederatedData
+from cafe_flwr.data import ClientData, FederatedData
 from cafe_flwr.experiment import PlannedRun
-from cafe_flwr.inference import evaluating
 from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.networks.base import evaluating
 from cafe_flwr.report import duration, scaled
 from cafe_flwr.settings import Settings
 
@@ -101,7 +101,7 @@ def measure(settings: Settings) -> Measured:
     finally:
         torch.set_num_threads(threads)
     weights = sum(t.numel() * t.element_size() for t in network.state_dict().values())
-    return Measured(step, evaluation, weights, kept, x[:1].nbytes, _num_examples(data))
+    return Measured(step, evaluation, weights, kept, x[:1].nbytes, _num_examples(data, client))
 
 
 def estimate(runs: Sequence[PlannedRun], jobs: int) -> Estimate:
@@ -182,9 +182,8 @@ def _seconds(compute: Any) -> float:
     return time.perf_counter() - start
 
 
-def _num_examples(data: FederatedData) -> int:
+def _num_examples(data: FederatedData, client: ClientData) -> int:
     """Of all clients; if the data set does not say, from the first client."""
     if data.num_examples:
         return data.num_examples
-    client = data.load(0)
     return data.num_clients * sum(len(split) for split in (client.train, client.calibration, client.test))

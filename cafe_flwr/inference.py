@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cafe_flwr.batches import available, batches_of, progress_bar, rows_of
+from cafe_flwr.devices import device_of
 from cafe_flwr.exit_thresholds import ExitThresholds
 from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.networks.base import evaluating
 from cafe_flwr.policies import Entropy, Margin, MaxProb, Patience, PerExit, Policy, check_temperatures
 
 __all__ = [
@@ -131,7 +132,7 @@ class EarlyExitRunner:
         self.network, self.policy, self.batch_size, self.progress = network, policy, batch_size, progress
         self.temperatures = check_temperatures(temperatures, network.num_exits)
         self._dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        self.device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        self.device = device_of(network)
         if device is not None:
             self.device = available(device)
             network.to(self.device)
@@ -207,37 +208,6 @@ class EarlyExitRunner:
                 history = _select(history, stay, k)
             rows = stay if rows is None else rows[stay]
         return labels, exits, confidence
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode; after, every module is in the mode in which it was.
-
-    Examples
-    --------
-    >>> layer = nn.Dropout()
-    >>> with evaluating(layer):
-    ...     layer.training
-    False
-    >>> layer.training
-    True
-    """
-    training = [module for module in _modules(network) if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _modules(network: nn.Module) -> list[nn.Module]:
-    """All modules; ``network.modules()`` takes as long as a small stage."""
-    found = [network]
-    for module in found:
-        found.extend(child for child in module._modules.values() if child is not None)
-    return found
 
 
 _NOTHING = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cafe_flwr.adversarial import adversarial_examples, deal_classes, evaluating
+from cafe_flwr.adversarial import adversarial_examples, deal_classes
 from cafe_flwr.losses import (
     consistency,
     cross_entropies,
@@ -30,6 +30,7 @@ from cafe_flwr.losses import (
     orthogonal_distillation,
 )
 from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.networks.base import evaluating
 from cafe_flwr.options import check_settings, setting
 
 READS: Mapping[str, tuple[str, ...]] = {

@@ -235,10 +235,11 @@ def _resumable(folder: Path, run_config: Mapping[str, Any]) -> ServerState:
         before = json.loads((folder / "settings.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot resume {folder}: its settings.json cannot be read ({error})") from error
+    was = {**Settings.from_run_config({}).to_run_config(), **before}  # an earlier version knew fewer
     changed = [
-        f"{key} was {before.get(key)!r}, now {value!r}"
+        f"{key} was {was[key]!r}, now {value!r}"
         for key, value in run_config.items()
-        if key not in _FREE_ON_RESUME and before.get(key) != value
+        if key not in _FREE_ON_RESUME and was[key] != value
     ]
     if changed:
         raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")

@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
     class _MethodSettings(BaseModel): ...
 else:
-    # They bring their descriptions: looking for docstrings would cost every process a tenth of a second.
+    # They bring their descriptions; looking for docstrings, there are none, would cost every process time.
     _described = ConfigDict(**{**STRICT, "use_attribute_docstrings": False})
     _MethodSettings = create_model("_MethodSettings", __config__=_described, **_of_methods())
 

@@ -37,7 +37,6 @@ from cafe_flwr.messages import (
     method_config,
 )
 from cafe_flwr.methods import CafeDistillMethod, ClientRecord, Method, RoundPlan, ServerRound, settings_of
-from cafe_flwr.methods.guard import GuardedPlan
 from cafe_flwr.objectives import READS
 from cafe_flwr.participation import rng_for, sample_clients
 from cafe_flwr.privacy import Privacy, epsilon
@@ -76,10 +75,6 @@ class _Round:
     reports: Sequence[ClientReport] = ()
     left_out: Mapping[int, str] = field(default_factory=dict)
     notes: Mapping[int, str] = field(default_factory=dict)
-
-    @property
-    def suspicious(self) -> Mapping[int, str]:
-        return self.plan.suspicious if isinstance(self.plan, GuardedPlan) else {}
 
 
 class FederatedStrategy(FedAvg):
@@ -235,7 +230,7 @@ class FederatedStrategy(FedAvg):
             )
         plan = self._plan(server_round, clients)
         self._round = _Round(clients, plan)
-        for client, reason in self._round.suspicious.items():
+        for client, reason in plan.suspicious.items():
             who = self.directory.label(client)
             logger.warning("Round %d: %s teaches others next to nothing: %s", server_round, who, reason)
         state.plan = plan if plan.weights is not None else state.plan
@@ -494,7 +489,7 @@ class FederatedStrategy(FedAvg):
             bytes_down=bytes_down,
             bytes_up=bytes_up,
             seconds=seconds,
-            suspicious=self._round.suspicious,
+            suspicious=self._round.plan.suspicious,
             failed_tries=failed_tries,
             notes=self._round.notes,
             names={c: self.directory.names[c] for c in self._round.clients if c in self.directory.names},

@@ -124,6 +124,8 @@ def test_a_division_keeps_every_example_once():
         (lambda: split_from_datasets(own_texts(0), "review", "label"), "no column 'label'"),
         (lambda: split_from_torch([(picture(0), None), (picture(1), 0)]), "1 of 2 examples have no label"),
         (lambda: split_from_torch([(picture(0), -1)]), "got -1: some labels are missing or withheld"),
+        (lambda: split_from_torch([(picture(0), 0.0)]), r"whole numbers from 0 up, got 0\.0"),
+        (lambda: split_from_torch([(picture(0), "")]), "whole numbers from 0 up, got ''"),
         (lambda: split_from_torch([(picture(0), "cat")]), "got 'cat': number the classes first"),
         (lambda: split_from_torch([(picture(0), 0.5)]), "got 0.5: number the classes first"),
         (lambda: split_from_torch([{"image": picture(0), "label": 0}]), r"item 0 .*\(input, label\), got a dict"),

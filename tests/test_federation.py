@@ -921,6 +921,15 @@ def test_settings_that_change_no_number_may_change_on_resume(tmp_path, undisturb
     assert same_arrays(arrays, undisturbed[1])
 
 
+def test_a_run_of_a_version_that_knew_fewer_settings_is_resumed(tmp_path, undisturbed, no_report):
+    settings = stopped_run(tmp_path, "asked to")
+    path = settings.results / "settings.json"
+    known = json.loads(path.read_text())
+    del known["wire-dtype"], known["device"]
+    path.write_text(json.dumps(known))
+    assert same_arrays(resume(settings), undisturbed[1])
+
+
 def test_resume_without_a_checkpoint_is_refused(tmp_path, no_report):
     """No run of this name, a run that has not finished a round, and one with both checkpoints damaged."""
     settings = small_settings(tmp_path, resume=True)

@@ -8,7 +8,7 @@ import torch
 from federations import toy_data, toy_network
 from torch import nn
 
-from cafe_flwr.adversarial import adversarial_examples, deal_classes, evaluating
+from cafe_flwr.adversarial import adversarial_examples, deal_classes
 from cafe_flwr.losses import (
     consistency,
     cross_entropies,
@@ -21,6 +21,7 @@ from cafe_flwr.losses import (
 )
 from cafe_flwr.methods import METHODS, LocalTask
 from cafe_flwr.networks import EarlyExitNetwork, Exit
+from cafe_flwr.networks.base import evaluating
 from cafe_flwr.networks.safe_kd import safe_kd_exit
 from cafe_flwr.objectives import READS, Objective, logits_at
 from cafe_flwr.participation import rng_for

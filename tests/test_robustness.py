@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from cafe_flwr.methods import CafeDistillMethod, ClientRecord, ServerRound
-from cafe_flwr.methods.guard import GuardedPlan
+from cafe_flwr.methods import CafeDistillMethod, ClientRecord, RoundPlan, ServerRound
 from cafe_flwr.robustness import (
     CAP,
     bounded_teacher_weights,
@@ -198,7 +197,7 @@ def test_without_suspicion_no_bit_of_the_plan_changes(settings):
         weights = teacher_weights(
             cosine_similarity(heads), prior, settings.get("mu", 0.5), settings.get("solver", "exact")
         )
-    assert isinstance(plan, GuardedPlan)
+    assert isinstance(plan, RoundPlan)
     assert plan.suspicious == {}
     assert plan.weights.tobytes() == weights.tobytes()
     mixed = weights.astype(np.float32) @ heads

@@ -234,6 +234,8 @@ class RoundPlan:
         Flat arrays for single clients, by client.
     weights
         Who learns from whom: (rows: ``weight_rows``, columns: ``weight_columns``), for the records; None without.
+    suspicious
+        Clients whose weight as teachers was bounded (:mod:`cafe_flwr.robustness`), with the reason.
     """
 
     active: NDArray[np.bool_]
@@ -241,6 +243,7 @@ class RoundPlan:
     weights: NDArray[np.float64] | None = None
     weight_rows: Sequence[int] = ()
     weight_columns: Sequence[int] = ()
+    suspicious: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,6 @@ from cafe_flwr.coordination import SELECTIONS, active_exits
 from cafe_flwr.devices import device_of, moved
 from cafe_flwr.losses import distillation
 from cafe_flwr.methods.base import ClientRecord, LocalResult, LocalTask, Method, RoundPlan, ServerRound, setting
-from cafe_flwr.methods.guard import GuardedPlan
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.robustness import guarded_weights
 from cafe_flwr.teaching import TEACHERS, check_solver, cosine_similarity, teacher_weights
@@ -111,7 +110,7 @@ class CafeDistillMethod(Method):
         weights, doubts = guarded_weights(weights, rows, prior, self.mu, heads, own)
         mixed = weights.astype(np.float32) @ heads
         suspicious = {teachers[i]: reason for i, reason in doubts.items()}
-        return GuardedPlan(active, dict(zip(pupils, mixed, strict=True)), weights, pupils, teachers, suspicious)
+        return RoundPlan(active, dict(zip(pupils, mixed, strict=True)), weights, pupils, teachers, suspicious)
 
     def _is_stale(self, record: ClientRecord, server_round: int) -> bool:
         return bool(self.max_staleness) and server_round - 1 - record.seen > self.max_staleness

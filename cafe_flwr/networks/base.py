@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, cast, get_args
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +39,37 @@ def _drop_statistics(network: nn.Module) -> None:
         if isinstance(module, _NormBase):
             module.track_running_stats = False
             module.running_mean = module.running_var = module.num_batches_tracked = None
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; after, every module is in the mode in which it was.
+
+    Examples
+    --------
+    >>> layer = nn.Dropout()
+    >>> with evaluating(layer):
+    ...     layer.training
+    False
+    >>> layer.training
+    True
+    """
+    training = [module for module in _modules(network) if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _modules(network: nn.Module) -> list[nn.Module]:
+    """All modules; ``network.modules()`` takes as long as a small stage."""
+    found = [network]
+    for module in found:
+        found.extend(child for child in module._modules.values() if child is not None)
+    return found
 
 
 class Exit(nn.Module):
@@ -180,6 +213,42 @@ class EarlyExitNetwork(nn.Module):
             x = self.stage(k, x)
             logits.append(self.exit(k, x)[1])
         return logits
+
+    def truncated(self, depth: int) -> Self:
+        """The network up to an exit: its first stages and exits, which are this network's own, not copies.
+
+        Tensors keep their names. For a network whose depth is not in ``stages`` and ``exits`` alone, a subclass must
+        say what to leave out.
+
+        Parameters
+        ----------
+        depth
+            Number of exits, 1..m.
+
+        Raises
+        ------
+        ValueError
+            If there is no such exit.
+
+        Examples
+        --------
+        >>> from cafe_flwr.networks import ConvNet
+        >>> network = ConvNet((1, 16, 16), num_classes=10)
+        >>> short = network.truncated(2)
+        >>> short.num_exits, short.head_names(1)[0], short.exits[1] is network.exits[1]
+        (2, 'exits.1.head.weight', True)
+        """
+        if not 1 <= depth <= self.num_exits:
+            raise ValueError(f"this network has exits 1 to {self.num_exits}, there is no exit {depth}")
+        if depth == self.num_exits:
+            return self
+        short = copy.copy(self)
+        short._modules = {
+            **self._modules,
+            "stages": nn.ModuleList(self.stages[:depth]),
+            "exits": nn.ModuleList(self.exits[:depth]),
+        }
+        return short
 
     def _head(self, k: int) -> nn.Linear:
         return cast(Exit, self.exits[k]).head
