@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 _GRID = 2.0**32
 
 
-def weighted(values: ArrayLike, weight: float) -> NDArray[np.float64]:
+def weighted(values: ArrayLike, weight: float | NDArray[np.float64]) -> NDArray[np.float64]:
     """``weight · values`` in float64, on a grid on which sums do not depend on their order.
 
     Examples

@@ -97,7 +97,7 @@ def for_accuracy(
             f"loss_allowed is a loss of accuracy from 0 up (0.01: one point), below 1; got {loss_allowed!r}"
         )
     thresholds, counts, temperatures = _candidates(logits, y, macs)
-    chosen = cheapest(counts, np.asarray(macs, dtype=np.float64), loss_allowed)
+    chosen = cheapest(counts, counts.left @ np.asarray(macs, dtype=np.float64), loss_allowed)
     return PerExit(tuple(thresholds[chosen]), temperatures, fingerprint)
 
 

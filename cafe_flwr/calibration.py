@@ -98,7 +98,9 @@ class ClientCalibration:
         self.proposal, self.certification = folds(len(y), int(rng_for(seed, 0, client, "folds").integers(2**31)))
 
     def histogram(self) -> Histogram:
-        """Of the proposal fold."""
+        """Of the proposal fold; without rows where a single exit leaves nothing to calibrate."""
+        if self.confidence.shape[1] == 1:
+            return Histogram(np.zeros((0, 0)), *(np.zeros((0, 0), dtype=np.int64) for _ in range(2)))
         return client_histogram(self.confidence[self.proposal], self.correct[self.proposal])
 
     def counts(self, path: ThresholdPath) -> FoldCounts:
@@ -121,6 +123,29 @@ def decide(counts: Mapping[int, FoldCounts], path: ThresholdPath, request: Reque
         proposals=[counts[c].proposal for c in clients],
     )
     return dict(zip(clients, certificates, strict=True))
+
+
+def in_groups(histograms: Mapping[int, Histogram], request: Request) -> list[tuple[list[int], Request]]:
+    """Clients whose networks have equally many exits, who can be calibrated together, and what each group is asked for.
+
+    Where all claims shall hold at once, the groups share δ by their sizes. Who has a single exit never leaves early: it
+    is in no group.
+
+    Raises
+    ------
+    ValueError
+        If that is true of all.
+    """
+    groups: dict[int, list[int]] = {}
+    for client in sorted(histograms):
+        groups.setdefault(len(histograms[client].examples), []).append(client)
+    groups.pop(0, None)
+    if not groups:
+        raise ValueError("a network with one exit has no thresholds to calibrate")
+    if not request.simultaneous or len(groups) == 1:
+        return [(clients, request) for clients in groups.values()]
+    share = (1 - request.confidence_level) / sum(map(len, groups.values()))  # of δ, for one client
+    return [(clients, replace(request, confidence_level=1 - share * len(clients))) for clients in groups.values()]
 
 
 def keep(folder: Path, client: int, certificate: ClientCertificate, of: str) -> None:
@@ -175,8 +200,12 @@ def calibrate_run(
         sides[client] = ClientCalibration(
             client, run.personal(client).network, run.data(client).calibration, request.seed
         )
-    path = pooled_path([side.histogram() for side in sides.values()])
-    certificates = decide({c: side.counts(path) for c, side in sides.items()}, path, request)
+    histograms = {client: side.histogram() for client, side in sides.items()}
+    certificates: dict[int, ClientCertificate] = {}
+    for alike, wanted in in_groups(histograms, request):
+        path = pooled_path([histograms[client] for client in alike])
+        certificates |= decide({client: sides[client].counts(path) for client in alike}, path, wanted)
+    certificates = dict(sorted(certificates.items()))
     for client, certificate in certificates.items():
         keep(run.networks, client, certificate, sides[client].fingerprint)
     return record(run.output("calibration.json"), certificates, request)

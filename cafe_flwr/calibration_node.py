@@ -17,6 +17,7 @@ from cafe_flwr.calibration import (
     path_from_json,
 )
 from cafe_flwr.data import Split
+from cafe_flwr.kinds import Networks
 from cafe_flwr.log import logger
 from cafe_flwr.messages import Keys, failed, prefixed, record_of
 from cafe_flwr.networks import EarlyExitNetwork
@@ -32,13 +33,13 @@ class NodeCalibration:
     ----------
     folder
         Of the personal networks.
-    network
-        Gets a client's weights when it is asked for.
+    networks
+        Get a client's weights when it is asked for.
     """
 
-    def __init__(self, folder: Path, network: EarlyExitNetwork) -> None:
+    def __init__(self, folder: Path, networks: EarlyExitNetwork | Networks) -> None:
         self.folder = folder
-        self.network = network
+        self.networks = networks
 
     def answer(self, message: Message, keys: Keys, examples: Callable[[int], Split]) -> Message:
         """Reply to one step for all clients asked for; what fails is said for each client."""
@@ -57,7 +58,7 @@ class NodeCalibration:
         return Message(RecordDict({keys.config: ConfigRecord({**found, **failed(failures)})}), reply_to=message)
 
     def _answer(self, step: str, client: int, text: str, examples: Split, config: Mapping[str, Any]) -> str:
-        network = read_personal(self.folder, client, self.network).network
+        network = read_personal(self.folder, client, self.networks).network
         side = ClientCalibration(client, network, examples, int(config["seed"]))
         if step == "histogram":
             return histogram_to_json(side.histogram())

@@ -14,11 +14,12 @@ from cafe_flwr.calibration import (
     counts_from_json,
     decide,
     histogram_from_json,
+    in_groups,
     path_to_json,
     record,
 )
 from cafe_flwr.directory import Directory
-from cafe_flwr.federated_risk import pooled_path
+from cafe_flwr.federated_risk import ClientCertificate, pooled_path
 from cafe_flwr.log import logger
 from cafe_flwr.messages import PROTOCOL, Keys, failures_of, method_config, prefixed, record_of
 from cafe_flwr.methods import settings_of
@@ -87,9 +88,18 @@ def calibrate_federation(grid: Grid, settings: Settings) -> dict[str, Any]:
     histograms = {c: histogram_from_json(t) for c, t in ask("histogram", dict.fromkeys(nodes.hosts, "")).items()}
     if not histograms:
         raise RuntimeError("no client could be calibrated; see the reasons above")
-    path = pooled_path(list(histograms.values()))
-    told = ask("counts", dict.fromkeys(histograms, path_to_json(path)))
-    certificates = decide({c: counts_from_json(text) for c, text in told.items()}, path, request)
+    paths: dict[int, str] = {}
+    groups = []
+    for clients, wanted in in_groups(histograms, request):
+        path = pooled_path([histograms[c] for c in clients])
+        groups.append((clients, path, wanted))
+        paths |= dict.fromkeys(clients, path_to_json(path))
+    told = ask("counts", paths)
+    certificates: dict[int, ClientCertificate] = {}
+    for clients, path, wanted in groups:
+        counts = {c: counts_from_json(told[c]) for c in clients if c in told}
+        certificates |= decide(counts, path, wanted) if counts else {}
+    certificates = dict(sorted(certificates.items()))
     kept = ask("certificate", {c: certificate_to_json(certificate) for c, certificate in certificates.items()})
     for client in sorted(certificates.keys() - kept.keys()):
         logger.warning("client %d did not confirm its thresholds: they may not be on its disk", client)

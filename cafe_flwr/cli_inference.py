@@ -86,6 +86,7 @@ def evaluate(
     risk: RisksOption = None,
     corruptions: CorruptionsOption = True,
     seed: EvaluationSeedOption = 0,
+    clients: Annotated[str | None, typer.Option(help="Only these, such as 0,3,5.")] = None,
 ) -> None:
     """Accuracy, calibration, risk and coverage of every client's personal network, also under corrupted inputs."""
     from cafe_flwr.corruptions import CORRUPTIONS
@@ -98,6 +99,7 @@ def evaluate(
         with bar("evaluating") as progress:
             found = evaluate_run(
                 FinishedRun(folder),
+                clients=_numbers(clients) if clients else None,
                 risks=tuple(risk or RISKS),
                 corruptions=tuple(CORRUPTIONS) if corruptions else (),
                 seed=seed,
@@ -150,6 +152,13 @@ def predict(
         typer.echo(as_csv(found), nl=False)
     else:
         console.print(f"Predictions: {out}", soft_wrap=True)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--clients must be numbers like 0,3,5, got {text!r}") from None
 
 
 @contextmanager

@@ -39,6 +39,7 @@ def active_exits(
     *,
     selection: str = "shallow-first",
     rng: np.random.Generator | None = None,
+    there: ArrayLike | None = None,
 ) -> NDArray[np.bool_]:
     """Student exits that train in this round.
 
@@ -58,10 +59,12 @@ def active_exits(
         ``"random"`` spreads the same budget over all students by chance, ``"none"`` trains all from round 1.
     rng
         Random generator, needed by ``"random"`` only.
+    there
+        (n, m−1) bool: which students there are, where clients hold different numbers of exits; by default all.
 
     Returns
     -------
-    (n, m−1) bool: True where exit k of client i trains. From t = T/2 on all are True.
+    (n, m−1) bool: True where exit k of client i trains. From t = T/2 on all that are there are True.
 
     Examples
     --------
@@ -80,22 +83,24 @@ def active_exits(
         raise ValueError(f"similarity must have shape (clients, exits - 1), got {scores.shape}")
     if selection not in SELECTIONS:
         raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}; got {selection!r}")
-    num_clients, depths = scores.shape
-    budget = student_budget(server_round, num_rounds, scores.size)
+    students = np.ones(scores.shape, dtype=bool) if there is None else np.asarray(there, dtype=bool)
+    if students.shape != scores.shape:
+        raise ValueError(f"there must have the shape of similarity, {scores.shape}, got {students.shape}")
     if selection == "none":
-        budget = scores.size
-    elif selection == "random":
+        return students.copy()
+    budget = student_budget(server_round, num_rounds, int(students.sum()))
+    active = np.zeros(scores.shape, dtype=bool)
+    if selection == "random":
         if rng is None:
             raise ValueError("selection='random' needs a random generator: pass rng=")
-        active = np.zeros(scores.size, dtype=bool)
-        active[rng.permutation(scores.size)[:budget]] = True
-        return active.reshape(scores.shape)
-
-    active = np.zeros((num_clients, depths), dtype=bool)
-    order = range(depths - 1, -1, -1) if selection == "deep-first" else range(depths)
-    for k in order:
-        take = min(budget, num_clients)
-        conflict = -np.nan_to_num(scores[:, k], nan=-np.inf)
-        active[np.argsort(conflict, kind="stable")[:take], k] = True
-        budget -= take
+        positions = np.flatnonzero(students)
+        active.flat[positions[rng.permutation(len(positions))[:budget]]] = True
+        return active
+    depths = scores.shape[1]
+    for k in range(depths - 1, -1, -1) if selection == "deep-first" else range(depths):
+        holders = np.flatnonzero(students[:, k])
+        conflict = -np.nan_to_num(scores[holders, k], nan=-np.inf)
+        chosen = holders[np.argsort(conflict, kind="stable")[:budget]]
+        active[chosen, k] = True
+        budget -= len(chosen)
     return active

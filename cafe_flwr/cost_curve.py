@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,7 +118,7 @@ def area_under_curve(accuracy: Sequence[float], macs: Sequence[float]) -> float:
     return float(np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
-def cheapest(counts: DynamicCounts, macs: NDArray[np.float64], loss_allowed: float) -> int:
+def cheapest(counts: DynamicCounts, cost: NDArray[np.number[Any]], loss_allowed: float) -> int:
     """Position of the cheapest thresholds whose accuracy is, one standard error aside, not below the full network's.
 
     Without that margin the choice among many thresholds is too lucky to hold on other examples.
@@ -126,15 +127,16 @@ def cheapest(counts: DynamicCounts, macs: NDArray[np.float64], loss_allowed: flo
     ----------
     counts
         Of calibration examples; the last position is that at which nothing leaves early.
-    macs
-        Of leaving at each exit, (m,).
+    cost
+        Of all examples together at each of the thresholds, in MACs.
     loss_allowed
         Accuracy that may be lost, 0.01 for a point.
 
     Examples
     --------
     >>> left = np.array([[100, 0], [50, 50], [0, 100]])
-    >>> cheapest(DynamicCounts(left, np.array([60, 90, 90]), np.array([30, 0, 0])), np.array([10.0, 20.0]), 0.0)
+    >>> counts = DynamicCounts(left, np.array([60, 90, 90]), np.array([30, 0, 0]))
+    >>> cheapest(counts, left @ np.array([10.0, 20.0]), 0.0)
     1
     """
     examples = int(counts.left[0].sum())
@@ -143,7 +145,7 @@ def cheapest(counts: DynamicCounts, macs: NDArray[np.float64], loss_allowed: flo
     gain = counts.correct - counts.correct[-1]
     spread = np.sqrt(np.maximum(counts.changed - gain**2 / examples, 0.0))
     good = gain - spread >= -loss_allowed * examples
-    return int(np.where(good, counts.left @ macs, np.inf).argmin())
+    return int(np.where(good, cost, np.inf).argmin())
 
 
 def check_examples(logits: Tensor, y: Tensor, macs: Sequence[float]) -> None:

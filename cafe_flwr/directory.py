@@ -11,6 +11,7 @@ from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from cafe_flwr import __version__
+from cafe_flwr.kinds import Kind
 from cafe_flwr.log import logger
 from cafe_flwr.messages import Keys, NodeInfo
 from cafe_flwr.replies import last_line
@@ -37,6 +38,7 @@ class Directory:
         self.question = question
         self.nodes: dict[int, NodeInfo] = {}
         self.hosts: dict[int, int] = {}
+        self.kinds: dict[str, Kind] = {}  # what clients hold, by name; also of nodes that are gone
         self.names: dict[int, str] = {}  # of clients' nodes, where they have one; also of nodes that are gone
         self.problems: list[str] = []
         self._refused: set[int] = set()
@@ -55,6 +57,10 @@ class Directory:
         for client in sorted(clients):
             groups[self.hosts[client]].append(client)
         return dict(groups)
+
+    def kind(self, client: int) -> Kind:
+        """What a client holds."""
+        return self.nodes[self.hosts[client]].kind(client)
 
     def label(self, client: int) -> str:
         """A client for people: its number, and its node's name if it has one."""
@@ -201,6 +207,7 @@ class Directory:
         if taken:
             self._problem(f"{who}: clients {', '.join(map(str, taken))} are hosted by another node already")
         self.nodes[node] = info
+        self.kinds |= {kind.name: kind for kind in info.kinds or [info.whole]}
         if info.name:
             self.names |= dict.fromkeys(set(info.clients) - set(taken), info.name)
 

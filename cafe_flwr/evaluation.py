@@ -14,7 +14,7 @@ from cafe_flwr.corruptions import CORRUPTIONS
 from cafe_flwr.evaluation_tables import long_table, put_together
 from cafe_flwr.exit_thresholds import GUARANTEES
 from cafe_flwr.metrics import ECE_BINS
-from cafe_flwr.personal import PersonalNetworks
+from cafe_flwr.personal import PersonalNetworks, read_facts
 from cafe_flwr.selective import VOID
 from cafe_flwr.state import to_json, write_atomically
 
@@ -60,6 +60,7 @@ def evaluate_run(
         For a client, risk, guarantee, corruption or severity that does not exist.
     """
     chosen = _check(run, clients, risks, guarantee, corruptions, severities)
+    _check_alike(run, chosen)
     settings = run.run_config
     notes = _notes(settings)
     conditions = [CLEAN, *((name, severity) for name in corruptions for severity in severities)]
@@ -116,6 +117,22 @@ def _check(
     if bad_levels := [severity for severity in severities if severity not in range(1, 6)]:
         raise ValueError(f"severities must be 1 (slight) to 5, got {bad_levels}")
     return chosen
+
+
+def _check_alike(run: PersonalNetworks, clients: Sequence[int]) -> None:
+    """ValueError if the clients' networks differ: their exits cannot be put together in one table."""
+    kinds: dict[tuple[str, int], list[int]] = {}
+    for client in clients:
+        facts = read_facts(run.networks, client)
+        kinds.setdefault((str(facts.get("modality", "")), int(facts["num_exits"])), []).append(client)
+    if len(kinds) > 1:
+        each = "; ".join(
+            f"{f'{modality}, ' * bool(modality)}{exits} exits: {','.join(map(str, some))}"
+            for (modality, exits), some in kinds.items()
+        )
+        raise ValueError(
+            f"these clients hold different networks, evaluate those of a kind together (--clients): {each}"
+        )
 
 
 def _notes(settings: Mapping[str, Any]) -> list[str]:

@@ -144,8 +144,9 @@ def run_one(run: PlannedRun) -> str | None:
         try:
             settings = run.settings.model_copy(update={"resume": state_of(run) == "resumable"})
             app = make_client_app(
-                lambda context: federation.build_network(settings),
+                lambda context: federation.build_networks(settings),
                 lambda client, context: federation.federation(settings).load(client),
+                modality_of=lambda client, context: federation.modality_of(settings, client),
                 state_dir=lambda context: str(settings.results / "personal"),
             )
             federation.run(InProcessGrid(app, 1, settings.to_run_config()), settings)

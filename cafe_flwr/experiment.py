@@ -601,12 +601,15 @@ def check_experiment(experiment: Experiment, folder: Path) -> None:
 
 def _check_run(run: PlannedRun) -> None:
     """Raise ValueError if the run cannot start."""
-    from cafe_flwr.federation import build_network
+    from cafe_flwr.federation import build_networks
+    from cafe_flwr.kinds import check_depths, networks_of, read_shares
 
-    network, method = build_network(run.settings), run.settings.build_method()
-    method.check(network)
-    for names in (method.shared_names, method.personal_names, method.upload_names, method.download_names):
-        names(network)
+    method = run.settings.build_method()
+    for network in networks_of(build_networks(run.settings)).values():
+        method.check(network)
+        for names in (method.shared_names, method.personal_names, method.upload_names, method.download_names):
+            names(network)
+        check_depths(read_shares(run.settings.depth_shares), network.num_exits)
 
 
 State = Literal["finished", "resumable", "new"]

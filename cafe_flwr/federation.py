@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -10,7 +11,8 @@ from flwr.serverapp.strategy import Result
 
 from cafe_flwr.data import ClientData, FederatedData, load_federation
 from cafe_flwr.log import logger
-from cafe_flwr.networks import ConvNet, EarlyExitNetwork, ResNet18, TextTransformer
+from cafe_flwr.modalities import ROWS, in_rows, rows_shape
+from cafe_flwr.networks import ConvNet, EarlyExitNetwork, ResNet18, SequenceNet, TextTransformer
 from cafe_flwr.node_config import data_folder, hosted, is_device
 from cafe_flwr.recording import Recorder, open_results
 from cafe_flwr.settings import Settings
@@ -44,7 +46,7 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
             f"the run names a path on this node, dataset = {settings.dataset!r}: a node with a node-config of its own "
             "reads data from its data-dir only; set dataset = 'local'"
         )
-    return load_federation(
+    data = load_federation(
         settings.dataset,
         settings.num_clients,
         partition=settings.partition,
@@ -65,6 +67,12 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
         rotations=settings.rotations,
         test_shift=settings.test_shift,
         seed=settings.seed,
+    )
+    if ROWS not in settings.modality_names:
+        return data
+    return replace(
+        data,
+        load=lambda client: in_rows(data.load(client)) if modality_of(settings, client) == ROWS else data.load(client),
     )
 
 
@@ -103,22 +111,43 @@ def state_dir(settings: Settings, node_config: Mapping[str, Any]) -> str:
 
 
 def build_network(settings: Settings, node_config: Mapping[str, Any] | None = None) -> EarlyExitNetwork:
-    """The network of the settings, for their data.
+    """The network of the settings, for their data; of several modalities the first one's.
 
     Raises
     ------
     ValueError
         If the data are not of the kind or size that the network takes.
     """
+    return next(iter(build_networks(settings, node_config).values()))
+
+
+def build_networks(settings: Settings, node_config: Mapping[str, Any] | None = None) -> dict[str, EarlyExitNetwork]:
+    """The networks of the settings by modality; the one of ``""`` where there is one only.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`build_network`.
+    """
     data = federation(settings, node_config)
-    network = _network(settings, data)
-    network.pixels = data.pixels
-    network.statistics = settings.statistics
-    return network
+    found = {name: _network(settings, data, name) for name in settings.modality_names or ("",)}
+    for network in found.values():
+        network.pixels = data.pixels
+        network.statistics = settings.statistics
+    return found
 
 
-def _network(settings: Settings, data: FederatedData) -> EarlyExitNetwork:
+def modality_of(settings: Settings, client: int) -> str:
+    """A client's modality: they take turns; empty where there is one only."""
+    names = settings.modality_names or ("",)
+    return names[client % len(names)]
+
+
+def _network(settings: Settings, data: FederatedData, modality: str = "") -> EarlyExitNetwork:
     width, depth, features = settings.network_width, settings.network_depth, settings.feature_width
+    widths = [(width or 8) << k for k in range(depth or 3)]
+    if modality == ROWS:
+        return SequenceNet(rows_shape(data.input_shape), data.num_classes, widths, features, settings.norm)
     if settings.network == "transformer":
         return TextTransformer(
             data.vocabulary,
@@ -142,7 +171,6 @@ def _network(settings: Settings, data: FederatedData) -> EarlyExitNetwork:
             width=width or 64,
             stem_stride=settings.stem_stride,
         )
-    widths = [(width or 8) << k for k in range(depth or 3)]
     return ConvNet(data.input_shape, data.num_classes, widths, features, settings.norm)
 
 

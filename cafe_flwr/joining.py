@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cafe_flwr import __version__
 from cafe_flwr.data import ClientData, FederatedData
+from cafe_flwr.kinds import Networks, networks_of
 from cafe_flwr.messages import FinalReport
 from cafe_flwr.methods import LocalTask, Method, settings_of
 from cafe_flwr.methods.base import ClientRecord
@@ -122,7 +123,7 @@ def package_run(results: Path, *, head: bool = True) -> Package:
     ValueError
         If the run has not finished, or newcomers cannot join its method.
     """
-    from cafe_flwr.federation import build_network, federation
+    from cafe_flwr.federation import build_networks, federation
     from cafe_flwr.settings import Settings
 
     settings = Settings.from_run_config(FinishedRun(results).run_config)
@@ -133,7 +134,7 @@ def package_run(results: Path, *, head: bool = True) -> Package:
             f"{results} has finished {done} of {settings.num_server_rounds} rounds: let the run end (resume=true)"
         )
     with seeded(settings.seed):
-        network = build_network(settings)
+        network = _only(build_networks(settings))
     data = federation(settings)
     run_config: dict[str, Any] = {k: v for k, v in settings.to_run_config().items() if k not in _PATHS}
     if settings.dataset.startswith("local:"):
@@ -214,7 +215,8 @@ def package(
             f"the checkpoint was made with another network or method (fingerprint {state.digest}, this one's is "
             f"{work.digest})"
         )
-    teacher, teachers = mean_head(state.known, work.schemas["upload"]) if head else ({}, 0)
+    deep = {client: record for client, record in state.known.items() if not record.kind}  # hold the last exit
+    teacher, teachers = mean_head(deep, work.schemas["upload"]) if head else ({}, 0)
     facts = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -400,13 +402,21 @@ def join_from(
     return join(
         package,
         client,
-        source.network(),
+        _only(source.network()),
         source.data(client),
         folder,
         epochs=epochs,
         context=context,
         replace_existing=replace_existing,
     )
+
+
+def _only(networks: EarlyExitNetwork | Networks) -> EarlyExitNetwork:
+    """The network of a federation of one modality."""
+    found = networks_of(networks)
+    if len(found) > 1:
+        raise ValueError(f"nobody can join a federation of several modalities yet ({', '.join(found)})")
+    return next(iter(found.values()))
 
 
 def check_new(facts: Mapping[str, Any], client: int, folder: Path, replace_existing: bool) -> None:

@@ -8,6 +8,9 @@ flat array (key ``flat``):
   clients sends the sum of n_i·θ_i over them as its shared part, in float64, each value in the place of two float32: one
   backbone per node, not per client, and the same average whatever node hosts whom (see ``aggregation``).
 
+Where clients are not alike (:mod:`cafe_flwr.kinds`), the shared part of a message is what its clients hold together:
+down, those it is for, up, those reported. In a sum a value counts the clients that hold it.
+
 With ``wire-dtype = "float16"`` every value takes half of the place, both ways: float16 for float32, float32 for the
 sums. A shared part then goes up as its difference to what came down, Δ_i = θ_i − θ, or Σ n_i·Δ_i: small numbers keep
 more digits.
@@ -20,13 +23,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from functools import cached_property
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from cafe_flwr.bounds import MAX_NORM, check_norm
+from cafe_flwr.kinds import Kind, Weight
 from cafe_flwr.metrics import DynamicCounts, ExitMetrics
 from cafe_flwr.node_config import check_name
 from cafe_flwr.privacy import Privacy
@@ -46,6 +52,7 @@ RESERVED = frozenset(
     {
         *("protocol", "run", "seed", "digest", "server-round", "num-rounds", "num-clients", "resumable-from"),
         *("clients", "versions", "downloads", "active-exits", "method", "evaluate", "publish", "wire-dtype"),
+        "plain-mean",
     }
 )
 
@@ -78,13 +85,16 @@ class NodeInfo:
     digest
         Fingerprint of network and method; all nodes of a run must agree on it.
     shared, upload, download
-        What travels, for this network and method.
+        What travels, for this network and method: all that the federation shares, and what a client that holds the
+        whole network sends and receives of its own.
     num_exits, num_parameters
         m, and the values of the whole network.
     macs
         MACs of inference up to each exit, (m,).
     name
         What people call the node; empty if it has no name.
+    kinds, kind_of
+        Where clients are not alike: the kinds there are on the node, and each client's place among them. Else empty.
     """
 
     version: str
@@ -100,12 +110,27 @@ class NodeInfo:
     num_parameters: int
     macs: list[int]
     name: str = ""
+    kinds: list[Kind] = field(default_factory=list)
+    kind_of: list[int] = field(default_factory=list)
+
+    def kind(self, client: int) -> Kind:
+        """What the client holds."""
+        if not self.kinds:
+            return self.whole
+        return self.kinds[self.kind_of[self.clients.index(client)]]
+
+    @cached_property
+    def whole(self) -> Kind:
+        """What a client holds that is like all others."""
+        size, macs = self.num_parameters, tuple(self.macs)
+        return Kind("", self.num_exits, size, macs, self.shared, self.upload, self.download)
 
     def to_content(self, keys: Keys) -> RecordDict:
         """As a Flower record."""
         values = {kebab(f.name): getattr(self, f.name) for f in fields(self) if f.name != "name" or self.name}
         for name in ("shared", "upload", "download"):
             values[name] = values[name].to_json()
+        values["kinds"] = [kind.to_json() for kind in self.kinds]
         return RecordDict({keys.config: ConfigRecord(_filled({"protocol": PROTOCOL, **values}))})
 
     @classmethod
@@ -117,7 +142,7 @@ class NodeInfo:
                 f"speaks message protocol {config.get('protocol')}, this server speaks {PROTOCOL}: "
                 "install the same version of cafe-flwr on both"
             )
-        lists = {"clients", "num-examples", "problems"}
+        lists = {"clients", "num-examples", "problems", "kinds", "kind-of"}
         missing = {kebab(f.name) for f in fields(cls)} - set(config) - lists - {"name"}
         if missing:
             raise ValueError(f"answered without {', '.join(sorted(missing))}")
@@ -126,6 +151,12 @@ class NodeInfo:
         check_name(values["name"])
         for name in ("shared", "upload", "download"):
             values[name] = Schema.from_json(values[name])
+        values["kinds"] = [Kind.from_json(text) for text in values["kinds"]]
+        if values["kinds"] and (
+            len(values["kind_of"]) != len(values["clients"])
+            or not set(values["kind_of"]) <= set(range(len(values["kinds"])))
+        ):
+            raise ValueError("answered with kinds of clients that do not fit its clients")
         return cls(**values)
 
 
@@ -159,6 +190,8 @@ class TrainRequest:
         What clients do to what they send.
     wire
         Type of the values that travel, ``"float32"`` or ``"float16"``.
+    plain_mean
+        Whether clients count alike in the average of the shared part, whatever their examples.
     """
 
     run: str
@@ -178,6 +211,7 @@ class TrainRequest:
     evaluate: bool = True
     privacy: Privacy = field(default_factory=Privacy)
     wire: str = "float32"
+    plain_mean: bool = False
 
     def to_content(self, keys: Keys, config: Mapping[str, Any]) -> RecordDict:
         """As a Flower record; ``config`` is the user's own, sent along."""
@@ -201,12 +235,18 @@ class TrainRequest:
             **{f"local.{kebab(f.name)}": getattr(self.budget, f.name) for f in fields(LocalBudget)},
             **({} if self.privacy == Privacy() else _privacy_config(self.privacy)),
             **({} if self.wire == "float32" else {"wire-dtype": self.wire}),
+            **({"plain-mean": True} if self.plain_mean else {}),
         }
         return RecordDict({keys.arrays: ArrayRecord({FLAT: Array(flat)}), keys.config: ConfigRecord(_filled(values))})
 
     @classmethod
-    def from_message(cls, message: Message, keys: Keys, *, shared_size: int, download_size: int) -> TrainRequest:
-        """Read a request on the node; ValueError if it does not fit the node's network."""
+    def from_message(
+        cls, message: Message, keys: Keys, *, shared_size: int, download_size: int | Mapping[int, int]
+    ) -> TrainRequest:
+        """Read a request on the node; ValueError if it does not fit the node's network.
+
+        ``shared_size`` is of what its clients hold together, ``download_size`` that of all, or by client.
+        """
         config = record_of(message, keys.config, ConfigRecord)
         check_server(config)
         wire = str(config.get("wire-dtype", "float32"))
@@ -214,7 +254,7 @@ class TrainRequest:
             raise ValueError(f"the server's values are {wire!r}, this node reads {' and '.join(WIRES)}")
         flat = _flat(message, keys.arrays, wire).astype(np.float32, copy=False)
         with_download = _ints(config, "downloads")
-        sizes = [shared_size] + [download_size] * len(with_download)
+        sizes = [shared_size, *(of_client(download_size, client) for client in with_download)]
         if len(flat) != sum(sizes):
             raise ValueError(f"the request carries {len(flat)} values, this node's network needs {sum(sizes)}")
         shared, *downloads = np.split(flat, np.cumsum(sizes)[:-1])
@@ -246,6 +286,7 @@ class TrainRequest:
             evaluate=bool(config.get("evaluate", True)),
             privacy=Privacy(**prefixed(config, "privacy.")),
             wire=wire,
+            plain_mean=bool(config.get("plain-mean", False)),
         )
 
 
@@ -266,7 +307,8 @@ class ClientReport:
     similarity
         (m−1,): similarity of its student exits to its last exit.
     before, after
-        Exits on the test split, before and after local training; NaN in rounds without evaluation.
+        Exits on the test split, before and after local training; NaN in rounds without evaluation, and for exits that
+        it does not hold.
     seconds_train, seconds_evaluate
         Time it took.
     upload
@@ -285,6 +327,16 @@ class ClientReport:
     seconds_evaluate: float
     upload: NDArray[np.float32]
 
+    def padded(self, num_exits: int) -> ClientReport:
+        """With NaN for the exits that the client does not hold."""
+        missing = [math.nan] * (num_exits - 1 - len(self.similarity))
+        return replace(
+            self,
+            similarity=[*self.similarity, *missing],
+            before=self.before.padded(num_exits),
+            after=self.after.padded(num_exits),
+        )
+
 
 @dataclass(frozen=True)
 class TrainReply:
@@ -295,7 +347,7 @@ class TrainReply:
     server_round, digest
         As in the request.
     shared
-        Shared part of the one client reported (float32), or Σ n_i θ_i over several (float64).
+        Shared part of the one client reported (float32), or Σ n_i θ_i over several (float64): what they hold together.
     reports
         Clients that finished.
     failures
@@ -304,6 +356,8 @@ class TrainReply:
         Type of the values that travel.
     notes
         What was unusual about clients that finished, in words.
+    counted
+        Weight of every value of the shared part, where it is not that of all examples.
     """
 
     server_round: int
@@ -313,19 +367,25 @@ class TrainReply:
     failures: Mapping[int, str]
     wire: str = "float32"
     notes: Mapping[int, str] = field(default_factory=dict)
+    counted: Weight | None = None
 
     @property
-    def weight(self) -> int:
+    def examples(self) -> int:
         """Training examples of all clients reported."""
         return sum(report.num_examples for report in self.reports)
 
+    @property
+    def weight(self) -> Weight:
+        """What the shared part counts in an average."""
+        return self.examples if self.counted is None else self.counted
+
     def update(self, base: NDArray[Any]) -> NDArray[np.float64]:
-        """How far the shared part, or its mean over several clients, is from what was sent."""
+        """How far the shared part, or its mean over several clients, is from what was sent of it."""
         mean = self.shared if len(self.reports) == 1 else self.shared / self.weight
         return np.asarray(mean.astype(np.float64) - base)
 
     def to_content(self, keys: Keys, base: NDArray[np.float32] | None = None) -> RecordDict:
-        """As a Flower record; ``base`` is the shared part received, needed where the wire is float16."""
+        """As a Flower record; ``base`` is what those reported received of the shared part, needed for float16."""
         config = {
             "protocol": PROTOCOL,
             "server-round": self.server_round,
@@ -370,15 +430,17 @@ class TrainReply:
         *,
         digest: str,
         shared_size: int,
-        upload_size: int,
-        num_exits: int,
+        upload_size: int | Mapping[int, int],
+        num_exits: int | Mapping[int, int],
         wire: str = "float32",
         base: NDArray[np.float32] | None = None,
+        counted: Weight | None = None,
     ) -> TrainReply:
         """Read a reply on the server; ValueError, in words, if anything in it is not as it should be.
 
-        ``base`` is the shared part as the server has it, needed where the wire is float16: the clients' differences to
-        what they were sent, rounded, count from there, so that the server's own keeps its digits.
+        Sizes are those of all, or by client. ``base`` is the shared part as the server has it, needed where the wire is
+        float16: the clients' differences to what they were sent, rounded, count from there, so that the server's own
+        keeps its digits.
         """
         config = record_of(message, keys.config, ConfigRecord)
         metrics = record_of(message, METRICS, MetricRecord)
@@ -394,41 +456,47 @@ class TrainReply:
             return cls(_round(config), digest, nothing, [], failures, wire)
         flat = _flat(message, keys.arrays, wire)
         places = shared_size if n == 1 else 2 * shared_size
-        if len(flat) != places + n * upload_size:
-            raise ValueError(f"its array has {len(flat)} values, expected {places + n * upload_size}")
+        ends = np.cumsum([places, *(of_client(upload_size, client) for client in clients)])
+        if len(flat) != ends[-1]:
+            raise ValueError(f"its array has {len(flat)} values, expected {ends[-1]}")
         shared: NDArray[Any] = flat[:places]
         if n > 1:
             shared = shared.view(np.float64 if wire == "float32" else np.float32)
-        uploads = np.split(flat[places:].astype(np.float32, copy=False), n)
+        uploads = np.split(flat[places:].astype(np.float32, copy=False), ends[1:-1] - places)
         broken = sum(int((~np.isfinite(part)).sum()) for part in (shared, *uploads))
         if broken:
             raise ValueError(f"{broken} of the values in its array are NaN or infinite")
 
-        def column(key: str, width: int = 1) -> list[list[Any]]:
-            values = metrics.get(key, [])
-            if not isinstance(values, list) or len(values) != n * width:
-                raise ValueError(f"its metrics need {n * width} values of {key!r}, got {values!r}")
-            return [values[i * width : (i + 1) * width] for i in range(n)]
+        exits = [of_client(num_exits, client) for client in clients]
 
-        weights = [w[0] for w in column(keys.weight)]
+        def column(key: str, widths: Sequence[int]) -> list[list[Any]]:
+            values = metrics.get(key, [])
+            if not isinstance(values, list) or len(values) != sum(widths):
+                raise ValueError(f"its metrics need {sum(widths)} values of {key!r}, got {values!r}")
+            rows = iter(values)
+            return [list(islice(rows, width)) for width in widths]
+
+        weights = [w[0] for w in column(keys.weight, [1] * n)]
         if not all(isinstance(w, int) and 1 <= w < 2**53 for w in weights):
             raise ValueError(f"{keys.weight!r} must be a whole number of at least 1 for every client, got {weights}")
         if wire == "float16":
             assert base is not None
-            wide = shared.astype(np.float64) + sum(weights if n > 1 else [1]) * base.astype(np.float64)
+            counts: Weight = 1 if n == 1 else sum(weights) if counted is None else counted
+            wide = shared.astype(np.float64) + counts * base.astype(np.float64)
             shared = wide if n > 1 else wide.astype(np.float32)
         scalars = {
-            k: column(k) for k in ("test-examples", "train-loss", "local-steps", "seconds-train", "seconds-evaluate")
+            k: column(k, [1] * n)
+            for k in ("test-examples", "train-loss", "local-steps", "seconds-train", "seconds-evaluate")
         }
         if min(int(row[0]) for key in ("test-examples", "local-steps") for row in scalars[key]) < 0:
             raise ValueError("its test examples and local steps must be 0 or more")
         if n > 1 and np.abs(shared).max(initial=0.0) > sum(weights) * float(np.finfo(np.float32).max):
             raise ValueError("its shared parameters are too large for float32")
-        similarity = column("similarity", num_exits - 1)
+        similarity = column("similarity", [m - 1 for m in exits])
         if not all(abs(value) <= 1.01 for row in similarity for value in row):
             raise ValueError("its similarities must lie between −1 and 1")
-        exits = {
-            phase: {f.name: column(f"{f.name}-{phase}", num_exits) for f in fields(ExitMetrics)} for phase in PHASES
+        measured = {
+            phase: {f.name: column(f"{f.name}-{phase}", exits) for f in fields(ExitMetrics)} for phase in PHASES
         }
         reports = [
             ClientReport(
@@ -438,15 +506,15 @@ class TrainReply:
                 train_loss=float(scalars["train-loss"][i][0]),
                 local_steps=int(scalars["local-steps"][i][0]),
                 similarity=similarity[i],
-                before=ExitMetrics(**{name: values[i] for name, values in exits["before"].items()}),
-                after=ExitMetrics(**{name: values[i] for name, values in exits["after"].items()}),
+                before=ExitMetrics(**{name: values[i] for name, values in measured["before"].items()}),
+                after=ExitMetrics(**{name: values[i] for name, values in measured["after"].items()}),
                 seconds_train=float(scalars["seconds-train"][i][0]),
                 seconds_evaluate=float(scalars["seconds-evaluate"][i][0]),
                 upload=uploads[i],
             )
             for i in range(n)
         ]
-        return cls(_round(config), digest, shared, reports, failures, wire, notes_of(config))
+        return cls(_round(config), digest, shared, reports, failures, wire, notes_of(config), counted)
 
 
 @dataclass(frozen=True)
@@ -510,6 +578,21 @@ class FinalReport:
             test=no_counts(self.test),
         )
 
+    def padded(self, num_exits: int) -> FinalReport:
+        """With NaN for the exits that the client does not hold, at which nothing leaves."""
+
+        def wide(counts: DynamicCounts) -> DynamicCounts:
+            missing = num_exits - counts.left.shape[1]
+            return counts._replace(left=np.pad(counts.left, ((0, 0), (0, missing))))
+
+        return replace(
+            self,
+            exits=self.exits.padded(num_exits),
+            adapted=self.adapted.padded(num_exits),
+            calibration=wide(self.calibration),
+            test=wide(self.test),
+        )
+
     def to_record(self) -> MetricRecord:
         """As a Flower record of its own."""
         values: dict[str, Any] = {kebab(name): getattr(self, name) for name in self._SCALARS}
@@ -521,9 +604,10 @@ class FinalReport:
         return MetricRecord(values)
 
     @classmethod
-    def from_record(cls, record: MetricRecord, num_exits: int) -> FinalReport:
+    def from_record(cls, record: MetricRecord, num_exits: int | Mapping[int, int]) -> FinalReport:
         """Read what :meth:`to_record` wrote."""
         scalars: dict[str, Any] = {name: record[kebab(name)] for name in cls._SCALARS}
+        width = of_client(num_exits, scalars["client"])
         exits, adapted = (
             ExitMetrics(**{f.name: record[prefix + f.name] for f in fields(ExitMetrics)})  # type: ignore[arg-type]
             for prefix in ("", "adapted-")
@@ -533,7 +617,7 @@ class FinalReport:
             left, correct, changed = (
                 np.asarray(record[f"{split}-{name}"], dtype=np.int64) for name in DynamicCounts._fields
             )
-            return DynamicCounts(left.reshape(-1, num_exits), correct, changed)
+            return DynamicCounts(left.reshape(-1, width), correct, changed)
 
         return cls(**scalars, exits=exits, adapted=adapted, calibration=counts("calibration"), test=counts("test"))
 
@@ -583,13 +667,36 @@ class EvaluationReply:
         return content
 
     @classmethod
-    def from_message(cls, message: Message, keys: Keys, *, num_exits: int) -> EvaluationReply:
+    def from_message(cls, message: Message, keys: Keys, *, num_exits: int | Mapping[int, int]) -> EvaluationReply:
         """Read a reply on the server; ValueError or KeyError if something is not there."""
         config = record_of(message, keys.config, ConfigRecord)
         if config.get("protocol") != PROTOCOL:
             raise ValueError(f"it speaks message protocol {config.get('protocol')}, this server {PROTOCOL}")
         reports = [FinalReport.from_record(record, num_exits) for record in message.content.metric_records.values()]
         return cls(reports, failures_of(config), notes_of(config))
+
+
+_T = TypeVar("_T")
+
+
+def of_client(values: _T | Mapping[int, _T], client: int) -> _T:
+    """What holds for a client, of values by client or one for all; ValueError if nothing does.
+
+    Examples
+    --------
+    >>> of_client(3, 7), of_client({7: 2}, 7)
+    (3, 2)
+    """
+    if not isinstance(values, Mapping):
+        return values
+    if client not in values:
+        raise ValueError(f"it names client {client}, which it was not asked for")
+    return values[client]
+
+
+def clients_in(message: Message, keys: Keys) -> list[int]:
+    """Clients that a request is for, or a reply reports."""
+    return _ints(record_of(message, keys.config, ConfigRecord), "clients")
 
 
 def check_server(config: Mapping[str, Any]) -> None:

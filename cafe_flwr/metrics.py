@@ -39,6 +39,11 @@ class ExitMetrics:
         """NaN for every exit."""
         return cls(*([math.nan] * num_exits for _ in range(3)))
 
+    def padded(self, num_exits: int) -> ExitMetrics:
+        """With NaN for exits that are not there."""
+        missing = [math.nan] * (num_exits - len(self.accuracy))
+        return ExitMetrics([*self.accuracy, *missing], [*self.loss, *missing], [*self.ece, *missing])
+
 
 def _batches(network: EarlyExitNetwork, x: Tensor) -> Iterator[Tensor]:
     """Mini-batches of the inputs, on the network's device."""

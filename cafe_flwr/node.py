@@ -23,6 +23,7 @@ from cafe_flwr import __version__
 from cafe_flwr.aggregation import weighted
 from cafe_flwr.data import ClientData
 from cafe_flwr.devices import OnDevice, Placement, device_of, free_memory, is_out_of_memory, reason_of
+from cafe_flwr.kinds import Kind, Networks, View, held_exits, networks_of
 from cafe_flwr.log import logger
 from cafe_flwr.messages import (
     FLAT,
@@ -34,6 +35,7 @@ from cafe_flwr.messages import (
     TrainReply,
     TrainRequest,
     check_server,
+    clients_in,
     prefixed,
     record_of,
 )
@@ -58,15 +60,17 @@ from cafe_flwr.schema import Schema, digest
 from cafe_flwr.state import PersonalStore, personal_folder
 from cafe_flwr.training import snapshot
 
-BuildNetwork = Callable[[Context], EarlyExitNetwork]
+BuildNetwork = Callable[[Context], EarlyExitNetwork | Networks]
 LoadData = Callable[[int, Context], ClientData]
+ModalityOf = Callable[[int, Context], str]
 
 
 class Parts(NamedTuple):
-    """The two functions that a ready ClientApp was made from."""
+    """The functions that a ready ClientApp was made from."""
 
     build_network: BuildNetwork
     load_data: LoadData
+    modality_of: ModalityOf | None = None
 
 
 PARTS = "cafe_flwr_parts"
@@ -76,6 +80,7 @@ def make_client_app(
     build_network: BuildNetwork,
     load_data: LoadData,
     *,
+    modality_of: ModalityOf | None = None,
     keys: Keys | None = None,
     state_dir: Callable[[Context], str] | None = None,
 ) -> ClientApp:
@@ -85,9 +90,12 @@ def make_client_app(
     ----------
     build_network
         ``(context) -> EarlyExitNetwork``. Called once per process; torch's random generator is seeded with the run's
-        seed before, so that all clients start from the same weights.
+        seed before, so that all clients start from the same weights. Where clients have different modalities: a network
+        by the name of each modality, the same on all nodes (docs/modalities.md).
     load_data
         ``(client, context) -> ClientData``. Called once per process and client.
+    modality_of
+        ``(client, context) -> name`` of the client's modality, where there are several.
     keys
         Names of the records in messages, if the strategy was given others than Flower's.
     state_dir
@@ -105,8 +113,9 @@ def make_client_app(
     ... )
     """
     app = ClientApp()
-    node = _Node(build_network, load_data, keys or Keys(), state_dir or _no_choice)
-    setattr(app, PARTS, Parts(build_network, load_data))  # for the commands that work without a server
+    parts = Parts(build_network, load_data, modality_of)
+    node = _Node(parts, keys or Keys(), state_dir or _no_choice)
+    setattr(app, PARTS, parts)  # for the commands that work without a server
     app.query()(node.describe)
     app.query("initial")(node.initial)
     app.query("calibrate")(node.calibrate)
@@ -117,11 +126,12 @@ def make_client_app(
 
 @dataclass(frozen=True)
 class Workplace:
-    """The network and the method of one run, with what follows from them. Built once per process."""
+    """The network and the method of one run, with what follows from them. Built once per process and kind of client."""
 
     network: EarlyExitNetwork
     method: Method
     weights: Mapping[str, Tensor]
+    modality: str = ""
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -141,7 +151,6 @@ class Workplace:
     def schemas(self) -> dict[str, Schema]:
         """What travels, and what stays."""
         method, network = self.method, self.network
-        method.check(network)
         return {
             "shared": Schema.of(self.tensors, method.shared_names(network)),
             "upload": Schema.of(self.tensors, method.upload_names(network)),
@@ -149,12 +158,17 @@ class Workplace:
             "personal": Schema.of(self.tensors, method.personal_names(network)),
         }
 
+    @cached_property
+    def shared(self) -> Schema:
+        """The shared part under the federation's names: those of a modality have its name before them."""
+        before = f"{self.modality}/" if self.modality else ""
+        return Schema(tuple((before + name, shape) for name, shape in self.schemas["shared"].entries))
+
     def begin(
         self,
         request: TrainRequest,
         client: int,
         shared: Mapping[str, Tensor],
-        version: int,
         store: PersonalStore,
         data: ClientData,
     ) -> LocalTask:
@@ -167,7 +181,7 @@ class Workplace:
         task = LocalTask(
             network=self.network,
             data=data.train,
-            active=request.active[row].tolist(),
+            active=request.active[row, : self.network.num_exits - 1].tolist(),
             download={name: t.to(device) for name, t in download.items()},
             budget=request.budget,
             rng=partial(rng_for, request.seed, request.server_round, client),
@@ -177,18 +191,18 @@ class Workplace:
             initial=OnDevice(self.weights, device),
             augment=data.augment,
         )
-        tensors = {**self.initial, **shared, **(store.load(client, version) or {})}
+        kept = store.load(client, request.versions[row]) or {}  # of a client that held more exits before, too
+        tensors = {**self.initial, **shared, **{name: kept[name] for name in kept.keys() & self.tensors.keys()}}
         self.put(task, self.method.receive(tensors, download, self.weights))
         offset = self.method.offset(data.train, self.network.num_classes)
         self.network.offset = None if offset is None else offset.to(device)
         return task
 
-    def known_start(self, request: TrainRequest, client: int) -> dict[str, Tensor]:
+    def known_start(self, request: TrainRequest, client: int, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What a client without a past would start this round from: the server can tell, from what it has sent.
 
         For updates since the common start: how far that is from it.
         """
-        shared = self.schemas["shared"].unpack(request.shared)
         download: Mapping[str, Tensor] = {}
         if client in request.downloads:
             download = self.schemas["download"].unpack(request.downloads[client])
@@ -231,23 +245,79 @@ class Workplace:
         return digest(*(self.schemas[kind] for kind in ("shared", "upload", "download", "personal")))
 
 
+class Workplaces:
+    """The workplaces of a process for one method: for clients that hold the whole network of a modality, and others.
+
+    Attributes
+    ----------
+    wholes
+        Those for whole networks, by modality; the one of ``""`` where there is one only.
+    shared
+        All that the federation shares: the shared parts of the modalities, one after the other.
+    digest
+        Fingerprint of what travels and what stays.
+    """
+
+    def __init__(self, networks: Networks, method: Method, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for network in networks.values():
+            method.check(network)
+        self.wholes = {name: Workplace(network, method, weights[name], name) for name, network in networks.items()}
+        self.shared = Schema(tuple(entry for work in self.wholes.values() for entry in work.shared.entries))
+        kinds = ("upload", "download", "personal")
+        self.digest = digest(self.shared, *(work.schemas[kind] for work in self.wholes.values() for kind in kinds))
+        self._short: dict[tuple[str, int], Workplace] = {}
+
+    def of(self, modality: str, depth: int) -> Workplace:
+        """For clients that hold the first exits of a modality's network, ``depth`` of them."""
+        whole = self.wholes[modality]
+        if depth == whole.network.num_exits:
+            return whole
+        if (modality, depth) not in self._short:
+            network = whole.network.truncated(depth)
+            weights = {name: whole.weights[name] for name in network.state_dict()}
+            self._short[modality, depth] = Workplace(network, whole.method, weights, modality)
+        return self._short[modality, depth]
+
+    def initial(self) -> NDArray[np.float32]:
+        """The shared part that a run starts from, flat."""
+        return np.concatenate([work.schemas["shared"].pack(work.tensors) for work in self.wholes.values()])
+
+
 class _Process:
     """What a process builds once for a run: the network, on its device, and the data of its clients.
 
     Where the device cannot be had, ``trouble`` says why: the node then answers, and none of its clients takes part.
     """
 
-    def __init__(self, network: EarlyExitNetwork, placement: Placement) -> None:
-        self.network = network
+    def __init__(self, built: EarlyExitNetwork | Networks, placement: Placement) -> None:
+        self.networks = networks_of(built)
         self.placement = placement
-        self.weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+        self.weights = {
+            name: {key: tensor.clone() for key, tensor in network.state_dict().items()}
+            for name, network in self.networks.items()
+        }
         self.trouble = ""
         try:
-            placement.place(network)
+            for network in self.networks.values():
+                placement.place(network)
         except ValueError as error:
             self.trouble = str(error)
-        self.workplaces: dict[Any, Workplace] = {}
+        self.workplaces: dict[Any, Workplaces] = {}
         self.data: dict[int, ClientData] = {}
+
+
+class _Order(NamedTuple):
+    """What a message asks for, and what is needed for it."""
+
+    work: Workplaces
+    request: TrainRequest
+    store: PersonalStore
+    places: Mapping[int, Workplace]
+    view: View
+
+    def shared(self, client: int) -> NDArray[np.float32]:
+        """The client's shared part as it was sent, flat."""
+        return self.view.part(self.request.shared, self.places[client].shared)
 
 
 # One run at a time. It lives here, in the module, because the Simulation Engine sends the ClientApp itself, pickled,
@@ -256,12 +326,9 @@ _PROCESSES: dict[Any, _Process] = {}
 
 
 class _Node:
-    def __init__(
-        self, build_network: BuildNetwork, load_data: LoadData, keys: Keys, state_dir: Callable[[Context], str]
-    ) -> None:
+    def __init__(self, parts: Parts, keys: Keys, state_dir: Callable[[Context], str]) -> None:
+        self.parts = parts
         self.state_dir = state_dir
-        self.build_network = build_network
-        self.load_data = load_data
         self.keys = keys
         self.token = secrets.token_hex(8)  # of this app; a pickled copy keeps it
 
@@ -272,27 +339,35 @@ class _Node:
         from cafe_flwr.cost import macs_per_exit  # the other messages' processes need none of it
 
         seed, method, settings = _method_of(message, self.keys)
-        work = self._workplace(context, seed, method, settings)
+        work = self._workplaces(context, seed, method, settings)
         here = _hosted(message, context, self.keys)
         process = self._process(context, seed)
-        clients, sizes, problems, macs = [], [], [], [0] * work.network.num_exits
+        clients, sizes, problems, places = [], [], [], []
+        macs = {modality: [0] * whole.network.num_exits for modality, whole in work.wholes.items()}
         for client in here:
             try:
                 if process.trouble:
                     raise ValueError(process.trouble)
+                place = self._place(client, work, message, context)
                 data = self._data_of(client, context, seed, here)
-                problems += [f"client {client} {note}" for note in check_data(data, work.network.num_classes)]
+                problems += [f"client {client} {note}" for note in check_data(data, place.network.num_classes)]
                 for split in (data.train, data.calibration, data.test):
-                    work.network.check_inputs(split.x)
+                    place.network.check_inputs(split.x)
             except Exception as error:
                 logger.warning("client %d cannot serve: %s", client, error, exc_info=True)
                 problems.append(f"client {client} is left out: {error}")
                 continue
-            if not any(macs):
-                counted = copy.deepcopy(work.network) if process.placement.compile else work.network  # a copy is eager
-                macs = macs_per_exit(counted, data.train.x[:1].to(device_of(counted)))
+            if not any(macs[place.modality]):
+                counted = work.wholes[place.modality].network
+                counted = copy.deepcopy(counted) if process.placement.compile else counted  # a copy is eager
+                macs[place.modality] = macs_per_exit(counted, data.train.x[:1].to(device_of(counted)))
             clients.append(client)
             sizes.append(len(data.train))
+            places.append(place)
+        kinds = [_kind_of(place, macs[place.modality]) for place in places]
+        alike = not any(kind.name for kind in kinds)
+        different = list(dict.fromkeys(kinds))
+        largest = max(work.wholes.values(), key=lambda whole: whole.network.num_exits)
         info = NodeInfo(
             version=__version__,
             clients=clients,
@@ -300,37 +375,36 @@ class _Node:
             problems=problems,
             num_nodes=0 if "clients" in context.node_config else int(context.node_config.get("num-partitions", 0)),
             digest=work.digest,
-            shared=work.schemas["shared"],
-            upload=work.schemas["upload"],
-            download=work.schemas["download"],
-            num_exits=work.network.num_exits,
-            num_parameters=sum(t.numel() for t in work.network.state_dict().values()),
-            macs=macs,
+            shared=work.shared,
+            upload=largest.schemas["upload"],
+            download=largest.schemas["download"],
+            num_exits=largest.network.num_exits,
+            num_parameters=_num_parameters(largest.network),
+            macs=macs[largest.modality],
             name=name_of(context.node_config),
+            kinds=[] if alike else different,
+            kind_of=[] if alike else [different.index(kind) for kind in kinds],
         )
         return Message(info.to_content(self.keys), reply_to=message)
 
     def initial(self, message: Message, context: Context) -> Message:
         """The shared parameters every run of this seed starts from, flat."""
-        work = self._workplace(context, *_method_of(message, self.keys))
-        flat = work.schemas["shared"].pack(work.tensors)
+        flat = self._workplaces(context, *_method_of(message, self.keys)).initial()
         return Message(RecordDict({self.keys.arrays: ArrayRecord({FLAT: Array(flat)})}), reply_to=message)
 
     def calibrate(self, message: Message, context: Context) -> Message:
         """A step of calibration (cafe_flwr.calibration_round) for the clients asked for."""
         from cafe_flwr.calibration_node import NodeCalibration  # SciPy takes longer to import than a message to answer
 
-        seed, method, settings = _method_of(message, self.keys)
-        work = self._workplace(context, seed, method, settings)
+        seed = _method_of(message, self.keys)[0]
         here = _hosted(message, context, self.keys)
-        side = NodeCalibration(personal_folder(context, self.state_dir(context)), work.network)
+        side = NodeCalibration(personal_folder(context, self.state_dir(context)), self._process(context, seed).networks)
         return side.answer(message, self.keys, lambda c: self._data_of(c, context, seed, here).calibration)
 
     def train(self, message: Message, context: Context) -> Message:
         """Evaluate, train and evaluate again every client asked for; one reply for all."""
-        work, request, store = self._read(message, context)
-        schema = work.schemas["shared"]
-        shared = schema.unpack(request.shared)
+        order = self._read(message, context)
+        work, request, store, places, _ = order
         here = _hosted(message, context, self.keys)
         reports: list[ClientReport] = []
         updates: list[NDArray[np.float32]] = []
@@ -340,37 +414,51 @@ class _Node:
             try:
                 data = self._data_of(client, context, request.seed, here)
                 with store.locked(client):
-                    report, update = _train_client(work, request, client, data, shared, store)
+                    report, update = _train_client(order, client, data)
                 reports.append(report)
                 updates.append(update)
             except Exception as error:
                 logger.warning("client %d failed in round %d", client, request.server_round, exc_info=True)
-                failures[client] = reason_of(error, device_of(work.network))
+                network = places[client].network
+                failures[client] = reason_of(error, device_of(network))
                 short_of_memory |= is_out_of_memory(error)
             if short_of_memory:  # here, where the error no longer holds on to what it was about
-                free_memory(work.network)
+                free_memory(network)
+        view = View(work.shared, [places[report.client].shared for report in reports])
+        weights = [1 if request.plain_mean else report.num_examples for report in reports]
         if len(updates) == 1:
             total: NDArray[Any] = updates[0]
         else:
-            total = np.zeros(schema.size)
-            for report, update in zip(reports, updates, strict=True):
-                total += weighted(update, report.num_examples)
-        reply = TrainReply(request.server_round, request.digest, total, reports, failures, request.wire, store.notes)
-        return Message(reply.to_content(self.keys, request.shared), reply_to=message)
+            total = np.zeros(view.size)
+            for part, update, weight in zip(view.parts, updates, weights, strict=True):
+                view.add(total, part, weighted(update, weight))
+        reply = TrainReply(
+            server_round=request.server_round,
+            digest=request.digest,
+            shared=total,
+            reports=reports,
+            failures=failures,
+            wire=request.wire,
+            notes=store.notes,
+            counted=view.weight(weights),
+        )
+        received = order.view.part(request.shared, view.schema)
+        return Message(reply.to_content(self.keys, received), reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """Evaluate the personal networks with the shared part sent; after the last round, publish them."""
-        work, request, store = self._read(message, context)
-        shared = work.schemas["shared"].unpack(request.shared)
+        order = self._read(message, context)
+        request, store = order.request, order.store
         config = message.content[self.keys.config]
         here = _hosted(message, context, self.keys)
         reports: list[FinalReport] = []
         failures: dict[int, str] = {}
-        for client, version in zip(request.clients, request.versions, strict=True):
+        for client in request.clients:
+            work = order.places[client]
             try:
                 data = self._data_of(client, context, request.seed, here)
                 with store.locked(client):
-                    task = work.begin(request, client, shared, version, store, data)
+                    task = work.begin(request, client, work.schemas["shared"].unpack(order.shared(client)), store, data)
                     with seeded(int(task.rng("torch").integers(2**63))):
                         if config.get("publish"):
                             work.method.finish(task)
@@ -384,6 +472,7 @@ class _Node:
                                 "method": request.method,
                                 "digest": request.digest,
                                 "seed": request.seed,
+                                **({"modality": work.modality} if work.modality else {}),
                                 **facts_of(network, data, report, temperatures),
                                 "context": {
                                     "run_config": dict(context.run_config),
@@ -399,10 +488,12 @@ class _Node:
 
     # --- what lives as long as the process ---
 
-    def _read(self, message: Message, context: Context) -> tuple[Workplace, TrainRequest, PersonalStore]:
-        work = self._workplace(context, *_method_of(message, self.keys))
-        sizes = {f"{kind}_size": work.schemas[kind].size for kind in ("shared", "download")}
-        request = TrainRequest.from_message(message, self.keys, **sizes)
+    def _read(self, message: Message, context: Context) -> _Order:
+        work = self._workplaces(context, *_method_of(message, self.keys))
+        places = {c: self._place(c, work, message, context) for c in clients_in(message, self.keys)}
+        view = View(work.shared, [place.shared for place in places.values()])
+        downloads = {client: place.schemas["download"].size for client, place in places.items()}
+        request = TrainRequest.from_message(message, self.keys, shared_size=view.size, download_size=downloads)
         if request.digest != work.digest:
             raise ValueError(
                 f"the server's network has fingerprint {request.digest}, this node's {work.digest}: "
@@ -412,26 +503,47 @@ class _Node:
             raise ValueError(trouble)
         request = replace(request, privacy=stricter(request.privacy, context.node_config))
         folder = personal_folder(context, self.state_dir(context))
-        return work, request, PersonalStore(folder, request.run, message.metadata.created_at)
+        return _Order(work, request, PersonalStore(folder, request.run, message.metadata.created_at), places, view)
 
     def _process(self, context: Context, seed: int) -> _Process:
         key = (self.token, seed, *sorted(context.run_config.items()))
         if key not in _PROCESSES:
             with seeded(seed):
                 placement = Placement.of(context.run_config, context.node_config)
-                process = _Process(self.build_network(context), placement)
+                process = _Process(self.parts.build_network(context), placement)
             _PROCESSES.clear()
             _PROCESSES[key] = process
         return _PROCESSES[key]
 
-    def _workplace(self, context: Context, seed: int, method: str, settings: Mapping[str, Any]) -> Workplace:
+    def _workplaces(self, context: Context, seed: int, method: str, settings: Mapping[str, Any]) -> Workplaces:
         process = self._process(context, seed)
         key = (method, *sorted(settings.items()))
         if key not in process.workplaces:
             if method not in METHODS:
                 raise ValueError(f"this node knows no method {method!r}, only {', '.join(METHODS)}")
-            process.workplaces[key] = Workplace(process.network, METHODS[method](**settings), process.weights)
+            process.workplaces[key] = Workplaces(process.networks, METHODS[method](**settings), process.weights)
         return process.workplaces[key]
+
+    def _place(self, client: int, work: Workplaces, message: Message, context: Context) -> Workplace:
+        """Where a client works: with the network of its modality, as deep as it can hold."""
+        modality = next(iter(work.wholes))
+        if len(work.wholes) > 1:
+            if self.parts.modality_of is None:
+                known = ", ".join(work.wholes)
+                raise ValueError(f"there are networks for {known}: say which client has which (modality_of)")
+            modality = self.parts.modality_of(client, context)
+            if modality not in work.wholes:
+                raise ValueError(f"its modality is {modality!r}, there are networks for {', '.join(work.wholes)}")
+        config = cast(Mapping[str, Any], message.content[self.keys.config])
+        depth = held_exits(
+            client,
+            context.node_config,
+            context.run_config,
+            _num_clients(config),
+            work.wholes[modality].network.num_exits,
+            int(config["seed"]),
+        )
+        return work.of(modality, depth)
 
     def _data_of(self, client: int, context: Context, seed: int, here: Sequence[int]) -> ClientData:
         if client not in here:
@@ -439,7 +551,7 @@ class _Node:
         data = self._process(context, seed).data
         if client not in data:
             with seeded(int(rng_for(seed, 0, client, "data").integers(2**63))):
-                data[client] = self.load_data(client, context)
+                data[client] = self.parts.load_data(client, context)
         return data[client]
 
 
@@ -464,8 +576,31 @@ def _method_of(message: Message, keys: Keys) -> tuple[int, str, dict[str, Any]]:
 
 def _hosted(message: Message, context: Context, keys: Keys) -> list[int]:
     """Clients this node hosts; in a simulation the message says how many there are."""
-    num_clients: Any = message.content[keys.config].get("num-clients")
-    return hosted(context.node_config, None if num_clients is None else int(num_clients))
+    return hosted(context.node_config, _num_clients(message.content[keys.config]))
+
+
+def _num_clients(config: Any) -> int | None:
+    """How many clients there are, where the message says so: in a simulation."""
+    return int(config["num-clients"]) if "num-clients" in config else None
+
+
+def _kind_of(place: Workplace, macs: Sequence[int]) -> Kind:
+    """What clients of a workplace hold, as the server is told; ``macs`` of the whole network."""
+    depth = place.network.num_exits
+    short = f"{depth} exit{'s' * (depth > 1)}" if depth < len(macs) else ""
+    return Kind(
+        name=", ".join(filter(None, (place.modality, short))),
+        num_exits=depth,
+        num_parameters=_num_parameters(place.network),
+        macs=tuple(macs[:depth]),
+        shared=place.shared,
+        upload=place.schemas["upload"],
+        download=place.schemas["download"],
+    )
+
+
+def _num_parameters(network: EarlyExitNetwork) -> int:
+    return sum(tensor.numel() for tensor in network.state_dict().values())
 
 
 def check_data(data: ClientData, num_classes: int) -> list[str]:
@@ -496,21 +631,16 @@ def check_data(data: ClientData, num_classes: int) -> list[str]:
     return notes
 
 
-def _train_client(
-    work: Workplace,
-    request: TrainRequest,
-    client: int,
-    data: ClientData,
-    shared: Mapping[str, Tensor],
-    store: PersonalStore,
-) -> tuple[ClientReport, NDArray[np.float32]]:
+def _train_client(order: _Order, client: int, data: ClientData) -> tuple[ClientReport, NDArray[np.float32]]:
     """One client's round; its new personal state is on disk when this returns, and only then.
 
     Returns the report and the client's shared part, flat.
     """
+    work, request, store = order.places[client], order.request, order.store
+    shared = work.schemas["shared"].unpack(order.shared(client))
     version = request.versions[request.clients.index(client)]
     store.check_current(client, request.server_round)
-    task = work.begin(request, client, shared, version, store, data)
+    task = work.begin(request, client, shared, store, data)
     start = time.perf_counter()
     tells = request.privacy.report_metrics
     before = _evaluate(work, task, data, request.evaluate and tells)
@@ -523,7 +653,7 @@ def _train_client(
     tensors = work.take(task)
     _check_finite(tensors)
     personal = {name: tensors[name].cpu() for name in work.schemas["personal"].names}
-    sent = _released(work, request, client, tensors, store)
+    sent = _released(order, client, tensors, shared)
     store.save(client, request.server_round, personal, base=version, resumable_from=request.resumable_from)
     report = ClientReport(
         client=client,
@@ -542,13 +672,14 @@ def _train_client(
 
 
 def _released(
-    work: Workplace, request: TrainRequest, client: int, tensors: Mapping[str, Tensor], store: PersonalStore
+    order: _Order, client: int, tensors: Mapping[str, Tensor], shared: Mapping[str, Tensor]
 ) -> dict[str, NDArray[np.float32]]:
     """The client's shared part and its upload, flat, as they leave it: clipped and noised if the request says so."""
+    work, request, store = order.places[client], order.request, order.store
     flat = {kind: work.schemas[kind].pack(tensors) for kind in ("shared", "upload")}
     privacy = request.privacy
     if privacy.on:
-        known = work.known_start(request, client)
+        known = work.known_start(request, client, shared)
         for kind, values in flat.items():
             purpose = f"uplink {kind} {request.run} {request.server_round}"
             flat[kind] = release(
@@ -559,7 +690,7 @@ def _released(
                 lambda content, purpose=purpose: store.private_rng(client, f"{purpose} {content}"),  # type: ignore[misc]
             )
     if request.wire == "float16":
-        work.schemas["shared"].check_half(flat["shared"] - request.shared, "the update")
+        work.schemas["shared"].check_half(flat["shared"] - order.shared(client), "the update")
         work.schemas["upload"].check_half(flat["upload"], "the upload")
     return flat
 

@@ -5,6 +5,7 @@
 ``data-dir``   Folder of its clients' own data, for runs with ``dataset = "local"``
 ``state-dir``  Folder of its clients' personal state
 ``device``     Where its clients compute, such as ``"cuda:1"`` or ``"cpu"``, whatever the run's settings say
+``max-exit``   The deepest exit that its clients can hold, such as ``2``; else all (docs/unequal-clients.md)
 ``name``       What people call the node; it stands beside the clients' numbers in logs and records
 =============  =========================================================================================
 """
@@ -23,7 +24,7 @@ MAX_NAME = 60
 
 def is_device(node: NodeConfig) -> bool:
     """Whether the node has a configuration of its own; nodes of a simulation have a place in it, and nothing else."""
-    own = {"clients", "data-dir", "state-dir", "device", "name"}
+    own = {"clients", "data-dir", "state-dir", "device", "max-exit", "name"}
     return "num-partitions" not in node or bool(node.keys() & own)
 
 
@@ -54,6 +55,33 @@ def hosted(node: NodeConfig, num_clients: int | None) -> list[int]:
     if num_clients is None:
         return [partition]
     return hosted_clients(partition, int(node.get("num-partitions", num_clients)), num_clients)
+
+
+def max_exit(node: NodeConfig) -> int | None:
+    """The deepest exit that the node's clients can hold, None if it does not say.
+
+    Raises
+    ------
+    ValueError
+        If it is no whole number from 1 up.
+
+    Examples
+    --------
+    >>> max_exit({"max-exit": 2}), max_exit({})
+    (2, None)
+    """
+    if "max-exit" not in node:
+        return None
+    try:
+        depth = int(str(node["max-exit"]))
+    except ValueError:
+        depth = 0
+    if depth < 1:
+        raise ValueError(
+            f"node-config max-exit must be the number of an exit, 1 or more, got {node['max-exit']!r}: leave it away "
+            "where clients hold the whole network"
+        )
+    return depth
 
 
 def name_of(node: NodeConfig) -> str:

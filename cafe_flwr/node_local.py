@@ -19,6 +19,7 @@ from flwr.app import Context, RecordDict
 
 from cafe_flwr import digits
 from cafe_flwr.data import ClientData, FederatedData
+from cafe_flwr.kinds import Networks
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.node import PARTS, Parts, check_data, seeded
 from cafe_flwr.own_data import load_own
@@ -75,15 +76,15 @@ class Source:
     parts: Parts | None = None
     data_dir: Path | None = None
 
-    def network(self) -> EarlyExitNetwork:
-        """The network, with the weights that all of the run start from."""
-        from cafe_flwr.federation import build_network
+    def network(self) -> EarlyExitNetwork | Networks:
+        """The network, by modality if there are several, with the weights that all of the run start from."""
+        from cafe_flwr.federation import build_networks
 
         moved = self._moved
         with seeded(self.seed):
             if self.parts:
                 return self.parts.build_network(self._context(moved))
-            return build_network(moved._settings, moved.node_config)
+            return build_networks(moved._settings, moved.node_config)
 
     def data(self, client: int) -> ClientData:
         """A client's data: as in the run, or from ``data_dir``.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cafe_flwr import digits
 from cafe_flwr.data import ClientData
+from cafe_flwr.kinds import Networks, networks_of
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.state import STATE_VERSION
 
@@ -78,7 +79,7 @@ def read_facts(folder: Path, client: int) -> dict[str, Any]:
     return dict(facts)
 
 
-def read_personal(folder: Path, client: int, network: EarlyExitNetwork) -> Personal:
+def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks) -> Personal:
     """Load a client's personal weights into a network of the same architecture.
 
     Parameters
@@ -87,8 +88,9 @@ def read_personal(folder: Path, client: int, network: EarlyExitNetwork) -> Perso
         Holds ``client-<partition>.safetensors`` and ``.json``.
     client
         Whose.
-    network
-        As the run built it; it gets the weights, and is set to evaluation mode.
+    built
+        As the run built it, by modality if there are several; the client's part of it gets the weights, and is set to
+        evaluation mode.
 
     Raises
     ------
@@ -96,6 +98,7 @@ def read_personal(folder: Path, client: int, network: EarlyExitNetwork) -> Perso
         If there is no such client, a file is damaged, or the weights are those of another network or client.
     """
     facts, weights = read_facts(folder, client), folder / f"client-{client}.safetensors"
+    network = _held(networks_of(built), facts)
     try:
         tensors = load_file(weights)
     except (SafetensorError, ValueError) as error:
@@ -113,6 +116,16 @@ def read_personal(folder: Path, client: int, network: EarlyExitNetwork) -> Perso
     network.offset = None  # it is in the biases of a published network
     network.eval()
     return Personal(client, network, facts)
+
+
+def _held(networks: Networks, facts: Mapping[str, Any]) -> EarlyExitNetwork:
+    """The network of a client's modality, as deep as the client holds it."""
+    modality = str(facts.get("modality", ""))
+    if modality not in networks:
+        known = ", ".join(networks) or "one modality"
+        raise ValueError(f"the network of client {facts['client']} is of modality {modality!r}, built are {known}")
+    network = networks[modality]
+    return network.truncated(min(int(facts.get("num_exits", network.num_exits)), network.num_exits))
 
 
 class PersonalNetworks(Protocol):
@@ -201,9 +214,9 @@ class FinishedRun:
 
     def personal(self, client: int) -> Personal:
         """A client's personal network."""
-        from cafe_flwr.federation import build_network
+        from cafe_flwr.federation import build_networks
 
-        return read_personal(self.networks, client, build_network(self._settings))
+        return read_personal(self.networks, client, build_networks(self._settings))
 
     def data(self, client: int) -> ClientData:
         """The client's data, as in the run."""

@@ -14,6 +14,7 @@ from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 
+from cafe_flwr.kinds import Kind
 from cafe_flwr.log import logger
 from cafe_flwr.messages import PHASES, ClientReport, FinalReport
 from cafe_flwr.methods import RoundPlan
@@ -44,6 +45,8 @@ class RunInfo:
         Clients there are.
     num_exits, num_parameters, macs_per_exit
         Of the network; MACs are cumulative.
+    kinds
+        What each client holds, as far as it was there at the start.
     """
 
     run: str
@@ -53,6 +56,7 @@ class RunInfo:
     num_exits: int
     num_parameters: int
     macs_per_exit: Sequence[int]
+    kinds: Mapping[int, Kind] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ class RoundRecord:
         What nodes said of their clients' state, in words.
     names
         Names of the participants' nodes, where they have one.
+    students
+        Student exits that the participants hold.
     """
 
     server_round: int
@@ -99,6 +105,7 @@ class RoundRecord:
     failed_tries: Sequence[Mapping[int, str]] = ()
     notes: Mapping[int, str] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
+    students: int = 0
 
     def accuracy_per_exit(self, phase: str = "before") -> list[float]:
         """Mean over clients, (m,), before or after local training."""
@@ -140,6 +147,7 @@ class RoundRecord:
             "notes": _by_client(self.notes),
             "names": _by_client(self.names),
             "active_exits": self.active_exits,
+            "students": self.students,
             "accuracy_per_exit": self.accuracy_per_exit("before"),
             "accuracy_per_exit_after": self.accuracy_per_exit("after"),
             "local_steps": mean(report.local_steps for report in self.reports),

@@ -246,6 +246,27 @@ def table_rows(run: Run) -> list[list[str]]:
     ]
 
 
+def kind_rows(run: Run) -> list[dict[str, str]]:
+    """What clients hold that are not alike, and how good they are; empty where all are alike."""
+    rows = []
+    for kind in run.get("kinds") or []:
+        accuracy = numbers(kind.get("accuracy_per_exit"), run.num_exits)
+        own = number(kind.get("weight_of_own_kind"))
+        rows.append(
+            {
+                "clients that hold": str(kind.get("name")),
+                "clients": str(len(kind.get("clients") or [])),
+                "parameters": scaled(number(kind.get("num_parameters"))),
+                "MACs": scaled(numbers(kind.get("macs_per_exit"), kind.get("num_exits", 1))[-1]),
+                "values sent": scaled(number(kind.get("bytes_up_per_client_round")), "B"),
+                "accuracy, mean over exits": fixed(number(kind.get("accuracy"))),
+                **{f"exit {k}": fixed(value) for k, value in enumerate(accuracy, start=1)},
+                "teachers of the same kind": percent(own),
+            }
+        )
+    return rows
+
+
 def dynamic_line(run: Run) -> str:
     """What leaving early saves, in one line; empty where it was not recorded."""
     accuracy, full, saved = (run.number("dynamic", key) for key in ("accuracy", "accuracy_full", "macs_reduction"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def draw_accuracy(run: Run) -> Drawn:
 def draw_ramp(run: Run) -> Drawn:
     """Share of the student exits that train, by depth, under the ramp R(t)."""
     active = run.over_rounds("active_exits", run.num_exits - 1)
-    students = np.array([[len(line.get("participants") or []) * (run.num_exits - 1)] for line in run.rounds])
+    students = np.array([[_students(line, run.num_exits)] for line in run.rounds])
     if not np.isfinite(active).any() or not students.all():
         return None
     figure, (axis,) = canvas()
@@ -122,6 +122,11 @@ def draw_ramp(run: Run) -> Drawn:
     axis.plot(x, np.minimum(2 * x / rounds, 1), color=PAPER, lw=2.5)
     axis.plot(x, np.minimum(2 * x / rounds, 1), color=INK, lw=1.5, ls=(0, (1, 1.5)))
     return figure, f"{text}; dotted: the ramp R(t) = min(2t/T, 1) that lets them in."
+
+
+def _students(line: Mapping[str, Any], num_exits: int) -> int:
+    """Student exits of a round's clients; where that is not on record, as if all held all."""
+    return int(line.get("students") or len(line.get("participants") or []) * (num_exits - 1))
 
 
 def draw_clients(run: Run) -> Drawn:
@@ -165,17 +170,18 @@ def draw_cost(run: Run) -> Drawn:
     x, y = (np.array(numbers(run.get("curve", key), length)) for key in ("macs", "accuracy"))
     if not (macs[-1] > 0 and np.isfinite([*y, *accuracy]).any()):
         return None
+    full = np.nanmax(x, initial=0.0) or macs[-1]  # where clients hold different depths, less than the deepest
     figure, (axis,) = canvas()
-    axis.plot(100 * x / macs[-1], y, color=MUTED, lw=1.6, zorder=1)
+    axis.plot(100 * x / full, y, color=MUTED, lw=1.6, zorder=1)
     thresholds = np.array(numbers(run.get("curve", "threshold"), length))
     for threshold in (0.3, 0.5, 0.7, 0.9):
         for i in np.flatnonzero(np.abs(thresholds - threshold) < 1e-6):
-            at = 100 * x[i] / macs[-1], y[i]
+            at = 100 * x[i] / full, y[i]
             axis.scatter(*at, s=12, color=MUTED, lw=0, zorder=1)
             axis.annotate(f"{threshold:g}", at, xytext=(3, -11), textcoords="offset points", color=MUTED, fontsize=8)
     for k in range(1, run.num_exits + 1):
         mark = [*MARKS][(k - 1) % 5]
-        axis.scatter(100 * macs[k - 1] / macs[-1], accuracy[k - 1], s=45, color=colour(k), marker=mark, lw=0, zorder=2)
+        axis.scatter(100 * macs[k - 1] / full, accuracy[k - 1], s=45, color=colour(k), marker=mark, lw=0, zorder=2)
     chosen = 100 - 100 * run.number("dynamic", "macs_reduction"), run.number("dynamic", "accuracy")
     axis.scatter(*chosen, s=120, facecolor="none", edgecolor=INK, lw=1.6, zorder=3)
     axis.margins(0.06, 0.08)

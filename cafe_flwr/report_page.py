@@ -80,6 +80,13 @@ PAGE = """<!doctype html>
 {% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
 <p class="quiet">Accuracy on the clients' own test data; MACs include every exit head on the way.</p>
+{% if kinds %}<h2>Clients that are not alike</h2>
+<div class="scroll"><table><tr>{% for column in kinds[0] %}<th>{{ column }}</th>{% endfor %}</tr>
+{% for row in kinds %}<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+<p class="quiet">An exit's accuracy above is the mean over the clients that hold it. Values sent: of one client in a
+round, at four bytes. Teachers of the same kind: the weight that they have among the teachers of these
+clients.</p>{% endif %}
 {% for title, figures in sections.items() %}<section><h2>{{ title }}</h2>
 {% if title in ("Training", "Clients", "Leaving early", evaluated.title) %}<p class="key">{% for mark in marks %}
 <span><i style="color: var(--exit-{{ loop.index }})">{{ mark }}</i> exit {{ loop.index }}
@@ -250,6 +257,7 @@ def render(run: Run) -> str:
         tiles=key_figures(run),
         columns=report.COLUMNS,
         rows=report.table_rows(run),
+        kinds=report.kind_rows(run),
         sections=sections,
         clients=client_rows(run),
         left_out=left_out(run),

@@ -15,7 +15,9 @@ from cafe_flwr import digits
 from cafe_flwr.bounds import Bounds
 from cafe_flwr.devices import DEVICE_PATTERN
 from cafe_flwr.hub import names_of_sets
+from cafe_flwr.kinds import read_shares
 from cafe_flwr.methods import METHODS, Method
+from cafe_flwr.modalities import MODALITIES
 from cafe_flwr.objectives import READS
 from cafe_flwr.privacy import Privacy
 from cafe_flwr.training import LocalBudget
@@ -194,6 +196,14 @@ class Settings(_MethodSettings):
     class_names: str = ""
     """'local' data: names of the federation's classes, separated by commas, in the order of their labels."""
 
+    # Clients that are not alike
+    depth_shares: str = ""
+    """Simulation: share of the clients by the number of exits they hold, such as '1:0.3,2:0.3'; all others hold all
+    (docs/unequal-clients.md). A node's own node-config 'max-exit' comes first."""
+    modalities: str = ""
+    """Modalities that the clients have in turn, such as 'image,rows': images, and the same row by row; empty: all
+    images, or texts (docs/modalities.md)."""
+
     # Calibration (mode = "calibrate")
     risk: float = Field(0.05, gt=0, lt=1)
     """Share α of errors that is allowed among those who leave early (docs/risk.md)."""
@@ -305,6 +315,7 @@ class Settings(_MethodSettings):
         self.build_bounds()
         self.build_privacy()
         self._check_own_data()
+        self._check_kinds()
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"momentum = {self.momentum} is of sgd: set it to 0, or optimizer = 'sgd'")
         for key in ("results_dir", "state_dir", "data_dir", "dataset"):
@@ -317,6 +328,28 @@ class Settings(_MethodSettings):
                     "their own working directory"
                 )
         return self
+
+    @property
+    def modality_names(self) -> tuple[str, ...]:
+        """The modalities, none where the setting is empty."""
+        return tuple(name.strip() for name in self.modalities.split(",")) if self.modalities else ()
+
+    def _check_kinds(self) -> None:
+        """Depths and modalities of the clients."""
+        read_shares(self.depth_shares)
+        names = self.modality_names
+        if unknown := [name for name in names if name not in MODALITIES]:
+            near = closest(unknown[0], MODALITIES)
+            raise ValueError(
+                f"modalities should be among {', '.join(MODALITIES)}, got {unknown[0]!r}"
+                + (f"; did you mean {near!r}?" if near else "")
+            )
+        if len(set(names)) < len(names):
+            raise ValueError(f"modalities names one twice: {self.modalities!r}")
+        if names and self.network != "conv":
+            raise ValueError(f"modalities = {self.modalities!r} is for network = 'conv', got {self.network!r}")
+        if names and self.dataset not in digits.NUM_CLASSES:
+            raise ValueError(f"modalities = {self.modalities!r} is for {' and '.join(digits.NUM_CLASSES)}")
 
     def _check_network(self) -> None:
         """What the settings alone say against the network; the data's shape comes later."""

@@ -411,12 +411,15 @@ class Checkpoints:
             "num-examples": [r.num_examples for r in records],
             "seen": [r.seen for r in records],
         }
+        if any(record.kind for record in records):
+            facts["kinds"] = [record.kind for record in records]
         arrays: dict[str, NDArray[Any]] = {"shared": state.shared}
         if state.plan is not None and state.plan.weights is not None:
             arrays |= {"active": state.plan.active, "weights": state.plan.weights}
             facts |= {"rows": list(state.plan.weight_rows), "columns": list(state.plan.weight_columns)}
         if records:
-            arrays["uploads"] = np.stack([r.upload for r in records])
+            arrays["uploads"] = np.concatenate([r.upload for r in records])
+            facts["upload-sizes"] = [len(r.upload) for r in records]
             arrays["similarity"] = np.stack([r.similarity for r in records])
         header = {"facts": json.dumps(facts), "checksum": _checksum(arrays)}
         write_atomically(_version_path(self.folder, state.round), save(arrays, header))
@@ -438,12 +441,15 @@ class Checkpoints:
                 continue
             if facts["state-version"] != STATE_VERSION:
                 raise ValueError(f"{path} has format {facts['state-version']}, this version reads {STATE_VERSION}")
-            known = {
-                client: ClientRecord(
-                    facts["num-examples"][i], facts["seen"][i], arrays["uploads"][i], arrays["similarity"][i]
-                )
-                for i, client in enumerate(facts["clients"])
-            }
+            known = {}
+            if facts["clients"]:
+                uploads = list(arrays["uploads"])  # a row each, in checkpoints of earlier versions
+                if "upload-sizes" in facts:
+                    uploads = np.split(arrays["uploads"], np.cumsum(facts["upload-sizes"])[:-1])
+                columns = (facts["num-examples"], facts["seen"], uploads, arrays["similarity"])
+                kinds = facts.get("kinds", [""] * len(uploads))
+                records = map(ClientRecord, *columns, kinds)
+                known = dict(zip(facts["clients"], records, strict=True))
             plan = None
             if "weights" in arrays:
                 rows, columns = facts["rows"], facts["columns"]

@@ -6,7 +6,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cafe_flwr.aggregation import weighted, weighted_mean
 from cafe_flwr.bounds import Bounds, check_norm, far_longer, norm, times_median
 from cafe_flwr.directory import Directory
+from cafe_flwr.kinds import Kind, View, mean_of_holders
 from cafe_flwr.log import logger
 from cafe_flwr.messages import (
     FLAT,
@@ -34,9 +35,18 @@ from cafe_flwr.messages import (
     NodeInfo,
     TrainReply,
     TrainRequest,
+    clients_in,
     method_config,
 )
-from cafe_flwr.methods import CafeDistillMethod, ClientRecord, Method, RoundPlan, ServerRound, settings_of
+from cafe_flwr.methods import (
+    CafeDistillMethod,
+    ClientRecord,
+    Method,
+    RoundPlan,
+    ServerRound,
+    joined_plans,
+    settings_of,
+)
 from cafe_flwr.objectives import READS
 from cafe_flwr.participation import rng_for, sample_clients
 from cafe_flwr.privacy import Privacy, epsilon
@@ -263,17 +273,14 @@ class FederatedStrategy(FedAvg):
             text = few if reports else "failed for every client"
             reasons = "".join(f"\n  {self.directory.label(c)}: {reason}" for c, reason in sorted(left_out.items()))
             raise RoundFailed(f"round {server_round} {text}:{reasons}", self._round.clients, left_out)
-        # A node that reports several clients has weighted its sum already.
-        sums = (weighted(r.shared, r.weight) if len(r.reports) == 1 else r.shared for r in good)
-        self.state.shared = weighted_mean(sums, sum(reply.weight for reply in good))
+        self.state.shared = self._mean(good)
         self.state.round = server_round
         for r in reports:
-            similarity = np.asarray(r.similarity, dtype=np.float64)
-            self.state.known[r.client] = ClientRecord(r.num_examples, server_round, r.upload, similarity)
+            similarity, kind = np.asarray(r.similarity, dtype=np.float64), self.directory.kind(r.client).name
+            self.state.known[r.client] = ClientRecord(r.num_examples, server_round, r.upload, similarity, kind)
         measured = [r for r in reports if r.test_examples and self._evaluates_in(server_round)]  # else there is NaN
-        records = [RecordDict({METRICS: _client_metrics(r, self.weighted_by_key)}) for r in measured]
-        metrics = self.train_metrics_aggr_fn(records, self.weighted_by_key) if records else None
-        return self._arrays(self.state.shared), metrics
+        records = [_client_metrics(r, self.weighted_by_key) for r in measured]
+        return self._arrays(self.state.shared), self._averaged(self.train_metrics_aggr_fn, records)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -300,11 +307,9 @@ class FederatedStrategy(FedAvg):
         if not reports:
             return None
         records = [
-            RecordDict({METRICS: MetricRecord({self.weighted_by_key: r.test_examples, **vars(r.exits)})})
-            for r in reports
-            if r.test_examples
+            MetricRecord({self.weighted_by_key: r.test_examples, **vars(r.exits)}) for r in reports if r.test_examples
         ]
-        return self.evaluate_metrics_aggr_fn(records, self.weighted_by_key) if records else None
+        return self._averaged(self.evaluate_metrics_aggr_fn, records)
 
     def start(
         self,
@@ -372,6 +377,7 @@ class FederatedStrategy(FedAvg):
             num_exits=info.num_exits,
             num_parameters=info.num_parameters,
             macs_per_exit=info.macs,
+            kinds={client: self.directory.kind(client) for client in sorted(self.directory.hosts)},
         )
         nodes = len({*self.directory.hosts.values()})
         logger.info("%d clients on %d node(s), %d parameters", len(run.clients), nodes, info.num_parameters)
@@ -492,6 +498,7 @@ class FederatedStrategy(FedAvg):
             suspicious=self._round.plan.suspicious,
             failed_tries=failed_tries,
             notes=self._round.notes,
+            students=sum(self.directory.kind(client).num_exits - 1 for client in self._round.clients),
             names={c: self.directory.names[c] for c in self._round.clients if c in self.directory.names},
         )
         self._seconds.append(seconds["total"])
@@ -527,19 +534,44 @@ class FederatedStrategy(FedAvg):
         )
 
     def _plan(self, server_round: int, clients: Sequence[int]) -> RoundPlan:
+        """The method's plan; where clients are not alike, one for all those whose uploads can be compared."""
         assert self.state is not None
-        info = self.directory.reference
-        return self.method.plan(
-            ServerRound(
+        rng = rng_for(self.seed, server_round, -1, "selection")
+        here, known = {client: self.directory.kind(client) for client in clients}, self.state.known
+        plans = []
+        for alike in self._comparable(here.values()):
+            participants = [client for client in clients if here[client].name in alike]
+            task = ServerRound(
                 server_round=server_round,
                 num_rounds=self.num_rounds,
-                participants=clients,
-                num_exits=info.num_exits,
-                known=self.state.known,
-                upload=info.upload,
-                rng=rng_for(self.seed, server_round, -1, "selection"),
+                participants=participants,
+                num_exits=max(here[client].num_exits for client in participants),
+                known={
+                    client: record
+                    for client, record in known.items()
+                    if record.kind in alike and (client not in here or here[client].name == record.kind)
+                },
+                upload=here[participants[0]].upload,
+                rng=rng,
+                held={client: here[client].num_exits for client in participants},
             )
-        )
+            plans.append((participants, self.method.plan(task)))
+        return joined_plans(clients, plans, self.directory.reference.num_exits)
+
+    def _comparable(self, here: Iterable[Kind]) -> list[set[str]]:
+        """Names of kinds of clients, in groups whose clients can learn from one another."""
+
+        def key(kind: Kind) -> Any:
+            if not self.method.compares:
+                return kind.name
+            return [shape for _, shape in kind.download.entries]
+
+        groups: list[set[str]] = []
+        for kind in {kind.name: kind for kind in here}.values():
+            alike = {name for name, other in self.directory.kinds.items() if key(other) == key(kind)}
+            if alike not in groups:
+                groups.append(alike)
+        return groups
 
     def _messages(
         self, server_round: int, clients: Sequence[int], plan: RoundPlan, config: Mapping[str, Any], message_type: str
@@ -557,6 +589,7 @@ class FederatedStrategy(FedAvg):
         messages: list[Message] = []
         self._asked = []
         for node, hosted in self.directory.by_node(clients).items():
+            most = max(self.directory.kind(client).num_exits for client in hosted)
             request = TrainRequest(
                 run=self.state.run,
                 seed=self.seed,
@@ -566,8 +599,8 @@ class FederatedStrategy(FedAvg):
                 resumable_from=max(0, server_round - 2),  # the older of the two checkpoints kept
                 clients=hosted,
                 versions=[self.state.known[c].seen if c in self.state.known else 0 for c in hosted],
-                active=plan.active[[row_of[client] for client in hosted]],
-                shared=self.state.shared,
+                active=plan.active[[row_of[client] for client in hosted], : most - 1],
+                shared=self._view(hosted).take(self.state.shared),
                 downloads=plan.downloads,
                 method=self.method.name,
                 method_settings=settings_of(self.method),
@@ -575,6 +608,7 @@ class FederatedStrategy(FedAvg):
                 evaluate=self._evaluates_in(server_round),
                 privacy=self.privacy,
                 wire=self.wire,
+                plain_mean=self._plain_mean and message_type == MessageType.TRAIN,
             )
             messages.append(Message(request.to_content(self.keys, config), node, message_type))
             self._asked.append(Asked(messages[-1], node, hosted))
@@ -585,8 +619,8 @@ class FederatedStrategy(FedAvg):
         assert self.state is not None
         ratio = self.bounds.max_ratio
         refused: dict[int, str] = {}
-        examples = [reply.weight / len(reply.reports) for reply in good]
-        lengths = [norm(reply.update(self.state.shared)) for reply in good]
+        examples = [reply.examples / len(reply.reports) for reply in good]
+        lengths = [norm(reply.update(self._sent(reply))) for reply in good]
         for i in far_longer(lengths, examples, ratio):
             refused[i] = f"its update has {times_median(lengths, i)}"
         reports = [(i, report) for i, reply in enumerate(good) for report in reply.reports]
@@ -598,6 +632,43 @@ class FederatedStrategy(FedAvg):
             text = f"its node's reply cannot be used: {reason}; at most {ratio:g} times are allowed"
             left_out |= {report.client: text for report in good[i].reports}
         return [reply for i, reply in enumerate(good) if i not in refused]
+
+    def _view(self, clients: Sequence[int]) -> View:
+        """What clients hold together of the shared part."""
+        return View(self.directory.reference.shared, [self.directory.kind(client).shared for client in clients])
+
+    def _sent(self, reply: TrainReply) -> NDArray[np.float32]:
+        """What the clients that a node reports were sent of the shared part."""
+        assert self.state is not None
+        return self._view([report.client for report in reply.reports]).take(self.state.shared)
+
+    def _mean(self, good: Sequence[TrainReply]) -> NDArray[np.float32]:
+        """The shared parts of all clients that replied well, averaged over those that hold them."""
+        assert self.state is not None
+        views = [self._view([report.client for report in reply.reports]) for reply in good]
+        # A node that reports several clients has weighted its sum already.
+        sums = (weighted(r.shared, r.weight) if len(r.reports) == 1 else r.shared for r in good)
+        if all(view.alike and view.schema == view.whole for view in views):
+            return weighted_mean(sums, sum(float(reply.weight) for reply in good))
+        return mean_of_holders(self.state.shared, zip(views, sums, [reply.weight for reply in good], strict=True))
+
+    @property
+    def _plain_mean(self) -> bool:
+        """Whether clients count alike in the mean."""
+        return self.method.plain_mean(len({kind.num_exits for kind in self.directory.kinds.values()}) > 1)
+
+    def _averaged(self, average: Callable[..., MetricRecord], records: Sequence[MetricRecord]) -> MetricRecord | None:
+        """Metrics of clients as one, each exit's over those that hold it."""
+        if not records:
+            return None
+        metrics = average([RecordDict({METRICS: record}) for record in records], self.weighted_by_key)
+        for name, values in metrics.items():
+            if isinstance(values, list) and np.isnan(values).any() and all(name in record for record in records):
+                rows = np.array([record[name] for record in records])
+                weights = np.array([[record[self.weighted_by_key]] for record in records]) * ~np.isnan(rows)
+                total = weights.sum(axis=0)
+                metrics[name] = (np.nansum(rows * weights, axis=0) / np.where(total, total, np.nan)).tolist()
+        return metrics
 
     def _evaluates_in(self, server_round: int) -> bool:
         return server_round % self.evaluate_every == 0 or server_round == self.num_rounds
@@ -612,19 +683,26 @@ class FederatedStrategy(FedAvg):
         assert self.state is not None
         digest, shared = self.state.digest, self.state.shared
 
+        kinds = {client: self.directory.kind(client) for client in self._round.clients}
+
         def read(message: Message) -> TrainReply:
+            reported = clients_in(message, self.keys)
+            if unknown := set(reported) - kinds.keys():
+                raise ValueError(f"it reports clients {sorted(unknown)}, which were not asked")
+            view = self._view(reported)
             reply = TrainReply.from_message(
                 message,
                 self.keys,
                 digest=digest,
-                shared_size=info.shared.size,
-                upload_size=info.upload.size,
-                num_exits=info.num_exits,
+                shared_size=view.size,
+                upload_size={client: kind.upload.size for client, kind in kinds.items()},
+                num_exits={client: kind.num_exits for client, kind in kinds.items()},
                 wire=self.wire,
-                base=shared,
+                base=view.take(shared),
+                counted=view.weight(1 if self._plain_mean else self._examples(client) for client in reported),
             )
             if reply.reports:
-                check_norm(reply.update(shared), self.bounds.max_norm, "its update")
+                check_norm(reply.update(view.take(shared)), self.bounds.max_norm, "its update")
             if reply.server_round != server_round:
                 raise ValueError(f"it is of round {reply.server_round}")
             for r in reply.reports:
@@ -633,7 +711,7 @@ class FederatedStrategy(FedAvg):
                     raise ValueError(
                         f"client {r.client} reports {r.num_examples} examples, {self._examples(r.client)} at the start"
                     )
-            return reply
+            return replace(reply, reports=[report.padded(info.num_exits) for report in reply.reports])
 
         return sort_out(replies, self._asked, read, self.directory.suspect)
 
@@ -648,18 +726,19 @@ class FederatedStrategy(FedAvg):
 
     def _read_evaluations(self, server_round: int, replies: Iterable[Message]) -> list[FinalReport]:
         """Reports of the clients that were asked; the others are named in the log, with the reason."""
-        num_exits = self.directory.reference.num_exits if self._asked else 0
+        held = {client: self.directory.kind(client).num_exits for one in self._asked for client in one.clients}
         good, left_out = sort_out(
             replies,
             self._asked,
-            lambda message: EvaluationReply.from_message(message, self.keys, num_exits=num_exits),
+            lambda message: EvaluationReply.from_message(message, self.keys, num_exits=held),
             self.directory.suspect,
         )
         for client, reason in sorted(left_out.items()):
             logger.warning("Round %d: no evaluation of %s: %s", server_round, self.directory.label(client), reason)
         for client, note in notes_in(good).items():
             logger.warning("Round %d: %s: %s", server_round, self.directory.label(client), note)
-        return sorted((report for reply in good for report in reply.reports), key=lambda report: report.client)
+        found = sorted((report for reply in good for report in reply.reports), key=lambda report: report.client)
+        return [report.padded(self.directory.reference.num_exits) for report in found]
 
     def _evaluate_all(self, grid: Grid, config: ConfigRecord, timeout: float) -> list[FinalReport]:
         """Every client there is evaluates its personal network and publishes it in its own folder."""
@@ -751,7 +830,7 @@ class CafeDistill(FederatedStrategy):
         T; the share of active student exits grows as min(2t/T, 1). None: as many as ``start`` is told.
     mu, distill_weight, temperature
         μ of teacher matching, λ and τ of distillation.
-    selection, teachers, similarity_proxy, solver, max_staleness
+    selection, teachers, peers, similarity_proxy, solver, max_staleness
         Ablations and variants, see :class:`cafe_flwr.settings.Settings`.
 
     Raises
@@ -776,6 +855,7 @@ class CafeDistill(FederatedStrategy):
         temperature: float = 3.0,
         selection: str = "shallow-first",
         teachers: str = "matched",
+        peers: str = "all",
         similarity_proxy: str = "parameters",
         solver: str = "exact",
         max_staleness: int = 0,
@@ -787,6 +867,7 @@ class CafeDistill(FederatedStrategy):
             "temperature": temperature,
             "selection": selection,
             "teachers": teachers,
+            "peers": peers,
             "similarity_proxy": similarity_proxy,
             "solver": solver,
             "max_staleness": max_staleness,

@@ -52,7 +52,8 @@ def summarise(
     num_clients = len({*run.clients, *(f.client for f in reports)})
     after = list(rounds[-1]["accuracy_per_exit_after"]) if rounds else []
     adapted = mean_rows(f.adapted.accuracy for f in reports)
-    dynamic, curve = _dynamic(reports, np.asarray(run.macs_per_exit, dtype=np.float64))
+    dynamic, curve = _dynamic(reports, {f.client: _macs_of(run, f.client) for f in reports})
+    kinds = _kinds(run, reports, plan)
     return {
         "name": settings.run_name,
         "method": settings.method,
@@ -101,11 +102,51 @@ def summarise(
             }
             for f in reports
         ],
+        **({"kinds": kinds} if len(kinds) > 1 else {}),
         "versions": _versions(),
     }
 
 
-def _dynamic(reports: Sequence[FinalReport], macs: NDArray[np.float64]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _macs_of(run: RunInfo, client: int) -> NDArray[np.float64]:
+    """MACs of leaving at each exit, (m,); for exits that the client does not hold those of its last."""
+    held = run.kinds[client].macs if client in run.kinds else run.macs_per_exit
+    return np.pad(np.asarray(held, dtype=np.float64), (0, run.num_exits - len(held)), mode="edge")
+
+
+def _kinds(run: RunInfo, reports: Sequence[FinalReport], plan: RoundPlan | None) -> list[dict[str, Any]]:
+    """Accuracy and cost by what clients hold, and how much of their teachers is of their own kind."""
+    found = []
+    for kind in {kind.name: kind for kind in run.kinds.values()}.values():
+        clients = [client for client, other in run.kinds.items() if other.name == kind.name]
+        of_kind = [f for f in reports if f.client in clients]
+        accuracy = mean_rows(f.exits.accuracy[: kind.num_exits] for f in of_kind)
+        found.append(
+            {
+                "name": kind.name or f"all {kind.num_exits} exits",
+                "clients": clients,
+                "num_exits": kind.num_exits,
+                "num_parameters": kind.num_parameters,
+                "macs_per_exit": list(kind.macs),
+                "accuracy": mean(accuracy),
+                "accuracy_per_exit": accuracy,
+                "bytes_up_per_client_round": 4 * (kind.shared.size + kind.upload.size),
+                "weight_of_own_kind": _weight_within(plan, clients),
+            }
+        )
+    return sorted(found, key=lambda line: (line["num_exits"], line["name"]))
+
+
+def _weight_within(plan: RoundPlan | None, clients: Sequence[int]) -> float:
+    """Mean weight that these clients' teachers give to these clients; NaN if nobody taught them."""
+    if plan is None or plan.weights is None:
+        return math.nan
+    rows, columns = np.isin(plan.weight_rows, clients), np.isin(plan.weight_columns, clients)
+    return mean(plan.weights[np.ix_(rows, columns)].sum(axis=1))
+
+
+def _dynamic(
+    reports: Sequence[FinalReport], macs: Mapping[int, NDArray[np.float64]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inference that leaves at the first exit with max-prob ≥ θ, one θ for all clients.
 
     Every client's exits are temperature-scaled on its own calibration split. θ is chosen on the calibration splits: the
@@ -117,21 +158,24 @@ def _dynamic(reports: Sequence[FinalReport], macs: NDArray[np.float64]) -> tuple
     if not examples:
         nothing = {"threshold": None, "accuracy": math.nan, "accuracy_full": math.nan, "macs_reduction": math.nan}
         return {**nothing, "exit_shares": []}, {"threshold": [], "accuracy": [], "macs": [], "exit_shares": []}
-    calibration, test = (
-        DynamicCounts(*(np.sum(counts, axis=0) for counts in zip(*(getattr(f, s) for f in reports), strict=True)))
+    (calibration, cost), (test, test_cost) = (
+        (
+            DynamicCounts(*(np.sum(counts, axis=0) for counts in zip(*(getattr(f, s) for f in reports), strict=True))),
+            np.sum([getattr(f, s).left @ macs[f.client] for f in reports], axis=0),
+        )
         for s in ("calibration", "test")
     )
     shares = test.left / examples
     accuracy = test.correct / examples
-    mean_macs = shares @ macs
+    mean_macs = test_cost / examples
 
     def point(loss_allowed: float) -> dict[str, Any]:
-        chosen = cheapest(calibration, macs, loss_allowed)
+        chosen = cheapest(calibration, cost, loss_allowed)
         return {
             "threshold": float(THRESHOLDS[chosen]) if np.isfinite(THRESHOLDS[chosen]) else None,
             "accuracy": float(accuracy[chosen]),
             "accuracy_full": float(accuracy[-1]),
-            "macs_reduction": float(1 - mean_macs[chosen] / macs[-1]),
+            "macs_reduction": float(1 - mean_macs[chosen] / mean_macs[-1]),
             "exit_shares": shares[chosen].tolist(),
         }
 

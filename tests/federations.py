@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cafe_flwr import EarlyExitNetwork, make_client_app
 from cafe_flwr.data import ClientData, Split
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.federation import build_network, build_strategy, federation
+from cafe_flwr.federation import build_networks, build_strategy, federation, modality_of
 from cafe_flwr.federation import run as run_federation
 from cafe_flwr.networks import Exit
 from cafe_flwr.recording import Recorder, Results, open_results
@@ -47,8 +47,9 @@ def small_settings(folder: Path, **changes: Any) -> Settings:
 def digits_app() -> ClientApp:
     """The ClientApp of the settings, as ``client_app.py`` makes it; with caches of its own, like a new process."""
     return make_client_app(
-        lambda context: build_network(Settings.from_run_config(context.run_config)),
+        lambda context: build_networks(Settings.from_run_config(context.run_config)),
         lambda client, context: federation(Settings.from_run_config(context.run_config)).load(client),
+        modality_of=lambda client, context: modality_of(Settings.from_run_config(context.run_config), client),
         state_dir=personal_of_the_run,
     )
 

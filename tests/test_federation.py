@@ -419,6 +419,7 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         temperature=2.5,
         selection="random",
         teachers="uniform",
+        peers="alike",
         similarity_proxy="gradients",
         solver="osqp",
         max_staleness=6,

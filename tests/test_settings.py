@@ -344,6 +344,7 @@ IMPOSSIBLE = [
     ("distill-weight", -1.0, "greater than or equal to 0"),
     ("temperature", 0.0, "greater than 0"),
     ("selection", "best", "'shallow-first', 'deep-first', 'random' or 'none'"),
+    ("peers", "some", "'all', 'alike' or 'deeper'"),
     ("teachers", "all", "'matched', 'uniform' or 'own'"),
     ("similarity-proxy", "loss", "'parameters' or 'gradients'"),
     ("max-staleness", -1, "greater than or equal to 0"),
@@ -398,7 +399,7 @@ def test_numbers_are_finite(key, value):
 
 def test_every_setting_with_a_range_or_a_list_is_tried_above():
     """A new setting must be tried too."""
-    elsewhere = {"state-dir", "data-dir", "class-names", "solver"}
+    elsewhere = {"state-dir", "data-dir", "class-names", "solver", "depth-shares", "modalities"}
     free = elsewhere | {key for key, value in DEFAULTS.items() if type(value) is bool}  # checked below
     assert {key for key, _, _ in IMPOSSIBLE} | free == set(DEFAULTS)
 

@@ -13,6 +13,7 @@ from cafe_flwr.methods.base import (
     Method,
     RoundPlan,
     ServerRound,
+    joined_plans,
     setting,
     settings_of,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Method",
     "RoundPlan",
     "ServerRound",
+    "joined_plans",
     "setting",
     "settings_of",
 ]

@@ -155,18 +155,24 @@ class ClientRecord:
     upload
         What the method had it send of its own, flat (CAFEDistill: its last exit's classifier).
     similarity
-        (m−1,): how similar its student exits are to its last exit.
+        (m−1,): how similar its student exits are to its last exit; NaN for exits that it does not hold.
+    kind
+        What it holds (:class:`cafe_flwr.kinds.Kind`), by name.
     """
 
     num_examples: int
     seen: int
     upload: NDArray[np.float32]
     similarity: NDArray[np.float64]
+    kind: str = ""
 
 
 @dataclass(frozen=True)
 class ServerRound:
     """What the server knows when it plans a round.
+
+    Where clients are not alike, a round is planned once for all those that can learn from one another
+    (``Method.compares``).
 
     Attributes
     ----------
@@ -175,13 +181,15 @@ class ServerRound:
     participants
         Clients of the round, in order.
     num_exits
-        m.
+        m; the most that a participant holds.
     known
         The last reports of all clients that ever reported.
     upload
         What is in a report's flat array.
     rng
         Random generator of this round.
+    held
+        How many exits participants hold, by client; those that are not named hold all.
     """
 
     server_round: int
@@ -191,11 +199,16 @@ class ServerRound:
     known: Mapping[int, ClientRecord]
     upload: Schema
     rng: np.random.Generator
+    held: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def all_exits(self) -> NDArray[np.bool_]:
-        """Every student exit of every participant, (participants, m−1), as ``RoundPlan.active`` has them."""
-        return np.ones((len(self.participants), self.num_exits - 1), dtype=bool)
+        """Every student exit of every participant, (participants, m−1), as ``RoundPlan.active`` has them.
+
+        A client that holds d exits has d − 1 students.
+        """
+        held = np.array([self.held.get(client, self.num_exits) for client in self.participants], dtype=np.int64)
+        return np.arange(1, self.num_exits) < held[:, None]
 
     @property
     def teachers(self) -> list[int]:
@@ -246,6 +259,40 @@ class RoundPlan:
     suspicious: Mapping[int, str] = field(default_factory=dict)
 
 
+def joined_plans(
+    participants: Sequence[int], plans: Sequence[tuple[Sequence[int], RoundPlan]], num_exits: int
+) -> RoundPlan:
+    """The plans for several groups of the participants as one: across groups nobody learns from anybody.
+
+    Parameters
+    ----------
+    participants
+        Clients of the round, in order.
+    plans
+        Of every group: its participants, and the plan for them.
+    num_exits
+        m of the federation; a group's clients may all hold less.
+    """
+    if len(plans) == 1 and plans[0][1].active.shape[1] == num_exits - 1:
+        return plans[0][1]
+    row_of = {client: row for row, client in enumerate(participants)}
+    active = np.zeros((len(participants), num_exits - 1), dtype=bool)
+    for clients, plan in plans:
+        active[[row_of[client] for client in clients], : plan.active.shape[1]] = plan.active
+    downloads = {client: flat for _, plan in plans for client, flat in plan.downloads.items()}
+    suspicious = {client: reason for _, plan in plans for client, reason in plan.suspicious.items()}
+    taught = [plan for _, plan in plans if plan.weights is not None]
+    if not taught:
+        return RoundPlan(active, downloads, suspicious=suspicious)
+    rows = sorted(client for plan in taught for client in plan.weight_rows)
+    columns = sorted(client for plan in taught for client in plan.weight_columns)
+    weights = np.zeros((len(rows), len(columns)))
+    for plan in taught:
+        where = np.searchsorted(rows, plan.weight_rows), np.searchsorted(columns, plan.weight_columns)
+        weights[np.ix_(*where)] = plan.weights
+    return RoundPlan(active, downloads, weights, rows, columns, suspicious)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method(Objective):
     """Both halves of a method; a subclass is a frozen dataclass of the method's own settings, in a file of its own.
@@ -267,6 +314,9 @@ class Method(Objective):
         Settings of every method that this one cannot take, with the reason.
     phases
         Things it trains one after the other in a round, which share the round's steps if ``equal_steps``.
+    compares
+        Whether clients of different depths and modalities can learn from one another, where they download tensors of
+        the same shapes; if not, they learn from those with the same network only.
     prior, distill, equal_steps
         Settings of every method, beside those of its objective.
     """
@@ -275,6 +325,7 @@ class Method(Objective):
     prefix: ClassVar[str]
     refuses: ClassVar[Mapping[str, str]] = {}
     phases: ClassVar[int] = 1
+    compares: ClassVar[bool] = False
 
     prior: bool = setting(False, "Add the log of the client's own class shares to its logits, in training and after.")
     distill: bool = setting(False, "Let the mean of a client's exits teach each of them (temperature 3).")
@@ -314,6 +365,13 @@ class Method(Objective):
         """Raise ValueError if the method cannot run with this network."""
 
     # --- server half ---
+
+    def plain_mean(self, unequal: bool) -> bool:
+        """Whether clients count alike in the average of what is shared; by default they count by their examples.
+
+        ``unequal``: some clients hold a part of the network only.
+        """
+        return False
 
     def plan(self, task: ServerRound) -> RoundPlan:
         """What the participants are told. By default: train all exits."""

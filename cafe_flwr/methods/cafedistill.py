@@ -13,7 +13,7 @@ docs/method.md has every formula and says what the paper leaves open.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,6 +33,7 @@ from cafe_flwr.teaching import TEACHERS, check_solver, cosine_similarity, teache
 from cafe_flwr.training import batches
 
 PROXIES = ("parameters", "gradients")
+PEERS = ("all", "alike", "deeper")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class CafeDistillMethod(Method):
     name: ClassVar[str] = "cafedistill"
     prefix: ClassVar[str] = ""
     refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
+    compares: ClassVar[bool] = True  # classifiers of one width
 
     mu: float = setting(
         0.5, "μ of teacher matching: 0 = learn from oneself only, large = from all in proportion to their data.", ge=0
@@ -55,6 +57,12 @@ class CafeDistillMethod(Method):
     )
     teachers: str = setting(
         "matched", "Whose last exits teach: matched by the QP, all alike, or only one's own.", choices=TEACHERS
+    )
+    peers: str = setting(
+        "all",
+        "Whose classifiers teach a client where depths or modalities differ: last exits of all, of the same network "
+        "only, or of its own last exit those of all who hold it ('deeper': clients send all their classifiers).",
+        choices=PEERS,
     )
     similarity_proxy: str = setting(
         "parameters",
@@ -79,12 +87,14 @@ class CafeDistillMethod(Method):
     # --- what travels ---
 
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
-        """The last exit's classifier, if it may teach others."""
-        return [] if self.teachers == "own" else network.head_names(network.num_exits - 1)
+        """The last exit's classifier, if it may teach others; all exits', if those of fewer exits learn from them."""
+        if self.teachers == "own":
+            return []
+        return network.classifier_names() if self.peers == "deeper" else network.head_names(network.num_exits - 1)
 
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
         """The teacher's classifier, under the names of the last exit's."""
-        return self.upload_names(network)
+        return [] if self.teachers == "own" else network.head_names(network.num_exits - 1)
 
     # --- server half ---
 
@@ -92,25 +102,56 @@ class CafeDistillMethod(Method):
         """Coordinate the students and match the teachers of one round."""
         t = min(task.server_round, task.num_rounds)
         similarity = reported_similarity(task)
-        active = active_exits(t, task.num_rounds, similarity, selection=self.selection, rng=task.rng)
+        active = active_exits(
+            t, task.num_rounds, similarity, selection=self.selection, rng=task.rng, there=task.all_exits
+        )
 
         teachers = [c for c in task.teachers if not self._is_stale(task.known[c], task.server_round)]
         pupils = sorted(set(task.participants) & set(teachers))  # in its first round a client teaches itself
         if self.teachers == "own" or not pupils or task.server_round > task.num_rounds:
             return RoundPlan(active)
-        heads = task.uploads(teachers)
-        examples = task.examples(teachers)
-        own, prior = np.searchsorted(teachers, pupils), examples / examples.sum()
+        weights = np.zeros((len(pupils), len(teachers)))
+        downloads: dict[int, NDArray[np.float32]] = {}
+        suspicious: dict[int, str] = {}
+        for learners, able, heads in self._groups(task, pupils, teachers):
+            own = np.searchsorted(able, learners)
+            found, doubts = self._match(heads, task.examples(able), own)
+            weights[np.ix_(np.searchsorted(pupils, learners), np.searchsorted(teachers, able))] = found
+            downloads |= zip(learners, found.astype(np.float32) @ heads, strict=True)
+            suspicious |= {able[j]: reason for j, reason in doubts.items()}
+        return RoundPlan(active, downloads, weights, pupils, teachers, suspicious)
+
+    def _groups(
+        self, task: ServerRound, pupils: Sequence[int], teachers: Sequence[int]
+    ) -> Iterator[tuple[list[int], list[int], NDArray[np.float32]]]:
+        """Pupils, those who may teach them (and they among these), and the classifiers that do, (teachers, values)."""
+        known = task.known
+        if self.peers == "alike":
+            for kind in sorted({known[client].kind for client in pupils}):
+                able = [client for client in teachers if known[client].kind == kind]
+                yield [client for client in pupils if client in able], able, task.uploads(able)
+        elif self.peers == "deeper":
+            size = sum(task.upload.sizes[-2:])  # of one exit's weight and bias
+            exits = {client: len(known[client].upload) // size for client in teachers}
+            for depth in sorted({exits[client] for client in pupils}):
+                able = [client for client in teachers if exits[client] >= depth]
+                heads = np.stack([known[client].upload[size * (depth - 1) : size * depth] for client in able])
+                yield [client for client in pupils if exits[client] == depth], able, heads
+        else:
+            yield list(pupils), list(teachers), task.uploads(teachers)
+
+    def _match(
+        self, heads: NDArray[np.float32], examples: NDArray[np.float64], own: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float64], dict[int, str]]:
+        """Teacher weights of the pupils ``heads[own]``, (pupils, heads), and suspicious heads with the reason."""
+        prior = examples / examples.sum()
         if self.teachers == "uniform":
-            rows, prior = np.zeros((len(pupils), len(teachers))), np.full(len(teachers), 1.0 / len(teachers))
-            weights = np.full(rows.shape, 1.0 / len(teachers))
+            rows, prior = np.zeros((len(own), len(heads))), np.full(len(heads), 1.0 / len(heads))
+            weights = np.full(rows.shape, 1.0 / len(heads))
         else:
             rows = cosine_similarity(heads)[own]
             weights = teacher_weights(rows, prior, self.mu, self.solver)
-        weights, doubts = guarded_weights(weights, rows, prior, self.mu, heads, own)
-        mixed = weights.astype(np.float32) @ heads
-        suspicious = {teachers[i]: reason for i, reason in doubts.items()}
-        return RoundPlan(active, dict(zip(pupils, mixed, strict=True)), weights, pupils, teachers, suspicious)
+        return guarded_weights(weights, rows, prior, self.mu, heads, own)
 
     def _is_stale(self, record: ClientRecord, server_round: int) -> bool:
         return bool(self.max_staleness) and server_round - 1 - record.seen > self.max_staleness
@@ -171,7 +212,7 @@ def reported_similarity(task: ServerRound) -> NDArray[np.float64]:
     similarity = np.full((len(task.participants), task.num_exits - 1), np.nan)
     for row, client in enumerate(task.participants):
         if client in task.known:
-            similarity[row] = task.known[client].similarity
+            similarity[row] = task.known[client].similarity[: task.num_exits - 1]
     return similarity
 
 

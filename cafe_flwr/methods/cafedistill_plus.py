@@ -120,6 +120,7 @@ class CafeDistillPlus(Method):
             reported_similarity(task),
             selection=self.selection,
             rng=task.rng,
+            there=task.all_exits,
         )
         clients, pupils = task.teachers, task.pupils
         if not pupils:

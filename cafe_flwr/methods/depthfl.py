@@ -3,7 +3,8 @@
     client i, round t: minimise Σ_k CE(z_k, y)/m + r(t)/(m(m−1)) · Σ_k Σ_{l≠k} KL(softmax(z_l) ‖ softmax(z_k))
     with the ramp r(t) = exp(−5 (1 − min(t, R)/R)²), R = 0.3 T
 
-Here all clients hold all exits; the published method is also for clients that hold the first ones only.
+Clients that hold the first exits only (docs/unequal-clients.md) have as many terms as exits; every layer is then the
+plain mean of those who hold it, as published.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ class DepthFL(FedAvg):
 
     ramp: float = setting(0.3, "Share of the rounds over which distillation ramps up.", gt=0, le=1)
 
+    def plain_mean(self, unequal: bool) -> bool:
+        """Where depths are unequal."""
+        return unequal
+
     def check(self, network: EarlyExitNetwork) -> None:
         """Exits teach one another: there must be two."""
         if network.num_exits < 2:
@@ -54,4 +59,4 @@ def mutual_divergence(logits: list[Tensor]) -> Tensor:
     # Σ_l KL(p_l ‖ p_k): its l = k term is 0 in value and, at that point, in gradient.
     entropy = (p * teachers).sum(dim=2).sum(dim=0)
     cross = (p.sum(dim=0) * log_p).sum(dim=2)
-    return (entropy - cross).mean(dim=1).sum() / (len(logits) - 1)
+    return (entropy - cross).mean(dim=1).sum() / max(len(logits) - 1, 1)

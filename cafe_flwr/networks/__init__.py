@@ -4,6 +4,7 @@ from cafe_flwr.networks.attach import attach_exits
 from cafe_flwr.networks.base import EarlyExitNetwork, Exit, batch_norm_names
 from cafe_flwr.networks.conv import ConvNet
 from cafe_flwr.networks.resnet import ResNet18
+from cafe_flwr.networks.sequence import SequenceNet
 from cafe_flwr.networks.transformer import TextTransformer
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "EarlyExitNetwork",
     "Exit",
     "ResNet18",
+    "SequenceNet",
     "TextTransformer",
     "attach_exits",
     "batch_norm_names",

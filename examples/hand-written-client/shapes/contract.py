@@ -33,7 +33,7 @@ def check(config: ConfigRecord) -> None:
     if config["method"] != "cafedistill":
         raise ValueError(f"this node knows the method cafedistill only, not {config['method']}")
     for name, value in prefixed(config, "method.").items():
-        if name == "teachers" and value != "own":
+        if (name == "teachers" and value != "own") or (name == "peers" and value != "deeper"):
             continue
         if name in ONLY and value == ONLY[name]:
             continue

@@ -1,0 +1,285 @@
+"""Clients of several modalities: backbones averaged among their kind, classifiers compared across."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from federations import (
+    CLASSES,
+    INPUTS,
+    Recorded,
+    WatchedGrid,
+    run_small,
+    run_until,
+    same_arrays,
+    small_settings,
+    toy_data,
+    toy_network,
+)
+from torch import nn
+
+from cafe_flwr import EarlyExitNetwork, make_client_app
+from cafe_flwr.cost import macs_per_exit
+from cafe_flwr.evaluation import evaluate_run
+from cafe_flwr.export import export_client
+from cafe_flwr.federation import build_networks, federation, modality_of
+from cafe_flwr.joining import package_run
+from cafe_flwr.kinds import networks_of
+from cafe_flwr.methods import METHODS
+from cafe_flwr.modalities import in_rows
+from cafe_flwr.networks import ConvNet, Exit, SequenceNet
+from cafe_flwr.personal import FinishedRun
+from cafe_flwr.strategy import CafeDistill, FederatedStrategy
+from cafe_flwr.training import LocalBudget
+
+BOTH = {"modalities": "image,rows"}
+N = 5
+TRAFFIC = {"bytes_up", "bytes_down", "bytes_up_per_client_round", "bytes_down_per_client_round"}
+BUDGET = LocalBudget(steps=3, batch_size=4, learning_rate=0.1)
+
+
+def other_network(width=4):
+    """Another family for the toys' inputs: two exits, other layers, classifiers of the same width."""
+    layers = [nn.Linear(INPUTS, 6), nn.Sequential(nn.ReLU(), nn.Linear(6, 6))]
+    return EarlyExitNetwork(layers, [Exit(nn.Linear(6, width), width, CLASSES) for _ in layers])
+
+
+def toy_modalities(**changes):
+    """Clients 0, 2, 4 have the toys' network, 1 and 3 another."""
+    given = {
+        "build_network": lambda context: {"a": toy_network(), "b": other_network()},
+        "load_data": lambda client, context: toy_data(client),
+        "modality_of": lambda client, context: "ab"[client % 2],
+    }
+    return make_client_app(**{**given, **changes}, state_dir=lambda context: str(context.run_config["state"]))
+
+
+def toy_grid(folder, num_nodes=N, **changes):
+    return WatchedGrid(toy_modalities(**changes), num_nodes, {"state": str(folder)})
+
+
+def strategy_of(method="fedavg", rounds=2, **settings):
+    method = METHODS[method](**settings)
+    return FederatedStrategy(method=method, num_rounds=rounds, local=BUDGET, num_clients=N, wait_seconds=0)
+
+
+def test_a_backbone_is_averaged_among_its_own_kind(tmp_path):
+    """From the replies: the shared part of every modality is the mean over its clients, by examples."""
+    grid = toy_grid(tmp_path)
+    arrays = strategy_of(rounds=1).start(grid).arrays
+    networks = {"a": toy_network(), "b": other_network()}
+    names = [f"{modality}/{name}" for modality, network in networks.items() for name in network.state_dict()]
+    assert list(arrays) == names
+    replies = {}
+    for request, reply in grid.of_type("train"):
+        (client,) = request.content["config"]["clients"]
+        flat = reply.content["arrays"]["flat"].numpy()
+        assert flat.size == request.content["arrays"]["flat"].numpy().size
+        assert flat.size == sum(t.numel() for t in networks["ab"[client % 2]].state_dict().values())
+        replies[client] = flat
+    for modality, clients in (("a", (0, 2, 4)), ("b", (1, 3))):
+        weights = [12 + 5 * client for client in clients]
+        expected = np.average([replies[client] for client in clients], axis=0, weights=weights)
+        got = np.concatenate([array.numpy().ravel() for name, array in arrays.items() if name.startswith(modality)])
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_classifiers_of_all_modalities_teach_or_only_ones_own(tmp_path):
+    same = np.equal.outer(np.arange(N) % 2, np.arange(N) % 2)
+    for peers in ("all", "alike"):
+        strategy = CafeDistill(num_rounds=4, local=BUDGET, num_clients=N, peers=peers, wait_seconds=0)
+        strategy.start(toy_grid(tmp_path / peers), num_rounds=3)
+        weights = strategy.state.plan.weights
+        np.testing.assert_allclose(weights.sum(axis=1), 1.0)
+        assert (weights[~same] > 0).any() == (peers == "all")
+
+
+def test_all_modalities_start_from_the_same_classifiers():
+    """The last exits' alike, and those before them as far as there are any."""
+    networks = networks_of({"a": toy_network(), "b": other_network()})
+    a, b = (network.state_dict() for network in networks.values())
+    for k in (1, 2):
+        mine, theirs = networks["a"].head_names(3 - k), networks["b"].head_names(2 - k)
+        assert all(torch.equal(a[m], b[t]) for m, t in zip(mine, theirs, strict=True))
+
+
+def test_students_of_a_modality_with_fewer_exits(tmp_path):
+    """Two exits have one student: of 3·2 + 2·1 students all train in the last round."""
+    seen = []
+
+    class Watch:
+        def on_start(self, run):
+            pass
+
+        def on_round(self, record, state):
+            seen.append(record)
+
+        def on_finish(self, reports):
+            seen.append(reports)
+
+    strategy = strategy_of("cafedistill")
+    strategy.callbacks = [Watch()]
+    strategy.start(toy_grid(tmp_path))
+    *rounds, reports = seen
+    assert [(record.students, record.active_exits) for record in rounds] == [(8, [5, 3]), (8, [5, 3])]
+    assert [len(r.exits.accuracy) - sum(np.isnan(r.exits.accuracy)) for r in reports] == [3, 2, 3, 2, 3]
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_numbers_do_not_depend_on_how_modalities_are_grouped_on_nodes(tmp_path, no_report, num_nodes):
+    for n in (N, num_nodes):
+        run_small(small_settings(tmp_path / str(n), **BOTH), n)
+    one, other = (Recorded.read(tmp_path / str(n) / "small") for n in (N, num_nodes))
+    one.assert_same(other, but=TRAFFIC)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_clients_of_two_modalities(tmp_path, no_report, method):
+    """Nobody is left out, and clients that have trained are better than they were; resumed it is the same run."""
+    given = {"method": method, "learning_rate": 0.05, "local_steps": 4, "num_server_rounds": 4, **BOTH}
+    whole = small_settings(tmp_path / "whole", **given)
+    arrays = run_small(whole).arrays
+    rounds = [json.loads(line) for line in (whole.results / "rounds.jsonl").read_text().splitlines()]
+    assert [line["left_out"] for line in rounds] == [{}] * 4
+    assert np.mean(rounds[-1]["accuracy_per_exit_after"]) > np.mean(rounds[0]["accuracy_per_exit"])
+    parts = small_settings(tmp_path / "parts", **given)
+    run_until(parts, 2)
+    again = type(parts).from_run_config({**parts.to_run_config(), "resume": True})
+    assert same_arrays(run_small(again).arrays, arrays)
+
+
+# --- images, and the same row by row ---
+
+
+def test_rows_hold_the_pixels_of_the_image(tmp_path):
+    settings = small_settings(tmp_path)
+    data = federation(settings).load(1)
+    rows = in_rows(data)
+    x, image = rows.test.x[3], data.test.x[3]
+    assert x.shape == (16, 16)
+    for t in range(16):
+        assert torch.equal(x[:, t], image[0, t])
+    assert torch.equal(rows.train.y, data.train.y)
+
+
+def test_clients_take_turns_and_have_the_network_of_their_modality(tmp_path):
+    settings = small_settings(tmp_path, **BOTH)
+    assert [modality_of(settings, client) for client in range(4)] == ["image", "rows", "image", "rows"]
+    networks = build_networks(settings)
+    assert [type(network) for network in networks.values()] == [ConvNet, SequenceNet]
+    for client in range(2):
+        x = federation(settings).load(client).train.x
+        networks[modality_of(settings, client)].check_inputs(x)
+    with pytest.raises(ValueError, match=r"sequences must be \(N, 16, steps\), float32; got torch.float32 of shape"):
+        networks["rows"].check_inputs(torch.zeros(2, 1, 16, 16))
+
+
+def test_a_sequence_net_counts_its_macs_and_refuses_what_is_too_short():
+    costs = macs_per_exit(SequenceNet((16, 16), 10), torch.zeros(1, 16, 16))
+    assert costs == sorted(costs)
+    assert costs[0] == 16 * 8 * 3 * 16 + 4 * 8 * 24 + 24 * 10  # convolution, projection, classifier
+    with pytest.raises(ValueError, match="at least 8 steps for 3 blocks"):
+        SequenceNet((16, 7), 10)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        SequenceNet((16, 16), 10, widths=(6, 8))
+    assert len(SequenceNet((16, 16), 10, norm="batch")(torch.zeros(2, 16, 16))) == 3
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    settings = small_settings(tmp_path_factory.mktemp("modalities"), **BOTH)
+    run_small(settings, 2)
+    return settings
+
+
+def test_personal_networks_are_of_the_clients_modality_and_as_good_as_recorded(finished, tmp_path):
+    run = FinishedRun(finished.results)
+    for client, kind in enumerate([ConvNet, SequenceNet] * 2):
+        personal, test = run.personal(client), run.data(client).test
+        assert isinstance(personal.network, kind)
+        accuracy = [(z.argmax(dim=1) == test.y).float().mean().item() for z in personal.network(test.x)]
+        assert accuracy == pytest.approx(personal.facts["accuracy_per_exit"])
+    assert export_client(run, 1, tmp_path / "exported", max_prob=0.5).folder.exists()
+
+
+def test_summary_and_report_say_how_good_each_modality_is_and_who_teaches_it(finished):
+    summary = json.loads((finished.results / "summary.json").read_text())
+    image, rows = summary["kinds"]
+    assert (image["name"], image["clients"], rows["name"], rows["clients"]) == ("image", [0, 2, 4], "rows", [1, 3])
+    assert image["macs_per_exit"] > rows["macs_per_exit"]
+    weights = np.array(summary["teacher_weights"]["weights"])
+    own = weights[np.ix_([1, 3], [1, 3])].sum(axis=1).mean()
+    assert rows["weight_of_own_kind"] == pytest.approx(own, abs=1e-3)
+    page = (finished.results / "report.html").read_text()
+    assert "Clients that are not alike" in page
+    assert "<td>rows</td>" in page
+
+
+def test_the_cost_of_leaving_early_is_that_of_each_clients_own_network(finished):
+    """Where nobody leaves: the full cost of the clients' networks, weighted by their test examples."""
+    summary = json.loads((finished.results / "summary.json").read_text())
+    tests = {line["client"]: line["test"] for line in summary["clients"]}
+    costs = {client: kind["macs_per_exit"][-1] for kind in summary["kinds"] for client in kind["clients"]}
+    expected = sum(tests[c] * costs[c] for c in tests) / sum(tests.values())
+    assert summary["curve"]["macs"][-1] == pytest.approx(expected)
+
+
+def test_what_needs_one_modality_says_so(finished):
+    run = FinishedRun(finished.results)
+    with pytest.raises(ValueError, match=r"image, 3 exits: 0,2,4; rows, 3 exits: 1,3"):
+        evaluate_run(run, corruptions=())
+    assert len(evaluate_run(run, clients=[1, 3], corruptions=())["clients"]) == 2
+    with pytest.raises(ValueError, match=r"join a federation of several modalities yet \(image, rows\)"):
+        package_run(finished.results)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modalities": "image,row"}, "modalities should be among image, rows, got 'row'; did you mean 'rows'"),
+        ({"modalities": "rows,rows"}, "modalities names one twice"),
+        ({"modalities": "image,rows", "network": "resnet18"}, "is for network = 'conv', got 'resnet18'"),
+        ({"modalities": "image,rows", "dataset": "cifar10"}, "is for digits and digit-pairs"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_settings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"modality_of": None}, "there are networks for a, b: say which client has which (modality_of)"),
+        ({"modality_of": lambda client, context: "c"}, "its modality is 'c', there are networks for a, b"),
+        (
+            {"build_network": lambda context: {"a": toy_network(), "b": other_network(width=7)}},
+            "the classifiers of all modalities must have the same (classes, width), got a: (3, 4), b: (3, 7)",
+        ),
+        ({"build_network": lambda context: {}}, "networks of modalities need names without '/'; got none"),
+        ({"build_network": lambda context: {"a/b": toy_network()}}, "need names without '/'; got ['a/b']"),
+    ],
+)
+def test_networks_that_do_not_fit_end_the_run_before_the_first_round(tmp_path, changes, message):
+    with pytest.raises(RuntimeError, match="no client can take part") as error:
+        strategy_of().start(toy_grid(tmp_path, 2, **changes))
+    assert message in str(error.value)
+
+
+def test_a_single_modality_with_a_name_is_a_federation_like_any_other(tmp_path):
+    """Only the names of the shared tensors say so."""
+    one = {"build_network": lambda context: {"a": toy_network()}, "modality_of": None}
+    named = strategy_of().start(toy_grid(tmp_path / "one", **one)).arrays
+    plain = strategy_of().start(toy_grid(tmp_path / "two", build_network=lambda context: toy_network())).arrays
+    assert [f"a/{name}" for name in plain] == list(named)
+    assert all(plain[name].data == named[f"a/{name}"].data for name in plain)
+
+
+def test_the_documented_example_is_what_is_tested():
+    page = (Path(__file__).parent.parent / "docs" / "modalities.md").read_text()
+    assert "modality_of=" in page

@@ -1,0 +1,492 @@
+"""Clients that hold the first exits only: what they send, what is averaged over whom, and who teaches them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from federations import (
+    CLASSES,
+    DeviceGrid,
+    Recorded,
+    WatchedGrid,
+    run_small,
+    run_until,
+    same_arrays,
+    small_settings,
+    toy_app,
+    toy_network,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cafe_flwr.aggregation import weighted
+from cafe_flwr.calibration import Request, calibrate_run
+from cafe_flwr.coordination import active_exits, student_budget
+from cafe_flwr.evaluation import evaluate_run
+from cafe_flwr.export import export_client
+from cafe_flwr.inference import EarlyExitRunner
+from cafe_flwr.kinds import View, drawn_depth, mean_of_holders
+from cafe_flwr.methods import METHODS
+from cafe_flwr.personal import FinishedRun
+from cafe_flwr.policies import MaxProb
+from cafe_flwr.schema import Schema
+from cafe_flwr.strategy import CafeDistill, FederatedStrategy
+from cafe_flwr.training import LocalBudget
+
+DEPTHS = [1, 2, 3, 3, 2]  # of the toys' clients
+UNEQUAL = {"depth_shares": "1:0.2,2:0.4"}
+N = len(DEPTHS)
+TRAFFIC = {"bytes_up", "bytes_down", "bytes_up_per_client_round", "bytes_down_per_client_round"}
+
+
+def devices(state, depths=DEPTHS, groups=None, app=None):
+    """A node for every client (or group of clients of one depth), that says in its node-config how much it holds."""
+    groups = groups or [[client] for client in range(len(depths))]
+    grid = DeviceGrid(app or toy_app(), [",".join(map(str, group)) for group in groups], state)
+    for context, group in zip(grid.contexts.values(), groups, strict=True):
+        if depths[group[0]] != 3:
+            context.node_config["max-exit"] = depths[group[0]]
+    return grid
+
+
+def toy_strategy(method="fedavg", rounds=1, **changes):
+    return FederatedStrategy(
+        method=METHODS[method](**changes.pop("settings", {})),
+        num_rounds=rounds,
+        local=LocalBudget(steps=3, batch_size=4, learning_rate=0.1),
+        **changes,
+    )
+
+
+def shared_of(reply, depth, method="fedavg"):
+    """The shared tensors of a reply of one client, by name, as its network has them."""
+    network = toy_network().truncated(depth)
+    names = METHODS[method]().shared_names(network)
+    flat, tensors = torch.from_numpy(reply.content["arrays"]["flat"].numpy().copy()), network.state_dict()
+    found = {}
+    for name in names:
+        size = tensors[name].numel()
+        found[name], flat = flat[:size].reshape(tensors[name].shape), flat[size:]
+    return found, flat
+
+
+# --- the mean over those who hold ---
+
+
+@given(data=st.data())
+def test_the_mean_is_that_of_every_tensors_holders(data):
+    """Against a loop over names, for any clients on any nodes; what nobody holds stays as it was."""
+    sizes = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=5))
+    whole = Schema(tuple((f"t{i}", (size,)) for i, size in enumerate(sizes)))
+    held = data.draw(st.lists(st.sets(st.sampled_from(whole.names)), min_size=1, max_size=5))
+    parts = [Schema(tuple(entry for entry in whole.entries if entry[0] in names)) for names in held]
+    examples = data.draw(st.lists(st.integers(1, 50), min_size=len(parts), max_size=len(parts)))
+    nodes = data.draw(st.lists(st.integers(0, 2), min_size=len(parts), max_size=len(parts)))
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=whole.size).astype(np.float32)
+    values = [rng.normal(size=part.size) for part in parts]
+
+    sums = []
+    for node in sorted(set(nodes)):
+        here = [i for i, at in enumerate(nodes) if at == node]
+        view = View(whole, [parts[i] for i in here])
+        total = np.zeros(view.size)
+        for i in here:
+            view.add(total, parts[i], weighted(values[i], examples[i]))
+        sums.append((view, total, view.weight([examples[i] for i in here])))
+    mean = mean_of_holders(before, sums)
+
+    start = 0
+    for name, size in zip(whole.names, sizes, strict=True):
+        holders = [i for i, names in enumerate(held) if name in names]
+        expected = before[start : start + size]
+        if holders:
+            own = [
+                dict(zip(parts[i].names, np.split(values[i], np.cumsum(parts[i].sizes)), strict=False)) for i in holders
+            ]
+            expected = np.average([o[name] for o in own], axis=0, weights=[examples[i] for i in holders])
+        np.testing.assert_allclose(mean[start : start + size], expected, rtol=1e-6, atol=1e-7)
+        start += size
+
+
+# --- what travels ---
+
+
+def test_a_client_sends_and_receives_its_blocks_only(tmp_path):
+    """Sizes of the arrays on the wire, both ways, against those of the first blocks and exits of the network."""
+    grid = devices(tmp_path)
+    toy_strategy().start(grid, num_rounds=1)
+    sent = {}
+    for request, reply in grid.of_type("train"):
+        (client,) = request.content["config"]["clients"]
+        sent[client] = len(reply.content["arrays"]["flat"].numpy())
+        assert len(request.content["arrays"]["flat"].numpy()) == sent[client]
+    blocks = [5 * 8 + 8, 8 * 8 + 8, 8 * 8 + 8]
+    exits = [8 * 4 + 4 + 4 * CLASSES + CLASSES] * 3
+    assert sent == {client: sum(blocks[:d]) + sum(exits[:d]) for client, d in enumerate(DEPTHS)}
+
+
+@pytest.mark.parametrize("method", ["fedavg", "depthfl"])
+def test_every_block_is_averaged_over_those_who_hold_it(tmp_path, method):
+    """From the replies themselves: by examples; DepthFL, as published, takes the plain mean."""
+    grid = devices(tmp_path)
+    strategy = toy_strategy(method)
+    arrays = strategy.start(grid, num_rounds=1).arrays
+    replies = {}
+    for request, reply in grid.of_type("train"):
+        (client,) = request.content["config"]["clients"]
+        replies[client] = shared_of(reply, DEPTHS[client])[0]
+    for name in toy_network().state_dict():
+        holders = [client for client in range(N) if name in replies[client]]
+        assert holders == [client for client in range(N) if DEPTHS[client] > int(name.split(".")[1])]
+        weights = torch.tensor([1.0 if method == "depthfl" else 12.0 + 5 * client for client in holders])
+        expected = torch.einsum(
+            "i,i...->...", weights / weights.sum(), torch.stack([replies[c][name] for c in holders])
+        )
+        torch.testing.assert_close(torch.from_numpy(arrays[name].numpy().copy()), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_depthfl_of_equal_clients_counts_examples(tmp_path):
+    grid = devices(tmp_path, [3, 3])
+    arrays = toy_strategy("depthfl").start(grid, num_rounds=1).arrays
+    first, second = (shared_of(reply, 3)[0] for _, reply in grid.of_type("train"))
+    name = "stages.0.0.weight"
+    expected = (12 * first[name] + 17 * second[name]) / 29
+    torch.testing.assert_close(torch.from_numpy(arrays[name].numpy().copy()), expected)
+
+
+def test_a_block_whose_holders_are_all_away_stays_as_it_was(tmp_path):
+    """Client 0, that holds exit 1, is the only one in round 2: the other blocks keep the values of round 1."""
+    grid = devices(tmp_path, [1, 3])
+    grid.there = {1: (0, 1)}
+    first = toy_strategy(rounds=2, wait_seconds=0).start(devices(tmp_path / "other", [1, 3]), num_rounds=1).arrays
+    both = toy_strategy(rounds=2, wait_seconds=0).start(grid).arrays
+    deep = [name for name in both if int(name.split(".")[1]) > 0]
+    shallow = [name for name in both if name not in deep and not name.endswith("bias")]
+    assert all(both[name].data == first[name].data for name in deep)
+    assert not any(both[name].data == first[name].data for name in shallow)
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 3])
+@pytest.mark.parametrize("method", ["cafedistill", "depthfl"])
+def test_numbers_do_not_depend_on_how_unequal_clients_are_grouped_on_nodes(tmp_path, no_report, method, num_nodes):
+    """Bit for bit, but for the bytes: a block travels once a node."""
+    for n in (N, num_nodes):
+        settings = small_settings(tmp_path / str(n), method=method, **UNEQUAL)
+        run_small(settings, n)
+    one, other = (Recorded.read((tmp_path / str(n)) / "small") for n in (N, num_nodes))
+    one.assert_same(other, but=TRAFFIC)
+
+
+def test_half_precision_costs_half_and_gives_nearly_the_same(tmp_path, no_report):
+    found = {}
+    for wire in ("float32", "float16"):
+        settings = small_settings(tmp_path / wire, method="fedavg", learning_rate=0.05, wire_dtype=wire, **UNEQUAL)
+        arrays = run_small(settings, 2).arrays
+        lines = Recorded.read(settings.results).rounds
+        found[wire] = (np.concatenate([a.numpy().ravel() for a in arrays.values()]), lines[-1]["bytes_up"])
+    (full, bytes_full), (half, bytes_half) = found.values()
+    np.testing.assert_allclose(full, half, atol=2e-3)
+    assert np.abs(full - half).max() > 0
+    assert bytes_half < 0.65 * bytes_full  # metrics keep their size
+
+
+# --- depths of a simulation ---
+
+
+def test_depths_are_dealt_by_their_shares_and_the_seed():
+    drawn = [[drawn_depth(client, 20, {1: 0.3, 2: 0.25}, 4, seed) for client in range(20)] for seed in (0, 0, 1)]
+    assert [drawn[0].count(depth) for depth in (1, 2, 3, 4)] == [6, 5, 0, 9]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("selection", ["shallow-first", "deep-first", "random", "none"])
+def test_students_that_are_not_there_never_train_and_take_no_place(selection):
+    there = np.arange(1, 4) < np.array([1, 2, 3, 4, 4])[:, None]
+    similarity = np.where(there, np.random.default_rng(0).uniform(-1, 1, there.shape), np.nan)
+    for t in range(1, 9):
+        active = active_exits(t, 8, similarity, selection=selection, rng=np.random.default_rng(t), there=there)
+        assert not (active & ~there).any()
+        assert active.sum() == (there.sum() if selection == "none" else student_budget(t, 8, int(there.sum())))
+
+
+# --- a run, and what it leaves behind ---
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    settings = small_settings(tmp_path_factory.mktemp("unequal"), method="cafedistill", **UNEQUAL)
+    run_small(settings, 2)
+    depths = {client: drawn_depth(client, N, {1: 0.2, 2: 0.4}, 3, 0) for client in range(N)}
+    assert sorted(depths.values()) == [1, 2, 2, 3, 3]
+    return settings, depths
+
+
+def test_a_personal_network_has_the_exits_its_client_holds(finished):
+    settings, depths = finished
+    run = FinishedRun(settings.results)
+    for client, depth in depths.items():
+        personal = run.personal(client)
+        assert personal.network.num_exits == depth == len(personal.temperatures)
+        test = run.data(client).test
+        logits = personal.network(test.x)
+        assert len(logits) == depth
+        accuracy = [(z.argmax(dim=1) == test.y).float().mean().item() for z in logits]
+        assert accuracy == pytest.approx(personal.facts["accuracy_per_exit"])
+
+
+def test_the_summary_has_accuracy_by_depth(finished):
+    """Against the personal networks; an exit's own accuracy is the mean over those who hold it."""
+    settings, depths = finished
+    summary = json.loads((settings.results / "summary.json").read_text())
+    run = FinishedRun(settings.results)
+    facts = {client: run.personal(client).facts["accuracy_per_exit"] for client in depths}
+    by_depth = {kind["num_exits"]: kind for kind in summary["kinds"]}
+    assert [kind["name"] for kind in summary["kinds"]] == ["1 exit", "2 exits", "all 3 exits"]
+    for depth, kind in by_depth.items():
+        clients = [client for client in depths if depths[client] == depth]
+        assert kind["clients"] == clients
+        np.testing.assert_allclose(kind["accuracy_per_exit"], np.mean([facts[c] for c in clients], axis=0))
+        assert kind["macs_per_exit"] == summary["macs_per_exit"][:depth]
+    for k in range(3):
+        mean = np.mean([facts[client][k] for client in depths if depths[client] > k])
+        assert summary["accuracy_per_exit"][k] == pytest.approx(mean)
+    sizes = [by_depth[depth]["bytes_up_per_client_round"] for depth in (1, 2, 3)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] < 0.5 * sizes[2]
+
+
+def test_students_of_a_round_are_those_that_clients_hold(finished):
+    settings, depths = finished
+    rounds = [json.loads(line) for line in (settings.results / "rounds.jsonl").read_text().splitlines()]
+    students = sum(depth - 1 for depth in depths.values())
+    assert [line["students"] for line in rounds] == [students] * 4
+    assert [sum(line["active_exits"]) for line in rounds] == [student_budget(t, 4, students) for t in (1, 2, 3, 4)]
+    holders = [sum(depth > k for depth in depths.values()) for k in (1, 2)]
+    assert rounds[-1]["active_exits"] == holders
+
+
+def test_the_report_says_who_holds_what(finished):
+    page = (finished[0].results / "report.html").read_text()
+    assert "Clients that are not alike" in page
+    assert "<td>1 exit</td>" in page
+
+
+def test_networks_of_all_depths_are_calibrated_exported_and_leave_early(finished, tmp_path):
+    settings, depths = finished
+    run = FinishedRun(settings.results)
+    found = calibrate_run(run, Request(risk=0.3, simultaneous=True))
+    assert [line["client"] for line in found["clients"]] == sorted(c for c in depths if depths[c] > 1)
+    assert all(len(line["thresholds"]) == depths[line["client"]] - 1 for line in found["clients"])
+    for client, depth in depths.items():
+        written = export_client(
+            run, client, tmp_path / str(client), max_prob=0.5 if depth > 1 else None, format="torch"
+        )
+        assert written.folder.exists()
+        personal = run.personal(client)
+        left = EarlyExitRunner(personal.network, MaxProb(0.0)).predict(run.data(client).test.x)
+        assert set(left.exits.tolist()) == {0}
+
+
+def test_networks_of_a_kind_are_evaluated_together_and_no_others(finished):
+    settings, depths = finished
+    run = FinishedRun(settings.results)
+    deep = [client for client in depths if depths[client] == 2]
+    listed = ",".join(map(str, deep))
+    with pytest.raises(ValueError, match=rf"hold different networks.*2 exits: {listed}"):
+        evaluate_run(run, corruptions=())
+    found = evaluate_run(run, clients=deep, corruptions=())
+    assert [line["client"] for line in found["clients"]] == deep
+    assert len(found["macs_per_exit"]) == 2
+
+
+@pytest.mark.parametrize("method", ["cafedistill", "cafedistill-plus", "pfedgraph"])
+def test_two_and_two_rounds_are_four_for_unequal_clients(tmp_path, no_report, method):
+    """What clients upload differs in size: the checkpoint keeps it all the same."""
+    whole = small_settings(tmp_path / "whole", method=method, learning_rate=0.1, **UNEQUAL)
+    arrays = run_small(whole).arrays
+    parts = small_settings(tmp_path / "parts", method=method, learning_rate=0.1, **UNEQUAL)
+    run_until(parts, 2)
+    again = type(parts).from_run_config({**parts.to_run_config(), "resume": True})
+    assert same_arrays(run_small(again).arrays, arrays)
+    Recorded.read(parts.results).assert_same(Recorded.read(whole.results))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_unequal_clients(tmp_path, no_report, method):
+    """Nobody is left out, every network has the exits of its client, and learns."""
+    settings = small_settings(
+        tmp_path, method=method, num_clients=N, num_server_rounds=6, local_steps=4, learning_rate=0.05, batch_size=4
+    )
+    run_small(settings, app=None, grid=devices(tmp_path / "state"))
+    rounds = [json.loads(line) for line in (settings.results / "rounds.jsonl").read_text().splitlines()]
+    assert [line["left_out"] for line in rounds] == [{}] * 6
+    assert np.mean(rounds[-1]["accuracy_per_exit_after"]) > np.mean(rounds[0]["accuracy_per_exit"])
+    facts = [json.loads((tmp_path / "state" / f"client-{c}.json").read_text()) for c in range(N)]
+    assert [fact["num_exits"] for fact in facts] == DEPTHS
+
+
+# --- who teaches ---
+
+
+def teacher_weights_of(tmp_path, peers):
+    grid = devices(tmp_path)
+    strategy = CafeDistill(num_rounds=4, local=LocalBudget(steps=3, batch_size=4, learning_rate=0.1), peers=peers)
+    strategy.start(grid, num_rounds=3)
+    plan = strategy.state.plan
+    assert list(plan.weight_rows) == list(plan.weight_columns) == list(range(N))
+    np.testing.assert_allclose(plan.weights.sum(axis=1), 1.0)
+    same = np.equal.outer(DEPTHS, DEPTHS)
+    return plan.weights, same
+
+
+def test_all_may_teach_or_only_those_that_hold_the_same(tmp_path):
+    weights, same = teacher_weights_of(tmp_path / "alike", "alike")
+    assert (weights[~same] == 0).all()
+    assert weights[0, 0] == 1.0  # the only one with exit 1 alone learns from its own
+    weights, same = teacher_weights_of(tmp_path / "all", "all")
+    assert weights[0, 0] < 1.0
+
+
+def test_deeper_clients_teach_by_the_exit_that_a_client_holds(tmp_path):
+    """By hand from what the clients sent: every teacher is the weights' mixture of classifiers of the pupil's own last
+    exit, and a client with fewer exits has no weight."""
+    grid = devices(tmp_path)
+    local = LocalBudget(steps=3, batch_size=4, learning_rate=0.1)
+    strategy = CafeDistill(num_rounds=4, local=local, peers="deeper")
+    strategy.start(grid, num_rounds=2)
+    weights, heads = strategy.state.plan.weights, {}
+    per_exit = 4 * CLASSES + CLASSES
+    for request, reply in grid.of_type("train")[:N]:
+        (client,) = request.content["config"]["clients"]
+        flat = reply.content["arrays"]["flat"].numpy()
+        heads[client] = flat[-per_exit * DEPTHS[client] :].reshape(DEPTHS[client], per_exit)
+    for request, _ in grid.of_type("train")[N:]:
+        (client,) = request.content["config"]["clients"]
+        depth = DEPTHS[client]
+        able = [c for c in range(N) if DEPTHS[c] >= depth]
+        assert set(np.flatnonzero(weights[client])) <= set(able)
+        expected = sum(weights[client, c] * heads[c][depth - 1] for c in able)
+        np.testing.assert_allclose(request.content["arrays"]["flat"].numpy()[-per_exit:], expected, atol=1e-6)
+    np.testing.assert_allclose(weights.sum(axis=1), 1.0)
+    assert weights[0, 1:].max() > 0
+
+
+def test_of_equal_clients_the_choice_of_peers_changes_nothing(tmp_path, no_report):
+    arrays = [run_small(small_settings(tmp_path / peers, peers=peers)).arrays for peers in ("all", "alike", "deeper")]
+    assert same_arrays(arrays[0], arrays[1])
+    assert same_arrays(arrays[0], arrays[2])
+
+
+def test_whole_models_are_mixed_among_those_that_hold_the_same(tmp_path):
+    """FedAMP: a model of two blocks cannot be mixed with one of three."""
+    strategy = toy_strategy("fedamp", rounds=3)
+    strategy.start(devices(tmp_path))
+    plan = strategy.state.plan
+    same = np.equal.outer(DEPTHS, DEPTHS)
+    assert (plan.weights[~same] == 0).all()
+    assert (plan.weights[same & ~np.eye(N, dtype=bool)] > 0).all()
+
+
+def test_a_client_that_can_hold_more_goes_on_with_what_it_has(tmp_path):
+    """After round 2 its node comes back with room for all exits: it keeps its first head, and nobody is left out."""
+    grid = DeviceGrid(toy_app(), ["0", "0", "1"], tmp_path, there={0: (0, 2), 1: (3, 9)})
+    small, _, _ = grid.contexts.values()
+    small.node_config["max-exit"] = 1
+    strategy = toy_strategy("fedper", rounds=4, wait_seconds=5)
+    seen = []
+    strategy.callbacks = [Watch(seen)]
+    strategy.start(grid)
+    assert [record.left_out for record in seen] == [{}] * 4
+    assert [np.isfinite(r.reports[0].before.accuracy).tolist() for r in seen] == [
+        [True, False, False],
+        [True, False, False],
+        [True, True, True],
+        [True, True, True],
+    ]
+    losses = [record.reports[0].before.loss[0] for record in seen]
+    assert losses[2] < losses[1] < losses[0]
+
+
+class Watch:
+    """Keeps what a run tells its callbacks."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_start(self, run):
+        self.run = run
+
+    def on_round(self, record, state):
+        self.seen.append(record)
+
+    def on_finish(self, reports):
+        pass
+
+
+def test_metrics_that_flower_shows_are_of_those_that_hold_an_exit(tmp_path):
+    strategy = toy_strategy()
+    seen = []
+    strategy.callbacks = [Watch(seen)]
+    metrics = strategy.start(devices(tmp_path)).train_metrics_clientapp[1]
+    reports = seen[0].reports
+    for k in range(3):
+        held = [r for r in reports if DEPTHS[r.client] > k]
+        expected = np.average([r.after.accuracy[k] for r in held], weights=[r.num_examples for r in held])
+        assert metrics["accuracy-after"][k] == pytest.approx(expected)
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    ("depth", "message"),
+    [
+        (0, "client 1 is left out: node-config max-exit must be the number of an exit, 1 or more, got 0"),
+        ("deep", "max-exit must be the number of an exit, 1 or more, got 'deep'"),
+        (4, "client 1 is left out: node-config max-exit = 4, and this network has exits 1 to 3"),
+    ],
+)
+def test_a_depth_that_is_not_there_is_said_before_the_first_round(tmp_path, flower_log, depth, message):
+    """Alone it ends the run; beside others the client is left out."""
+    alone = devices(tmp_path / "alone", [3, depth])
+    alone.there = {0: (99, 99)}
+    with pytest.raises(RuntimeError, match="no client can take part") as error:
+        toy_strategy(wait_seconds=0).start(alone)
+    assert message in str(error.value)
+    grid = devices(tmp_path / "both", [3, depth])
+    toy_strategy(wait_seconds=0).start(grid)
+    assert message in flower_log.text()
+    assert [request.content["config"]["clients"] for request, _ in grid.of_type("train")] == [[0]]
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ("0:0.5", "a client holds one exit at least, got 0"),
+        ("1", "must look like '1:0.3,2:0.3'"),
+        ("1:x", "must look like '1:0.3,2:0.3'"),
+        ("1:0.7,2:0.7", "must sum to 1 at most, got 1.4"),
+        ("1:0.2,1:0.3", "names 1 exits twice"),
+        ("1:0", "a share lies above 0"),
+    ],
+)
+def test_shares_that_are_none_are_refused(tmp_path, shares, message):
+    with pytest.raises(ValueError, match=message):
+        small_settings(tmp_path, depth_shares=shares)
+
+
+def test_shares_of_a_deeper_network_end_the_run_before_the_first_round(tmp_path, no_report):
+    settings = small_settings(tmp_path, depth_shares="4:0.2")
+    with pytest.raises(
+        RuntimeError, match=r"no client can take part(.|\n)*depth-shares names 4 exits, and this network has 3"
+    ):
+        run_small(settings)
+    assert not (settings.results / "rounds.jsonl").exists()
+
+
+def test_shares_need_a_number_of_clients(tmp_path):
+    grid = WatchedGrid(toy_app(), 2, {"depth-shares": "1:0.5"})
+    with pytest.raises(RuntimeError, match="depth-shares is for runs with num-clients: give every node a max-exit"):
+        toy_strategy(wait_seconds=0).start(grid)
