@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NO_MEMORY = "out of memory|not enough memory|can't allocate memory"
+_ONE_VALUE = "more than 1 value per channel"  # of a batch norm
 _INIT_SCALE = 1024.0  # a round is short: scaling starts where hardly any gradient overflows, and no step is lost
 
 
@@ -183,13 +184,18 @@ def gradient_scaler(network: nn.Module) -> torch.amp.GradScaler | None:
 
 
 def reason_of(error: BaseException, device: torch.device) -> str:
-    """An error in words: type and message; out of memory, what to lower.
+    """An error in words: type and message; where PyTorch's are not for people, what to do.
 
     Examples
     --------
     >>> reason_of(ValueError("no"), torch.device("cpu"))
     'ValueError: no'
     """
+    if _ONE_VALUE in str(error):
+        return (
+            "a batch norm cannot normalise one example by its own statistics: give the client more examples, raise "
+            "batch-size, or set norm = 'group'"
+        )
     if not is_out_of_memory(error):
         return f"{type(error).__name__}: {error}"
     first = str(error).strip().split(". ")[0].splitlines()

@@ -1,11 +1,13 @@
 """Every method with a network that has batch norms, under each policy for their running statistics."""
 
 import json
+from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
-from federations import CLASSES, INPUTS, WatchedGrid, same_arrays, same_tensors, toy_app
+from federations import CLASSES, INPUTS, WatchedGrid, same_arrays, same_tensors, toy_app, toy_data
 from safetensors.torch import load_file
 from torch import nn
 
@@ -166,3 +168,21 @@ def test_personal_statistics_are_facts_of_the_published_network(tmp_path):
     facts = json.loads((tmp_path / "personal" / "client-0.json").read_text())
     n = names_of("personal")
     assert set(facts["personal"]) == n.heads | n.running
+
+
+def test_a_client_with_one_example_is_left_out_with_what_to_do(tmp_path):
+    """PyTorch's own words name neither batch norm nor a setting."""
+
+    def load(client):
+        data = toy_data(client)
+        return replace(data, train=data.train.take(np.arange(1))) if client == 1 else data
+
+    grid = WatchedGrid(toy_app(load, network_with("drop")), 2, node_config={"state-dir": str(tmp_path)})
+    seen = []
+    strategy = FederatedStrategy(method=METHODS["fedavg"](), num_rounds=1, num_clients=2, local=LocalBudget(steps=1))
+    strategy.start(grid)
+    for _, reply in grid.of_type("train"):
+        seen += reply.content["config"].get("failures", [])
+    (reason,) = seen
+    assert reason.startswith("a batch norm cannot normalise one example by its own statistics")
+    assert "set norm = 'group'" in reason
