@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -158,7 +159,7 @@ class Directory:
                 answers[node] = reply
         infos = self._read(answers)
         # In the order of the clients: node ids are random, and the first node is the reference.
-        for node in sorted(infos, key=lambda node: min(infos[node].clients, default=-1)):
+        for node in sorted(infos, key=lambda node: min(infos[node].clients, default=math.inf)):
             self._admit(node, infos[node])
 
     def suspect(self, node: int, failed: bool) -> None:
@@ -197,9 +198,16 @@ class Directory:
         if info.version and info.version != __version__:
             self._refuse(node, f"{who} was refused: it runs cafe-flwr {info.version}, the server {__version__}")
             return
-        if self.nodes and info.digest != next(iter(self.nodes.values())).digest:
+        serving = [other for other in self.nodes.values() if other.clients]
+        if info.clients and serving and info.digest != serving[0].digest:
             self._refuse(node, f"{who} was refused: its network or method differs from that of the nodes before it")
             return
+        kinds = info.kinds or ([info.whole] if info.clients else [])
+        for kind in kinds:
+            if not kind.like(self.kinds.get(kind.name, kind)):
+                what = f"clients with {kind.name}" if kind.name else "clients with the whole network"
+                self._refuse(node, f"{who} was refused: what it says of {what} differs from the nodes before it")
+                return
         for problem in info.problems:
             self._problem(f"{info.name}: {problem}" if info.name else problem)
         hosted = {client for other in self.nodes.values() for client in other.clients}
@@ -207,7 +215,7 @@ class Directory:
         if taken:
             self._problem(f"{who}: clients {', '.join(map(str, taken))} are hosted by another node already")
         self.nodes[node] = info
-        self.kinds |= {kind.name: kind for kind in info.kinds or [info.whole]}
+        self.kinds |= {kind.name: kind for kind in kinds}
         if info.name:
             self.names |= dict.fromkeys(set(info.clients) - set(taken), info.name)
 

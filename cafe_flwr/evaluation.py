@@ -124,7 +124,8 @@ def _check_alike(run: PersonalNetworks, clients: Sequence[int]) -> None:
     kinds: dict[tuple[str, int], list[int]] = {}
     for client in clients:
         facts = read_facts(run.networks, client)
-        kinds.setdefault((str(facts.get("modality", "")), int(facts["num_exits"])), []).append(client)
+        exits = int(facts.get("num_exits") or len(facts["temperatures"]))
+        kinds.setdefault((str(facts.get("modality", "")), exits), []).append(client)
     if len(kinds) > 1:
         each = "; ".join(
             f"{f'{modality}, ' * bool(modality)}{exits} exits: {','.join(map(str, some))}"

@@ -215,7 +215,9 @@ def package(
             f"the checkpoint was made with another network or method (fingerprint {state.digest}, this one's is "
             f"{work.digest})"
         )
-    deep = {client: record for client, record in state.known.items() if not record.kind}  # hold the last exit
+    deep = {client: record for client, record in state.known.items() if not record.kind}
+    if head and state.known and not deep:
+        raise ValueError("no client of the federation holds the last exit: there is no head to give to newcomers")
     teacher, teachers = mean_head(deep, work.schemas["upload"]) if head else ({}, 0)
     facts = {
         "format": FORMAT,

@@ -59,16 +59,45 @@ class Kind:
 
     @classmethod
     def from_json(cls, text: str) -> Kind:
-        """What :meth:`to_json` wrote."""
-        values: dict[str, Any] = json.loads(text)
-        schemas = {key: Schema.from_json(values[key]) for key in ("shared", "upload", "download")}
-        return cls(**{**values, "macs": tuple(values["macs"]), **schemas})
+        """What :meth:`to_json` wrote; ValueError if it is something else."""
+        try:
+            values: dict[str, Any] = json.loads(text)
+            schemas = {key: Schema.from_json(values[key]) for key in ("shared", "upload", "download")}
+            kind = cls(**{**values, "macs": tuple(values["macs"]), **schemas})
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            raise ValueError(f"names a kind of clients that cannot be read: {error}") from None
+        numbers = [kind.num_exits, kind.num_parameters, *kind.macs]
+        if not isinstance(kind.name, str) or not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError("names a kind of clients with a name that is no text, or with numbers that are none")
+        return kind
+
+    def check(self, shared: Schema, num_exits: int) -> None:
+        """ValueError if this is no kind of a federation with this shared part, and networks of so many exits."""
+        if not 1 <= self.num_exits <= num_exits or len(self.macs) != self.num_exits:
+            raise ValueError(
+                f"names a kind of clients with {self.num_exits} exits and {len(self.macs)} numbers of MACs, where "
+                f"networks have 1 to {num_exits} exits"
+            )
+        spans(shared, self.shared)
+
+    def like(self, other: Kind) -> bool:
+        """Whether clients of both hold and send the same; what it costs, not every node can tell."""
+        return (self.num_exits, self.shared, self.upload, self.download) == (
+            other.num_exits,
+            other.shared,
+            other.upload,
+            other.download,
+        )
+
+
+def are_unequal(kinds: Iterable[Kind]) -> bool:
+    """Whether some clients hold a part only of what others hold."""
+    held = [set(kind.shared.entries) for kind in kinds]
+    return any(one < other for one in held for other in held)
 
 
 def networks_of(built: EarlyExitNetwork | Networks) -> Networks:
-    """Networks by modality, from what builds them; all start from the classifiers of the first, the last exits' first.
-
-    Classifiers that start alike can be compared, and mean the same by a direction of the features.
+    """Networks by modality, from what builds them; where there is one only, under no name.
 
     Raises
     ------
@@ -83,13 +112,20 @@ def networks_of(built: EarlyExitNetwork | Networks) -> Networks:
     if len(set(shapes.values())) > 1:
         each = ", ".join(f"{name}: {shape}" for name, shape in shapes.items())
         raise ValueError(f"the classifiers of all modalities must have the same (classes, width), got {each}")
-    first, *others = built.values()
+    return dict(built) if len(built) > 1 else {"": next(iter(built.values()))}
+
+
+def start_alike(networks: Networks) -> None:
+    """Give all modalities the classifiers of the first, the last exits the last exit's, and so on.
+
+    Classifiers that start alike can be compared: a direction of the features means the same in all of them.
+    """
+    first, *others = networks.values()
+    tensors = first.state_dict()
     for network in others:
         for k in range(1, min(first.num_exits, network.num_exits) + 1):
-            tensors = first.state_dict()
             pairs = zip(network.head_names(network.num_exits - k), first.head_names(first.num_exits - k), strict=True)
             network.load_state_dict({mine: tensors[theirs] for mine, theirs in pairs}, strict=False)
-    return dict(built)
 
 
 def _plain(value: Any) -> Any:
@@ -309,6 +345,12 @@ def drawn_depth(client: int, num_clients: int, shares: Mapping[int, float], num_
     >>> [drawn_depth(client, 6, {1: 0.5}, 3, seed=0) for client in range(6)]
     [1, 3, 1, 3, 3, 1]
     """
-    place = int(np.argsort(rng_for(seed, 0, -1, "depths").permutation(num_clients))[client])
+    place = _places(num_clients, seed)[client]
     ends = np.cumsum(list(shares.values())) * num_clients
     return next((depth for depth, end in zip(shares, ends, strict=True) if place < round(end)), num_exits)
+
+
+@lru_cache(maxsize=4)
+def _places(num_clients: int, seed: int) -> list[int]:
+    """Places of the clients in the order in which depths are dealt out."""
+    return [int(place) for place in np.argsort(rng_for(seed, 0, -1, "depths").permutation(num_clients))]

@@ -151,12 +151,12 @@ class NodeInfo:
         check_name(values["name"])
         for name in ("shared", "upload", "download"):
             values[name] = Schema.from_json(values[name])
-        values["kinds"] = [Kind.from_json(text) for text in values["kinds"]]
-        if values["kinds"] and (
-            len(values["kind_of"]) != len(values["clients"])
-            or not set(values["kind_of"]) <= set(range(len(values["kinds"])))
-        ):
-            raise ValueError("answered with kinds of clients that do not fit its clients")
+        kinds = values["kinds"] = [Kind.from_json(text) for text in values["kinds"]]
+        for kind in kinds:
+            kind.check(values["shared"], int(values["num_exits"]))
+        fit = len(values["kind_of"]) == len(values["clients"]) and set(values["kind_of"]) <= set(range(len(kinds)))
+        if kinds and not (fit and len({kind.name for kind in kinds}) == len(kinds)):
+            raise ValueError("names kinds of clients that do not fit its clients, or one twice")
         return cls(**values)
 
 

@@ -23,7 +23,7 @@ from cafe_flwr import __version__
 from cafe_flwr.aggregation import weighted
 from cafe_flwr.data import ClientData
 from cafe_flwr.devices import OnDevice, Placement, device_of, free_memory, is_out_of_memory, reason_of
-from cafe_flwr.kinds import Kind, Networks, View, held_exits, networks_of
+from cafe_flwr.kinds import Kind, Networks, View, held_exits, networks_of, start_alike
 from cafe_flwr.log import logger
 from cafe_flwr.messages import (
     FLAT,
@@ -291,6 +291,7 @@ class _Process:
 
     def __init__(self, built: EarlyExitNetwork | Networks, placement: Placement) -> None:
         self.networks = networks_of(built)
+        start_alike(self.networks)
         self.placement = placement
         self.weights = {
             name: {key: tensor.clone() for key, tensor in network.state_dict().items()}
@@ -353,14 +354,14 @@ class _Node:
                 problems += [f"client {client} {note}" for note in check_data(data, place.network.num_classes)]
                 for split in (data.train, data.calibration, data.test):
                     place.network.check_inputs(split.x)
+                if not any(macs[place.modality]):
+                    counted = work.wholes[place.modality].network
+                    counted = copy.deepcopy(counted) if process.placement.compile else counted  # a copy is eager
+                    macs[place.modality] = macs_per_exit(counted, data.train.x[:1].to(device_of(counted)))
             except Exception as error:
                 logger.warning("client %d cannot serve: %s", client, error, exc_info=True)
                 problems.append(f"client {client} is left out: {error}")
                 continue
-            if not any(macs[place.modality]):
-                counted = work.wholes[place.modality].network
-                counted = copy.deepcopy(counted) if process.placement.compile else counted  # a copy is eager
-                macs[place.modality] = macs_per_exit(counted, data.train.x[:1].to(device_of(counted)))
             clients.append(client)
             sizes.append(len(data.train))
             places.append(place)

@@ -46,7 +46,7 @@ class RunInfo:
     num_exits, num_parameters, macs_per_exit
         Of the network; MACs are cumulative.
     kinds
-        What each client holds, as far as it was there at the start.
+        What each client holds that has been there; clients that come later are added.
     """
 
     run: str

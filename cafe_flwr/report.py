@@ -163,7 +163,8 @@ def read_run(folder: Path) -> Run:
     derived = _derive(rounds, accuracy, measured)
     derived |= {key: settings.get(key) for key in ("method", "dataset", "seed")} | {"name": folder.name}
     derived["num_rounds"] = derived["num_rounds"] or settings.get("num-server-rounds")
-    filled = {key: value for key, value in derived.items() if recorded.get(key) in (None, []) and value is not None}
+    missing = {key: value for key, value in derived.items() if recorded.get(key) in (None, [])}
+    filled = {key: value for key, value in missing.items() if value is not None and value == value}  # NaN tells nothing
     if recorded and filled:
         notes.append(f"Not in summary.json, taken from the other records: {', '.join(filled)}.")
     return Run(settings, {**recorded, **filled, "clients": of_clients}, rounds, accuracy, notes, evaluation)
@@ -238,7 +239,7 @@ def table_rows(run: Run) -> list[list[str]]:
     """Cells of the final table, in the order of ``COLUMNS``: a row per exit, then the mean over exits."""
     macs, ece = run.per_exit("macs_per_exit"), run.per_exit("ece_per_exit")
     names = [*(f"exit {k}" for k in range(1, run.num_exits + 1)), "mean over exits"]
-    cost = [*(f"{scaled(c)} ({percent(c / macs[-1])})" if math.isfinite(c) else "–" for c in macs), ""]
+    cost = [*(f"{scaled(c)} ({percent(c / macs[-1])})" if math.isfinite(c) and macs[-1] else "–" for c in macs), ""]
     errors = [*ece, sum(ece) / len(ece)]
     return [
         [name, f"{fixed(mean)} ± {fixed(std)}", fixed(worst), c, fixed(error)]
@@ -265,6 +266,13 @@ def kind_rows(run: Run) -> list[dict[str, str]]:
             }
         )
     return rows
+
+
+def kinds_line(run: Run) -> str:
+    """Accuracy by what clients hold, in one line; empty where all are alike."""
+    kinds = run.get("kinds") or []
+    each = (f"{k.get('name')} {fixed(number(k.get('accuracy')))} ({len(k.get('clients') or [])})" for k in kinds)
+    return f"mean over exits, by what clients hold (how many): {', '.join(each)}" if kinds else ""
 
 
 def dynamic_line(run: Run) -> str:
@@ -310,7 +318,13 @@ def final_table(folder: Path) -> Table:
 
     run = read_run(Path(folder))
     seconds = run.number("seconds")
-    lines = [dynamic_line(run), bytes_line(run), duration(seconds) if math.isfinite(seconds) else "", *run.notes]
+    lines = [
+        kinds_line(run),
+        dynamic_line(run),
+        bytes_line(run),
+        duration(seconds) if math.isfinite(seconds) else "",
+        *run.notes,
+    ]
     table = Table(
         title=Text(f"{run.get('name')}: accuracy on the clients' test data"),
         caption=Text("\n".join(filter(None, lines))),

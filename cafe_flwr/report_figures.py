@@ -160,7 +160,11 @@ def pooled_accuracy(run: Run) -> list[float]:
     weights = np.array([tests.get(client, np.nan) for client in run.accuracy.index])
     if not weights.size or not np.isfinite(weights).all() or not weights.sum() > 0:
         return run.per_exit("accuracy_per_exit")
-    return [float(np.nansum(run.accuracy[k] * weights) / weights.sum()) for k in run.accuracy]
+    held = [weights * run.accuracy[k].notna().to_numpy() for k in run.accuracy]
+    return [
+        float(np.nansum(run.accuracy[k] * w) / w.sum()) if w.sum() else np.nan
+        for k, w in zip(run.accuracy, held, strict=True)
+    ]
 
 
 def draw_cost(run: Run) -> Drawn:

@@ -28,6 +28,7 @@ from safetensors.numpy import save
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from cafe_flwr.kinds import Kind
 from cafe_flwr.locks import locked
 from cafe_flwr.log import logger
 from cafe_flwr.methods.base import ClientRecord, RoundPlan
@@ -382,6 +383,8 @@ class ServerState:
         Last report of every client that has taken part.
     plan
         Of the last round in which clients taught each other.
+    kinds
+        What clients hold, by name, where they are not alike; also those that are away.
     """
 
     run: str
@@ -390,6 +393,7 @@ class ServerState:
     shared: NDArray[np.float32]
     known: dict[int, ClientRecord] = field(default_factory=dict)
     plan: RoundPlan | None = None
+    kinds: dict[str, Kind] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -411,15 +415,20 @@ class Checkpoints:
             "num-examples": [r.num_examples for r in records],
             "seen": [r.seen for r in records],
         }
-        if any(record.kind for record in records):
-            facts["kinds"] = [record.kind for record in records]
+        if any(state.kinds):
+            facts["kinds"] = [kind.to_json() for kind in state.kinds.values()]
+            facts["kind-of"] = [record.kind for record in records]
         arrays: dict[str, NDArray[Any]] = {"shared": state.shared}
         if state.plan is not None and state.plan.weights is not None:
             arrays |= {"active": state.plan.active, "weights": state.plan.weights}
             facts |= {"rows": list(state.plan.weight_rows), "columns": list(state.plan.weight_columns)}
         if records:
+            sizes = [len(r.upload) for r in records]
             arrays["uploads"] = np.concatenate([r.upload for r in records])
-            facts["upload-sizes"] = [len(r.upload) for r in records]
+            if len(set(sizes)) == 1:
+                arrays["uploads"] = arrays["uploads"].reshape(len(records), -1)
+            else:
+                facts["upload-sizes"] = sizes
             arrays["similarity"] = np.stack([r.similarity for r in records])
         header = {"facts": json.dumps(facts), "checksum": _checksum(arrays)}
         write_atomically(_version_path(self.folder, state.round), save(arrays, header))
@@ -443,16 +452,16 @@ class Checkpoints:
                 raise ValueError(f"{path} has format {facts['state-version']}, this version reads {STATE_VERSION}")
             known = {}
             if facts["clients"]:
-                uploads = list(arrays["uploads"])  # a row each, in checkpoints of earlier versions
+                uploads = list(arrays["uploads"])
                 if "upload-sizes" in facts:
                     uploads = np.split(arrays["uploads"], np.cumsum(facts["upload-sizes"])[:-1])
                 columns = (facts["num-examples"], facts["seen"], uploads, arrays["similarity"])
-                kinds = facts.get("kinds", [""] * len(uploads))
-                records = map(ClientRecord, *columns, kinds)
+                records = map(ClientRecord, *columns, facts.get("kind-of", [""] * len(uploads)))
                 known = dict(zip(facts["clients"], records, strict=True))
             plan = None
             if "weights" in arrays:
                 rows, columns = facts["rows"], facts["columns"]
                 plan = RoundPlan(arrays["active"], {}, arrays["weights"], rows, columns)
-            return ServerState(facts["run"], facts["round"], facts["digest"], arrays["shared"], known, plan)
+            kinds = {kind.name: kind for kind in map(Kind.from_json, facts.get("kinds", []))}
+            return ServerState(facts["run"], facts["round"], facts["digest"], arrays["shared"], known, plan, kinds)
         return None

@@ -13,12 +13,13 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result
+from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
 from cafe_flwr.aggregation import weighted, weighted_mean
 from cafe_flwr.bounds import Bounds, check_norm, far_longer, norm, times_median
 from cafe_flwr.directory import Directory
-from cafe_flwr.kinds import Kind, View, mean_of_holders
+from cafe_flwr.kinds import Kind, View, are_unequal, mean_of_holders
 from cafe_flwr.log import logger
 from cafe_flwr.messages import (
     FLAT,
@@ -198,6 +199,7 @@ class FederatedStrategy(FedAvg):
         self._asked: list[Asked] = []
         self._round = _Round()
         self._failure: RoundFailed | None = None  # of the round under way, if it is repeated
+        self._kinds: dict[int, Kind] = {}  # of all clients that have been there
         self._seconds: deque[float] = deque(maxlen=10)
 
     # --- Flower's strategy interface ---
@@ -275,11 +277,12 @@ class FederatedStrategy(FedAvg):
             raise RoundFailed(f"round {server_round} {text}:{reasons}", self._round.clients, left_out)
         self.state.shared = self._mean(good)
         self.state.round = server_round
+        self.state.kinds = dict(self.directory.kinds)
         for r in reports:
             similarity, kind = np.asarray(r.similarity, dtype=np.float64), self.directory.kind(r.client).name
             self.state.known[r.client] = ClientRecord(r.num_examples, server_round, r.upload, similarity, kind)
         measured = [r for r in reports if r.test_examples and self._evaluates_in(server_round)]  # else there is NaN
-        records = [_client_metrics(r, self.weighted_by_key) for r in measured]
+        records = [(r.client, _client_metrics(r, self.weighted_by_key)) for r in measured]
         return self._arrays(self.state.shared), self._averaged(self.train_metrics_aggr_fn, records)
 
     def configure_evaluate(
@@ -307,7 +310,9 @@ class FederatedStrategy(FedAvg):
         if not reports:
             return None
         records = [
-            MetricRecord({self.weighted_by_key: r.test_examples, **vars(r.exits)}) for r in reports if r.test_examples
+            (r.client, MetricRecord({self.weighted_by_key: r.test_examples, **vars(r.exits)}))
+            for r in reports
+            if r.test_examples
         ]
         return self._averaged(self.evaluate_metrics_aggr_fn, records)
 
@@ -358,6 +363,7 @@ class FederatedStrategy(FedAvg):
         if not 1 <= last <= self.num_rounds:
             raise ValueError(f"num_rounds must be in 1..{self.num_rounds}, for which the strategy was made, got {last}")
         self.state, self._resume_from = self._resume_from, None
+        self.directory.kinds |= self.state.kinds if self.state else {}
         logger.info("Starting %s:", self.method.name)
         logger.info("\t├── Number of rounds: %d%s", self.num_rounds, f", stop after {last}" * (last < self.num_rounds))
         self.summary()
@@ -376,9 +382,10 @@ class FederatedStrategy(FedAvg):
             clients=sorted(self.directory.hosts),
             num_exits=info.num_exits,
             num_parameters=info.num_parameters,
-            macs_per_exit=info.macs,
-            kinds={client: self.directory.kind(client) for client in sorted(self.directory.hosts)},
+            macs_per_exit=self._macs(info),
+            kinds=self._kinds,
         )
+        self._note_kinds()
         nodes = len({*self.directory.hosts.values()})
         logger.info("%d clients on %d node(s), %d parameters", len(run.clients), nodes, info.num_parameters)
         if resumed:
@@ -405,10 +412,20 @@ class FederatedStrategy(FedAvg):
                 result.evaluate_metrics_serverapp[server_round] = value
         if state.round == self.num_rounds:
             reports = self._evaluate_all(grid, evaluate_config, timeout)
+            self._note_kinds()
             for callback in self.callbacks:
                 callback.on_finish(reports)
         logger.info("Finished after %.1f s", time.perf_counter() - started)
         return result
+
+    def _note_kinds(self) -> None:
+        """Take down what the clients that are there hold; of some that are gone it is known already."""
+        self._kinds |= {client: self.directory.kind(client) for client in sorted(self.directory.hosts)}
+
+    def _macs(self, info: NodeInfo) -> Sequence[int]:
+        """MACs per exit of the deepest network; the first node may host none of its clients, and not know them."""
+        known = [kind.macs for kind in self.directory.kinds.values() if kind.num_exits == info.num_exits]
+        return next((list(macs) for macs in known if any(macs)), info.macs)
 
     def _tell_privacy(self, info: NodeInfo) -> None:
         """Log what the clients' noise guarantees."""
@@ -549,7 +566,9 @@ class FederatedStrategy(FedAvg):
                 known={
                     client: record
                     for client, record in known.items()
-                    if record.kind in alike and (client not in here or here[client].name == record.kind)
+                    if record.kind in alike
+                    and (client not in here or here[client].name == record.kind)
+                    and len(record.upload) == self.directory.kinds[record.kind].upload.size
                 },
                 upload=here[participants[0]].upload,
                 rng=rng,
@@ -655,19 +674,29 @@ class FederatedStrategy(FedAvg):
     @property
     def _plain_mean(self) -> bool:
         """Whether clients count alike in the mean."""
-        return self.method.plain_mean(len({kind.num_exits for kind in self.directory.kinds.values()}) > 1)
+        return self.method.plain_mean(are_unequal(self.directory.kinds.values()))
 
-    def _averaged(self, average: Callable[..., MetricRecord], records: Sequence[MetricRecord]) -> MetricRecord | None:
-        """Metrics of clients as one, each exit's over those that hold it."""
+    def _averaged(
+        self, average: Callable[..., MetricRecord], records: Sequence[tuple[int, MetricRecord]]
+    ) -> MetricRecord | None:
+        """Metrics of clients as one, each exit's over those that hold it; a function of the user's gets NaN for others.
+
+        ``records``: the client, and its metrics.
+        """
         if not records:
             return None
-        metrics = average([RecordDict({METRICS: record}) for record in records], self.weighted_by_key)
-        for name, values in metrics.items():
-            if isinstance(values, list) and np.isnan(values).any() and all(name in record for record in records):
-                rows = np.array([record[name] for record in records])
-                weights = np.array([[record[self.weighted_by_key]] for record in records]) * ~np.isnan(rows)
-                total = weights.sum(axis=0)
-                metrics[name] = (np.nansum(rows * weights, axis=0) / np.where(total, total, np.nan)).tolist()
+        metrics = average([RecordDict({METRICS: record}) for _, record in records], self.weighted_by_key)
+        held = np.array([self.directory.kind(client).num_exits for client, _ in records])
+        most = self.directory.reference.num_exits
+        if average is not aggregate_metricrecords or held.min() == most:
+            return metrics
+        weights = np.array([[record[self.weighted_by_key]] for _, record in records]) * (
+            np.arange(most) < held[:, None]
+        )
+        for name in [name for name, values in metrics.items() if isinstance(values, list) and len(values) == most]:
+            rows = np.where(weights > 0, np.array([record[name] for _, record in records]), 0.0)
+            total = weights.sum(axis=0)
+            metrics[name] = np.where(total, (rows * weights).sum(axis=0) / np.where(total, total, 1), np.nan).tolist()
         return metrics
 
     def _evaluates_in(self, server_round: int) -> bool:

@@ -690,8 +690,21 @@ def test_a_network_of_the_same_size_but_other_shapes_is_noticed(tmp_path, flower
     assert swap == "transposed" or total(other) == total(toy_network())
     app = ByNode(toy_app(), toy_app(build=build), toy_app())
     device_run(tmp_path, ["0,3", "1", "2"], app=app, num_server_rounds=1)
-    refused = "the node of clients 1 was refused" in flower_log.text() or "a node failed to start" in flower_log.text()
+    refused = "the node of clients 1 was refused" in flower_log.text() or "client 1 is left out" in flower_log.text()
     assert refused
+
+
+def test_a_node_that_can_serve_nobody_says_nothing_about_the_network_of_others(tmp_path, flower_log):
+    """It comes first, with another network, and without the data of its client."""
+
+    def missing(client):
+        raise OSError("no such folder")
+
+    app = ByNode(toy_app(missing, build=lambda: toy_network(width=5)), toy_app(), toy_app())
+    settings, _, _ = device_run(tmp_path, ["0", "1", "2"], app=app, num_server_rounds=1)
+    assert "client 0 is left out: no such folder" in flower_log.text()
+    assert "was refused" not in flower_log.text()
+    assert lines_of(settings)[0]["participants"] == [1, 2]
 
 
 @pytest.mark.parametrize("version", ["0.0.9", "99.0"])

@@ -26,7 +26,7 @@ from cafe_flwr.evaluation import evaluate_run
 from cafe_flwr.export import export_client
 from cafe_flwr.federation import build_networks, federation, modality_of
 from cafe_flwr.joining import package_run
-from cafe_flwr.kinds import networks_of
+from cafe_flwr.kinds import networks_of, start_alike
 from cafe_flwr.methods import METHODS
 from cafe_flwr.modalities import in_rows
 from cafe_flwr.networks import ConvNet, Exit, SequenceNet
@@ -99,6 +99,7 @@ def test_classifiers_of_all_modalities_teach_or_only_ones_own(tmp_path):
 def test_all_modalities_start_from_the_same_classifiers():
     """The last exits' alike, and those before them as far as there are any."""
     networks = networks_of({"a": toy_network(), "b": other_network()})
+    start_alike(networks)
     a, b = (network.state_dict() for network in networks.values())
     for k in (1, 2):
         mine, theirs = networks["a"].head_names(3 - k), networks["b"].head_names(2 - k)
@@ -172,7 +173,7 @@ def test_clients_take_turns_and_have_the_network_of_their_modality(tmp_path):
     for client in range(2):
         x = federation(settings).load(client).train.x
         networks[modality_of(settings, client)].check_inputs(x)
-    with pytest.raises(ValueError, match=r"sequences must be \(N, 16, steps\), float32; got torch.float32 of shape"):
+    with pytest.raises(ValueError, match=r"sequences must be \(N, 16, 16\), float32; got torch.float32 of shape"):
         networks["rows"].check_inputs(torch.zeros(2, 1, 16, 16))
 
 
@@ -271,13 +272,34 @@ def test_networks_that_do_not_fit_end_the_run_before_the_first_round(tmp_path, c
     assert message in str(error.value)
 
 
-def test_a_single_modality_with_a_name_is_a_federation_like_any_other(tmp_path):
-    """Only the names of the shared tensors say so."""
+def test_a_single_modality_is_a_federation_like_any_other(tmp_path):
     one = {"build_network": lambda context: {"a": toy_network()}, "modality_of": None}
     named = strategy_of().start(toy_grid(tmp_path / "one", **one)).arrays
     plain = strategy_of().start(toy_grid(tmp_path / "two", build_network=lambda context: toy_network())).arrays
-    assert [f"a/{name}" for name in plain] == list(named)
-    assert all(plain[name].data == named[f"a/{name}"].data for name in plain)
+    assert same_arrays(named, plain)
+
+
+def test_the_network_of_each_modality_is_told_with_its_own_cost(tmp_path):
+    """Also where the first node hosts nobody of the deeper one, and knows no cost of it."""
+    told = []
+
+    class Watch:
+        def on_start(self, run):
+            told.append(run)
+
+        def on_round(self, record, state):
+            pass
+
+        def on_finish(self, reports):
+            pass
+
+    swapped = {"modality_of": lambda client, context: "ba"[client % 2]}
+    strategy = strategy_of(rounds=1)
+    strategy.callbacks = [Watch()]
+    strategy.start(toy_grid(tmp_path, **swapped))
+    (run,) = told
+    assert list(run.macs_per_exit) == list(run.kinds[1].macs)
+    assert 0 < run.kinds[0].macs[0] != run.macs_per_exit[0]
 
 
 def test_the_documented_example_is_what_is_tested():

@@ -10,6 +10,7 @@ from federations import (
     DeviceGrid,
     Recorded,
     WatchedGrid,
+    results_of,
     run_small,
     run_until,
     same_arrays,
@@ -17,6 +18,7 @@ from federations import (
     toy_app,
     toy_network,
 )
+from flwr.app import MetricRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,11 +27,16 @@ from cafe_flwr.calibration import Request, calibrate_run
 from cafe_flwr.coordination import active_exits, student_budget
 from cafe_flwr.evaluation import evaluate_run
 from cafe_flwr.export import export_client
+from cafe_flwr.federation import build_strategy
 from cafe_flwr.inference import EarlyExitRunner
+from cafe_flwr.joining import package_run
 from cafe_flwr.kinds import View, drawn_depth, mean_of_holders
 from cafe_flwr.methods import METHODS
 from cafe_flwr.personal import FinishedRun
 from cafe_flwr.policies import MaxProb
+from cafe_flwr.recording import Recorder
+from cafe_flwr.report import read_run
+from cafe_flwr.report_figures import pooled_accuracy
 from cafe_flwr.schema import Schema
 from cafe_flwr.strategy import CafeDistill, FederatedStrategy
 from cafe_flwr.training import LocalBudget
@@ -435,6 +442,121 @@ def test_metrics_that_flower_shows_are_of_those_that_hold_an_exit(tmp_path):
         held = [r for r in reports if DEPTHS[r.client] > k]
         expected = np.average([r.after.accuracy[k] for r in held], weights=[r.num_examples for r in held])
         assert metrics["accuracy-after"][k] == pytest.approx(expected)
+
+
+class Lying:
+    """A client app whose node's answer to the first question is changed by ``lie(config)`` on node ``where``."""
+
+    def __init__(self, app, where, lie):
+        self.app, self.where, self.lie = app, where, lie
+
+    def __call__(self, message, context):
+        reply = self.app(message, context)
+        if message.metadata.message_type == "query" and context.node_config["clients"] == self.where:
+            self.lie(reply.content["config"])
+        return reply
+
+
+def change_kind(**changes):
+    def lie(config):
+        config["kinds"] = [json.dumps({**json.loads(config["kinds"][0]), **changes})]
+
+    return lie
+
+
+def put(**values):
+    return lambda config: config.update({key.replace("_", "-"): value for key, value in values.items()})
+
+
+ALIEN = json.dumps([["stages.0.0.weight", [9, 9]]])
+
+
+@pytest.mark.parametrize(
+    ("lie", "message"),
+    [
+        (put(kinds=["[1]"]), "names a kind of clients that cannot be read"),
+        (put(kinds=["null"]), "names a kind of clients that cannot be read"),
+        (put(kinds=["{"]), "names a kind of clients that cannot be read"),
+        (change_kind(macs=5), "names a kind of clients that cannot be read"),
+        (change_kind(more=1), "names a kind of clients that cannot be read"),
+        (change_kind(num_exits="2"), "with numbers that are none"),
+        (change_kind(name=7), "with a name that is no text"),
+        (change_kind(num_exits=9), "names a kind of clients with 9 exits and 2 numbers of MACs"),
+        (change_kind(num_exits=0, macs=[]), "names a kind of clients with 0 exits"),
+        (change_kind(shared=ALIEN), "shared tensors are not among the federation's"),
+        (put(kind_of=[1]), "names kinds of clients that do not fit its clients"),
+        (put(kind_of=[0, 0]), "names kinds of clients that do not fit its clients"),
+        (change_kind(upload=ALIEN), "what it says of clients with 2 exits differs from the nodes before it"),
+        (change_kind(name=""), "what it says of clients with the whole network differs from the nodes before it"),
+    ],
+)
+def test_a_node_that_names_impossible_kinds_is_refused_and_the_others_go_on(tmp_path, flower_log, lie, message):
+    """Clients 1 and 4 hold two exits; the node of client 4 says something else of it."""
+    grid = devices(tmp_path, app=Lying(toy_app(), "4", lie))
+    toy_strategy("cafedistill", rounds=2, wait_seconds=0).start(grid)
+    assert message in flower_log.text()
+    assert {request.content["config"]["clients"][0] for request, _ in grid.of_type("train")} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("method", ["cafedistill", "depthfl"])
+def test_a_resumed_run_knows_what_clients_held_that_are_away(tmp_path, no_report, method):
+    """Clients 1 and 4, the only ones of two exits, and client 0 are gone after round 2: their last exits still teach,
+    and DepthFL still takes the plain mean, as in a run that was not stopped."""
+    settings = {"method": method, "num_clients": N, "num_server_rounds": 4, "batch_size": 4, "local_steps": 3}
+    settings |= {"learning_rate": 0.1, "wait_seconds": 0.0}
+    leaving = {0: (0, 2), 1: (0, 2), 4: (0, 2)}
+    whole = small_settings(tmp_path / "whole", **settings)
+    grid = devices(tmp_path / "whole" / "state")
+    grid.there = leaving
+    arrays = run_small(whole, grid=grid).arrays
+    parts = small_settings(tmp_path / "parts", **settings)
+    grid = devices(tmp_path / "parts" / "state")
+    with results_of(parts) as results:
+        recorder = Recorder(results.folder, parts)
+        build_strategy(parts, recorder, results.state).start(grid, num_rounds=2)
+        recorder.close()
+    again = type(parts).from_run_config({**parts.to_run_config(), "resume": True})
+    grid = devices(tmp_path / "parts" / "state")
+    grid.there, grid.round = dict.fromkeys(leaving, (99, 99)), 3
+    assert same_arrays(run_small(again, grid=grid).arrays, arrays)
+    if method == "cafedistill":
+        summary = json.loads((parts.results / "summary.json").read_text())
+        assert summary["teacher_weights"]["clients"] == list(range(N))
+
+
+def test_where_nobody_holds_the_last_exit_there_is_nothing_to_say_of_it(tmp_path, flower_log):
+    settings = small_settings(tmp_path, depth_shares="2:1.0")
+    run_small(settings, 2)
+    summary = json.loads((settings.results / "summary.json").read_text())
+    assert summary["accuracy_last_exit"] is None
+    assert np.isfinite([summary["accuracy"], *summary["accuracy_per_exit"][:2]]).all()
+    page = (settings.results / "report.html").read_text()
+    assert "taken from the other records" not in page
+    with pytest.raises(ValueError, match="no client of the federation holds the last exit"):
+        package_run(settings.results)
+
+
+def test_marks_of_exits_in_the_report_are_over_those_that_hold_them(finished):
+    settings, depths = finished
+    run = read_run(settings.results)
+    tests = {line["client"]: line["test"] for line in run.get("clients")}
+    for k, accuracy in enumerate(pooled_accuracy(run), start=1):
+        held = [client for client in depths if depths[client] >= k]
+        expected = np.average([run.accuracy[k][c] for c in held], weights=[tests[c] for c in held])
+        assert accuracy == pytest.approx(expected)
+
+
+def test_a_users_own_average_is_left_alone(tmp_path):
+    def median(records, weight_key):
+        rows = np.array([record["metrics"]["accuracy-after"] for record in records])
+        return MetricRecord({"accuracy-after": np.nanmedian(rows, axis=0).tolist(), "clients": len(rows)})
+
+    seen = []
+    strategy = toy_strategy(train_metrics_aggr_fn=median)
+    strategy.callbacks = [Watch(seen)]
+    metrics = strategy.start(devices(tmp_path)).train_metrics_clientapp[1]
+    assert metrics["clients"] == N
+    assert metrics["accuracy-after"] == np.nanmedian([r.after.accuracy for r in seen[0].reports], axis=0).tolist()
 
 
 # --- bad input ---

@@ -78,11 +78,12 @@ class SequenceNet(EarlyExitNetwork):
             )
             exits.append(Exit(projection, features, num_classes))
         super().__init__(stages, exits)
-        self.in_channels = in_channels
+        self.in_channels, self.steps = in_channels, steps
 
     def check_inputs(self, x: Tensor) -> None:
-        """Raise ValueError if these are not sequences of its channels."""
-        if x.dim() != 3 or x.shape[1] != self.in_channels or x.dtype not in (torch.float32, torch.uint8):
+        """Raise ValueError if these are not sequences of its channels and steps."""
+        if tuple(x.shape[1:]) != (self.in_channels, self.steps) or x.dtype not in (torch.float32, torch.uint8):
             raise ValueError(
-                f"sequences must be (N, {self.in_channels}, steps), float32; got {x.dtype} of shape {tuple(x.shape)}"
+                f"sequences must be (N, {self.in_channels}, {self.steps}), float32; got {x.dtype} of shape "
+                f"{tuple(x.shape)}"
             )
