@@ -121,15 +121,17 @@ def _check(
 
 def _check_alike(run: PersonalNetworks, clients: Sequence[int]) -> None:
     """ValueError if the clients' networks differ: their exits cannot be put together in one table."""
-    kinds: dict[tuple[str, int], list[int]] = {}
+    kinds: dict[tuple[str, int, float], list[int]] = {}
     for client in clients:
         facts = read_facts(run.networks, client)
         exits = int(facts.get("num_exits") or len(facts["temperatures"]))
-        kinds.setdefault((str(facts.get("modality", "")), exits), []).append(client)
+        kind = (str(facts.get("modality", "")), exits, float(facts.get("width", 1.0)))
+        kinds.setdefault(kind, []).append(client)
     if len(kinds) > 1:
         each = "; ".join(
-            f"{f'{modality}, ' * bool(modality)}{exits} exits: {','.join(map(str, some))}"
-            for (modality, exits), some in kinds.items()
+            f"{f'{modality}, ' * bool(modality)}{exits} exits{f' at width {width:g}' * (width < 1)}: "
+            f"{','.join(map(str, some))}"
+            for (modality, exits, width), some in kinds.items()
         )
         raise ValueError(
             f"these clients hold different networks, evaluate those of a kind together (--clients): {each}"

@@ -602,14 +602,15 @@ def check_experiment(experiment: Experiment, folder: Path) -> None:
 def _check_run(run: PlannedRun) -> None:
     """Raise ValueError if the run cannot start."""
     from cafe_flwr.federation import build_networks
-    from cafe_flwr.kinds import check_depths, networks_of, read_shares
+    from cafe_flwr.kinds import networks_of, read_shares
 
     method = run.settings.build_method()
     for network in networks_of(build_networks(run.settings)).values():
         method.check(network)
         for names in (method.shared_names, method.personal_names, method.upload_names, method.download_names):
             names(network)
-        check_depths(read_shares(run.settings.depth_shares), network.num_exits)
+        for held in read_shares(run.settings.depth_shares):
+            held.check(network.num_exits, "depth-shares").of(network)
 
 
 State = Literal["finished", "resumable", "new"]

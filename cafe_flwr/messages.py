@@ -32,13 +32,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from numpy.typing import NDArray
 
 from cafe_flwr.bounds import MAX_NORM, check_norm
-from cafe_flwr.kinds import Kind, Weight
+from cafe_flwr.kinds import Kind
 from cafe_flwr.metrics import DynamicCounts, ExitMetrics
 from cafe_flwr.node_config import check_name
 from cafe_flwr.privacy import Privacy
 from cafe_flwr.schema import Schema
 from cafe_flwr.settings import kebab
 from cafe_flwr.training import LocalBudget
+from cafe_flwr.views import Weight
 
 PROTOCOL = 1
 FLAT = "flat"

@@ -23,7 +23,7 @@ from cafe_flwr import __version__
 from cafe_flwr.aggregation import weighted
 from cafe_flwr.data import ClientData
 from cafe_flwr.devices import OnDevice, Placement, device_of, free_memory, is_out_of_memory, reason_of
-from cafe_flwr.kinds import Kind, Networks, View, held_exits, networks_of, start_alike
+from cafe_flwr.kinds import Held, Kind, Networks, held_by, networks_of, start_alike
 from cafe_flwr.log import logger
 from cafe_flwr.messages import (
     FLAT,
@@ -59,6 +59,7 @@ from cafe_flwr.privacy import release, stricter
 from cafe_flwr.schema import Schema, digest
 from cafe_flwr.state import PersonalStore, personal_folder
 from cafe_flwr.training import snapshot
+from cafe_flwr.views import View
 
 BuildNetwork = Callable[[Context], EarlyExitNetwork | Networks]
 LoadData = Callable[[int, Context], ClientData]
@@ -132,6 +133,7 @@ class Workplace:
     method: Method
     weights: Mapping[str, Tensor]
     modality: str = ""
+    held: Held | None = None  # all, if None
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -258,25 +260,35 @@ class Workplaces:
         Fingerprint of what travels and what stays.
     """
 
-    def __init__(self, networks: Networks, method: Method, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        networks: Networks,
+        method: Method,
+        weights: Mapping[str, Mapping[str, Tensor]],
+        placement: Placement,
+    ) -> None:
         for network in networks.values():
             method.check(network)
+        self._placement = placement
         self.wholes = {name: Workplace(network, method, weights[name], name) for name, network in networks.items()}
         self.shared = Schema(tuple(entry for work in self.wholes.values() for entry in work.shared.entries))
         kinds = ("upload", "download", "personal")
         self.digest = digest(self.shared, *(work.schemas[kind] for work in self.wholes.values() for kind in kinds))
-        self._short: dict[tuple[str, int], Workplace] = {}
+        self._parts: dict[tuple[str, Held], Workplace] = {}
 
-    def of(self, modality: str, depth: int) -> Workplace:
-        """For clients that hold the first exits of a modality's network, ``depth`` of them."""
+    def of(self, modality: str, held: Held) -> Workplace:
+        """For clients that hold so much of a modality's network."""
         whole = self.wholes[modality]
-        if depth == whole.network.num_exits:
+        if held == Held(whole.network.num_exits):
             return whole
-        if (modality, depth) not in self._short:
-            network = whole.network.truncated(depth)
-            weights = {name: whole.weights[name] for name in network.state_dict()}
-            self._short[modality, depth] = Workplace(network, whole.method, weights, modality)
-        return self._short[modality, depth]
+        if (modality, held) not in self._parts:
+            network = held.of(whole.network)
+            if held.width < 1:
+                self._placement.place(network)
+            shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+            weights = {name: whole.weights[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
+            self._parts[modality, held] = Workplace(network, whole.method, weights, modality, held)
+        return self._parts[modality, held]
 
     def initial(self) -> NDArray[np.float32]:
         """The shared part that a run starts from, flat."""
@@ -344,7 +356,7 @@ class _Node:
         here = _hosted(message, context, self.keys)
         process = self._process(context, seed)
         clients, sizes, problems, places = [], [], [], []
-        macs = {modality: [0] * whole.network.num_exits for modality, whole in work.wholes.items()}
+        macs: dict[int, list[int]] = {}  # by workplace
         for client in here:
             try:
                 if process.trouble:
@@ -354,10 +366,10 @@ class _Node:
                 problems += [f"client {client} {note}" for note in check_data(data, place.network.num_classes)]
                 for split in (data.train, data.calibration, data.test):
                     place.network.check_inputs(split.x)
-                if not any(macs[place.modality]):
-                    counted = work.wholes[place.modality].network
-                    counted = copy.deepcopy(counted) if process.placement.compile else counted  # a copy is eager
-                    macs[place.modality] = macs_per_exit(counted, data.train.x[:1].to(device_of(counted)))
+                for counted in (work.wholes[place.modality], place):
+                    if id(counted) not in macs:
+                        network = copy.deepcopy(counted.network) if process.placement.compile else counted.network
+                        macs[id(counted)] = macs_per_exit(network, data.train.x[:1].to(device_of(network)))
             except Exception as error:
                 logger.warning("client %d cannot serve: %s", client, error, exc_info=True)
                 problems.append(f"client {client} is left out: {error}")
@@ -365,7 +377,7 @@ class _Node:
             clients.append(client)
             sizes.append(len(data.train))
             places.append(place)
-        kinds = [_kind_of(place, macs[place.modality]) for place in places]
+        kinds = [_kind_of(place, macs[id(place)]) for place in places]
         alike = not any(kind.name for kind in kinds)
         different = list(dict.fromkeys(kinds))
         largest = max(work.wholes.values(), key=lambda whole: whole.network.num_exits)
@@ -381,7 +393,7 @@ class _Node:
             download=largest.schemas["download"],
             num_exits=largest.network.num_exits,
             num_parameters=_num_parameters(largest.network),
-            macs=macs[largest.modality],
+            macs=macs.get(id(largest), [0] * largest.network.num_exits),
             name=name_of(context.node_config),
             kinds=[] if alike else different,
             kind_of=[] if alike else [different.index(kind) for kind in kinds],
@@ -474,6 +486,7 @@ class _Node:
                                 "digest": request.digest,
                                 "seed": request.seed,
                                 **({"modality": work.modality} if work.modality else {}),
+                                **({"width": work.held.width} if work.held and work.held.width < 1 else {}),
                                 **facts_of(network, data, report, temperatures),
                                 "context": {
                                     "run_config": dict(context.run_config),
@@ -522,11 +535,13 @@ class _Node:
         if key not in process.workplaces:
             if method not in METHODS:
                 raise ValueError(f"this node knows no method {method!r}, only {', '.join(METHODS)}")
-            process.workplaces[key] = Workplaces(process.networks, METHODS[method](**settings), process.weights)
+            process.workplaces[key] = Workplaces(
+                process.networks, METHODS[method](**settings), process.weights, process.placement
+            )
         return process.workplaces[key]
 
     def _place(self, client: int, work: Workplaces, message: Message, context: Context) -> Workplace:
-        """Where a client works: with the network of its modality, as deep as it can hold."""
+        """Where a client works: with the network of its modality, as much of it as it can hold."""
         modality = next(iter(work.wholes))
         if len(work.wholes) > 1:
             if self.parts.modality_of is None:
@@ -536,7 +551,7 @@ class _Node:
             if modality not in work.wholes:
                 raise ValueError(f"its modality is {modality!r}, there are networks for {', '.join(work.wholes)}")
         config = cast(Mapping[str, Any], message.content[self.keys.config])
-        depth = held_exits(
+        held = held_by(
             client,
             context.node_config,
             context.run_config,
@@ -544,7 +559,7 @@ class _Node:
             work.wholes[modality].network.num_exits,
             int(config["seed"]),
         )
-        return work.of(modality, depth)
+        return work.of(modality, held)
 
     def _data_of(self, client: int, context: Context, seed: int, here: Sequence[int]) -> ClientData:
         if client not in here:
@@ -586,14 +601,16 @@ def _num_clients(config: Any) -> int | None:
 
 
 def _kind_of(place: Workplace, macs: Sequence[int]) -> Kind:
-    """What clients of a workplace hold, as the server is told; ``macs`` of the whole network."""
-    depth = place.network.num_exits
-    short = f"{depth} exit{'s' * (depth > 1)}" if depth < len(macs) else ""
+    """What clients of a workplace hold, as the server is told."""
+    depth, part = place.network.num_exits, ""
+    if place.held:
+        width = f" at width {place.held.width:g}" if place.held.width < 1 else ""
+        part = f"{depth} exit{'s' * (depth > 1)}{width}"
     return Kind(
-        name=", ".join(filter(None, (place.modality, short))),
+        name=", ".join(filter(None, (place.modality, part))),
         num_exits=depth,
         num_parameters=_num_parameters(place.network),
-        macs=tuple(macs[:depth]),
+        macs=tuple(macs),
         shared=place.shared,
         upload=place.schemas["upload"],
         download=place.schemas["download"],

@@ -6,6 +6,7 @@
 ``state-dir``  Folder of its clients' personal state
 ``device``     Where its clients compute, such as ``"cuda:1"`` or ``"cpu"``, whatever the run's settings say
 ``max-exit``   The deepest exit that its clients can hold, such as ``2``; else all (docs/unequal-clients.md)
+``max-width``  The share of the width of all layers that they can hold, such as ``0.5``; else all
 ``name``       What people call the node; it stands beside the clients' numbers in logs and records
 =============  =========================================================================================
 """
@@ -24,7 +25,7 @@ MAX_NAME = 60
 
 def is_device(node: NodeConfig) -> bool:
     """Whether the node has a configuration of its own; nodes of a simulation have a place in it, and nothing else."""
-    own = {"clients", "data-dir", "state-dir", "device", "max-exit", "name"}
+    own = {"clients", "data-dir", "state-dir", "device", "max-exit", "max-width", "name"}
     return "num-partitions" not in node or bool(node.keys() & own)
 
 
@@ -82,6 +83,30 @@ def max_exit(node: NodeConfig) -> int | None:
             "where clients hold the whole network"
         )
     return depth
+
+
+def max_width(node: NodeConfig) -> float:
+    """The share of the width that the node's clients can hold, 1 if it does not say.
+
+    Raises
+    ------
+    ValueError
+        If it is no number above 0 and at most 1.
+    """
+    try:
+        width = float(str(node.get("max-width", 1.0)))
+    except ValueError:
+        width = 0.0
+    if not 0 < width <= 1:
+        raise ValueError(
+            f"node-config max-width must be a share of the width, above 0 and at most 1, got {node['max-width']!r}"
+        )
+    return width
+
+
+def is_limited(node: NodeConfig) -> bool:
+    """Whether the node says that its clients cannot hold all."""
+    return "max-exit" in node or "max-width" in node
 
 
 def name_of(node: NodeConfig) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cafe_flwr import digits
 from cafe_flwr.data import ClientData
-from cafe_flwr.kinds import Networks, networks_of
+from cafe_flwr.kinds import Held, Networks, networks_of
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.state import STATE_VERSION
 
@@ -119,13 +119,14 @@ def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks)
 
 
 def _held(networks: Networks, facts: Mapping[str, Any]) -> EarlyExitNetwork:
-    """The network of a client's modality, as deep as the client holds it."""
+    """The network of a client's modality, as deep and wide as the client holds it."""
     modality = str(facts.get("modality", ""))
     if modality not in networks:
         known = ", ".join(networks) or "one modality"
         raise ValueError(f"the network of client {facts['client']} is of modality {modality!r}, built are {known}")
     network = networks[modality]
-    return network.truncated(min(int(facts.get("num_exits", network.num_exits)), network.num_exits))
+    exits = min(int(facts.get("num_exits", network.num_exits)), network.num_exits)
+    return Held(exits, float(facts.get("width", 1.0))).of(network)
 
 
 class PersonalNetworks(Protocol):

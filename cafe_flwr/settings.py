@@ -198,8 +198,8 @@ class Settings(_MethodSettings):
 
     # Clients that are not alike
     depth_shares: str = ""
-    """Simulation: share of the clients by the number of exits they hold, such as '1:0.3,2:0.3'; all others hold all
-    (docs/unequal-clients.md). A node's own node-config 'max-exit' comes first."""
+    """Simulation: share of the clients by what they hold, exits such as '1:0.3,2:0.3', or exits and a share of the
+    width such as '1x0.5:0.3'; the others hold all (docs/unequal-clients.md). A node's own node-config comes first."""
     modalities: str = ""
     """Modalities that the clients have in turn, such as 'image,rows': images, and the same row by row; empty: all
     images, or texts (docs/modalities.md)."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from cafe_flwr.aggregation import weighted, weighted_mean
 from cafe_flwr.bounds import Bounds, check_norm, far_longer, norm, times_median
 from cafe_flwr.directory import Directory
-from cafe_flwr.kinds import Kind, View, are_unequal, mean_of_holders
+from cafe_flwr.kinds import Kind, are_unequal
 from cafe_flwr.log import logger
 from cafe_flwr.messages import (
     FLAT,
@@ -56,6 +56,7 @@ from cafe_flwr.replies import Asked, notes_in, sort_out
 from cafe_flwr.settings import Settings, kebab
 from cafe_flwr.state import ServerState
 from cafe_flwr.training import LocalBudget, learning_rate_at
+from cafe_flwr.views import View, mean_of_holders
 
 DEFAULT_ROUNDS = 100
 
@@ -423,9 +424,9 @@ class FederatedStrategy(FedAvg):
         self._kinds |= {client: self.directory.kind(client) for client in sorted(self.directory.hosts)}
 
     def _macs(self, info: NodeInfo) -> Sequence[int]:
-        """MACs per exit of the deepest network; the first node may host none of its clients, and not know them."""
+        """MACs per exit of the largest network; the first node may host none of its clients, and not know them."""
         known = [kind.macs for kind in self.directory.kinds.values() if kind.num_exits == info.num_exits]
-        return next((list(macs) for macs in known if any(macs)), info.macs)
+        return max([info.macs, *map(list, known)], key=lambda macs: macs[-1])
 
     def _tell_privacy(self, info: NodeInfo) -> None:
         """Log what the clients' noise guarantees."""

@@ -22,16 +22,21 @@ from flwr.app import MetricRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cafe_flwr import make_client_app
 from cafe_flwr.aggregation import weighted
 from cafe_flwr.calibration import Request, calibrate_run
 from cafe_flwr.coordination import active_exits, student_budget
+from cafe_flwr.cost import macs_per_exit
+from cafe_flwr.data import load_federation
 from cafe_flwr.evaluation import evaluate_run
 from cafe_flwr.export import export_client
 from cafe_flwr.federation import build_strategy
+from cafe_flwr.images import Normalisation
 from cafe_flwr.inference import EarlyExitRunner
 from cafe_flwr.joining import package_run
-from cafe_flwr.kinds import View, drawn_depth, mean_of_holders
+from cafe_flwr.kinds import Held, drawn
 from cafe_flwr.methods import METHODS
+from cafe_flwr.networks import ConvNet, ResNet18, SequenceNet
 from cafe_flwr.personal import FinishedRun
 from cafe_flwr.policies import MaxProb
 from cafe_flwr.recording import Recorder
@@ -40,6 +45,7 @@ from cafe_flwr.report_figures import pooled_accuracy
 from cafe_flwr.schema import Schema
 from cafe_flwr.strategy import CafeDistill, FederatedStrategy
 from cafe_flwr.training import LocalBudget
+from cafe_flwr.views import View, mean_of_holders
 
 DEPTHS = [1, 2, 3, 3, 2]  # of the toys' clients
 UNEQUAL = {"depth_shares": "1:0.2,2:0.4"}
@@ -81,15 +87,33 @@ def shared_of(reply, depth, method="fedavg"):
 # --- the mean over those who hold ---
 
 
+SHAPES = st.lists(st.integers(0, 3), max_size=2).map(tuple)
+
+
+@st.composite
+def parts_of(draw, whole):
+    """Some tensors of a schema, and of each the first rows and columns."""
+    names = draw(st.sets(st.sampled_from(whole.names)))
+    return Schema(
+        tuple((n, tuple(draw(st.integers(0, size)) for size in shape)) for n, shape in whole.entries if n in names)
+    )
+
+
+def by_name(flat, schema):
+    """Copies of the tensors of a flat array."""
+    pieces = np.split(np.array(flat), np.cumsum(schema.sizes)[:-1]) if schema.names else []
+    return {name: piece.reshape(shape) for (name, shape), piece in zip(schema.entries, pieces, strict=True)}
+
+
 @given(data=st.data())
-def test_the_mean_is_that_of_every_tensors_holders(data):
-    """Against a loop over names, for any clients on any nodes; what nobody holds stays as it was."""
-    sizes = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=5))
-    whole = Schema(tuple((f"t{i}", (size,)) for i, size in enumerate(sizes)))
-    held = data.draw(st.lists(st.sets(st.sampled_from(whole.names)), min_size=1, max_size=5))
-    parts = [Schema(tuple(entry for entry in whole.entries if entry[0] in names)) for names in held]
-    examples = data.draw(st.lists(st.integers(1, 50), min_size=len(parts), max_size=len(parts)))
-    nodes = data.draw(st.lists(st.integers(0, 2), min_size=len(parts), max_size=len(parts)))
+def test_the_mean_of_every_value_is_that_of_its_holders(data):
+    """Against a loop over all values, for any parts of clients on any nodes; what nobody holds stays as it was."""
+    whole = Schema(
+        tuple((f"t{i}", shape) for i, shape in enumerate(data.draw(st.lists(SHAPES, min_size=1, max_size=4))))
+    )
+    parts = [data.draw(parts_of(whole)) for _ in range(data.draw(st.integers(1, 5)))]
+    examples = [data.draw(st.integers(1, 50)) for _ in parts]
+    nodes = [data.draw(st.integers(0, 2)) for _ in parts]
     rng = np.random.default_rng(0)
     before = rng.normal(size=whole.size).astype(np.float32)
     values = [rng.normal(size=part.size) for part in parts]
@@ -104,17 +128,35 @@ def test_the_mean_is_that_of_every_tensors_holders(data):
         sums.append((view, total, view.weight([examples[i] for i in here])))
     mean = mean_of_holders(before, sums)
 
-    start = 0
-    for name, size in zip(whole.names, sizes, strict=True):
-        holders = [i for i, names in enumerate(held) if name in names]
-        expected = before[start : start + size]
-        if holders:
-            own = [
-                dict(zip(parts[i].names, np.split(values[i], np.cumsum(parts[i].sizes)), strict=False)) for i in holders
+    expected = by_name(before, whole)
+    for name, tensor in expected.items():
+        for position in np.ndindex(tensor.shape):
+            held = [
+                (by_name(v, p)[name], n) for v, p, n in zip(values, parts, examples, strict=True) if name in p.names
             ]
-            expected = np.average([o[name] for o in own], axis=0, weights=[examples[i] for i in holders])
-        np.testing.assert_allclose(mean[start : start + size], expected, rtol=1e-6, atol=1e-7)
-        start += size
+            held = [
+                (t[position], n) for t, n in held if all(i < size for i, size in zip(position, t.shape, strict=True))
+            ]
+            if held:
+                tensor[position] = np.average([t for t, _ in held], weights=[n for _, n in held])
+    for name, tensor in by_name(mean, whole).items():
+        np.testing.assert_allclose(tensor, expected[name], rtol=1e-6, atol=1e-7)
+
+
+@given(data=st.data())
+def test_what_a_client_gets_of_a_nodes_message_is_its_part_of_the_whole(data):
+    whole = Schema(
+        tuple((f"t{i}", shape) for i, shape in enumerate(data.draw(st.lists(SHAPES, min_size=1, max_size=4))))
+    )
+    parts = [data.draw(parts_of(whole)) for _ in range(3)]
+    flat = np.arange(whole.size, dtype=np.float32)
+    view = View(whole, parts)
+    sent = view.take(flat)
+    assert len(sent) == view.size <= whole.size
+    for part in parts:
+        got = by_name(view.part(sent, part), part)
+        for name, tensor in got.items():
+            assert np.array_equal(tensor, by_name(flat, whole)[name][tuple(map(slice, tensor.shape))])
 
 
 # --- what travels ---
@@ -199,13 +241,117 @@ def test_half_precision_costs_half_and_gives_nearly_the_same(tmp_path, no_report
     assert bytes_half < 0.65 * bytes_full  # metrics keep their size
 
 
+# --- narrower layers ---
+
+
+@pytest.mark.parametrize(
+    ("network", "x"),
+    [
+        (ConvNet((1, 16, 16), 10), torch.rand(2, 1, 16, 16)),
+        (ConvNet((1, 16, 16), 10, norm="batch"), torch.rand(2, 1, 16, 16)),
+        (SequenceNet((16, 16), 10), torch.rand(2, 16, 16)),
+        (ResNet18((3, 32, 32), 10, features=8, width=8), torch.rand(2, 3, 32, 32)),
+    ],
+)
+def test_a_narrower_network_has_the_first_parts_of_all_tensors_and_costs_less(network, x):
+    whole, narrow = network.state_dict(), network.narrowed(0.5)
+    assert list(narrow.state_dict()) == list(whole)
+    for name, tensor in narrow.state_dict().items():
+        assert torch.equal(tensor, whole[name][tuple(map(slice, tensor.shape))]), name
+    assert [z.shape for z in narrow(x)] == [z.shape for z in network(x)]
+    full, half = macs_per_exit(network, x), macs_per_exit(narrow, x)
+    assert all(b < 0.6 * a for a, b in zip(full, half, strict=True))
+    assert network.narrowed(0.5).truncated(1).num_exits == network.truncated(1).narrowed(0.5).num_exits == 1
+    assert network.narrowed(1.0) is network
+
+
+def test_a_narrower_network_is_as_the_whole_one_in_all_else():
+    network = ConvNet((1, 16, 16), 10, norm="batch")
+    network.statistics, network.pixels, network.autocast = "personal", Normalisation((0.1,), (0.2,)), torch.bfloat16
+    before = torch.random.get_rng_state()
+    narrow = network.narrowed(0.5)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert (narrow.statistics, narrow.pixels, narrow.autocast) == ("personal", network.pixels, torch.bfloat16)
+
+
+NARROW = {"depth_shares": "1x0.5:0.2,3x0.5:0.4", "learning_rate": 0.05, "local_steps": 4}
+
+
+@pytest.mark.parametrize("method", ["scalefl", "cafedistill", "cafedistill-plus", "fedamp"])
+def test_clients_with_narrower_layers_train_wherever_they_are_hosted(tmp_path, no_report, method):
+    """ScaleFL's original form, and others: bit for bit the same on one node and on many, and stopped and resumed;
+    nobody is left out, and the networks are as deep and as wide as they should be."""
+    whole = small_settings(tmp_path / "5", method=method, **NARROW)
+    arrays = run_small(whole, N).arrays
+    one = Recorded.read(whole.results)
+    assert [line["left_out"] for line in one.rounds] == [{}] * 4
+    assert np.mean(one.rounds[-1]["accuracy_per_exit_after"]) > np.mean(one.rounds[0]["accuracy_per_exit"])
+    parts = small_settings(tmp_path / "1", method=method, **NARROW)
+    run_until(parts, 2, num_nodes=1)
+    again = type(parts).from_run_config({**parts.to_run_config(), "resume": True})
+    assert same_arrays(run_small(again, 1).arrays, arrays)
+    one.assert_same(Recorded.read(parts.results), but=TRAFFIC)
+    kinds = {kind["name"]: kind for kind in one.summary["kinds"]}
+    assert list(kinds) == ["1 exit at width 0.5", "3 exits at width 0.5", "all 3 exits"]
+    narrow, full = (kinds[name] for name in ("3 exits at width 0.5", "all 3 exits"))
+    assert narrow["macs_per_exit"][-1] < 0.6 * full["macs_per_exit"][-1]
+    run = FinishedRun(whole.results)
+    for kind in kinds.values():
+        for client in kind["clients"]:
+            personal = run.personal(client)
+            assert personal.network.num_exits == kind["num_exits"]
+            assert personal.network.stages[0][0].out_channels == (8 if kind is full else 4)
+            test = run.data(client).test
+            accuracy = [(z.argmax(dim=1) == test.y).float().mean().item() for z in personal.network(test.x)]
+            assert accuracy == pytest.approx(personal.facts["accuracy_per_exit"])
+
+
+def test_every_value_of_a_layer_is_averaged_over_those_who_hold_it(tmp_path):
+    """From the replies of a round of FedAvg, client 1 at half the width: the other channels are client 0's."""
+    network = ConvNet((1, 16, 16), 10)
+    app = make_client_app(
+        lambda context: ConvNet((1, 16, 16), 10), lambda client, context: load_federation("digits", 2).load(client)
+    )
+    grid = DeviceGrid(app, ["0", "1"], tmp_path)
+    list(grid.contexts.values())[1].node_config["max-width"] = 0.5
+    arrays = toy_strategy().start(grid).arrays
+    schemas = [Schema.of(held.state_dict(), list(held.state_dict())) for held in (network, network.narrowed(0.5))]
+    flat = [reply.content["arrays"]["flat"].numpy() for _, reply in grid.of_type("train")]
+    wide, narrow = (schema.unpack(values) for schema, values in zip(schemas, flat, strict=True))
+    n, k = (len(load_federation("digits", 2).load(client).train) for client in (0, 1))
+    for name, array in arrays.items():
+        where = tuple(map(slice, narrow[name].shape))
+        expected = wide[name].clone()
+        expected[where] = (n * wide[name][where] + k * narrow[name]) / (n + k)
+        torch.testing.assert_close(torch.from_numpy(array.numpy().copy()), expected)
+
+
+def test_a_network_that_cannot_be_narrowed_says_so_before_the_first_round(tmp_path):
+    grid = devices(tmp_path, [3])
+    next(iter(grid.contexts.values())).node_config["max-width"] = 0.5
+    with pytest.raises(RuntimeError, match="EarlyExitNetwork does not say what it is at a share of its width"):
+        toy_strategy(wait_seconds=0).start(grid)
+
+
+@pytest.mark.parametrize("width", [0, 1.5, "half"])
+def test_a_width_that_is_none_is_refused_before_the_first_round(tmp_path, width):
+    grid = devices(tmp_path, [3])
+    next(iter(grid.contexts.values())).node_config["max-width"] = width
+    with pytest.raises(
+        RuntimeError, match=f"max-width must be a share of the width, above 0 and at most 1, got {width!r}"
+    ):
+        toy_strategy(wait_seconds=0).start(grid)
+
+
 # --- depths of a simulation ---
 
 
 def test_depths_are_dealt_by_their_shares_and_the_seed():
-    drawn = [[drawn_depth(client, 20, {1: 0.3, 2: 0.25}, 4, seed) for client in range(20)] for seed in (0, 0, 1)]
-    assert [drawn[0].count(depth) for depth in (1, 2, 3, 4)] == [6, 5, 0, 9]
-    assert drawn[0] == drawn[1] != drawn[2]
+    dealt = [
+        [drawn(client, 20, {Held(1): 0.3, Held(2): 0.25}, 4, seed).exits for client in range(20)] for seed in (0, 0, 1)
+    ]
+    assert [dealt[0].count(depth) for depth in (1, 2, 3, 4)] == [6, 5, 0, 9]
+    assert dealt[0] == dealt[1] != dealt[2]
 
 
 @pytest.mark.parametrize("selection", ["shallow-first", "deep-first", "random", "none"])
@@ -225,7 +371,7 @@ def test_students_that_are_not_there_never_train_and_take_no_place(selection):
 def finished(tmp_path_factory):
     settings = small_settings(tmp_path_factory.mktemp("unequal"), method="cafedistill", **UNEQUAL)
     run_small(settings, 2)
-    depths = {client: drawn_depth(client, N, {1: 0.2, 2: 0.4}, 3, 0) for client in range(N)}
+    depths = {client: drawn(client, N, {Held(1): 0.2, Held(2): 0.4}, 3, 0).exits for client in range(N)}
     assert sorted(depths.values()) == [1, 2, 2, 3, 3]
     return settings, depths
 
@@ -567,7 +713,7 @@ def test_a_users_own_average_is_left_alone(tmp_path):
     [
         (0, "client 1 is left out: node-config max-exit must be the number of an exit, 1 or more, got 0"),
         ("deep", "max-exit must be the number of an exit, 1 or more, got 'deep'"),
-        (4, "client 1 is left out: node-config max-exit = 4, and this network has exits 1 to 3"),
+        (4, "client 1 is left out: node-config max-exit asks for 4 exits, and this network has 3"),
     ],
 )
 def test_a_depth_that_is_not_there_is_said_before_the_first_round(tmp_path, flower_log, depth, message):
@@ -590,8 +736,11 @@ def test_a_depth_that_is_not_there_is_said_before_the_first_round(tmp_path, flow
         ("1", "must look like '1:0.3,2:0.3'"),
         ("1:x", "must look like '1:0.3,2:0.3'"),
         ("1:0.7,2:0.7", "must sum to 1 at most, got 1.4"),
-        ("1:0.2,1:0.3", "names 1 exits twice"),
-        ("1:0", "a share lies above 0"),
+        ("1:0.2,1:0.3", "names 1 twice"),
+        ("1:0", "shares lie above 0 and at most at 1, got '1:0'"),
+        ("1x0:0.5", "shares lie above 0 and at most at 1, got '1x0:0.5'"),
+        ("1x2:0.5", "shares lie above 0 and at most at 1, got '1x2:0.5'"),
+        ("1xa:0.5", "must look like '1:0.3,2:0.3'"),
     ],
 )
 def test_shares_that_are_none_are_refused(tmp_path, shares, message):
@@ -602,7 +751,7 @@ def test_shares_that_are_none_are_refused(tmp_path, shares, message):
 def test_shares_of_a_deeper_network_end_the_run_before_the_first_round(tmp_path, no_report):
     settings = small_settings(tmp_path, depth_shares="4:0.2")
     with pytest.raises(
-        RuntimeError, match=r"no client can take part(.|\n)*depth-shares names 4 exits, and this network has 3"
+        RuntimeError, match=r"no client can take part(.|\n)*depth-shares asks for 4 exits, and this network has 3"
     ):
         run_small(settings)
     assert not (settings.results / "rounds.jsonl").exists()

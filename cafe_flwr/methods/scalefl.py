@@ -3,8 +3,8 @@
     client i, round t: minimise Σ_k a_k [ CE(z_k, y) + 1{t > T/4} · γ τ² KL(softmax(z_m/τ) ‖ softmax(z_k/τ)) ]
     with a_k = 2k/(m(m+1)), τ = 3, γ = 0.05; the last exit has no teacher
 
-Clients may hold the first exits only (docs/unequal-clients.md); m and the teacher are then those of the client. The
-published method also splits the network by width, which is not done here.
+Clients may hold the first exits, and of every layer the first channels, as published (docs/unequal-clients.md); m and
+the teacher are then those of the client.
 """
 
 from __future__ import annotations

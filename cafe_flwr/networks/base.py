@@ -250,6 +250,47 @@ class EarlyExitNetwork(nn.Module):
         }
         return short
 
+    def narrowed(self, share: float) -> EarlyExitNetwork:
+        """The network at a share of its width: layers with fewer channels, and features and exits as they are.
+
+        Its tensors have the same names, and are the first rows, columns, … of this network's.
+
+        Parameters
+        ----------
+        share
+            Above 0 and at most 1.
+
+        Raises
+        ------
+        ValueError
+            If it is no such share, or the network does not say what it is at a smaller width (:meth:`at_width`).
+
+        Examples
+        --------
+        >>> from cafe_flwr.networks import ConvNet
+        >>> network = ConvNet((1, 16, 16), num_classes=10)
+        >>> narrow = network.narrowed(0.5)
+        >>> tuple(network.stages[1][0].weight.shape), tuple(narrow.stages[1][0].weight.shape)
+        ((16, 8, 3, 3), (8, 4, 3, 3))
+        >>> torch.equal(narrow.stages[1][0].weight, network.stages[1][0].weight[:8, :4])
+        True
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"a width is a share above 0 and at most 1, got {share:g}")
+        if share == 1:
+            return self
+        with torch.random.fork_rng(devices=[]):
+            narrow = self.at_width(share).truncated(self.num_exits)
+        narrow.pixels, narrow.statistics, narrow.autocast = self.pixels, self.statistics, self.autocast
+        tensors = self.state_dict()
+        leading = {name: tensors[name][tuple(map(slice, t.shape))] for name, t in narrow.state_dict().items()}
+        narrow.load_state_dict(leading)
+        return narrow.to(next(self.parameters()).device)
+
+    def at_width(self, share: float) -> EarlyExitNetwork:
+        """A new network of the same build with about this share of the width; for subclasses to say."""
+        raise ValueError(f"{type(self).__name__} does not say what it is at a share of its width: limit its exits only")
+
     def _head(self, k: int) -> nn.Linear:
         return cast(Exit, self.exits[k]).head
 

@@ -30,3 +30,14 @@ def check_images(x: Tensor, channels: int) -> None:
         raise ValueError(
             f"images must be (N, {channels}, height, width), float32 or uint8; got {x.dtype} of shape {tuple(x.shape)}"
         )
+
+
+def narrow(width: int, share: float, multiple: int) -> int:
+    """About this share of a width, a multiple of a number.
+
+    Examples
+    --------
+    >>> narrow(16, 0.5, 4), narrow(8, 0.3, 4)
+    (8, 4)
+    """
+    return max(1, round(width * share / multiple)) * multiple

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from cafe_flwr.networks.base import EarlyExitNetwork, Exit
-from cafe_flwr.networks.checks import IMAGE_NORMS, check_images, check_norm
+from cafe_flwr.networks.checks import IMAGE_NORMS, check_images, check_norm, narrow
 
 _CELLS = 4  # an exit sees its block's output as at most 4×4 cells, so that left and right stay apart
 
@@ -82,7 +82,13 @@ class ConvNet(EarlyExitNetwork):
             )
             exits.append(Exit(projection, features, num_classes))
         super().__init__(stages, exits)
+        self._built = (tuple(input_shape), num_classes, tuple(widths), features, norm)
         self.in_channels = in_channels
+
+    def at_width(self, share: float) -> ConvNet:
+        """With about this share of every block's channels; multiples of 4 stay multiples of 4."""
+        shape, classes, widths, features, norm = self._built
+        return ConvNet(shape, classes, [narrow(width, share, 4) for width in widths], features, norm)
 
     def check_inputs(self, x: Tensor) -> None:
         """Raise ValueError if these are not images of its channels."""

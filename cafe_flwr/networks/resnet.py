@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from cafe_flwr.networks.base import EarlyExitNetwork, Exit
-from cafe_flwr.networks.checks import check_images, check_norm
+from cafe_flwr.networks.checks import check_images, check_norm, narrow
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -84,6 +84,12 @@ class ResNet18(EarlyExitNetwork):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         super().__init__(stages, [Exit(_projection(width << k, features), features, num_classes) for k in range(4)])
         self.in_channels = channels
+        self._built = (tuple(input_shape), num_classes, features, norm, width, stem_stride)
+
+    def at_width(self, share: float) -> ResNet18:
+        """With about this share of the channels of all stages."""
+        shape, classes, features, norm, width, stem_stride = self._built
+        return ResNet18(shape, classes, features, norm, narrow(width, share, 2), stem_stride)
 
     def check_inputs(self, x: Tensor) -> None:
         """Raise ValueError if these are not images of its channels."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cafe_flwr.networks.base import EarlyExitNetwork, Exit
-from cafe_flwr.networks.checks import IMAGE_NORMS, check_norm
+from cafe_flwr.networks.checks import IMAGE_NORMS, check_norm, narrow
 
 _CELLS = 4  # an exit sees its block's output as at most 4 steps, so that early and late stay apart
 
@@ -78,7 +78,13 @@ class SequenceNet(EarlyExitNetwork):
             )
             exits.append(Exit(projection, features, num_classes))
         super().__init__(stages, exits)
+        self._built = (tuple(input_shape), num_classes, tuple(widths), features, norm)
         self.in_channels, self.steps = in_channels, steps
+
+    def at_width(self, share: float) -> SequenceNet:
+        """With about this share of every block's channels; multiples of 4 stay multiples of 4."""
+        shape, classes, widths, features, norm = self._built
+        return SequenceNet(shape, classes, [narrow(width, share, 4) for width in widths], features, norm)
 
     def check_inputs(self, x: Tensor) -> None:
         """Raise ValueError if these are not sequences of its channels and steps."""
