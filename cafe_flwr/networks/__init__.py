@@ -2,9 +2,8 @@
 
 from cafe_flwr.networks.attach import attach_exits
 from cafe_flwr.networks.base import EarlyExitNetwork, Exit, batch_norm_names
-from cafe_flwr.networks.conv import ConvNet
+from cafe_flwr.networks.conv import ConvNet, SequenceNet
 from cafe_flwr.networks.resnet import ResNet18
-from cafe_flwr.networks.sequence import SequenceNet
 from cafe_flwr.networks.transformer import TextTransformer
 
 __all__ = [
