@@ -1,6 +1,7 @@
 """Clients of several modalities: backbones averaged among their kind, classifiers compared across."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from federations import (
     CLASSES,
     INPUTS,
+    DeviceGrid,
     Recorded,
     WatchedGrid,
     run_small,
@@ -22,6 +24,7 @@ from torch import nn
 
 from cafe_flwr import EarlyExitNetwork, make_client_app
 from cafe_flwr.cost import macs_per_exit
+from cafe_flwr.data import ClientData, Split
 from cafe_flwr.evaluation import evaluate_run
 from cafe_flwr.export import export_client
 from cafe_flwr.federation import build_networks, federation, modality_of
@@ -302,6 +305,23 @@ def test_the_network_of_each_modality_is_told_with_its_own_cost(tmp_path):
     assert 0 < run.kinds[0].macs[0] != run.macs_per_exit[0]
 
 
-def test_the_documented_example_is_what_is_tested():
+def test_the_example_of_the_page_runs(tmp_path):
+    """docs/modalities.md, with data of the shapes it names: client 11 has images, client 12 a sensor."""
     page = (Path(__file__).parent.parent / "docs" / "modalities.md").read_text()
-    assert "modality_of=" in page
+    (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+    def load(client):
+        rng = np.random.default_rng(client)
+        shape = (1, 16, 16) if client == 11 else (6, 128)
+        x = torch.from_numpy(rng.normal(size=(20, *shape))).float()
+        split = Split(x, torch.arange(20) % 10)
+        return ClientData(split, split, split)
+
+    names = {"make_client_app": make_client_app, "ConvNet": ConvNet, "SequenceNet": SequenceNet, "load": load}
+    exec(code, names)
+    grid = DeviceGrid(names["app"], ["11", "12"], tmp_path)
+    result = FederatedStrategy(method=METHODS["cafedistill"](), num_rounds=2, local=BUDGET, wait_seconds=0).start(grid)
+    assert {name.partition("/")[0] for name in result.arrays} == {"image", "sensor"}
+    assert {path.name for path in tmp_path.glob("client-*.safetensors")} == {
+        f"client-{c}.safetensors" for c in (11, 12)
+    }
