@@ -193,8 +193,10 @@ class Workplace:
             initial=OnDevice(self.weights, device),
             augment=data.augment,
         )
-        kept = store.load(client, request.versions[row]) or {}  # of a client that held more exits before, too
-        tensors = {**self.initial, **shared, **{name: kept[name] for name in kept.keys() & self.tensors.keys()}}
+        kept = store.load(client, request.versions[row]) or {}
+        # A client may have held another part before: what it holds no longer stays away, what is new starts anew.
+        same = {name for name in kept.keys() & self.tensors.keys() if kept[name].shape == self.tensors[name].shape}
+        tensors = {**self.initial, **shared, **{name: kept[name] for name in same}}
         self.put(task, self.method.receive(tensors, download, self.weights))
         offset = self.method.offset(data.train, self.network.num_classes)
         self.network.offset = None if offset is None else offset.to(device)

@@ -562,6 +562,22 @@ def test_a_client_that_can_hold_more_goes_on_with_what_it_has(tmp_path):
     assert losses[2] < losses[1] < losses[0]
 
 
+@pytest.mark.parametrize("method", ["ditto", "cafedistill"])
+def test_a_client_that_can_hold_wider_layers_goes_on_with_what_still_fits(tmp_path, method):
+    """Ditto keeps a whole model of its own, whose layers have other shapes then; classifiers fit as they are."""
+    app = make_client_app(
+        lambda context: ConvNet((1, 16, 16), 10), lambda client, context: load_federation("digits", 2).load(client)
+    )
+    grid = DeviceGrid(app, ["0", "0", "1"], tmp_path, there={0: (0, 2), 1: (3, 9)})
+    next(iter(grid.contexts.values())).node_config["max-width"] = 0.5
+    strategy = toy_strategy(method, rounds=4, wait_seconds=5)
+    seen = []
+    strategy.callbacks = [Watch(seen)]
+    strategy.start(grid)
+    assert [record.left_out for record in seen] == [{}] * 4
+    assert [len(record.reports) for record in seen] == [2] * 4
+
+
 class Watch:
     """Keeps what a run tells its callbacks."""
 
