@@ -117,6 +117,7 @@ TABLE = {
     "fedpac": Row(BACKBONE, HEADS, [*HEADS, "class-means", "variance", "class-counts"], [*HEADS, "prototypes"]),
     "cafedistill": Row(BACKBONE, HEADS, LAST, LAST),
     "cafedistill teachers=own": EXITS_PERSONAL,
+    "cafedistill peers=deeper": Row(BACKBONE, HEADS, HEADS, LAST),
     "cafedistill-plus": PLUS,
     "cafedistill-plus match_by=classifiers": PLUS._replace(up=[*HEAD_UPDATES, "class-counts"]),
     "cafedistill-plus counts=noised match_by=classifiers": PLUS._replace(up=[*HEAD_UPDATES, "class-counts"]),
