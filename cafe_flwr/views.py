@@ -126,7 +126,9 @@ def is_part(part: Schema, whole: Schema) -> bool:
     """
     shapes = dict(whole.entries)
     within = all(
-        name in shapes and len(shape) == len(shapes[name]) and all(map(int.__le__, shape, shapes[name]))
+        name in shapes
+        and len(shape) == len(shapes[name])
+        and all(0 <= size <= most for size, most in zip(shape, shapes[name], strict=True))
         for name, shape in part.entries
     )
     return within and part.names == [name for name in whole.names if name in set(part.names)]

@@ -630,6 +630,7 @@ def put(**values):
     return lambda config: config.update({key.replace("_", "-"): value for key, value in values.items()})
 
 
+NEGATIVE = json.dumps([["stages.0.0.weight", [-1, 5]]])
 ALIEN = json.dumps([["stages.0.0.weight", [9, 9]]])
 
 
@@ -646,6 +647,7 @@ ALIEN = json.dumps([["stages.0.0.weight", [9, 9]]])
         (change_kind(num_exits=9), "names a kind of clients with 9 exits and 2 numbers of MACs"),
         (change_kind(num_exits=0, macs=[]), "names a kind of clients with 0 exits"),
         (change_kind(shared=ALIEN), "shared tensors are not among the federation's"),
+        (change_kind(shared=NEGATIVE), "shared tensors are not among the federation's"),
         (put(kind_of=[1]), "names kinds of clients that do not fit its clients"),
         (put(kind_of=[0, 0]), "names kinds of clients that do not fit its clients"),
         (change_kind(upload=ALIEN), "what it says of clients with 2 exits differs from the nodes before it"),
