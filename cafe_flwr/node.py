@@ -329,6 +329,7 @@ class _Order(NamedTuple):
     store: PersonalStore
     places: Mapping[int, Workplace]
     view: View
+    tensors: Mapping[int, Mapping[str, Tensor]]  # shared part by client; of clients with one workplace, the same
 
     def shared(self, client: int) -> NDArray[np.float32]:
         """The client's shared part as it was sent, flat."""
@@ -419,7 +420,7 @@ class _Node:
     def train(self, message: Message, context: Context) -> Message:
         """Evaluate, train and evaluate again every client asked for; one reply for all."""
         order = self._read(message, context)
-        work, request, store, places, _ = order
+        work, request, store, places = order.work, order.request, order.store, order.places
         here = _hosted(message, context, self.keys)
         reports: list[ClientReport] = []
         updates: list[NDArray[np.float32]] = []
@@ -473,7 +474,7 @@ class _Node:
             try:
                 data = self._data_of(client, context, request.seed, here)
                 with store.locked(client):
-                    task = work.begin(request, client, work.schemas["shared"].unpack(order.shared(client)), store, data)
+                    task = work.begin(request, client, order.tensors[client], store, data)
                     with seeded(int(task.rng("torch").integers(2**63))):
                         if config.get("publish"):
                             work.method.finish(task)
@@ -519,7 +520,13 @@ class _Node:
             raise ValueError(trouble)
         request = replace(request, privacy=stricter(request.privacy, context.node_config))
         folder = personal_folder(context, self.state_dir(context))
-        return _Order(work, request, PersonalStore(folder, request.run, message.metadata.created_at), places, view)
+        store = PersonalStore(folder, request.run, message.metadata.created_at)
+        different = {id(place): place for place in places.values()}
+        unpacked = {
+            key: place.schemas["shared"].unpack(view.part(request.shared, place.shared))
+            for key, place in different.items()
+        }
+        return _Order(work, request, store, places, view, {c: unpacked[id(place)] for c, place in places.items()})
 
     def _process(self, context: Context, seed: int) -> _Process:
         key = (self.token, seed, *sorted(context.run_config.items()))
@@ -657,7 +664,7 @@ def _train_client(order: _Order, client: int, data: ClientData) -> tuple[ClientR
     Returns the report and the client's shared part, flat.
     """
     work, request, store = order.places[client], order.request, order.store
-    shared = work.schemas["shared"].unpack(order.shared(client))
+    shared = order.tensors[client]
     version = request.versions[request.clients.index(client)]
     store.check_current(client, request.server_round)
     task = work.begin(request, client, shared, store, data)
