@@ -19,6 +19,7 @@ from cafe_flwr.kinds import read_shares
 from cafe_flwr.methods import METHODS, Method
 from cafe_flwr.modalities import MODALITIES
 from cafe_flwr.objectives import READS
+from cafe_flwr.older_settings import renamed
 from cafe_flwr.privacy import Privacy
 from cafe_flwr.training import LocalBudget
 
@@ -472,6 +473,8 @@ def _explain(settings: type[Settings], detail: Any) -> str:
     if not detail["loc"]:  # raised by a rule about several settings
         return str(detail["ctx"]["error"])
     key = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden" and (now := renamed(key)):
+        return f"unknown setting {key!r}: {now}"
     if detail["type"] == "extra_forbidden":
         known = settings.keys()
         near = closest(key, known)

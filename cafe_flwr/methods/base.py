@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from cafe_flwr.data import Split
 from cafe_flwr.images import Augmentation
+from cafe_flwr.kinds import Kind
 from cafe_flwr.losses import cross_entropies, self_distillation
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.objectives import Lesson, Objective
 from cafe_flwr.options import setting as setting  # methods declare their settings with it
+from cafe_flwr.pairs import Pairs
 from cafe_flwr.priors import class_counts, log_prior
 from cafe_flwr.schema import Schema
+from cafe_flwr.starts import STARTS
 from cafe_flwr.training import LocalBudget, train
 
 Tensors = Mapping[str, Tensor]
@@ -50,7 +53,7 @@ class LocalTask:
     state
         The client's tensors beside the network's (``Method.extra_tensors``), by name; the method replaces entries.
     initial
-        The weights that all networks of the run started from, by name.
+        The weights that the client's network started from, by name.
     steps
         Gradient steps taken so far.
     lesson
@@ -73,6 +76,11 @@ class LocalTask:
     steps: int = 0
     lesson: Lesson | None = None
     augment: Augmentation | None = None
+
+    @property
+    def training_exits(self) -> list[int]:
+        """The active student exits and the last one, counted from 0."""
+        return [*(k for k, active in enumerate(self.active) if active), self.network.num_exits - 1]
 
     def run(
         self,
@@ -153,11 +161,14 @@ class ClientRecord:
     seen
         Round of the report.
     upload
-        What the method had it send of its own, flat (CAFEDistill: its last exit's classifier).
+        What the method had it send of its own, or what the server has made of that for it (``Method.conclude``), flat.
+        CAFEDistill: the mixture that the client's last classifier becomes, which waits here until it is next asked.
     similarity
         (m−1,): how similar its student exits are to its last exit; NaN for exits that it does not hold.
     kind
         What it holds (:class:`cafe_flwr.kinds.Kind`), by name.
+    level
+        CAFEDistill: its deepest exit that has trained as a student, counted from 0.
     """
 
     num_examples: int
@@ -165,6 +176,7 @@ class ClientRecord:
     upload: NDArray[np.float32]
     similarity: NDArray[np.float64]
     kind: str = ""
+    level: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +184,7 @@ class ServerRound:
     """What the server knows when it plans a round.
 
     Where clients are not alike, a round is planned once for all those that can learn from one another
-    (``Method.compares``).
+    (``Method.comparable``).
 
     Attributes
     ----------
@@ -190,6 +202,10 @@ class ServerRound:
         Random generator of this round.
     held
         How many exits participants hold, by client; those that are not named hold all.
+    pairs
+        Similarities of clients that have met in a round.
+    seed
+        Of the run.
     """
 
     server_round: int
@@ -200,6 +216,8 @@ class ServerRound:
     upload: Schema
     rng: np.random.Generator
     held: Mapping[int, int] = field(default_factory=dict)
+    pairs: Pairs = field(default_factory=Pairs)
+    seed: int = 0
 
     @property
     def all_exits(self) -> NDArray[np.bool_]:
@@ -209,6 +227,15 @@ class ServerRound:
         """
         held = np.array([self.held.get(client, self.num_exits) for client in self.participants], dtype=np.int64)
         return np.arange(1, self.num_exits) < held[:, None]
+
+    @property
+    def reported_similarity(self) -> NDArray[np.float64]:
+        """What the participants last said of their student exits, (participants, m−1); NaN if nothing yet."""
+        similarity = np.full((len(self.participants), self.num_exits - 1), np.nan)
+        for row, client in enumerate(self.participants):
+            if client in self.known:
+                similarity[row] = self.known[client].similarity[: self.num_exits - 1]
+        return similarity
 
     @property
     def teachers(self) -> list[int]:
@@ -257,6 +284,28 @@ class RoundPlan:
     weight_rows: Sequence[int] = ()
     weight_columns: Sequence[int] = ()
     suspicious: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What the server has made of a round's reports.
+
+    Attributes
+    ----------
+    records
+        What it keeps of every client that reported well.
+    pairs
+        Similarities of clients, those of this round included.
+    plan
+        The round's plan, with the weights found now where the method mixes at the end of a round.
+    unmoved
+        Clients whose classifier came back as it was sent.
+    """
+
+    records: Mapping[int, ClientRecord]
+    pairs: Pairs
+    plan: RoundPlan
+    unmoved: Sequence[int] = ()
 
 
 def joined_plans(
@@ -314,10 +363,7 @@ class Method(Objective):
         Settings of every method that this one cannot take, with the reason.
     phases
         Things it trains one after the other in a round, which share the round's steps if ``equal_steps``.
-    compares
-        Whether clients of different depths and modalities can learn from one another, where they download tensors of
-        the same shapes; if not, they learn from those with the same network only.
-    prior, distill, equal_steps
+    prior, distill, equal_steps, classifier_start
         Settings of every method, beside those of its objective.
     """
 
@@ -325,12 +371,17 @@ class Method(Objective):
     prefix: ClassVar[str]
     refuses: ClassVar[Mapping[str, str]] = {}
     phases: ClassVar[int] = 1
-    compares: ClassVar[bool] = False
 
     prior: bool = setting(False, "Add the log of the client's own class shares to its logits, in training and after.")
     distill: bool = setting(False, "Let the mean of a client's exits teach each of them (temperature 3).")
     equal_steps: bool = setting(
         True, "Methods that train two things in a round share the round's steps; false: each takes all, as published."
+    )
+    classifier_start: str = setting(
+        "zero",
+        "What personal classifiers start from: zeros, one random draw common to all clients, a draw of each client's "
+        "own, or what the network was built with ('built', alike on all clients). Shared ones start as built.",
+        choices=STARTS,
     )
 
     def __post_init__(self) -> None:
@@ -366,6 +417,10 @@ class Method(Objective):
 
     # --- server half ---
 
+    def comparable(self, kind: Kind) -> Hashable:
+        """Clients learn from one another whose kinds give the same here; by default, those with the same network."""
+        return kind.name
+
     def plain_mean(self, unequal: bool) -> bool:
         """Whether clients count alike in the average of what is shared; by default they count by their examples.
 
@@ -377,9 +432,21 @@ class Method(Objective):
         """What the participants are told. By default: train all exits."""
         return RoundPlan(task.all_exits)
 
+    def conclude(self, task: ServerRound, plan: RoundPlan, records: Mapping[int, ClientRecord]) -> Conclusion:
+        """What is kept of a round. By default: the reports as they are.
+
+        Parameters
+        ----------
+        task, plan
+            As the round was planned; ``task.known`` is from before the round.
+        records
+            Of the participants that reported well.
+        """
+        return Conclusion(records, task.pairs, plan)
+
     # --- client half ---
 
-    def receive(self, tensors: Tensors, download: Tensors, initial: Tensors) -> Tensors:
+    def receive(self, tensors: Tensors, download: Tensors, initial: Tensors, data: Split | None = None) -> Tensors:
         """The client's tensors at the start of a round.
 
         Parameters
@@ -389,7 +456,9 @@ class Method(Objective):
         download
             What the server sent to this client alone; empty if nothing.
         initial
-            The weights that all networks of the run started from.
+            The weights that the client's network started from.
+        data
+            Its training split; None where the server must know the outcome: then what does not depend on it.
         """
         return tensors
 
