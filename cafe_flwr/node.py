@@ -41,6 +41,7 @@ from cafe_flwr.messages import (
     record_of,
 )
 from cafe_flwr.methods import METHODS, LocalTask, Method
+from cafe_flwr.methods.base import without_prefix
 from cafe_flwr.methods.mixtures import UPDATE
 from cafe_flwr.metrics import (
     ExitMetrics,
@@ -77,6 +78,7 @@ class Parts(NamedTuple):
 
 
 PARTS = "cafe_flwr_parts"
+MOMENTUM = "optimizer/"  # before the names of what the optimiser remembers, among a client's personal tensors
 
 
 def make_client_app(
@@ -205,6 +207,8 @@ class Workplace:
             augment=data.augment,
         )
         kept = store.load(client, request.versions[row]) or {}
+        if task.budget.keep_momentum:
+            task.momentum = without_prefix(kept, MOMENTUM)
         # A client may have held another part before: what it holds no longer stays away, what is new starts anew.
         same = {name for name in kept.keys() & self.tensors.keys() if kept[name].shape == self.tensors[name].shape}
         tensors = {**self.initial, **start, **shared, **{name: kept[name] for name in same}}
@@ -690,8 +694,10 @@ def _train_client(order: _Order, client: int, data: ClientData) -> tuple[ClientR
     after = _evaluate(work, task, data, request.evaluate and tells)
     done = time.perf_counter()
     tensors = work.take(task)
-    _check_finite(tensors)
+    momentum = {MOMENTUM + name: tensor for name, tensor in task.momentum.items()}
+    _check_finite({**tensors, **momentum})
     personal = {name: tensors[name].cpu() for name in work.schemas["personal"].names}
+    personal |= {name: tensor.cpu() for name, tensor in momentum.items()}
     sent = _released(order, client, tensors, shared)
     store.save(client, request.server_round, personal, base=version, resumable_from=request.resumable_from)
     similarity = [0.0] * (work.network.num_exits - 1)

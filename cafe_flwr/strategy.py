@@ -108,7 +108,10 @@ class FederatedStrategy(FedAvg):
     num_rounds
         T: schedules (learning rate, student exits) span so many rounds. None: as many as :meth:`start` is told.
     local
-        Local training. Its learning rate is constant until T/2 and then falls like a cosine.
+        Local training, with the learning rate of the first round.
+    learning_rate_schedule, learning_rate_decay
+        What becomes of the learning rate: ``"cosine"``, constant until T/2, then a cosine down to 0; or
+        ``"exponential"``, by the factor ``learning_rate_decay`` a round.
     num_clients
         Clients in simulation, spread over the nodes; None: one client per node.
     seed
@@ -140,6 +143,8 @@ class FederatedStrategy(FedAvg):
         method: Method,
         num_rounds: int | None = None,
         local: LocalBudget | None = None,
+        learning_rate_schedule: str = "cosine",
+        learning_rate_decay: float = 1.0,
         num_clients: int | None = None,
         seed: int = 0,
         evaluate_every: int = 1,
@@ -167,6 +172,8 @@ class FederatedStrategy(FedAvg):
             "wait-seconds": wait_seconds,
             "round-timeout": round_timeout,
             "round-retries": round_retries,
+            "learning-rate-schedule": learning_rate_schedule,
+            "learning-rate-decay": learning_rate_decay,
         }
         checked |= {"num-server-rounds": num_rounds} if num_rounds is not None else {}
         checked |= {"num-clients": num_clients} if num_clients is not None else {}
@@ -183,6 +190,8 @@ class FederatedStrategy(FedAvg):
         self._planned_rounds = num_rounds
         self.num_rounds = DEFAULT_ROUNDS if num_rounds is None else num_rounds
         self.local = local or LocalBudget()
+        self.learning_rate_schedule = learning_rate_schedule
+        self.learning_rate_decay = learning_rate_decay
         self.num_clients = num_clients
         self.seed = seed
         self.evaluate_every = evaluate_every
@@ -219,6 +228,10 @@ class FederatedStrategy(FedAvg):
         logger.info(
             "\t├──> Local training: %s of %d, %s at %g", length, local.batch_size, optimizer, local.learning_rate
         )
+        if self.learning_rate_schedule == "exponential":
+            logger.info("\t├──> Learning rate × %g a round", self.learning_rate_decay)
+        if local.keep_momentum:
+            logger.info("\t├──> The optimiser's momentum stays on the clients from round to round")
         for part in (self.bounds, self.privacy):
             if part != type(part)():
                 logger.info("\t├──> %s", part)
@@ -360,6 +373,11 @@ class FederatedStrategy(FedAvg):
         last = self.num_rounds if num_rounds is None else num_rounds
         if not 1 <= last <= self.num_rounds:
             raise ValueError(f"num_rounds must be in 1..{self.num_rounds}, for which the strategy was made, got {last}")
+        if not self._learning_rate(self.num_rounds):
+            raise ValueError(
+                f"learning_rate_decay = {self.learning_rate_decay} shrinks the learning rate to 0 within "
+                f"{self.num_rounds} rounds: choose one nearer to 1"
+            )
         self.state, self._resume_from = self._resume_from, None
         self.directory.kinds |= self.state.kinds if self.state else {}
         logger.info("Starting %s:", self.method.name)
@@ -506,7 +524,7 @@ class FederatedStrategy(FedAvg):
             left_out=self._round.left_out,
             plan=self._round.plan,
             reports=reports,
-            learning_rate=learning_rate_at(self.local.learning_rate, server_round, self.num_rounds),
+            learning_rate=self._learning_rate(server_round),
             bytes_down=bytes_down,
             bytes_up=bytes_up,
             seconds=seconds,
@@ -744,7 +762,8 @@ class FederatedStrategy(FedAvg):
         return server_round % self.evaluate_every == 0 or server_round == self.num_rounds
 
     def _learning_rate(self, server_round: int) -> float:
-        return learning_rate_at(self.local.learning_rate, server_round, self.num_rounds)
+        schedule = self.num_rounds, self.learning_rate_schedule, self.learning_rate_decay
+        return learning_rate_at(self.local.learning_rate, server_round, *schedule)
 
     def _read(
         self, server_round: int, replies: Iterable[Message], info: NodeInfo

@@ -60,6 +60,11 @@ class LocalTask:
         The objective at work in the training that runs now, if it has been asked for.
     augment
         How training varies the inputs of a batch; None: not at all.
+    momentum
+        What the optimiser remembers from the client's last round, by name; replaced when the task has run. Unused
+        unless the budget keeps it.
+    runs
+        How often the task has run so far.
     """
 
     network: EarlyExitNetwork
@@ -76,6 +81,8 @@ class LocalTask:
     steps: int = 0
     lesson: Lesson | None = None
     augment: Augmentation | None = None
+    momentum: dict[str, Tensor] = field(default_factory=dict)
+    runs: int = 0
 
     @property
     def training_exits(self) -> list[int]:
@@ -95,7 +102,8 @@ class LocalTask:
     ) -> float:
         """Train the network on a loss of (x, y), and count the steps.
 
-        The objective begins anew: its teacher is the network as it stands before the first step.
+        The objective begins anew: its teacher is the network as it stands before the first step. Where momentum is
+        kept, the n-th run of a round goes on with that of the n-th run of the client's last round for this purpose.
 
         Parameters
         ----------
@@ -119,6 +127,8 @@ class LocalTask:
         Mean loss over the steps.
         """
         self.lesson = None
+        of_this = f"{purpose}/{self.runs}/"
+        kept = without_prefix(self.momentum, of_this) if self.budget.keep_momentum else None
         outcome = train(
             self.network,
             self.data,
@@ -132,8 +142,13 @@ class LocalTask:
             part=part,
             times=times,
             augment=self.augment,
+            kept=kept,
         )
         self.lesson = None
+        self.runs += 1
+        if kept is not None:
+            others = {name: t for name, t in self.momentum.items() if not name.startswith(of_this)}
+            self.momentum = others | {of_this + name: t for name, t in kept.items()}
         self.steps += outcome.steps
         return outcome.loss
 
