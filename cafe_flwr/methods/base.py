@@ -456,6 +456,15 @@ class Method(Objective):
         return 0
 
 
+def check_equal_exits(network: EarlyExitNetwork, what: str, advice: str) -> None:
+    """ValueError, with the advice, where what is asked for compares exits and theirs have different widths."""
+    widths = network.feature_widths
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"{what} needs exits of one width, and this network's have {', '.join(map(str, widths))}: {advice}"
+        )
+
+
 def settings_of(method: Method) -> dict[str, Any]:
     """The method's own settings, by name."""
     return {f.name: getattr(method, f.name) for f in fields(method)}

@@ -13,6 +13,7 @@ docs/method.md has every formula and says what the paper leaves open.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -26,7 +27,16 @@ from torch.nn import functional as F
 from cafe_flwr.coordination import SELECTIONS, active_exits
 from cafe_flwr.devices import device_of, moved
 from cafe_flwr.losses import distillation
-from cafe_flwr.methods.base import ClientRecord, LocalResult, LocalTask, Method, RoundPlan, ServerRound, setting
+from cafe_flwr.methods.base import (
+    ClientRecord,
+    LocalResult,
+    LocalTask,
+    Method,
+    RoundPlan,
+    ServerRound,
+    check_equal_exits,
+    setting,
+)
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.robustness import guarded_weights
 from cafe_flwr.teaching import TEACHERS, check_solver, cosine_similarity, teacher_weights
@@ -95,6 +105,13 @@ class CafeDistillMethod(Method):
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
         """The teacher's classifier, under the names of the last exit's."""
         return [] if self.teachers == "own" else network.head_names(network.num_exits - 1)
+
+    def check(self, network: EarlyExitNetwork) -> None:
+        """What compares or mixes classifiers of different exits needs them of one shape."""
+        if self.similarity_proxy == "parameters":
+            check_selection(network, self.selection, "similarity-proxy to 'gradients', or selection")
+        if self.peers == "deeper":
+            check_equal_exits(network, "peers = 'deeper'", "set peers to 'alike' or 'all'")
 
     # --- server half ---
 
@@ -216,8 +233,17 @@ def reported_similarity(task: ServerRound) -> NDArray[np.float64]:
     return similarity
 
 
+def check_selection(network: EarlyExitNetwork, selection: str, key: str) -> None:
+    """ValueError where students are ordered by cosines of classifiers that cannot be taken; ``key`` is what to set."""
+    if selection in ("shallow-first", "deep-first"):
+        what = f"selection = {selection!r} by the cosine of an exit's classifier and the last one's"
+        check_equal_exits(network, what, f"set {key} to 'none' or 'random'")
+
+
 def classifier_similarity(network: EarlyExitNetwork) -> list[float]:
-    """Cosine of every student exit's classifier and the last exit's, (m−1,)."""
+    """Cosine of every student exit's classifier and the last exit's, (m−1,); NaN where exits have different widths."""
+    if len(set(network.feature_widths)) > 1:
+        return [math.nan] * (network.num_exits - 1)
     tensors, last = network.state_dict(), network.num_exits - 1
     heads = [torch.cat([tensors[n].flatten() for n in network.head_names(k)]) for k in range(last + 1)]
     return [F.cosine_similarity(head, heads[last], dim=0).item() for head in heads[:last]]

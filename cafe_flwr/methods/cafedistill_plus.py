@@ -32,10 +32,16 @@ from cafe_flwr.methods.base import (
     RoundPlan,
     ServerRound,
     Tensors,
+    check_equal_exits,
     setting,
     without_prefix,
 )
-from cafe_flwr.methods.cafedistill import classifier_similarity, reported_similarity, training_exits
+from cafe_flwr.methods.cafedistill import (
+    check_selection,
+    classifier_similarity,
+    reported_similarity,
+    training_exits,
+)
 from cafe_flwr.methods.mixtures import UPDATE, add_updates, updates
 from cafe_flwr.metrics import exit_features
 from cafe_flwr.networks import EarlyExitNetwork
@@ -84,6 +90,13 @@ class CafeDistillPlus(Method):
             raise ValueError(
                 f"counts = {self.counts!r} hides what match_by = 'features' would tell: set match_by to 'classifiers'"
             )
+
+    def check(self, network: EarlyExitNetwork) -> None:
+        """Class means of all exits are one tensor, and the order of students is by classifiers: both of one width."""
+        check_selection(network, self.selection, f"{self.prefix}selection")
+        if self.match_by == "features":
+            key = f"{self.prefix}match-by"
+            check_equal_exits(network, f"{key} = 'features'", f"set {key} to 'classifiers'")
 
     # --- what travels ---
 
