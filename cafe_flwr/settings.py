@@ -387,12 +387,14 @@ class Settings(_MethodSettings):
             self._check_published()
         elif self.norm == "layer" and self.network != "transformer":
             raise ValueError(f"norm = 'layer' is of the transformer: {self.network!r} takes 'group' or 'batch'")
-        if self.statistics != "average" and self.network in PUBLISHED and self.network != "published-resnet18":
-            raise ValueError(
-                f"statistics = {self.statistics!r} is about batch norms, and {self.network!r} has none: set it to "
-                "'average'"
-            )
-        if self.statistics != "average" and self.norm != "batch" and self.network not in PUBLISHED:
+        published = PUBLISHED.get(self.network)
+        norm = self.norm if published is None else published.get("norm")
+        if self.statistics != "average" and norm != "batch":
+            if published is not None:
+                raise ValueError(
+                    f"statistics = {self.statistics!r} is about batch norms, and {self.network!r} has none: set it to "
+                    "'average'"
+                )
             raise ValueError(
                 f"statistics = {self.statistics!r} is about batch norms, and norm = {self.norm!r} keeps none: set "
                 "norm to 'batch', or statistics to 'average'"

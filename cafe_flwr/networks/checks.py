@@ -37,10 +37,10 @@ def check_tokens(x: Tensor, max_length: int) -> None:
 
     Examples
     --------
-    >>> check_tokens(torch.zeros(2, 300, dtype=torch.int64), 200)
+    >>> check_tokens(torch.zeros(2, 7), 200)
     Traceback (most recent call last):
         ...
-    ValueError: texts have 300 tokens, the network takes 200: shorten them, or build the network with a larger max_length
+    ValueError: texts must be tokens, (B, L) int64; got torch.float32 of shape (2, 7)
     """
     if x.dtype != torch.int64 or x.dim() != 2:
         raise ValueError(f"texts must be tokens, (B, L) int64; got {x.dtype} of shape {tuple(x.shape)}")

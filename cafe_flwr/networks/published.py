@@ -144,6 +144,8 @@ class PublishedTransformer(EarlyExitNetwork):
 class _Embedding(nn.Module):
     """Embeddings times the root of their width, plus positions, then dropout: (B, L) → (B, L, 192)."""
 
+    position: Tensor
+
     def __init__(self, vocabulary: int, max_length: int) -> None:
         super().__init__()
         self.token = nn.Embedding(vocabulary, _WIDTH)
