@@ -150,9 +150,7 @@ class EarlyExitNetwork(nn.Module):
             raise ValueError(f"one exit per stage is needed, got {len(stages)} stages and {len(exits)} exits")
         classes = {e.head.out_features for e in exits}
         if len(classes) != 1:
-            raise ValueError(
-                f"all heads must have the same classes, got {', '.join(map(str, sorted(classes)))} of them"
-            )
+            raise ValueError(f"all heads must have the same classes, got {', '.join(map(str, sorted(classes)))}")
         self.stages = nn.ModuleList(stages)
         self.exits = nn.ModuleList(exits)
         self.offset: Tensor | None = None
