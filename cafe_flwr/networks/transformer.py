@@ -26,8 +26,8 @@ class TextTransformer(EarlyExitNetwork):
     needs is one tensor from which rows can be dropped. Padding is neither attended to nor averaged over; a text without
     any token counts as one padding token.
 
-    The projection of an exit is the mean over tokens, a linear layer and a layer norm. Nothing but "4 blocks" is
-    published of the Transformer for AG News; the rest is ours (docs/networks.md).
+    The projection of an exit is the mean over tokens, a linear layer and a layer norm. The authors' own
+    Transformer for AG News is :class:`cafe_flwr.networks.PublishedTransformer` (docs/networks.md).
 
     Parameters
     ----------
