@@ -12,10 +12,19 @@ from flwr.serverapp.strategy import Result
 from cafe_flwr.data import ClientData, FederatedData, load_federation
 from cafe_flwr.log import logger
 from cafe_flwr.modalities import ROWS, in_rows, rows_shape
-from cafe_flwr.networks import ConvNet, EarlyExitNetwork, ResNet18, SequenceNet, TextTransformer
+from cafe_flwr.networks import (
+    ConvNet,
+    EarlyExitNetwork,
+    PublishedConvNet,
+    PublishedResNet18,
+    PublishedTransformer,
+    ResNet18,
+    SequenceNet,
+    TextTransformer,
+)
 from cafe_flwr.node_config import data_folder, hosted, is_device
 from cafe_flwr.recording import Recorder, open_results
-from cafe_flwr.settings import Settings
+from cafe_flwr.settings import PUBLISHED, Settings
 from cafe_flwr.state import ServerState
 from cafe_flwr.strategy import FederatedStrategy
 
@@ -132,7 +141,8 @@ def build_networks(settings: Settings, node_config: Mapping[str, Any] | None = N
     data = federation(settings, node_config)
     found = {name: _network(settings, data, name) for name in settings.modality_names or ("",)}
     for network in found.values():
-        network.pixels = data.pixels
+        if settings.network not in PUBLISHED:  # those take pixels as −1..1, which is what networks start with
+            network.pixels = data.pixels
         network.statistics = settings.statistics
     return found
 
@@ -144,6 +154,8 @@ def modality_of(settings: Settings, client: int) -> str:
 
 
 def _network(settings: Settings, data: FederatedData, modality: str = "") -> EarlyExitNetwork:
+    if settings.network in PUBLISHED:
+        return _published(settings.network, data)
     width, depth, features = settings.network_width, settings.network_depth, settings.feature_width
     widths = [(width or 8) << k for k in range(depth or 3)]
     if modality == ROWS:
@@ -172,6 +184,13 @@ def _network(settings: Settings, data: FederatedData, modality: str = "") -> Ear
             stem_stride=settings.stem_stride,
         )
     return ConvNet(data.input_shape, data.num_classes, widths, features, settings.norm)
+
+
+def _published(name: str, data: FederatedData) -> EarlyExitNetwork:
+    if name == "published-transformer":
+        return PublishedTransformer(data.num_classes, data.vocabulary, data.input_shape[0])
+    build = PublishedResNet18 if name == "published-resnet18" else PublishedConvNet
+    return build(data.input_shape, data.num_classes)
 
 
 def build_strategy(

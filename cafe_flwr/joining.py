@@ -452,7 +452,7 @@ def train_newcomer(
         name: package.teacher[of_last]
         for k in range(network.num_exits)
         for name, of_last in zip(network.head_names(k), last, strict=True)
-        if package.teacher
+        if package.teacher and network.feature_widths[k] == network.feature_widths[-1]
     }
     backbone = {name: t for name, t in package.shared.items() if name not in classifiers}
     budget, tensors = LocalBudget(**facts["budget"]), {**work.initial, **package.shared, **heads}

@@ -25,6 +25,22 @@ from cafe_flwr.training import LocalBudget, learning_rate_at
 
 IMAGE_SETS = (*digits.NUM_CLASSES, *names_of_sets(texts=False))
 TEXT_SETS = ("docstrings", *names_of_sets(texts=True))
+TEXT_NETWORKS = ("transformer", "published-transformer")
+
+PUBLISHED: Mapping[str, Mapping[str, int | str]] = {
+    "published-conv": {"network_width": 128, "network_depth": 3, "feature_width": 128},
+    "published-resnet18": {"network_width": 64, "network_depth": 4, "norm": "batch"},
+    "published-transformer": {
+        "network_width": 192,
+        "network_depth": 4,
+        "feature_width": 192,
+        "norm": "layer",
+        "attention_heads": 2,
+    },
+}
+"""Networks of fixed build, with the settings that could say the same of them."""
+
+_OF_NETWORKS = ("network_width", "network_depth", "feature_width", "norm", "stem_stride", "attention_heads", "dropout")
 
 
 def kebab(name: str) -> str:
@@ -214,9 +230,12 @@ class Settings(_MethodSettings):
     """Clients that are certified by themselves shall all be right at once."""
 
     # The network
-    network: Literal["conv", "resnet18", "transformer"] = "conv"
+    network: Literal[
+        "conv", "resnet18", "transformer", "published-conv", "published-resnet18", "published-transformer"
+    ] = "conv"
     """'conv': convolutional blocks; 'resnet18': four stages of residual blocks; both for images. 'transformer': blocks
-    of attention, for texts. An exit after each block or stage."""
+    of attention, for texts. An exit after each block or stage. With 'published-' before the name: those that
+    CAFEDistill's authors run, of fixed size (docs/networks.md)."""
     feature_width: int = Field(24, ge=1)
     """Width of the features that enter the classifier of every exit."""
     network_width: int = Field(0, ge=0)
@@ -388,7 +407,7 @@ class Settings(_MethodSettings):
 
     def _check_network(self) -> None:
         """What the settings alone say against the network; the data's shape comes later."""
-        takes, holds = "texts" if self.network == "transformer" else "images", "images"
+        takes, holds = "texts" if self.network in TEXT_NETWORKS else "images", "images"
         if self.dataset in TEXT_SETS:
             holds = "texts"
         if takes != holds:
@@ -399,9 +418,18 @@ class Settings(_MethodSettings):
             )
         if self.build_method().objective == "neo-kd" and takes == "texts":
             raise ValueError("objective = 'neo-kd' changes inputs a little, and tokens cannot be: choose another one")
-        if self.norm == "layer" and self.network != "transformer":
+        if self.network in PUBLISHED:
+            self._check_published()
+        elif self.norm == "layer" and self.network != "transformer":
             raise ValueError(f"norm = 'layer' is of the transformer: {self.network!r} takes 'group' or 'batch'")
-        if self.statistics != "average" and self.norm != "batch":
+        published = PUBLISHED.get(self.network)
+        norm = self.norm if published is None else published.get("norm")
+        if self.statistics != "average" and norm != "batch":
+            if published is not None:
+                raise ValueError(
+                    f"statistics = {self.statistics!r} is about batch norms, and {self.network!r} has none: set it to "
+                    "'average'"
+                )
             raise ValueError(
                 f"statistics = {self.statistics!r} is about batch norms, and norm = {self.norm!r} keeps none: set "
                 "norm to 'batch', or statistics to 'average'"
@@ -410,6 +438,17 @@ class Settings(_MethodSettings):
             raise ValueError(f"resnet18 has 4 stages, got network-depth = {self.network_depth}: set it to 0")
         if self.stem_stride != 1 and self.network != "resnet18":
             raise ValueError(f"stem-stride = {self.stem_stride} is of resnet18: set it to 1 for {self.network!r}")
+
+    def _check_published(self) -> None:
+        """A published network is as it is: a setting that asks for another one would change nothing."""
+        fixed = PUBLISHED[self.network]
+        for name in _OF_NETWORKS:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value not in (default, fixed.get(name, default)):
+                raise ValueError(
+                    f"{kebab(name)} = {value!r} does not change {self.network!r}, which is built as its authors run "
+                    f"it: leave it at {default!r}, or choose network = {self.network.removeprefix('published-')!r}"
+                )
 
     def _check_own_data(self) -> None:
         """Where clients bring their own data, the run must say what it is to look like, and deals nothing out."""

@@ -306,7 +306,7 @@ IMPOSSIBLE = [
     ("max-tokens", 0, "greater than or equal to 1"),
     ("vocabulary", 1, "greater than or equal to 2"),
     ("long-texts", "keep", "'cut' or 'refuse'"),
-    ("network", "mlp", "'conv', 'resnet18' or 'transformer'"),
+    ("network", "mlp", "'conv', 'resnet18', 'transformer', 'published-conv'"),
     ("network-width", -1, "greater than or equal to 0"),
     ("network-depth", -1, "greater than or equal to 0"),
     ("norm", "none", "'group', 'batch' or 'layer'"),

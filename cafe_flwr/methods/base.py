@@ -540,6 +540,22 @@ class Method(Objective):
         return 0
 
 
+def check_equal_exits(network: EarlyExitNetwork, what: str, advice: str) -> None:
+    """ValueError, with the advice, where what is asked for compares exits and theirs have different widths."""
+    widths = network.feature_widths
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"{what} needs exits of one width, and this network's have {', '.join(map(str, widths))}: {advice}"
+        )
+
+
+def check_selection(network: EarlyExitNetwork, selection: str, key: str) -> None:
+    """ValueError where students are ordered by cosines of classifiers that cannot be taken; ``key`` is what to set."""
+    if selection in ("shallow-first", "deep-first"):
+        what = f"selection = {selection!r} by the cosine of an exit's classifier and the last one's"
+        check_equal_exits(network, what, f"set {key} to 'none' or 'random'")
+
+
 def settings_of(method: Method) -> dict[str, Any]:
     """The method's own settings, by name."""
     return {f.name: getattr(method, f.name) for f in fields(method)}

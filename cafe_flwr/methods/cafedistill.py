@@ -31,7 +31,17 @@ from cafe_flwr.coordination import conflict_ramp, student_levels
 from cafe_flwr.data import Split
 from cafe_flwr.kinds import Kind
 from cafe_flwr.losses import distillation
-from cafe_flwr.methods.base import ClientRecord, Conclusion, LocalTask, Method, RoundPlan, ServerRound, Tensors, setting
+from cafe_flwr.methods.base import (
+    ClientRecord,
+    Conclusion,
+    LocalTask,
+    Method,
+    RoundPlan,
+    ServerRound,
+    Tensors,
+    check_equal_exits,
+    setting,
+)
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.objectives import exits_at
 from cafe_flwr.robustness import guarded_weights
@@ -100,6 +110,11 @@ class CafeDistillMethod(Method):
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
         """The mixture, under the names of what is sent."""
         return self.upload_names(network)
+
+    def check(self, network: EarlyExitNetwork) -> None:
+        """Exits of one network are compared by one variant only."""
+        if self.conflict == "exits":
+            check_equal_exits(network, "conflict = 'exits'", "set conflict to 'clients'")
 
     # --- server half ---
 
