@@ -10,12 +10,12 @@ from hub_copies import write_copy
 from torch import nn
 
 from cafe_flwr.cost import macs_per_exit
+from cafe_flwr.exit_agreement import classifier_similarity
 from cafe_flwr.export import export
 from cafe_flwr.federation import build_network
 from cafe_flwr.images import SYMMETRIC
 from cafe_flwr.kinds import networks_of
 from cafe_flwr.methods import METHODS
-from cafe_flwr.methods.cafedistill import classifier_similarity
 from cafe_flwr.networks import (
     EarlyExitNetwork,
     Exit,
