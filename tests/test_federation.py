@@ -494,8 +494,11 @@ def test_every_setting_of_the_data_set_reaches_it(tmp_path, monkeypatch):
     given = {
         "dataset": "local:/some/where",
         "num_clients": 7,
-        "partition": "pathological",
+        "partition": "natural",
         "dirichlet_alpha": 0.7,
+        "dirichlet_cap": True,
+        "partition_column": "style",
+        "natural_split": "dirichlet",
         "classes_per_client": 3,
         "examples_per_client": 55,
         "image_size": 12,
