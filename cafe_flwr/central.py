@@ -247,6 +247,11 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
     for switch in ("prior", "distill"):
         if getattr(settings, switch):
             raise ValueError(f"{switch} is of a client in a federation: training in one place does not take it")
+    if settings.learning_rate_schedule != "cosine":
+        raise ValueError(
+            f"learning-rate-schedule = {settings.learning_rate_schedule!r} is of a federation's rounds: training in "
+            "one place has none, leave it out"
+        )
     if settings.num_clients != 1 or not settings.local_epochs:
         raise ValueError("training in one place has one client and counts epochs: make settings by central_settings")
     if folder.exists() and any(folder.iterdir()):

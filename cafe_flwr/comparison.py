@@ -135,6 +135,7 @@ def read_finished(run: PlannedRun) -> Finished:
     figures |= _each_exit("accuracy_exit_{}", summary.get("accuracy_per_exit"), exits)
     for key in ("accuracy_ensemble", "accuracy_worst_tenth", "accuracy_after_training", "accuracy_adapted"):
         figures[key] = number(summary.get(key))
+    figures["accuracy_last_five"] = number((summary.get("last_five") or {}).get("accuracy"))
     figures |= _each_exit("accuracy_after_training_exit_{}", summary.get("accuracy_per_exit_after_training"), exits)
     figures["accuracy_macs_area"] = number(summary.get("accuracy_macs_area"))
     figures["macs_reduction_at_equal_accuracy"] = number(summary.get("macs_reduction_at_equal_accuracy"))

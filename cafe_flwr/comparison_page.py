@@ -60,6 +60,7 @@ pre { overflow-x: auto; background: var(--panel); padding: .8rem 1rem; font-size
 WORDS = {
     "row": "A method with its settings, run once with every seed.",
     "mean over exits": "Accuracy averaged over the network's exits, then over clients.",
+    "last five rounds": "The mean over exits after each of the last five rounds, averaged.",
     "ensemble of exits": "Accuracy of the averaged class probabilities of all exits.",
     "area under accuracy–MACs": "Mean accuracy over MACs budgets, from the cheapest answer to the full network.",
     "difference": "Row minus reference, seed by seed: positive where the row is better. Its ± is the standard "

@@ -148,11 +148,14 @@ def markdown_rows(comparison: Comparison, table: ConditionTable) -> list[list[st
     exits = range(1, table.exits + 1)
     head = ["method", "mean over exits", *(f"exit {k}" for k in exits), "ensemble of exits", "worst 10 % of clients"]
     adapted = any(math.isfinite(row.of("accuracy_adapted").mean) for row in table.rows)
+    five = comparison.experiment.settings.get("evaluate-every") == 1  # else they are no five rounds in a row
+    head += ["last five rounds"] if five else []
     head += ["after local training", *(["log-prior re-estimated"] if adapted else [])]
     head += ["area under accuracy–MACs", "MACs at equal accuracy", "bytes up + down"]
     head += ["seconds", "local steps", "trials", f"difference to {table.reference} ± std (std. error)"]
     rows = [head]
     names = ["accuracy", *(f"accuracy_exit_{k}" for k in exits), "accuracy_ensemble", "accuracy_worst_tenth"]
+    names += ["accuracy_last_five"] if five else []
     names += ["accuracy_after_training", *(["accuracy_adapted"] if adapted else []), "accuracy_macs_area"]
     for row in table.rows:
         if failure := failure_of(row):

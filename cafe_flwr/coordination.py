@@ -1,6 +1,12 @@
-"""Student coordination: which exits of which clients train in a round (CAFEDistill, arXiv 2601.10015)."""
+"""Student coordination: which exits of which clients train in a round (CAFEDistill, arXiv 2601.10015).
+
+:func:`conflict_ramp` and :func:`student_levels` are the rule of the authors' code; :func:`student_budget` and
+:func:`active_exits` that of ``cafedistill-text``, read from the paper's abstract before there was code.
+"""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -104,3 +110,70 @@ def active_exits(
         active[chosen, k] = True
         budget -= len(chosen)
     return active
+
+
+def conflict_ramp(server_round: int, num_rounds: int, num_exits: int, conflict: float) -> float:
+    """R = clip( (2t/T)·(1 − 1/m) + conflict, 0, 1 − 1/m ): the share of all exits that may train as students.
+
+    Parameters
+    ----------
+    server_round
+        1..T; the formula's t is one less, and 0 in the first round.
+    num_rounds
+        T.
+    num_exits
+        m.
+    conflict
+        Mean over all pairs (i, j) of participants of min(S_ij, 0): 0 or less, it slows the ramp down.
+
+    Examples
+    --------
+    >>> [round(conflict_ramp(t, 8, 4, -0.1), 3) for t in (1, 2, 3, 4, 5, 6)]
+    [0.0, 0.087, 0.275, 0.462, 0.65, 0.75]
+    """
+    if num_rounds < 1 or num_exits < 1 or server_round < 1:
+        raise ValueError(
+            f"rounds and exits count from 1, got round {server_round} of {num_rounds} with {num_exits} exits"
+        )
+    most = 1.0 - 1.0 / num_exits
+    return float(np.clip(2.0 * (server_round - 1) / num_rounds * most + conflict, 0.0, most))
+
+
+def student_levels(levels: ArrayLike, share: float, agreement: ArrayLike) -> NDArray[np.int64]:
+    """The level of every participant: its deepest exit that trains as a student, counted from 0.
+
+    The budget B = ⌊R·m·n⌋ goes to exit 0 of all participants, then to exit 1, …; where it does not reach for all, those
+    with the least conflict get the exit and the others keep the level they had. Ties go to the client that comes first.
+
+    Parameters
+    ----------
+    levels
+        (n,) ℓ_i so far, 0..m−2.
+    share
+        R of :func:`conflict_ramp`, at most 1 − 1/m.
+    agreement
+        (n, m−1): 0 or less; the larger, the less client i's exit k is in conflict. As released, the column sums
+        Σ_j min(S_ij, 0), the same for every exit.
+
+    Returns
+    -------
+    (n,) ℓ_i, 0..m−2.
+
+    Examples
+    --------
+    >>> student_levels([0, 0, 0, 0], 6 / 16, [[-2.0] * 3, [0.0] * 3, [-1.0] * 3, [-3.0] * 3])
+    array([0, 1, 1, 0])
+    """
+    column = np.asarray(agreement, dtype=np.float64)
+    found = np.array(levels, dtype=np.int64)
+    if column.ndim != 2 or len(column) != len(found):
+        raise ValueError(f"agreement must have shape (clients, exits - 1), got {column.shape} for {len(found)} clients")
+    n, students = column.shape
+    if len(found) and not 0 <= found.min() <= found.max() <= max(students - 1, 0):
+        raise ValueError(f"levels must lie in 0..{students - 1} (exits - 2), got {found.min()}..{found.max()}")
+    left = math.floor(share * (students + 1) * n + 1e-9)
+    for k in range(students):
+        chosen = np.argsort(-column[:, k], kind="stable")[: max(left, 0)]
+        found[chosen] = k
+        left -= n
+    return found

@@ -198,6 +198,8 @@ def build_strategy(
         min_available_nodes=settings.min_available_nodes,
         num_rounds=settings.num_server_rounds,
         local=settings.build_budget(),
+        learning_rate_schedule=settings.learning_rate_schedule,
+        learning_rate_decay=settings.learning_rate_decay,
         bounds=settings.build_bounds(),
         privacy=settings.build_privacy(),
         wire=settings.wire_dtype,

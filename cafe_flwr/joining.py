@@ -460,7 +460,7 @@ def train_newcomer(
     }
     backbone = {name: t for name, t in package.shared.items() if name not in classifiers}
     budget, tensors = LocalBudget(**facts["budget"]), {**work.initial, **package.shared, **heads}
-    start, steps = None, 0
+    start, steps, momentum = None, 0, dict[str, torch.Tensor]()
     for epoch in range(1, epochs + 1):
         rate = learning_rate_at(budget.learning_rate, epoch, epochs)
         task = LocalTask(
@@ -473,6 +473,7 @@ def train_newcomer(
             server_round=facts["num_rounds"],
             num_rounds=facts["num_rounds"],
             initial=work.weights,
+            momentum=momentum,
         )
         work.put(task, tensors)
         network.offset = work.method.offset(data.train, network.num_classes)
@@ -482,7 +483,7 @@ def train_newcomer(
         with seeded(int(task.rng("torch").integers(2**63))), frozen(network, classifiers):
             work.method.train(task)
         tensors = {**{name: t.clone() for name, t in work.take(task).items()}, **backbone}  # statistics of norms, too
-        steps += task.steps
+        steps, momentum = steps + task.steps, task.momentum
     work.put(task, tensors)
     task.steps = steps
     if broken := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:

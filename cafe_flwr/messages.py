@@ -233,7 +233,7 @@ class TrainRequest:
             "active-exits": self.active.flatten().tolist(),
             "evaluate": self.evaluate,
             **method_config(self.method, self.method_settings),
-            **{f"local.{kebab(f.name)}": getattr(self.budget, f.name) for f in fields(LocalBudget)},
+            **_budget_config(self.budget),
             **({} if self.privacy == Privacy() else _privacy_config(self.privacy)),
             **({} if self.wire == "float32" else {"wire-dtype": self.wire}),
             **({"plain-mean": True} if self.plain_mean else {}),
@@ -289,6 +289,12 @@ class TrainRequest:
             wire=wire,
             plain_mean=bool(config.get("plain-mean", False)),
         )
+
+
+def _budget_config(budget: LocalBudget) -> dict[str, Any]:
+    """``local.…``; that momentum is kept is said only where it is."""
+    names = [f.name for f in fields(LocalBudget) if f.name != "keep_momentum" or budget.keep_momentum]
+    return {f"local.{kebab(name)}": getattr(budget, name) for name in names}
 
 
 @dataclass(frozen=True)

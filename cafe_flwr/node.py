@@ -23,6 +23,7 @@ from cafe_flwr import __version__
 from cafe_flwr.aggregation import weighted
 from cafe_flwr.data import ClientData
 from cafe_flwr.devices import OnDevice, Placement, device_of, free_memory, is_out_of_memory, reason_of
+from cafe_flwr.exit_agreement import classifier_similarity
 from cafe_flwr.kinds import Held, Kind, Networks, held_by, networks_of, start_alike
 from cafe_flwr.log import logger
 from cafe_flwr.messages import (
@@ -40,6 +41,7 @@ from cafe_flwr.messages import (
     record_of,
 )
 from cafe_flwr.methods import METHODS, LocalTask, Method
+from cafe_flwr.methods.base import without_prefix
 from cafe_flwr.methods.mixtures import UPDATE
 from cafe_flwr.metrics import (
     ExitMetrics,
@@ -57,6 +59,7 @@ from cafe_flwr.personal import fingerprint_of
 from cafe_flwr.priors import adapt_to_label_shift
 from cafe_flwr.privacy import release, stricter
 from cafe_flwr.schema import Schema, digest
+from cafe_flwr.starts import classifier_start
 from cafe_flwr.state import PersonalStore, personal_folder
 from cafe_flwr.training import snapshot
 from cafe_flwr.views import View
@@ -75,6 +78,7 @@ class Parts(NamedTuple):
 
 
 PARTS = "cafe_flwr_parts"
+MOMENTUM = "optimizer/"  # before the names of what the optimiser remembers, among a client's personal tensors
 
 
 def make_client_app(
@@ -149,6 +153,14 @@ class Workplace:
         shared = set(self.schemas["shared"].names)
         return {name: tensor for name, tensor in self.tensors.items() if name not in shared}
 
+    def classifiers_at_start(self, seed: int, client: int) -> dict[str, Tensor]:
+        """What the client's personal classifiers start from, by name; empty where they start as they were built."""
+        personal = set(self.method.personal_names(self.network))
+        names = [name for name in self.network.classifier_names() if name in personal]
+        if self.method.classifier_start == "built":
+            return {}
+        return classifier_start(Schema.of(self.weights, names).entries, self.method.classifier_start, seed, client)
+
     @cached_property
     def schemas(self) -> dict[str, Schema]:
         """What travels, and what stays."""
@@ -180,6 +192,7 @@ class Workplace:
             download = self.schemas["download"].unpack(request.downloads[client])
         row = request.clients.index(client)
         device = device_of(self.network)
+        start = self.classifiers_at_start(request.seed, client)
         task = LocalTask(
             network=self.network,
             data=data.train,
@@ -190,14 +203,16 @@ class Workplace:
             private_rng=partial(store.private_rng, client),
             server_round=request.server_round,
             num_rounds=request.num_rounds,
-            initial=OnDevice(self.weights, device),
+            initial=OnDevice({**self.weights, **start}, device),
             augment=data.augment,
         )
         kept = store.load(client, request.versions[row]) or {}
+        if task.budget.keep_momentum:
+            task.momentum = without_prefix(kept, MOMENTUM)
         # A client may have held another part before: what it holds no longer stays away, what is new starts anew.
         same = {name for name in kept.keys() & self.tensors.keys() if kept[name].shape == self.tensors[name].shape}
-        tensors = {**self.initial, **shared, **{name: kept[name] for name in same}}
-        self.put(task, self.method.receive(tensors, download, self.weights))
+        tensors = {**self.initial, **start, **shared, **{name: kept[name] for name in same}}
+        self.put(task, self.method.receive(tensors, download, task.initial, data.train))
         offset = self.method.offset(data.train, self.network.num_classes)
         self.network.offset = None if offset is None else offset.to(device)
         return task
@@ -210,9 +225,10 @@ class Workplace:
         download: Mapping[str, Tensor] = {}
         if client in request.downloads:
             download = self.schemas["download"].unpack(request.downloads[client])
-        start = self.method.receive({**self.initial, **shared}, download, self.weights)
+        initial = {**self.weights, **self.classifiers_at_start(request.seed, client)}
+        start = self.method.receive({**self.initial, **initial, **shared}, download, initial)
         moved = {
-            name: start[name.removeprefix(UPDATE)] - self.weights[name.removeprefix(UPDATE)]
+            name: start[name.removeprefix(UPDATE)] - initial[name.removeprefix(UPDATE)]
             for name in start
             if name.startswith(UPDATE)
         }
@@ -678,17 +694,22 @@ def _train_client(order: _Order, client: int, data: ClientData) -> tuple[ClientR
     after = _evaluate(work, task, data, request.evaluate and tells)
     done = time.perf_counter()
     tensors = work.take(task)
-    _check_finite(tensors)
+    momentum = {MOMENTUM + name: tensor for name, tensor in task.momentum.items()}
+    _check_finite({**tensors, **momentum})
     personal = {name: tensors[name].cpu() for name in work.schemas["personal"].names}
+    personal |= {name: tensor.cpu() for name, tensor in momentum.items()}
     sent = _released(order, client, tensors, shared)
     store.save(client, request.server_round, personal, base=version, resumable_from=request.resumable_from)
+    similarity = [0.0] * (work.network.num_exits - 1)
+    if tells:
+        similarity = result.similarity or classifier_similarity(work.network)
     report = ClientReport(
         client=client,
         num_examples=len(data.train),
         test_examples=len(data.test) if tells else 0,
         train_loss=result.loss if tells else math.nan,
         local_steps=task.steps,
-        similarity=(result.similarity if tells else []) or [0.0] * (work.network.num_exits - 1),
+        similarity=similarity,
         before=before,
         after=after,
         seconds_train=trained - evaluated,

@@ -226,6 +226,18 @@ class Lesson:
         return logits_at(self.teacher, x, exits, shift)
 
 
+def exits_at(network: EarlyExitNetwork, x: Tensor, exits: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """Features (B, width) and logits (B, C) of some exits, counted from 0; no stage runs that none of them needs."""
+    features, logits = [], []
+    for k in range(max(exits) + 1):
+        x = network.stage(k, x)
+        if k in exits:
+            f, z = network.exit(k, x)
+            features.append(f)
+            logits.append(z)
+    return features, logits
+
+
 def logits_at(network: EarlyExitNetwork, x: Tensor, exits: Sequence[int], shift: Tensor | None = None) -> list[Tensor]:
     """Logits (B, C) of some exits, counted from 0, plus ``shift``; no stage runs that none of them needs.
 
@@ -235,10 +247,5 @@ def logits_at(network: EarlyExitNetwork, x: Tensor, exits: Sequence[int], shift:
     >>> len(logits_at(ConvNet((1, 16, 16), num_classes=10), torch.zeros(2, 1, 16, 16), [0, 2]))
     2
     """
-    logits = []
-    for k in range(max(exits) + 1):
-        x = network.stage(k, x)
-        if k in exits:
-            z = network.exit(k, x)[1]
-            logits.append(z if shift is None else z + shift)
-    return logits
+    logits = exits_at(network, x, exits)[1]
+    return logits if shift is None else [z + shift for z in logits]

@@ -18,6 +18,7 @@ from cafe_flwr import digits
 from cafe_flwr.data import ClientData
 from cafe_flwr.kinds import Held, Networks, networks_of
 from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.older_settings import of_saved_run
 from cafe_flwr.state import STATE_VERSION
 
 _EMBEDDED_PIXELS = (0.3, 0.4)  # as cafe_flwr.digits renders them
@@ -199,7 +200,7 @@ class FinishedRun:
     @property
     def run_config(self) -> Mapping[str, Any]:
         """Settings of the run, in kebab-case."""
-        return dict(json.loads((self.folder / "settings.json").read_text()))
+        return of_saved_run(json.loads((self.folder / "settings.json").read_text()))
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from cafe_flwr.log import logger
 from cafe_flwr.messages import PHASES, ClientReport, FinalReport
 from cafe_flwr.methods import RoundPlan
 from cafe_flwr.metrics import ExitMetrics
+from cafe_flwr.older_settings import of_saved_run
 from cafe_flwr.settings import Settings
 from cafe_flwr.state import Checkpoints, ServerState, to_json, write_atomically
 from cafe_flwr.summary import mean, mean_rows, summarise
@@ -243,6 +244,10 @@ def _resumable(folder: Path, run_config: Mapping[str, Any]) -> ServerState:
         before = json.loads((folder / "settings.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot resume {folder}: its settings.json cannot be read ({error})") from error
+    try:
+        before = of_saved_run(before)
+    except ValueError as error:
+        raise ValueError(f"cannot resume {folder}: {error}") from None
     was = {**Settings.from_run_config({}).to_run_config(), **before}  # an earlier version knew fewer
     changed = [
         f"{key} was {was[key]!r}, now {value!r}"

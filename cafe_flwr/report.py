@@ -247,6 +247,21 @@ def table_rows(run: Run) -> list[list[str]]:
     ]
 
 
+def last_five_words(run: Run) -> str:
+    """Over which rounds ``last_five`` is a mean: ``mean after rounds 96–100``; with gaps, ``after 5 of rounds …``."""
+    after = [round(t) for t in numbers(run.get("last_five", "rounds"), 5) if math.isfinite(t)]
+    if len(after) < 2:
+        return "after the last round"
+    gaps = after[-1] - after[0] >= len(after)
+    return f"mean after {f'{len(after)} of ' if gaps else ''}rounds {after[0]}–{after[-1]}"
+
+
+def last_five_line(run: Run) -> str:
+    """The mean over exits, averaged over the last rounds, in one line; empty where it was not recorded."""
+    accuracy = run.number("last_five", "accuracy")
+    return f"mean over exits, {last_five_words(run)}: {fixed(accuracy)}" if math.isfinite(accuracy) else ""
+
+
 def kind_rows(run: Run) -> list[dict[str, str]]:
     """What clients hold that are not alike, and how good they are; empty where all are alike."""
     rows = []
@@ -320,6 +335,7 @@ def final_table(folder: Path) -> Table:
     seconds = run.number("seconds")
     lines = [
         kinds_line(run),
+        last_five_line(run),
         dynamic_line(run),
         bytes_line(run),
         duration(seconds) if math.isfinite(seconds) else "",

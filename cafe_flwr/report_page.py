@@ -182,6 +182,7 @@ def key_figures(run: Run) -> list[tuple[str, str]]:
     up, down, fedavg = (run.number(f"bytes_{way}_per_client_round") for way in ("up", "down", "fedavg"))
     tiles = [
         (run.number("accuracy"), fixed, "accuracy, mean over exits and clients"),
+        (run.number("last_five", "accuracy"), fixed, f"the same, {report.last_five_words(run)}"),
         (run.number("accuracy_last_exit"), fixed, "accuracy of the last exit"),
         (report.spread(run)[-1][2], fixed, "accuracy, worst 10 % of clients"),
         (run.number("macs_reduction_at_equal_accuracy"), percent, "fewer MACs at equal accuracy"),

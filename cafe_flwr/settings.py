@@ -19,8 +19,9 @@ from cafe_flwr.kinds import read_shares
 from cafe_flwr.methods import METHODS, Method
 from cafe_flwr.modalities import MODALITIES
 from cafe_flwr.objectives import READS
+from cafe_flwr.older_settings import renamed
 from cafe_flwr.privacy import Privacy
-from cafe_flwr.training import LocalBudget
+from cafe_flwr.training import LocalBudget, learning_rate_at
 
 IMAGE_SETS = (*digits.NUM_CLASSES, *names_of_sets(texts=False))
 TEXT_SETS = ("docstrings", *names_of_sets(texts=True))
@@ -251,11 +252,19 @@ class Settings(_MethodSettings):
     batch_size: int = Field(16, ge=1)
     """Examples a step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Of local training; 'adamw' needs a far smaller learning-rate, such as 0.0003. It starts anew in every round."""
+    """Of local training; 'adamw' needs a far smaller learning-rate, such as 0.0003."""
     learning_rate: float = Field(0.3, gt=0)
-    """Of the optimiser: constant until half of the rounds, then a cosine down to 0."""
+    """Of the optimiser, in the first round."""
+    learning_rate_schedule: Literal["cosine", "exponential"] = "cosine"
+    """'cosine': the learning rate is constant until half of the rounds, then a cosine down to 0. 'exponential': it
+    shrinks by the factor learning-rate-decay a round."""
+    learning_rate_decay: float = Field(1.0, gt=0, le=1)
+    """Factor of the exponential schedule: in round t = 0, 1, … the rate is learning-rate · factor^t; 1: constant."""
     momentum: float = Field(0.0, ge=0, lt=1)
-    """Of SGD, within a round."""
+    """Of SGD."""
+    keep_momentum: bool = False
+    """What the optimiser remembers (SGD's momentum, AdamW's running means) stays with the client between rounds, on its
+    disk; false: it starts anew in every round."""
     weight_decay: float = Field(0.0, ge=0)
     """Of the optimiser."""
     max_grad_norm: float = Field(0.0, ge=0)
@@ -327,8 +336,7 @@ class Settings(_MethodSettings):
         self._check_own_data()
         self._check_partition()
         self._check_kinds()
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError(f"momentum = {self.momentum} is of sgd: set it to 0, or optimizer = 'sgd'")
+        self._check_optimizer()
         for key in ("results_dir", "state_dir", "data_dir", "dataset"):
             path = getattr(self, key)
             if key == "dataset":
@@ -367,6 +375,32 @@ class Settings(_MethodSettings):
             raise ValueError(
                 f"text-part = 'title' is for 'ag-news', and {self.dataset!r} has no titles: set it to 'whole'"
             )
+
+    def _check_optimizer(self) -> None:
+        """The optimiser's momentum and its learning rates."""
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum = {self.momentum} is of sgd: set it to 0, or optimizer = 'sgd'")
+        if self.keep_momentum and self.optimizer == "sgd" and not self.momentum:
+            raise ValueError(
+                "keep-momentum = true has nothing to keep, as momentum = 0.0: raise momentum (0.9 is usual), or set "
+                "keep-momentum to false"
+            )
+        if self.learning_rate_decay != 1 and self.learning_rate_schedule != "exponential":
+            raise ValueError(
+                f"learning-rate-decay = {self.learning_rate_decay} is of learning-rate-schedule = 'exponential', got "
+                f"{self.learning_rate_schedule!r}: set learning-rate-schedule to 'exponential', or "
+                "learning-rate-decay to 1.0"
+            )
+        if not self.learning_rate_in(self.num_server_rounds):
+            raise ValueError(
+                f"learning-rate-decay = {self.learning_rate_decay} shrinks the learning rate to 0 within "
+                f"{self.num_server_rounds} rounds: choose one nearer to 1, such as 0.99"
+            )
+
+    def learning_rate_in(self, server_round: int) -> float:
+        """The learning rate of a round t = 1, …, T."""
+        schedule = self.num_server_rounds, self.learning_rate_schedule, self.learning_rate_decay
+        return learning_rate_at(self.learning_rate, server_round, *schedule)
 
     @property
     def modality_names(self) -> tuple[str, ...]:
@@ -453,6 +487,7 @@ class Settings(_MethodSettings):
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
+            keep_momentum=self.keep_momentum,
         )
 
     def build_bounds(self) -> Bounds:
@@ -511,6 +546,8 @@ def _explain(settings: type[Settings], detail: Any) -> str:
     if not detail["loc"]:  # raised by a rule about several settings
         return str(detail["ctx"]["error"])
     key = str(detail["loc"][0])
+    if detail["type"] == "extra_forbidden" and (now := renamed(key)):
+        return f"unknown setting {key!r}: {now}"
     if detail["type"] == "extra_forbidden":
         known = settings.keys()
         near = closest(key, known)

@@ -32,6 +32,7 @@ from cafe_flwr.kinds import Kind
 from cafe_flwr.locks import locked
 from cafe_flwr.log import logger
 from cafe_flwr.methods.base import ClientRecord, RoundPlan
+from cafe_flwr.pairs import Pairs
 
 STATE_VERSION = 1
 _VERSION_FILE = re.compile(r"round-(\d+)\.safetensors")
@@ -385,6 +386,8 @@ class ServerState:
         Of the last round in which clients taught each other.
     kinds
         What clients hold, by name, where they are not alike; also those that are away.
+    pairs
+        Similarities of clients that have met in a round, where the method keeps them.
     """
 
     run: str
@@ -394,6 +397,7 @@ class ServerState:
     known: dict[int, ClientRecord] = field(default_factory=dict)
     plan: RoundPlan | None = None
     kinds: dict[str, Kind] = field(default_factory=dict)
+    pairs: Pairs = field(default_factory=Pairs)
 
 
 class Checkpoints:
@@ -418,7 +422,11 @@ class Checkpoints:
         if any(state.kinds):
             facts["kinds"] = [kind.to_json() for kind in state.kinds.values()]
             facts["kind-of"] = [record.kind for record in records]
+        if any(record.level for record in records):
+            facts["levels"] = [record.level for record in records]
         arrays: dict[str, NDArray[Any]] = {"shared": state.shared}
+        if len(state.pairs):
+            arrays |= {"pair-keys": state.pairs.keys, "pair-values": state.pairs.values}
         if state.plan is not None and state.plan.weights is not None:
             arrays |= {"active": state.plan.active, "weights": state.plan.weights}
             facts |= {"rows": list(state.plan.weight_rows), "columns": list(state.plan.weight_columns)}
@@ -456,12 +464,17 @@ class Checkpoints:
                 if "upload-sizes" in facts:
                     uploads = np.split(arrays["uploads"], np.cumsum(facts["upload-sizes"])[:-1])
                 columns = (facts["num-examples"], facts["seen"], uploads, arrays["similarity"])
-                records = map(ClientRecord, *columns, facts.get("kind-of", [""] * len(uploads)))
+                number = len(uploads)
+                kinds_of, levels = facts.get("kind-of", [""] * number), facts.get("levels", [0] * number)
+                records = map(ClientRecord, *columns, kinds_of, levels)
                 known = dict(zip(facts["clients"], records, strict=True))
             plan = None
             if "weights" in arrays:
                 rows, columns = facts["rows"], facts["columns"]
                 plan = RoundPlan(arrays["active"], {}, arrays["weights"], rows, columns)
             kinds = {kind.name: kind for kind in map(Kind.from_json, facts.get("kinds", []))}
-            return ServerState(facts["run"], facts["round"], facts["digest"], arrays["shared"], known, plan, kinds)
+            pairs = Pairs(arrays["pair-keys"], arrays["pair-values"]) if "pair-keys" in arrays else Pairs()
+            return ServerState(
+                facts["run"], facts["round"], facts["digest"], arrays["shared"], known, plan, kinds, pairs
+            )
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -108,7 +108,10 @@ class FederatedStrategy(FedAvg):
     num_rounds
         T: schedules (learning rate, student exits) span so many rounds. None: as many as :meth:`start` is told.
     local
-        Local training. Its learning rate is constant until T/2 and then falls like a cosine.
+        Local training, with the learning rate of the first round.
+    learning_rate_schedule, learning_rate_decay
+        What becomes of the learning rate: ``"cosine"``, constant until T/2, then a cosine down to 0; or
+        ``"exponential"``, by the factor ``learning_rate_decay`` a round.
     num_clients
         Clients in simulation, spread over the nodes; None: one client per node.
     seed
@@ -140,6 +143,8 @@ class FederatedStrategy(FedAvg):
         method: Method,
         num_rounds: int | None = None,
         local: LocalBudget | None = None,
+        learning_rate_schedule: str = "cosine",
+        learning_rate_decay: float = 1.0,
         num_clients: int | None = None,
         seed: int = 0,
         evaluate_every: int = 1,
@@ -167,6 +172,8 @@ class FederatedStrategy(FedAvg):
             "wait-seconds": wait_seconds,
             "round-timeout": round_timeout,
             "round-retries": round_retries,
+            "learning-rate-schedule": learning_rate_schedule,
+            "learning-rate-decay": learning_rate_decay,
         }
         checked |= {"num-server-rounds": num_rounds} if num_rounds is not None else {}
         checked |= {"num-clients": num_clients} if num_clients is not None else {}
@@ -183,6 +190,8 @@ class FederatedStrategy(FedAvg):
         self._planned_rounds = num_rounds
         self.num_rounds = DEFAULT_ROUNDS if num_rounds is None else num_rounds
         self.local = local or LocalBudget()
+        self.learning_rate_schedule = learning_rate_schedule
+        self.learning_rate_decay = learning_rate_decay
         self.num_clients = num_clients
         self.seed = seed
         self.evaluate_every = evaluate_every
@@ -201,6 +210,7 @@ class FederatedStrategy(FedAvg):
         self._round = _Round()
         self._failure: RoundFailed | None = None  # of the round under way, if it is repeated
         self._kinds: dict[int, Kind] = {}  # of all clients that have been there
+        self._unmoved: set[int] = set()  # of whom this has been said
         self._seconds: deque[float] = deque(maxlen=10)
 
     # --- Flower's strategy interface ---
@@ -218,6 +228,10 @@ class FederatedStrategy(FedAvg):
         logger.info(
             "\t├──> Local training: %s of %d, %s at %g", length, local.batch_size, optimizer, local.learning_rate
         )
+        if self.learning_rate_schedule == "exponential":
+            logger.info("\t├──> Learning rate × %g a round", self.learning_rate_decay)
+        if local.keep_momentum:
+            logger.info("\t├──> The optimiser's momentum stays on the clients from round to round")
         for part in (self.bounds, self.privacy):
             if part != type(part)():
                 logger.info("\t├──> %s", part)
@@ -243,9 +257,7 @@ class FederatedStrategy(FedAvg):
             )
         plan = self._plan(server_round, clients)
         self._round = _Round(clients, plan)
-        for client, reason in plan.suspicious.items():
-            who = self.directory.label(client)
-            logger.warning("Round %d: %s teaches others next to nothing: %s", server_round, who, reason)
+        self._tell_suspicious(server_round, plan)
         state.plan = plan if plan.weights is not None else state.plan
         return self._messages(server_round, clients, plan, config, MessageType.TRAIN)
 
@@ -279,9 +291,7 @@ class FederatedStrategy(FedAvg):
         self.state.shared = self._mean(good)
         self.state.round = server_round
         self.state.kinds = dict(self.directory.kinds)
-        for r in reports:
-            similarity, kind = np.asarray(r.similarity, dtype=np.float64), self.directory.kind(r.client).name
-            self.state.known[r.client] = ClientRecord(r.num_examples, server_round, r.upload, similarity, kind)
+        self._conclude(server_round, reports)
         measured = [r for r in reports if r.test_examples and self._evaluates_in(server_round)]  # else there is NaN
         records = [(r.client, _client_metrics(r, self.weighted_by_key)) for r in measured]
         return self._arrays(self.state.shared), self._averaged(self.train_metrics_aggr_fn, records)
@@ -363,6 +373,11 @@ class FederatedStrategy(FedAvg):
         last = self.num_rounds if num_rounds is None else num_rounds
         if not 1 <= last <= self.num_rounds:
             raise ValueError(f"num_rounds must be in 1..{self.num_rounds}, for which the strategy was made, got {last}")
+        if not self._learning_rate(self.num_rounds):
+            raise ValueError(
+                f"learning_rate_decay = {self.learning_rate_decay} shrinks the learning rate to 0 within "
+                f"{self.num_rounds} rounds: choose one nearer to 1"
+            )
         self.state, self._resume_from = self._resume_from, None
         self.directory.kinds |= self.state.kinds if self.state else {}
         logger.info("Starting %s:", self.method.name)
@@ -509,7 +524,7 @@ class FederatedStrategy(FedAvg):
             left_out=self._round.left_out,
             plan=self._round.plan,
             reports=reports,
-            learning_rate=learning_rate_at(self.local.learning_rate, server_round, self.num_rounds),
+            learning_rate=self._learning_rate(server_round),
             bytes_down=bytes_down,
             bytes_up=bytes_up,
             seconds=seconds,
@@ -553,13 +568,61 @@ class FederatedStrategy(FedAvg):
 
     def _plan(self, server_round: int, clients: Sequence[int]) -> RoundPlan:
         """The method's plan; where clients are not alike, one for all those whose uploads can be compared."""
+        plans = [(task.participants, self.method.plan(task)) for task in self._tasks(server_round, clients)]
+        return joined_plans(clients, plans, self.directory.reference.num_exits)
+
+    def _conclude(self, server_round: int, reports: Sequence[ClientReport]) -> None:
+        """Keep what the method makes of a round's reports, group by group as they were planned."""
+        assert self.state is not None
+        records = {}
+        for r in reports:
+            similarity, kind = np.asarray(r.similarity, dtype=np.float64), self.directory.kind(r.client).name
+            records[r.client] = ClientRecord(r.num_examples, server_round, r.upload, similarity, kind)
+        whole, rows = self._round.plan, {client: row for row, client in enumerate(self._round.clients)}
+        plans = []
+        for task in self._tasks(server_round, self._round.clients):
+            here = [client for client in task.participants if client in records]
+            active = whole.active[[rows[client] for client in task.participants], : task.num_exits - 1]
+            plan = replace(whole, active=active)
+            if here:
+                done = self.method.conclude(task, plan, {client: records[client] for client in here})
+                plan, self.state.pairs = done.plan, done.pairs
+                self.state.known |= {c: self._as_sent(record) for c, record in done.records.items()}
+                self._tell_unmoved(done.unmoved)
+            plans.append((task.participants, plan))
+        if any(plan.weights is not whole.weights for _, plan in plans):  # found now, at the end of the round
+            self._round.plan = joined_plans(self._round.clients, plans, self.directory.reference.num_exits)
+            self.state.plan = self._round.plan
+            self._tell_suspicious(server_round, self._round.plan)
+
+    def _as_sent(self, record: ClientRecord) -> ClientRecord:
+        """With what is sent to the client next as it arrives there, rounded if half of the digits travel."""
+        if self.wire == "float32":
+            return record
+        return replace(record, upload=record.upload.astype(np.float16).astype(np.float32))
+
+    def _tell_suspicious(self, server_round: int, plan: RoundPlan) -> None:
+        for client, reason in plan.suspicious.items():
+            who = self.directory.label(client)
+            logger.warning("Round %d: %s counts for next to nothing with others: %s", server_round, who, reason)
+
+    def _tell_unmoved(self, clients: Sequence[int]) -> None:
+        """Say once of a client that it sends its classifier back as it got it."""
+        for client in set(clients) - self._unmoved:
+            logger.warning(
+                "%s sent its classifier back as it got it: it is like nobody (cosine 0), and gets the mean of all",
+                self.directory.label(client),
+            )
+        self._unmoved |= set(clients)
+
+    def _tasks(self, server_round: int, clients: Sequence[int]) -> Iterator[ServerRound]:
+        """The round as every group of clients that can learn from one another meets it."""
         assert self.state is not None
         rng = rng_for(self.seed, server_round, -1, "selection")
         here, known = {client: self.directory.kind(client) for client in clients}, self.state.known
-        plans = []
         for alike in self._comparable(here.values()):
             participants = [client for client in clients if here[client].name in alike]
-            task = ServerRound(
+            yield ServerRound(
                 server_round=server_round,
                 num_rounds=self.num_rounds,
                 participants=participants,
@@ -574,18 +637,13 @@ class FederatedStrategy(FedAvg):
                 upload=here[participants[0]].upload,
                 rng=rng,
                 held={client: here[client].num_exits for client in participants},
+                pairs=self.state.pairs,
+                seed=self.seed,
             )
-            plans.append((participants, self.method.plan(task)))
-        return joined_plans(clients, plans, self.directory.reference.num_exits)
 
     def _comparable(self, here: Iterable[Kind]) -> list[set[str]]:
         """Names of kinds of clients, in groups whose clients can learn from one another."""
-
-        def key(kind: Kind) -> Any:
-            if not self.method.compares:
-                return kind.name
-            return [shape for _, shape in kind.download.entries]
-
+        key = self.method.comparable
         groups: list[set[str]] = []
         for kind in {kind.name: kind for kind in here}.values():
             alike = {name for name, other in self.directory.kinds.items() if key(other) == key(kind)}
@@ -704,7 +762,8 @@ class FederatedStrategy(FedAvg):
         return server_round % self.evaluate_every == 0 or server_round == self.num_rounds
 
     def _learning_rate(self, server_round: int) -> float:
-        return learning_rate_at(self.local.learning_rate, server_round, self.num_rounds)
+        schedule = self.num_rounds, self.learning_rate_schedule, self.learning_rate_decay
+        return learning_rate_at(self.local.learning_rate, server_round, *schedule)
 
     def _read(
         self, server_round: int, replies: Iterable[Message], info: NodeInfo
@@ -846,10 +905,10 @@ class FederatedStrategy(FedAvg):
 
 
 class CafeDistill(FederatedStrategy):
-    """CAFEDistill (arXiv 2601.10015) as a Flower strategy.
+    """CAFEDistill (arXiv 2601.10015, as its authors run it) as a Flower strategy.
 
-    Averages the shared backbone, decides which student exits train on which client, and sends every client a teacher
-    head mixed from the last exits of similar clients. The method itself is
+    Averages the shared backbone, decides which student exits train on which client, and mixes the last classifiers of
+    clients whose updates agree; the mixture becomes the client's own. The method itself is
     :class:`cafe_flwr.methods.cafedistill.CafeDistillMethod`.
 
     Parameters
@@ -857,10 +916,10 @@ class CafeDistill(FederatedStrategy):
     *args, **kwargs
         As for :class:`FederatedStrategy`, and so for Flower's FedAvg.
     num_rounds
-        T; the share of active student exits grows as min(2t/T, 1). None: as many as ``start`` is told.
+        T; students join over its first half. None: as many as ``start`` is told.
     mu, distill_weight, temperature
-        μ of teacher matching, λ and τ of distillation.
-    selection, teachers, peers, similarity_proxy, solver, max_staleness
+        μ of matching (the authors' α), λ and τ of distillation.
+    conflict, selection, match_by, write_back, solver, classifier_start
         Ablations and variants, see :class:`cafe_flwr.settings.Settings`.
 
     Raises
@@ -872,7 +931,7 @@ class CafeDistill(FederatedStrategy):
     --------
     In your own ServerApp::
 
-        strategy = CafeDistill(fraction_train=0.5, num_rounds=50, mu=0.5)
+        strategy = CafeDistill(fraction_train=0.5, num_rounds=50, mu=0.6)
         result = strategy.start(grid, initial_arrays=ArrayRecord(network.state_dict()))
     """
 
@@ -880,27 +939,27 @@ class CafeDistill(FederatedStrategy):
         self,
         *args: Any,
         num_rounds: int | None = None,
-        mu: float = 0.5,
+        mu: float = 0.6,
         distill_weight: float = 1.0,
-        temperature: float = 3.0,
+        temperature: float = 2.0,
+        conflict: str = "clients",
         selection: str = "shallow-first",
-        teachers: str = "matched",
-        peers: str = "all",
-        similarity_proxy: str = "parameters",
+        match_by: str = "updates",
+        write_back: bool = True,
         solver: str = "exact",
-        max_staleness: int = 0,
+        classifier_start: str = "zero",
         **kwargs: Any,
     ) -> None:
         own: dict[str, Any] = {
             "mu": mu,
             "distill_weight": distill_weight,
             "temperature": temperature,
+            "conflict": conflict,
             "selection": selection,
-            "teachers": teachers,
-            "peers": peers,
-            "similarity_proxy": similarity_proxy,
+            "match_by": match_by,
+            "write_back": write_back,
             "solver": solver,
-            "max_staleness": max_staleness,
+            "classifier_start": classifier_start,
         }
         Settings.from_run_config({kebab(name): value for name, value in own.items()})
         super().__init__(*args, method=CafeDistillMethod(**own), num_rounds=num_rounds, **kwargs)

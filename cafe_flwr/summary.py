@@ -21,6 +21,8 @@ from cafe_flwr.settings import Settings
 if TYPE_CHECKING:
     from cafe_flwr.recording import RunInfo
 
+LAST_ROUNDS = 5
+
 
 def summarise(
     settings: Settings,
@@ -64,6 +66,7 @@ def summarise(
         "accuracy": mean(accuracy),
         "accuracy_per_exit": accuracy,
         "accuracy_last_exit": accuracy[-1] if accuracy else math.nan,
+        "last_five": last_five(rounds, accuracy, run.num_rounds),
         "accuracy_ensemble": mean(f.ensemble for f in reports),
         "accuracy_after_training": mean(_numbers(after)),
         "accuracy_per_exit_after_training": after,
@@ -104,6 +107,34 @@ def summarise(
         ],
         **({"kinds": kinds} if len(kinds) > 1 else {}),
         "versions": _versions(),
+    }
+
+
+def last_five(rounds: Sequence[Mapping[str, Any]], final: Sequence[float], num_rounds: int) -> dict[str, Any]:
+    """Accuracy of what clients hold, mean over the last five rounds after which it was evaluated, or those there are.
+
+    What clients hold after round t is evaluated before they train in round t + 1, and after the last round in the final
+    evaluation, ``final``, of all clients (with fine-tuning, where a method does that). Before round 1 nothing is
+    learned: that does not count.
+
+    Returns
+    -------
+    ``accuracy`` (mean over exits), ``accuracy_per_exit``, ``rounds`` (those t) and ``count``.
+
+    Examples
+    --------
+    >>> rounds = [{"round": t, "accuracy_per_exit": [t / 10, t / 10]} for t in (1, 2, 3)]
+    >>> last_five(rounds, [0.4, 0.4], 3)
+    {'accuracy': 0.3, 'accuracy_per_exit': [0.3, 0.3], 'rounds': [1, 2, 3], 'count': 3}
+    """
+    held = [(line["round"] - 1, _numbers(line["accuracy_per_exit"])) for line in rounds if line["round"] > 1]
+    held.append((num_rounds, list(final)))
+    known = [(after, exits) for after, exits in held if not math.isnan(mean(exits))][-LAST_ROUNDS:]
+    return {
+        "accuracy": mean(mean(exits) for _, exits in known),
+        "accuracy_per_exit": mean_rows(exits for _, exits in known),
+        "rounds": [after for after, _ in known],
+        "count": len(known),
     }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cafe_flwr.data import Split
 from cafe_flwr.devices import device_of, gradient_scaler, moved
 from cafe_flwr.images import Augmentation
+from cafe_flwr.optimizer_state import given_back, taken
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -37,7 +38,10 @@ class LocalBudget:
     max_grad_norm
         Gradients are scaled down to this norm; 0 leaves them as they are.
     optimizer
-        ``"sgd"`` or ``"adamw"``, whose running means do not outlive a round.
+        ``"sgd"`` or ``"adamw"``.
+    keep_momentum
+        Whether what the optimiser remembers (SGD's momentum, AdamW's running means) stays with the client from round
+        to round; else it starts at rest in every round.
     """
 
     batch_size: int = 16
@@ -48,6 +52,7 @@ class LocalBudget:
     weight_decay: float = 0.0
     max_grad_norm: float = 0.0
     optimizer: str = "sgd"
+    keep_momentum: bool = False
 
     def __post_init__(self) -> None:
         for name, low in (("batch_size", 1), ("steps", 1), ("epochs", 0)):
@@ -59,6 +64,11 @@ class LocalBudget:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}")
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"momentum is of sgd, {self.optimizer} has none: set it to 0, got {self.momentum}")
+        if self.keep_momentum and self.optimizer == "sgd" and not self.momentum:
+            raise ValueError(
+                "keep_momentum has nothing to keep, as sgd with momentum 0 has none: raise momentum (0.9 is usual), "
+                "or leave keep_momentum off"
+            )
 
     def num_draws(self, num_examples: int) -> int:
         """Examples drawn in a round by a client with ``num_examples`` of them."""
@@ -73,14 +83,23 @@ class LocalBudget:
         return torch.optim.SGD(parameters, self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
-def learning_rate_at(base: float, server_round: int, num_rounds: int) -> float:
-    """Constant until round T/2, while exits still join, then a cosine down to (almost) 0 in round T.
+def learning_rate_at(
+    base: float, server_round: int, num_rounds: int, schedule: str = "cosine", decay: float = 1.0
+) -> float:
+    """The learning rate of a round t = 1, …, T.
+
+    ``"cosine"``: constant until round T/2, while exits still join, then a cosine down to (almost) 0 in round T.
+    ``"exponential"``: base · decay^(t−1), which begins at the base and shrinks by a factor a round.
 
     Examples
     --------
     >>> [round(learning_rate_at(1.0, t, 8), 2) for t in range(1, 9)]
     [1.0, 1.0, 1.0, 1.0, 0.9, 0.65, 0.35, 0.1]
+    >>> [round(learning_rate_at(1.0, t, 8, "exponential", 0.9), 2) for t in range(1, 9)]
+    [1.0, 0.9, 0.81, 0.73, 0.66, 0.59, 0.53, 0.48]
     """
+    if schedule == "exponential":
+        return base * decay ** (server_round - 1)
     half = num_rounds / 2
     progress = max(0.0, (server_round - half) / (num_rounds - half + 1))
     return base * 0.5 * (1.0 + math.cos(math.pi * progress))
@@ -130,6 +149,7 @@ def train(
     part: tuple[int, int] = (0, 1),
     times: int = 1,
     augment: Augmentation | None = None,
+    kept: dict[str, Tensor] | None = None,
 ) -> Outcome:
     """Run one round of local training in place, where the network is: mini-batches are brought there.
 
@@ -162,6 +182,9 @@ def train(
         Rounds' worth of mini-batches.
     augment
         Varies the inputs of every mini-batch.
+    kept
+        What the optimiser remembers (:mod:`cafe_flwr.optimizer_state`) when it starts; afterwards what it remembers
+        then. None: it starts at rest.
     """
     network.train()
     device, scaler = device_of(network), gradient_scaler(network)
@@ -171,8 +194,12 @@ def train(
         todo *= n  # a single mini-batch cannot be shared: every part takes it
     todo = todo[len(todo) * i // n : len(todo) * (i + 1) // n]
     with frozen(network, only):
-        parameters = [*(p for p in network.parameters() if p.requires_grad), *also]
+        named: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        named.update({f"also.{i}": p for i, p in enumerate(also)})
+        parameters = list(named.values())
         optimizer = budget.new_optimizer(parameters)
+        if kept is not None:
+            given_back(optimizer, list(named), kept)
         losses = []
         for positions in todo:
             index = torch.from_numpy(positions)
@@ -199,6 +226,9 @@ def train(
                 after_step()
             losses.append(value.detach())
         optimizer.zero_grad(set_to_none=True)  # as large as the network, and of no use any more
+        if kept is not None:
+            kept.clear()
+            kept.update(taken(optimizer, list(named)))
     mean = torch.stack(losses).mean().item() if losses else math.nan
     return Outcome(mean, len(losses))
 

@@ -33,6 +33,8 @@ JOB = {
     "image_size": 8,
     "image_channels": 1,
     "local_steps": 2,
+    "momentum": 0.5,
+    "keep_momentum": True,  # as durable as the rest of a client's state
     "wait_seconds": 600.0,
 }
 

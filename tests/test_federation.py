@@ -109,6 +109,12 @@ def test_summary_has_what_is_promised_and_it_agrees_with_the_long_table(finished
     assert summary["accuracy_per_exit_after_training"] == pytest.approx(after.tolist(), abs=1e-12)
     assert summary["accuracy_after_training"] == pytest.approx(after.mean(), abs=1e-12)
     assert summary["local_steps_per_client"] == 4 * 2
+
+    # After rounds 1 to 3 as measured before rounds 2 to 4, and after round 4.
+    before = pd.read_parquet(folder / "clients.parquet").query("phase == 'before' and round > 1")
+    held = [*before.groupby(["round", "exit"]).accuracy.mean().groupby("round").mean(), summary["accuracy"]]
+    assert (summary["last_five"]["rounds"], summary["last_five"]["count"]) == ([1, 2, 3, 4], 4)
+    assert summary["last_five"]["accuracy"] == pytest.approx(sum(held) / 4, abs=1e-12)
     assert (summary["accuracy_adapted"], summary["accuracy_per_exit_adapted"]) == (None, [None] * EXITS)  # no prior
 
     network = build_network(settings)
@@ -397,7 +403,10 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         privacy_delta=0.0001,
         report_metrics=False,
         learning_rate=0.07,
+        learning_rate_schedule="exponential",
+        learning_rate_decay=0.9,
         momentum=0.4,
+        keep_momentum=True,
         weight_decay=0.001,
         max_grad_norm=2.5,
         objective="erde",
@@ -434,13 +443,15 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         "evaluate_every",
         "wait_seconds",
         "round_timeout",
+        "learning_rate_schedule",
+        "learning_rate_decay",
     ]:
         assert getattr(strategy, name) == getattr(settings, name), name
     assert strategy.num_rounds == settings.num_server_rounds
     assert (strategy.bounds.max_norm, strategy.bounds.max_ratio) == (7000.0, 12.0)
     assert strategy.wire == "float16"
     assert strategy.privacy == Privacy(3.0, 4.0, 0.01, 0.0001, report_metrics=False)
-    for name in ["batch_size", "learning_rate", "momentum", "weight_decay", "max_grad_norm"]:
+    for name in ["batch_size", "learning_rate", "momentum", "weight_decay", "max_grad_norm", "keep_momentum"]:
         assert getattr(strategy.local, name) == getattr(settings, name), name
     assert (strategy.local.steps, strategy.local.epochs) == (settings.local_steps, settings.local_epochs)
     assert strategy.method.name == settings.method

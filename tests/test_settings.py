@@ -61,7 +61,7 @@ def test_defaults_of_the_parts_are_those_of_the_settings():
     """Whoever builds a strategy in Python gets what the manifest would give."""
     method, budget = CafeDistillMethod(), LocalBudget()
     assert settings_of(method) == {name: getattr(Settings(), name) for name in settings_of(method)}
-    for name in ("batch_size", "learning_rate", "momentum", "weight_decay", "max_grad_norm"):
+    for name in ("batch_size", "learning_rate", "momentum", "weight_decay", "max_grad_norm", "keep_momentum"):
         assert getattr(budget, name) == getattr(Settings(), name)
     assert (budget.steps, budget.epochs) == (Settings().local_steps, Settings().local_epochs)
 
@@ -322,6 +322,9 @@ IMPOSSIBLE = [
     ("batch-size", 0, "greater than or equal to 1"),
     ("optimizer", "adam", "'sgd' or 'adamw'"),
     ("learning-rate", 0.0, "greater than 0"),
+    ("learning-rate-schedule", "linear", "'cosine' or 'exponential'"),
+    ("learning-rate-decay", 0.0, "greater than 0"),
+    ("learning-rate-decay", 1.01, "less than or equal to 1"),
     ("momentum", 1.0, "less than 1"),
     ("momentum", -0.1, "greater than or equal to 0"),
     ("weight-decay", -0.1, "greater than or equal to 0"),

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 
 import numpy as np
 import pytest
@@ -257,6 +258,32 @@ def test_the_learning_rate_falls_only_after_half_time(tmp_path):
         assert notes.records[t].learning_rate == pytest.approx(0.2 * factor, abs=1e-6)
     sent = [m.content["config"]["local.learning-rate"] for m, _ in grid.of_type("train")]
     assert sent == pytest.approx([0.2 * factor for factor in factors for _ in range(N)], abs=1e-6)
+
+
+def test_the_exponential_schedule_shrinks_from_the_first_round_on(tmp_path):
+    """0.2 · 0.9^t, t = 0…5; the records and the messages say the same."""
+    _, notes, grid = start(tmp_path, learning_rate_schedule="exponential", learning_rate_decay=0.9)
+    rates = [0.2 * 0.9**t for t in range(6)]
+    assert [notes.records[t].learning_rate for t in range(1, 7)] == pytest.approx(rates)
+    sent = [m.content["config"]["local.learning-rate"] for m, _ in grid.of_type("train")]
+    assert sent == pytest.approx([rate for rate in rates for _ in range(N)])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"learning_rate_decay": 0.9}, "learning-rate-decay = 0.9 is of learning-rate-schedule = 'exponential'"),
+        ({"learning_rate_decay": 1.5}, "learning-rate-decay should be less than or equal to 1, got 1.5"),
+        ({"learning_rate_schedule": "steps"}, "learning-rate-schedule should be 'cosine' or 'exponential'"),
+        (
+            {"learning_rate_schedule": "exponential", "learning_rate_decay": 1e-9, "num_rounds": 99},
+            "learning-rate-decay = 1e-09 shrinks the learning rate to 0 within 99 rounds",
+        ),
+    ],
+)
+def test_an_impossible_schedule_is_refused(given, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        CafeDistill(**given)
 
 
 # --- variants ---

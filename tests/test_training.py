@@ -112,6 +112,15 @@ def test_learning_rate_is_constant_to_half_time_then_falls_and_stays_positive(nu
     assert all(0 < rate <= 0.3 for rate in rates)
 
 
+@pytest.mark.parametrize("num_rounds", [1, 7, 300])
+def test_the_exponential_schedule_by_hand(num_rounds):
+    """lr · f^t with rounds counted from 0; it does not ask how many there are, and with f = 1 it is constant."""
+    rates = [learning_rate_at(0.1, t, num_rounds, "exponential", 0.99) for t in range(1, 301)]
+    assert rates[:3] == pytest.approx([0.1, 0.099, 0.09801])
+    assert rates[-1] == pytest.approx(0.1 * math.exp(299 * math.log(0.99)))
+    assert {learning_rate_at(0.1, t, num_rounds, "exponential", 1.0) for t in range(1, 301)} == {0.1}
+
+
 def test_learning_rate_by_hand():
     """T = 8, t = 6: two of the five steps from round 4 to the (imagined) round 9, ½(1 + cos(2π/5)) = ½·1.309017."""
     assert learning_rate_at(1.0, 6, 8) == pytest.approx(0.6545085)
@@ -158,6 +167,29 @@ def test_weight_decay_and_clipping_by_hand():
     assert step(max_grad_norm=1.0) == pytest.approx(1.9)
     assert step(weight_decay=0.5, max_grad_norm=1.0) == pytest.approx(1.8)
     assert step(max_grad_norm=20.0) == pytest.approx(0.9)
+
+
+def test_weight_decay_is_torchs_of_every_parameter():
+    """Two steps of a network with convolutions, norms, biases and exits, against torch's SGD over all parameters."""
+    budget = LocalBudget(batch_size=8, steps=2, learning_rate=0.1, momentum=0.9, weight_decay=0.2)
+    torch.manual_seed(0)
+    data = Split(torch.rand(8, 1, 8, 8), torch.arange(8) % 3, torch.zeros(8, 1))
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        networks.append(ConvNet((1, 8, 8), 3, (4, 4), 4))
+
+    def loss(network, x, y):
+        return sum(nn.functional.cross_entropy(z, y) for z in network(x))
+
+    train(networks[0], data, lambda x, y: loss(networks[0], x, y), budget, np.random.default_rng(0))
+    optimizer = torch.optim.SGD(networks[1].parameters(), 0.1, momentum=0.9, weight_decay=0.2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss(networks[1].train(), data.x, data.y).backward()
+        optimizer.step()
+    for (name, ours), torchs in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=1e-5, msg=name)
 
 
 def test_momentum_by_hand_and_it_does_not_outlive_the_round():

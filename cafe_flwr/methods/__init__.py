@@ -8,6 +8,7 @@ from pkgutil import iter_modules
 
 from cafe_flwr.methods.base import (
     ClientRecord,
+    Conclusion,
     LocalResult,
     LocalTask,
     Method,
@@ -31,6 +32,7 @@ __all__ = [
     "METHODS",
     "CafeDistillMethod",
     "ClientRecord",
+    "Conclusion",
     "LocalResult",
     "LocalTask",
     "Method",

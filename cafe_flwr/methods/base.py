@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from cafe_flwr.data import Split
 from cafe_flwr.images import Augmentation
+from cafe_flwr.kinds import Kind
 from cafe_flwr.losses import cross_entropies, self_distillation
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.objectives import Lesson, Objective
 from cafe_flwr.options import setting as setting  # methods declare their settings with it
+from cafe_flwr.pairs import Pairs
 from cafe_flwr.priors import class_counts, log_prior
 from cafe_flwr.schema import Schema
+from cafe_flwr.starts import STARTS
 from cafe_flwr.training import LocalBudget, train
 
 Tensors = Mapping[str, Tensor]
@@ -50,13 +53,18 @@ class LocalTask:
     state
         The client's tensors beside the network's (``Method.extra_tensors``), by name; the method replaces entries.
     initial
-        The weights that all networks of the run started from, by name.
+        The weights that the client's network started from, by name.
     steps
         Gradient steps taken so far.
     lesson
         The objective at work in the training that runs now, if it has been asked for.
     augment
         How training varies the inputs of a batch; None: not at all.
+    momentum
+        What the optimiser remembers from the client's last round, by name; replaced when the task has run. Unused
+        unless the budget keeps it.
+    runs
+        How often the task has run so far.
     """
 
     network: EarlyExitNetwork
@@ -73,6 +81,13 @@ class LocalTask:
     steps: int = 0
     lesson: Lesson | None = None
     augment: Augmentation | None = None
+    momentum: dict[str, Tensor] = field(default_factory=dict)
+    runs: int = 0
+
+    @property
+    def training_exits(self) -> list[int]:
+        """The active student exits and the last one, counted from 0."""
+        return [*(k for k, active in enumerate(self.active) if active), self.network.num_exits - 1]
 
     def run(
         self,
@@ -87,7 +102,8 @@ class LocalTask:
     ) -> float:
         """Train the network on a loss of (x, y), and count the steps.
 
-        The objective begins anew: its teacher is the network as it stands before the first step.
+        The objective begins anew: its teacher is the network as it stands before the first step. Where momentum is
+        kept, the n-th run of a round goes on with that of the n-th run of the client's last round for this purpose.
 
         Parameters
         ----------
@@ -111,6 +127,8 @@ class LocalTask:
         Mean loss over the steps.
         """
         self.lesson = None
+        of_this = f"{purpose}/{self.runs}/"
+        kept = without_prefix(self.momentum, of_this) if self.budget.keep_momentum else None
         outcome = train(
             self.network,
             self.data,
@@ -124,8 +142,13 @@ class LocalTask:
             part=part,
             times=times,
             augment=self.augment,
+            kept=kept,
         )
         self.lesson = None
+        self.runs += 1
+        if kept is not None:
+            others = {name: t for name, t in self.momentum.items() if not name.startswith(of_this)}
+            self.momentum = others | {of_this + name: t for name, t in kept.items()}
         self.steps += outcome.steps
         return outcome.loss
 
@@ -153,11 +176,14 @@ class ClientRecord:
     seen
         Round of the report.
     upload
-        What the method had it send of its own, flat (CAFEDistill: its last exit's classifier).
+        What the method had it send of its own, or what the server has made of that for it (``Method.conclude``), flat.
+        CAFEDistill: the mixture that the client's last classifier becomes, which waits here until it is next asked.
     similarity
         (m−1,): how similar its student exits are to its last exit; NaN for exits that it does not hold.
     kind
         What it holds (:class:`cafe_flwr.kinds.Kind`), by name.
+    level
+        CAFEDistill: its deepest exit that has trained as a student, counted from 0.
     """
 
     num_examples: int
@@ -165,6 +191,7 @@ class ClientRecord:
     upload: NDArray[np.float32]
     similarity: NDArray[np.float64]
     kind: str = ""
+    level: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,7 +199,7 @@ class ServerRound:
     """What the server knows when it plans a round.
 
     Where clients are not alike, a round is planned once for all those that can learn from one another
-    (``Method.compares``).
+    (``Method.comparable``).
 
     Attributes
     ----------
@@ -190,6 +217,10 @@ class ServerRound:
         Random generator of this round.
     held
         How many exits participants hold, by client; those that are not named hold all.
+    pairs
+        Similarities of clients that have met in a round.
+    seed
+        Of the run.
     """
 
     server_round: int
@@ -200,6 +231,8 @@ class ServerRound:
     upload: Schema
     rng: np.random.Generator
     held: Mapping[int, int] = field(default_factory=dict)
+    pairs: Pairs = field(default_factory=Pairs)
+    seed: int = 0
 
     @property
     def all_exits(self) -> NDArray[np.bool_]:
@@ -209,6 +242,15 @@ class ServerRound:
         """
         held = np.array([self.held.get(client, self.num_exits) for client in self.participants], dtype=np.int64)
         return np.arange(1, self.num_exits) < held[:, None]
+
+    @property
+    def reported_similarity(self) -> NDArray[np.float64]:
+        """What the participants last said of their student exits, (participants, m−1); NaN if nothing yet."""
+        similarity = np.full((len(self.participants), self.num_exits - 1), np.nan)
+        for row, client in enumerate(self.participants):
+            if client in self.known:
+                similarity[row] = self.known[client].similarity[: self.num_exits - 1]
+        return similarity
 
     @property
     def teachers(self) -> list[int]:
@@ -257,6 +299,28 @@ class RoundPlan:
     weight_rows: Sequence[int] = ()
     weight_columns: Sequence[int] = ()
     suspicious: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What the server has made of a round's reports.
+
+    Attributes
+    ----------
+    records
+        What it keeps of every client that reported well.
+    pairs
+        Similarities of clients, those of this round included.
+    plan
+        The round's plan, with the weights found now where the method mixes at the end of a round.
+    unmoved
+        Clients whose classifier came back as it was sent.
+    """
+
+    records: Mapping[int, ClientRecord]
+    pairs: Pairs
+    plan: RoundPlan
+    unmoved: Sequence[int] = ()
 
 
 def joined_plans(
@@ -314,10 +378,7 @@ class Method(Objective):
         Settings of every method that this one cannot take, with the reason.
     phases
         Things it trains one after the other in a round, which share the round's steps if ``equal_steps``.
-    compares
-        Whether clients of different depths and modalities can learn from one another, where they download tensors of
-        the same shapes; if not, they learn from those with the same network only.
-    prior, distill, equal_steps
+    prior, distill, equal_steps, classifier_start
         Settings of every method, beside those of its objective.
     """
 
@@ -325,12 +386,17 @@ class Method(Objective):
     prefix: ClassVar[str]
     refuses: ClassVar[Mapping[str, str]] = {}
     phases: ClassVar[int] = 1
-    compares: ClassVar[bool] = False
 
     prior: bool = setting(False, "Add the log of the client's own class shares to its logits, in training and after.")
     distill: bool = setting(False, "Let the mean of a client's exits teach each of them (temperature 3).")
     equal_steps: bool = setting(
         True, "Methods that train two things in a round share the round's steps; false: each takes all, as published."
+    )
+    classifier_start: str = setting(
+        "zero",
+        "What personal classifiers start from: zeros, one random draw common to all clients, a draw of each client's "
+        "own, or what the network was built with ('built', alike on all clients). Shared ones start as built.",
+        choices=STARTS,
     )
 
     def __post_init__(self) -> None:
@@ -366,6 +432,10 @@ class Method(Objective):
 
     # --- server half ---
 
+    def comparable(self, kind: Kind) -> Hashable:
+        """Clients learn from one another whose kinds give the same here; by default, those with the same network."""
+        return kind.name
+
     def plain_mean(self, unequal: bool) -> bool:
         """Whether clients count alike in the average of what is shared; by default they count by their examples.
 
@@ -377,9 +447,21 @@ class Method(Objective):
         """What the participants are told. By default: train all exits."""
         return RoundPlan(task.all_exits)
 
+    def conclude(self, task: ServerRound, plan: RoundPlan, records: Mapping[int, ClientRecord]) -> Conclusion:
+        """What is kept of a round. By default: the reports as they are.
+
+        Parameters
+        ----------
+        task, plan
+            As the round was planned; ``task.known`` is from before the round.
+        records
+            Of the participants that reported well.
+        """
+        return Conclusion(records, task.pairs, plan)
+
     # --- client half ---
 
-    def receive(self, tensors: Tensors, download: Tensors, initial: Tensors) -> Tensors:
+    def receive(self, tensors: Tensors, download: Tensors, initial: Tensors, data: Split | None = None) -> Tensors:
         """The client's tensors at the start of a round.
 
         Parameters
@@ -389,7 +471,9 @@ class Method(Objective):
         download
             What the server sent to this client alone; empty if nothing.
         initial
-            The weights that all networks of the run started from.
+            The weights that the client's network started from.
+        data
+            Its training split; None where the server must know the outcome: then what does not depend on it.
         """
         return tensors
 

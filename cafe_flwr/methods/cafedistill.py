@@ -1,39 +1,43 @@
-"""CAFEDistill (arXiv 2601.10015): student exits join shallow first and least conflicting first, and learn from the last
-exits of similar clients.
+"""CAFEDistill as its authors run it (arXiv 2601.10015; *Federated Personalization of Early-Exit Networks*, CIKM 2026).
+
+Student exits join shallow first and on the clients in least conflict first, and learn from the client's own last exit;
+the last classifiers of clients whose training agrees are mixed, and the mixture becomes the client's own.
 
     server, round t                                          client i, round t
-      active ← first N_t = ⌈R(t)(m−1)n⌉ student exits          z̃ ← h̄_i · φ_m(x), detached
-      w_i ← argmin_{w∈Δ} −Σ_j s_ij w_j + μ‖w − p‖²             minimise CE(z_m, y)
-      h̄_i ← Σ_j w_ij h_j^m                                       + Σ_{k active} CE(z_k, y) + λ τ² KL(z̃/τ ‖ z_k/τ)
-      send shared part, h̄_i, active_i                          send shared part, h_i^m, cos(h_i^k, h_i^m)
-      average the shared parts by n_i                          keep h_i^1 … h_i^m
+      C ← min(S, 0) of the participants                        h_i^m ← h̄_i, the mixture that waited
+      R ← clip( (2t/T)(1 − 1/m) + ΣC/n², 0, 1 − 1/m )          minimise 1/m [ Σ_{k<ℓ} CE(z_k, y) + CE(z_m, y) ]
+      ℓ ← ⌊R·m·n⌋ exits, least conflict Σ_j C_ij first             + λ Σ_{k≤ℓ} τ² KL( sg z_m/τ ‖ z_k/τ )
+      send shared part, h̄_i, ℓ_i                               send shared part, h_i^m; keep the other classifiers
+      average the shared parts by n_i
+      S_ij ← cos(Δ_i, Δ_j), Δ_i = h_i^m as it came − as it was sent
+      w_i ← argmin_{w∈Δ} −Σ_j S_ij w_j + μ‖w − 1/n‖²
+      h̄_i ← Σ_j w_ij h_j^m, all at once
 
-docs/method.md has every formula and says what the paper leaves open.
+Written from the formulas; docs/method.md says what the code settled, and which slips of it are not copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafe_flwr.coordination import SELECTIONS, active_exits
-from cafe_flwr.devices import device_of, moved
+from cafe_flwr.coordination import conflict_ramp, student_levels
+from cafe_flwr.data import Split
+from cafe_flwr.kinds import Kind
 from cafe_flwr.losses import distillation
-from cafe_flwr.methods.base import ClientRecord, LocalResult, LocalTask, Method, RoundPlan, ServerRound, setting
+from cafe_flwr.methods.base import ClientRecord, Conclusion, LocalTask, Method, RoundPlan, ServerRound, Tensors, setting
 from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.objectives import exits_at
 from cafe_flwr.robustness import guarded_weights
-from cafe_flwr.teaching import TEACHERS, check_solver, cosine_similarity, teacher_weights
-from cafe_flwr.training import batches
-
-PROXIES = ("parameters", "gradients")
-PEERS = ("all", "alike", "deeper")
+from cafe_flwr.schema import Schema
+from cafe_flwr.starts import STARTS, classifier_start
+from cafe_flwr.teaching import check_solver, cosine_similarity, teacher_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,203 +47,169 @@ class CafeDistillMethod(Method):
     name: ClassVar[str] = "cafedistill"
     prefix: ClassVar[str] = ""
     refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
-    compares: ClassVar[bool] = True  # classifiers of one width
 
+    classifier_start: str = setting(
+        "zero",
+        "What personal classifiers start from: zeros, one random draw common to all clients, a draw of each client's "
+        "own, or, but for cafedistill, what the network was built with ('built'). Shared ones start as built.",
+        choices=STARTS,
+    )
     mu: float = setting(
-        0.5, "μ of teacher matching: 0 = learn from oneself only, large = from all in proportion to their data.", ge=0
+        0.6, "μ of matching (the authors' α): small = only those whose updates agree most, large = all alike.", gt=0
     )
     distill_weight: float = setting(1.0, "λ, the weight of distillation in the local loss; 0: no distillation.", ge=0)
-    temperature: float = setting(3.0, "τ of distillation.", gt=0)
+    temperature: float = setting(2.0, "τ of distillation.", gt=0)
+    conflict: str = setting(
+        "clients",
+        "What orders students and slows them down: cosines between the updates of clients, as released, or of each "
+        "student exit and the last exit of a client.",
+        choices=("clients", "exits"),
+    )
     selection: str = setting(
         "shallow-first",
-        "Order in which student exits join: the published shallow-first, or an ablation ('none': all from round 1).",
-        choices=SELECTIONS,
+        "Order in which student exits join; 'none' is an ablation: all from round 1.",
+        choices=("shallow-first", "none"),
     )
-    teachers: str = setting(
-        "matched", "Whose last exits teach: matched by the QP, all alike, or only one's own.", choices=TEACHERS
+    match_by: str = setting(
+        "updates",
+        "Whether clients are matched by what they made of the classifier in the round, or ('parameters', an ablation) "
+        "by the classifier itself.",
+        choices=("updates", "parameters"),
     )
-    peers: str = setting(
-        "all",
-        "Whose classifiers teach a client where depths or modalities differ: last exits of all, of the same network "
-        "only, or of its own last exit those of all who hold it ('deeper': clients send all their classifiers).",
-        choices=PEERS,
+    write_back: bool = setting(
+        True, "The mixture becomes the client's own classifier; false is an ablation: it only teaches the other exits."
     )
-    similarity_proxy: str = setting(
-        "parameters",
-        "How an exit's conflict with the last exit is measured: cosine of the classifiers, or of the gradients.",
-        choices=PROXIES,
-    )
-    solver: str = setting("exact", "Of the teacher QP: 'exact' or a solver of qpsolvers, e.g. 'osqp'.")
-    max_staleness: int = setting(
-        0, "Forget the last exit of a client that has been away for more rounds than this; 0: never.", ge=0
-    )
-    objective_teacher: str = setting(
-        "ema",
-        "Who teaches in safe-kd and erde: the EMA teacher, or in its place the classifiers matched by the QP.",
-        choices=("ema", "matched"),
-    )
+    solver: str = setting("exact", "Of the matching QP: 'exact' or a solver of qpsolvers, e.g. 'osqp'.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.solver != "exact":
             check_solver(self.solver)
+        if self.classifier_start == "built":
+            raise ValueError(
+                f"classifier_start = 'built' is not for {self.name}: the server must know what classifiers start from. "
+                "Set it to zero, common or own"
+            )
 
     # --- what travels ---
 
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
-        """The last exit's classifier, if it may teach others; all exits', if those of fewer exits learn from them."""
-        if self.teachers == "own":
-            return []
-        return network.classifier_names() if self.peers == "deeper" else network.head_names(network.num_exits - 1)
+        """The last exit's classifier."""
+        return network.head_names(network.num_exits - 1)
 
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
-        """The teacher's classifier, under the names of the last exit's."""
-        return [] if self.teachers == "own" else network.head_names(network.num_exits - 1)
+        """The mixture, under the names of what is sent."""
+        return self.upload_names(network)
 
     # --- server half ---
 
+    def comparable(self, kind: Kind) -> Hashable:
+        """Those who send the same classifiers: exit k is mixed with exit k."""
+        return kind.upload.entries
+
     def plan(self, task: ServerRound) -> RoundPlan:
-        """Coordinate the students and match the teachers of one round."""
-        t = min(task.server_round, task.num_rounds)
-        similarity = reported_similarity(task)
-        active = active_exits(
-            t, task.num_rounds, similarity, selection=self.selection, rng=task.rng, there=task.all_exits
+        """Coordinate the students, and hand out the mixtures that wait."""
+        clients = task.participants
+        levels = np.array([task.known[c].level if c in task.known else 0 for c in clients], dtype=np.int64)
+        if self.selection == "none":
+            levels[:] = max(task.num_exits - 2, 0)
+        else:
+            agreement, slow_down = self._agreement(task)
+            t = min(task.server_round, task.num_rounds)
+            share = conflict_ramp(t, task.num_rounds, task.num_exits, slow_down)
+            levels = student_levels(levels, share, agreement)
+        active = (np.arange(task.num_exits - 1) <= levels[:, None]) & task.all_exits
+        pupils = task.pupils
+        if not pupils:
+            return RoundPlan(active)
+        waiting = task.uploads(pupils)
+        if not self.write_back:
+            waiting = self._mix(task, waiting, task.pairs.among(pupils) + np.eye(len(pupils)))[0]
+        return RoundPlan(active, dict(zip(pupils, waiting, strict=True)))
+
+    def _agreement(self, task: ServerRound) -> tuple[NDArray[np.float64], float]:
+        """How little each participant's exits are in conflict, (n, m−1), and the mean of all conflicts; both ≤ 0."""
+        if self.conflict == "exits":
+            conflicts = np.minimum(np.nan_to_num(task.reported_similarity), 0.0)
+            return conflicts, float(conflicts.mean()) if conflicts.size else 0.0
+        conflicts = np.minimum(task.pairs.among(task.participants), 0.0)
+        sums = np.repeat(conflicts.sum(axis=0)[:, None], task.num_exits - 1, axis=1)
+        return sums, float(conflicts.mean())
+
+    def conclude(self, task: ServerRound, plan: RoundPlan, records: Mapping[int, ClientRecord]) -> Conclusion:
+        """Match those who have trained, and mix what they sent; the mixtures wait in their records."""
+        clients = sorted(records)
+        after = np.stack([records[client].upload for client in clients])
+        before = np.stack([self._sent(task, client) for client in clients])
+        last = self._last(task)
+        moves = (after - before)[:, last]
+        similarity = cosine_similarity(moves if self.match_by == "updates" else after[:, last])
+        mixed, weights, doubts = self._mix(task, after, similarity)
+        kept = mixed if self.write_back else after
+        row_of = {client: row for row, client in enumerate(task.participants)}
+        levels = [max(0, int(plan.active[row_of[client]].sum()) - 1) for client in clients]
+        return Conclusion(
+            records={c: replace(records[c], upload=kept[i], level=levels[i]) for i, c in enumerate(clients)},
+            pairs=task.pairs.updated(clients, similarity),
+            plan=replace(
+                plan,
+                weights=weights,
+                weight_rows=clients,
+                weight_columns=clients,
+                suspicious={clients[i]: reason for i, reason in doubts.items()},
+            ),
+            unmoved=[client for client, move in zip(clients, moves, strict=True) if not move.any()],
         )
 
-        teachers = [c for c in task.teachers if not self._is_stale(task.known[c], task.server_round)]
-        pupils = sorted(set(task.participants) & set(teachers))  # in its first round a client teaches itself
-        if self.teachers == "own" or not pupils or task.server_round > task.num_rounds:
-            return RoundPlan(active)
-        weights = np.zeros((len(pupils), len(teachers)))
-        downloads: dict[int, NDArray[np.float32]] = {}
-        suspicious: dict[int, str] = {}
-        for learners, able, heads in self._groups(task, pupils, teachers):
-            own = np.searchsorted(able, learners)
-            found, doubts = self._match(heads, task.examples(able), own)
-            weights[np.ix_(np.searchsorted(pupils, learners), np.searchsorted(teachers, able))] = found
-            downloads |= zip(learners, found.astype(np.float32) @ heads, strict=True)
-            suspicious |= {able[j]: reason for j, reason in doubts.items()}
-        return RoundPlan(active, downloads, weights, pupils, teachers, suspicious)
+    def _mix(
+        self, task: ServerRound, sent: NDArray[np.float32], similarity: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float64], dict[int, str]]:
+        """Mixtures of what clients sent (n, values), all at once; the weights (n, n); doubtful rows with the reason."""
+        uniform = np.full(len(sent), 1.0 / len(sent))
+        weights = teacher_weights(similarity, uniform, self.mu, self.solver)
+        heads, everyone = sent[:, self._last(task)], np.arange(len(sent))
+        weights, doubts = guarded_weights(weights, similarity, uniform, self.mu, heads, everyone)
+        return weights.astype(np.float32) @ sent, weights, doubts
 
-    def _groups(
-        self, task: ServerRound, pupils: Sequence[int], teachers: Sequence[int]
-    ) -> Iterator[tuple[list[int], list[int], NDArray[np.float32]]]:
-        """Pupils, those who may teach them (and they among these), and the classifiers that do, (teachers, values)."""
-        known = task.known
-        if self.peers == "alike":
-            for kind in sorted({known[client].kind for client in pupils}):
-                able = [client for client in teachers if known[client].kind == kind]
-                yield [client for client in pupils if client in able], able, task.uploads(able)
-        elif self.peers == "deeper":
-            size = sum(task.upload.sizes[-2:])  # of one exit's weight and bias
-            exits = {client: len(known[client].upload) // size for client in teachers}
-            for depth in sorted({exits[client] for client in pupils}):
-                able = [client for client in teachers if exits[client] >= depth]
-                heads = np.stack([known[client].upload[size * (depth - 1) : size * depth] for client in able])
-                yield [client for client in pupils if exits[client] == depth], able, heads
-        else:
-            yield list(pupils), list(teachers), task.uploads(teachers)
+    @staticmethod
+    def _last(task: ServerRound) -> slice:
+        """Where the last exit's weight and bias are in what clients send."""
+        return slice(-sum(task.upload.sizes[-2:]), None)
 
-    def _match(
-        self, heads: NDArray[np.float32], examples: NDArray[np.float64], own: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], dict[int, str]]:
-        """Teacher weights of the pupils ``heads[own]``, (pupils, heads), and suspicious heads with the reason."""
-        prior = examples / examples.sum()
-        if self.teachers == "uniform":
-            rows, prior = np.zeros((len(own), len(heads))), np.full(len(heads), 1.0 / len(heads))
-            weights = np.full(rows.shape, 1.0 / len(heads))
-        else:
-            rows = cosine_similarity(heads)[own]
-            weights = teacher_weights(rows, prior, self.mu, self.solver)
-        return guarded_weights(weights, rows, prior, self.mu, heads, own)
-
-    def _is_stale(self, record: ClientRecord, server_round: int) -> bool:
-        return bool(self.max_staleness) and server_round - 1 - record.seen > self.max_staleness
+    def _sent(self, task: ServerRound, client: int) -> NDArray[np.float32]:
+        """What the client began the round with of what it sends: the mixture it was sent, or its start."""
+        if client in task.known:
+            return task.known[client].upload
+        start = classifier_start(task.upload.entries, self.classifier_start, task.seed, client)
+        return Schema(task.upload.entries).pack(start)
 
     # --- client half ---
 
-    def train(self, task: LocalTask) -> LocalResult:
-        """Minimise the local loss, then report how similar every student exit is to the last exit."""
-
-        mean_loss = task.run(lambda x, y: self.loss(task, x, y))
-        return LocalResult(mean_loss, self._similarity(task))
+    def receive(self, tensors: Tensors, download: Tensors, initial: Tensors, data: Split | None = None) -> Tensors:
+        """The mixture becomes the client's own last classifier."""
+        return {**tensors, **download} if self.write_back else tensors
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
-        """L_i = CE(z_m, y) + Σ_{k active} [ CE(z_k, y) + λ·τ²·KL( softmax(z̃/τ) ‖ softmax(z_k/τ) ) ].
+        """L = (1/m) [ Σ_{k<ℓ} CE(z_k, y) + CE(z_{m−1}, y) ] + λ Σ_{k≤ℓ} τ² KL( sm(sg z_{m−1}/τ) ‖ sm(z_k/τ) ).
 
-        Exits that are not active are not even computed. z̃ are the last features under the classifier received; in
-        round 1 the client's own last exit. Another objective's terms take the place of the cross-entropies; if the
-        matched teacher takes the place of its EMA teacher, λ's term, which would say the same again, falls away.
+        sm is the softmax. Exits count from 0; those above the level ℓ, but the last, are not even computed. The
+        deepest student only learns from the last exit. Another objective's terms take the place of cross-entropies.
         """
-        network, exits, h = task.network, training_exits(task), x
-        logits = []
-        for k in range(network.num_exits):
-            h = network.stage(k, h)
-            if k in exits:
-                features, z = network.exit(k, h)
-                logits.append(z)
-        taught = z
-        if task.download:
-            taught = F.linear(features, *(task.download[name] for name in network.head_names(exits[-1])))
-            taught = taught if network.offset is None else taught + network.offset
-        taught = taught.detach()
-        matched = self.is_taught and self.objective_teacher == "matched"
-        terms = self.exit_terms(task, x, y, logits, exits=exits, teacher=taught if matched else None)
-        total = terms[-1]
-        for student, term in zip(logits[:-1], terms[:-1], strict=True):
-            total = total + term
-            if self.distill_weight and not matched:
-                total = total + self.distill_weight * distillation(student, taught, self.temperature)
+        network, exits = task.network, task.training_exits
+        features, logits = exits_at(network, x, exits)
+        *students, last = logits
+        with_labels = [*range(len(students) - 1), len(students)]  # all but the deepest student
+        terms = self.exit_terms(task, x, y, [logits[i] for i in with_labels], exits=[exits[i] for i in with_labels])
+        total = terms.sum() / network.num_exits
+        if not self.distill_weight:
+            return total
+        teacher = last if self.write_back or not task.download else self._taught(task, features[-1])
+        for student in students:
+            total = total + self.distill_weight * distillation(student, teacher, self.temperature)
         return total
 
-    def _similarity(self, task: LocalTask) -> list[float]:
+    def _taught(self, task: LocalTask, features: Tensor) -> Tensor:
+        """Logits of the last features under the mixture, where it only teaches."""
         network = task.network
-        if self.similarity_proxy == "gradients":
-            size = task.budget.batch_size
-            positions = next(batches(len(task.data), size, size, task.rng("similarity")))
-            index, device = torch.from_numpy(positions), device_of(network)
-            return gradient_similarity(network, moved(task.data.x[index], device), moved(task.data.y[index], device))
-        return classifier_similarity(network)
-
-
-def training_exits(task: LocalTask) -> list[int]:
-    """The active student exits and the last one, counted from 0."""
-    return [*(k for k, active in enumerate(task.active) if active), task.network.num_exits - 1]
-
-
-def reported_similarity(task: ServerRound) -> NDArray[np.float64]:
-    """What the participants last said of their student exits, (participants, m−1); NaN if nothing yet."""
-    similarity = np.full((len(task.participants), task.num_exits - 1), np.nan)
-    for row, client in enumerate(task.participants):
-        if client in task.known:
-            similarity[row] = task.known[client].similarity[: task.num_exits - 1]
-    return similarity
-
-
-def classifier_similarity(network: EarlyExitNetwork) -> list[float]:
-    """Cosine of every student exit's classifier and the last exit's, (m−1,)."""
-    tensors, last = network.state_dict(), network.num_exits - 1
-    heads = [torch.cat([tensors[n].flatten() for n in network.head_names(k)]) for k in range(last + 1)]
-    return [F.cosine_similarity(head, heads[last], dim=0).item() for head in heads[:last]]
-
-
-def gradient_similarity(network: EarlyExitNetwork, x: Tensor, y: Tensor) -> list[float]:
-    """Cosine of the gradients of exit k's and the last exit's cross-entropy on stages 1..k, for every student exit.
-
-    The conflict itself, on one batch, where the classifiers' cosine is a proxy (docs/method.md, beyond the paper).
-    """
-    network.eval()  # a look, that no running statistics may notice
-    losses = [F.cross_entropy(z, y) for z in network(x)]
-    stages = [[p for p in network.stages[k].parameters() if p.requires_grad] for k in range(network.num_exits - 1)]
-
-    def gradient(loss: Tensor, parameters: list[Tensor]) -> list[Tensor]:
-        return list(torch.autograd.grad(loss, parameters, retain_graph=True)) if parameters else []
-
-    of_last = [g.flatten() for g in gradient(losses[-1], [p for stage in stages for p in stage])]
-    result, so_far = [], 0
-    for k in range(len(stages)):
-        so_far += len(stages[k])
-        own = [g.flatten() for g in gradient(losses[k], [p for stage in stages[: k + 1] for p in stage])]
-        similarity = F.cosine_similarity(torch.cat(own), torch.cat(of_last[:so_far]), dim=0).item() if own else 0.0
-        result.append(similarity)
-    return result
+        logits = F.linear(features, *(task.download[name] for name in network.head_names(network.num_exits - 1)))
+        return logits if network.offset is None else logits + network.offset

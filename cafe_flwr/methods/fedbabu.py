@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cafe_flwr.methods.base import LocalResult, LocalTask, Method, setting
+from cafe_flwr.starts import STARTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,9 @@ class FedBABU(Method):
     name: ClassVar[str] = "fedbabu"
     prefix: ClassVar[str] = "fedbabu-"
 
+    classifier_start: str = setting(
+        "built", "As for all methods; zeros, which nobody trains, would teach the backbone nothing.", choices=STARTS[1:]
+    )
     finetune_rounds: int = setting(
         5, "Fine-tuning at the end, in rounds' worth of local steps (published: 5 epochs).", ge=0
     )

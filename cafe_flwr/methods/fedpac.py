@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cafe_flwr.data import Split
 from cafe_flwr.methods.base import (
     LocalResult,
     LocalTask,
@@ -87,7 +88,7 @@ class FedPAC(Method):
         downloads = {c: np.concatenate([h, flat]) for c, h in zip(pupils, mixed, strict=True)}
         return RoundPlan(task.all_exits, downloads, weights, pupils, clients)
 
-    def receive(self, tensors: Tensors, download: Tensors, initial: Tensors) -> Tensors:
+    def receive(self, tensors: Tensors, download: Tensors, initial: Tensors, data: Split | None = None) -> Tensors:
         """Start from the combined classifiers."""
         return {**tensors, **{name: t for name, t in download.items() if name != _PROTOTYPES}}
 

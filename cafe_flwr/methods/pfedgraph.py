@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cafe_flwr.data import Split
 from cafe_flwr.methods.base import LocalResult, LocalTask, RoundPlan, ServerRound, Tensors, setting
 from cafe_flwr.methods.mixtures import WholeModel, add_updates
 from cafe_flwr.teaching import cosine_similarity, teacher_weights
@@ -54,7 +55,7 @@ class PFedGraph(WholeModel):
         downloads = dict(zip(task.participants, mixed, strict=True))
         return RoundPlan(task.all_exits, downloads, weights, task.participants, clients)
 
-    def receive(self, tensors: Tensors, download: Tensors, initial: Tensors) -> Tensors:
+    def receive(self, tensors: Tensors, download: Tensors, initial: Tensors, data: Split | None = None) -> Tensors:
         """Start from the mixture."""
         return {**tensors, **add_updates(initial, download)} if download else tensors
 

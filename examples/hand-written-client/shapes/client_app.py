@@ -141,6 +141,8 @@ def learn(network: ExitNet, client: int, request: Request) -> list[float]:
     local, method = prefixed(request.config, "local."), prefixed(request.config, "method.")
     x, y = data.tensors(client, "train")
     parameters = list(network.parameters())
+    if local.get("keep-momentum"):
+        raise ValueError("this client starts its optimiser anew in every round: set keep-momentum to false")
     rate, decay = local["learning-rate"], local["weight-decay"]
     if local["optimizer"] == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(parameters, rate, weight_decay=decay)

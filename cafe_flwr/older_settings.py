@@ -1,0 +1,56 @@
+"""Settings of earlier versions: which name each has now, and what a saved run of then means today."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_TEXT = ("teachers", "peers", "similarity-proxy", "max-staleness", "objective-teacher")
+_PRIOR = (
+    *("prior", "mu", "pull", "last-weight", "temperature", "selection", "backbone-pull", "match-by", "same-above"),
+    *("counts", "count-epsilon"),
+)
+
+RENAMED: Mapping[str, str] = {
+    **{name: f"text-{name}" for name in _TEXT},
+    **{f"plus-{name}": f"prior-{name}" for name in _PRIOR},
+}
+"""Mapping from the name that a setting had in 0.1.0 to its name now."""
+
+METHODS_THEN: Mapping[str, str] = {"cafedistill": "cafedistill-text", "cafedistill-plus": "cafedistill-prior"}
+"""Mapping from what a method was called in 0.1.0 to its name now, where the old name means something else today."""
+
+
+def renamed(key: str) -> str:
+    """What to say of a setting that has another name now; empty if it has not.
+
+    Examples
+    --------
+    >>> renamed("peers")
+    "its name is 'text-peers' now: it is of method 'cafedistill-text', which was called 'cafedistill' until 0.1.0"
+    """
+    if key not in RENAMED:
+        return ""
+    now = RENAMED[key]
+    then, method = next((old, new) for old, new in METHODS_THEN.items() if new == f"cafedistill-{now.split('-')[0]}")
+    return f"its name is {now!r} now: it is of method {method!r}, which was called {then!r} until 0.1.0"
+
+
+def of_saved_run(run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a finished run as today's; those of an earlier version with what has changed made explicit.
+
+    Raises
+    ------
+    ValueError
+        If the run's method has another name now.
+    """
+    if not run_config.keys() & RENAMED.keys():
+        return dict(run_config)
+    method = str(run_config.get("method", "cafedistill"))
+    if method in METHODS_THEN:
+        raise ValueError(
+            f"method = {method!r} in settings of version 0.1.0 or before is {METHODS_THEN[method]!r} now; {method!r} "
+            "means another method. Use the version that made the run, or train anew under the name of today"
+        )
+    kept = {key: value for key, value in run_config.items() if key not in RENAMED}
+    return {"classifier-start": "built", **kept}
