@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,7 +135,9 @@ def _open_folder(path: Path) -> Any:
 
     # All files: left to itself, imagefolder takes 'train' or 'test' in a folder's name for a split.
     files = {"train": str(path / "**")}
-    return load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # datasets leaves metadata files to the garbage collector
+        return load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
 
 
 def _with_classes(dataset: Any, path: Path) -> Any:
