@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -56,10 +57,13 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
             "reads data from its data-dir only; set dataset = 'local'"
         )
     data = load_federation(
-        settings.dataset,
+        _located(settings),
         settings.num_clients,
         partition=settings.partition,
         alpha=settings.dirichlet_alpha,
+        capped=settings.dirichlet_cap,
+        partition_column=settings.partition_column,
+        natural_split=settings.natural_split,
         classes_per_client=settings.classes_per_client,
         examples_per_client=settings.examples_per_client,
         shares=settings.shares,
@@ -71,6 +75,7 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
         max_tokens=settings.max_tokens,
         vocabulary=settings.vocabulary,
         long_texts=settings.long_texts,
+        text_part=settings.text_part,
         validation_share=settings.validation_share,
         label_groups=settings.label_groups,
         rotations=settings.rotations,
@@ -83,6 +88,14 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
         data,
         load=lambda client: in_rows(data.load(client)) if modality_of(settings, client) == ROWS else data.load(client),
     )
+
+
+def _located(settings: Settings) -> str:
+    """The data set; the path of a local one, if it is not absolute, is one in data-dir."""
+    kind, _, path = settings.dataset.partition(":")
+    if not path or not settings.data_dir or Path(path).expanduser().is_absolute():
+        return settings.dataset
+    return f"{kind}:{Path(settings.data_dir).expanduser() / path}"
 
 
 def _copies(settings: Settings, node_config: Mapping[str, Any] | None) -> str:

@@ -168,6 +168,10 @@ def _own_data(data: FederatedData) -> dict[str, Any]:
         "label-groups": 0,
         "rotations": 1,
         "test-shift": 0.0,
+        "partition": "dirichlet",
+        "partition-column": "",
+        "natural-split": "even",
+        "dirichlet-cap": False,
     }
 
 

@@ -170,7 +170,7 @@ class Settings(_MethodSettings):
     dataset: str = Field("digit-pairs", pattern=rf"^({'|'.join((*IMAGE_SETS, *TEXT_SETS))}|local|local:.+)$")
     """'digit-pairs', 'digits', 'docstrings'; 'cifar10', 'cifar100', 'tiny-imagenet', 'ag-news', of the hub or of
     data-dir; 'local': every client's own data, in the data-dir of its node's node-config; 'local:<path>': a parquet
-    file or image folder, the same for all, dealt out (simulation only)."""
+    file or image folder, the same for all, dealt out (simulation only); it lies in data-dir if it is not absolute."""
     data_dir: str = ""
     """Folder with a copy of the hub's set in <data-dir>/<dataset>; empty: the hub. A node's own node-config 'data-dir'
     comes first."""
@@ -182,10 +182,20 @@ class Settings(_MethodSettings):
     """Texts: number of different tokens, to which words are hashed; 0 is padding."""
     long_texts: Literal["cut", "refuse"] = "cut"
     """Texts of more words than max-tokens are cut, or an error."""
-    partition: Literal["dirichlet", "pathological"] = "dirichlet"
-    """How labels are dealt out: Dirichlet shares of every class, or a fixed number of classes per client."""
+    text_part: Literal["whole", "title"] = "whole"
+    """AG News: 'title' keeps the column 'title' where a copy has one, else the first 7 words of a text, as many as
+    titles have in the mean (docs/data.md)."""
+    partition: Literal["dirichlet", "pathological", "natural"] = "dirichlet"
+    """How data are dealt out: Dirichlet shares of every class, a fixed number of classes per client, or by the values
+    of partition-column."""
     dirichlet_alpha: float = Field(0.1, gt=0)
     """Concentration of the Dirichlet partition: small = very different clients."""
+    dirichlet_cap: bool = False
+    """Dirichlet partition: a client that holds its fair share of the examples gets no more."""
+    partition_column: str = ""
+    """Natural partition: column whose values are the clients; num-clients is a multiple of how many there are."""
+    natural_split: Literal["even", "dirichlet"] = "even"
+    """Natural partition: how a value is dealt out to several clients, in even parts or by dirichlet-alpha."""
     classes_per_client: int = Field(10, ge=1)
     """Classes of a client in the pathological partition."""
     examples_per_client: int = Field(200, ge=10)
@@ -344,18 +354,47 @@ class Settings(_MethodSettings):
         self.build_bounds()
         self.build_privacy()
         self._check_own_data()
+        self._check_partition()
         self._check_kinds()
         self._check_optimizer()
         for key in ("results_dir", "state_dir", "data_dir", "dataset"):
             path = getattr(self, key)
             if key == "dataset":
-                path = path.partition(":")[2]
+                path = "" if self.data_dir else path.partition(":")[2]
             if path and not Path(path).expanduser().is_absolute():
                 raise ValueError(
                     f"{kebab(key)} must be an absolute path or start with '~', got {path!r}: Flower's processes have "
-                    "their own working directory"
+                    "their own working directory" + "; or set data-dir, where it lies" * (key == "dataset")
                 )
         return self
+
+    def _check_partition(self) -> None:
+        """Settings that only one way to deal data out reads; the data's columns come later."""
+        natural, column = self.partition == "natural", self.partition_column
+        if natural and (self.dataset == "local" or self.dataset in (*digits.NUM_CLASSES, "docstrings")):
+            raise ValueError(
+                f"partition = 'natural' deals out by a column, and dataset = {self.dataset!r} has none: set "
+                "dataset to a set of the hub or 'local:<path>', or partition to 'dirichlet'"
+            )
+        if natural and not column:
+            raise ValueError("partition = 'natural' needs partition-column, the column whose values are the clients")
+        if natural and self.label_groups:
+            raise ValueError(f"label-groups = {self.label_groups} is not for partition = 'natural': set it to 0")
+        for key, value in (("partition-column", column), ("natural-split", self.natural_split)):
+            if not natural and value not in ("", "even"):
+                raise ValueError(
+                    f"{key} = {value!r} is of the natural partition, and partition = {self.partition!r}: set partition "
+                    f"to 'natural', or leave {key} out"
+                )
+        if self.dirichlet_cap and (self.natural_split if natural else self.partition) != "dirichlet":
+            raise ValueError(
+                f"dirichlet-cap = true is of a Dirichlet partition, and partition = {self.partition!r}: set it to false"
+                + ", or natural-split to 'dirichlet'" * natural
+            )
+        if self.text_part == "title" and self.dataset != "ag-news":
+            raise ValueError(
+                f"text-part = 'title' is for 'ag-news', and {self.dataset!r} has no titles: set it to 'whole'"
+            )
 
     def _check_optimizer(self) -> None:
         """The optimiser's momentum and its learning rates."""

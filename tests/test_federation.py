@@ -524,9 +524,11 @@ def test_every_setting_of_the_data_set_reaches_it(tmp_path, monkeypatch):
         "seed": 17,
     }
     settings = small_settings(tmp_path, calibration_share=0.2, test_share=0.3, **given)
-    federation(settings)
+    alone = {"dirichlet_cap": True, "partition_column": "style", "natural_split": "dirichlet", "text_part": "title"}
+    federation(settings.model_copy(update=alone))  # unchecked: not with each other, nor with the rest
     assert seen.pop("shares") == pytest.approx((0.5, 0.2, 0.3))
-    assert seen == {("alpha" if key == "dirichlet_alpha" else key): value for key, value in given.items()}
+    names = {"dirichlet_alpha": "alpha", "dirichlet_cap": "capped"}
+    assert seen == {names.get(key, key): value for key, value in (given | alone).items()}
 
 
 def test_an_undisturbed_run_warns_of_nothing(tmp_path, no_report, flower_log):

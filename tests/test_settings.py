@@ -284,7 +284,9 @@ IMPOSSIBLE = [
     ("round-retries", -1, "greater than or equal to 0"),
     ("dataset", "cifar", "match pattern"),
     ("dataset", "local:", "match pattern"),
-    ("partition", "iid", "'dirichlet' or 'pathological'"),
+    ("partition", "iid", "'dirichlet', 'pathological' or 'natural'"),
+    ("natural-split", "iid", "'even' or 'dirichlet'"),
+    ("text-part", "headline", "'whole' or 'title'"),
     ("dirichlet-alpha", 0.0, "greater than 0"),
     ("classes-per-client", 0, "greater than or equal to 1"),
     ("examples-per-client", 9, "greater than or equal to 10"),
@@ -402,7 +404,7 @@ def test_numbers_are_finite(key, value):
 
 def test_every_setting_with_a_range_or_a_list_is_tried_above():
     """A new setting must be tried too."""
-    elsewhere = {"state-dir", "data-dir", "class-names", "solver", "depth-shares", "modalities"}
+    elsewhere = {"state-dir", "data-dir", "class-names", "solver", "depth-shares", "modalities", "partition-column"}
     free = elsewhere | {key for key, value in DEFAULTS.items() if type(value) is bool}  # checked below
     assert {key for key, _, _ in IMPOSSIBLE} | free == set(DEFAULTS)
 
@@ -419,6 +421,21 @@ def test_every_setting_with_a_range_or_a_list_is_tried_above():
         ({"solver": ""}, "solver must be 'exact' or one of: .*osqp.*; got ''"),
         ({"method": "fedrod", "prior": True}, "prior is not for fedrod"),
         ({"results-dir": "results"}, "results-dir must be an absolute path or start with '~', got 'results'"),
+        ({"dataset": "local:pacs"}, "dataset must be an absolute path .* got 'pacs'.*or set data-dir"),
+        ({"partition": "natural", "partition-column": "style"}, "dataset = 'digit-pairs' has none: set dataset to"),
+        ({"dataset": "local:/a", "partition": "natural"}, "needs partition-column"),
+        (
+            {"dataset": "local:/a", "partition": "natural", "partition-column": "style", "label-groups": 2},
+            "label-groups = 2 is not for partition = 'natural': set it to 0",
+        ),
+        ({"partition-column": "style"}, "partition-column = 'style' .* partition = 'dirichlet': set partition to 'nat"),
+        ({"natural-split": "dirichlet"}, "natural-split = 'dirichlet' is of the natural partition"),
+        ({"dirichlet-cap": True, "partition": "pathological"}, "dirichlet-cap = true .* partition = 'pathological'"),
+        (
+            {"dataset": "cifar100", "partition": "natural", "partition-column": "coarse_label", "dirichlet-cap": True},
+            "dirichlet-cap = true .* or natural-split to 'dirichlet'",
+        ),
+        ({"text-part": "title"}, "text-part = 'title' is for 'ag-news', and 'digit-pairs' has no titles"),
         ({"state-dir": "./state"}, "state-dir must be an absolute path or start with '~', got './state'"),
     ],
 )
