@@ -17,6 +17,9 @@ RENAMED: Mapping[str, str] = {
 }
 """Mapping from the name that a setting had in 0.1.0 to its name now."""
 
+_OF_OTHERS = frozenset({"mu", "distill-weight", "temperature", "selection", "solver", "plus-distill-weight"})
+"""What those two methods had under names that belong to another method now; a run by any other method never read it."""
+
 METHODS_THEN: Mapping[str, str] = {"cafedistill": "cafedistill-text", "cafedistill-plus": "cafedistill-prior"}
 """Mapping from what a method was called in 0.1.0 to its name now, where the old name means something else today."""
 
@@ -52,5 +55,5 @@ def of_saved_run(run_config: Mapping[str, Any]) -> dict[str, Any]:
             f"method = {method!r} in settings of version 0.1.0 or before is {METHODS_THEN[method]!r} now; {method!r} "
             "means another method. Use the version that made the run, or train anew under the name of today"
         )
-    kept = {key: value for key, value in run_config.items() if key not in RENAMED}
+    kept = {key: value for key, value in run_config.items() if key not in RENAMED and key not in _OF_OTHERS}
     return {"classifier-start": "built", **kept}
