@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe_flwr.coordination import SELECTIONS, active_exits, student_budget
+from cafe_flwr.coordination import SELECTIONS, active_exits, conflict_ramp, student_budget, student_levels
 
 
 def reference_budget(t, num_rounds, clients, exits):
@@ -243,8 +243,151 @@ def test_the_input_is_left_alone():
         (lambda: active_exits(1, 0, np.zeros((2, 2))), "num_rounds must be at least 1, got 0"),
         (lambda: student_budget(-1, 4, 3), "counts from 1, got -1"),
         (lambda: student_budget(1, -2, 3), "num_rounds must be at least 1, got -2"),
+        (lambda: conflict_ramp(0, 4, 3, 0.0), "count from 1, got round 0 of 4 with 3 exits"),
+        (lambda: conflict_ramp(1, 0, 3, 0.0), "count from 1, got round 1 of 0 with 3 exits"),
+        (lambda: conflict_ramp(1, 4, 0, 0.0), "count from 1, got round 1 of 4 with 0 exits"),
+        (lambda: student_levels([0, 0], 0.5, [0.0, 0.0]), r"shape \(clients, exits - 1\), got \(2,\) for 2 clients"),
+        (lambda: student_levels([0], 0.5, [[0.0], [0.0]]), r"shape \(clients, exits - 1\), got \(2, 1\) for 1 clients"),
+        (lambda: student_levels([0, 2], 0.5, [[0.0, 0.0]] * 2), r"levels must lie in 0\.\.1 \(exits - 2\), got 0\.\.2"),
+        (
+            lambda: student_levels([-1, 0], 0.5, [[0.0, 0.0]] * 2),
+            r"levels must lie in 0\.\.1 \(exits - 2\), got -1\.\.0",
+        ),
     ],
 )
 def test_bad_input_is_an_error_that_says_what_is_expected(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- as released: conflict slows the ramp down, and clients have levels ---
+
+
+def reference_levels(levels, budget, column):
+    """Exit 0 of all, then exit 1, …: one place at a time, to the client with the largest sum that has not got one."""
+    found = list(levels)
+    for k in range(len(column[0]) if column else 0):
+        waiting = list(range(len(found)))
+        while waiting and budget > 0:
+            best = max(waiting, key=lambda client: (column[client][k], -client))
+            waiting.remove(best)
+            found[best], budget = k, budget - 1
+    return found
+
+
+@st.composite
+def conflicting(draw, max_clients=7, max_exits=5):
+    """Clients with levels of old, and how little their exits are in conflict: 0 or less, often alike."""
+    clients, exits = draw(st.integers(1, max_clients)), draw(st.integers(2, max_exits))
+    value = st.sampled_from([-2.0, -1.0, -0.25, 0.0]) | st.floats(-3, 0)
+    column = [draw(st.lists(value, min_size=exits - 1, max_size=exits - 1)) for _ in range(clients)]
+    levels = draw(st.lists(st.integers(0, exits - 2), min_size=clients, max_size=clients))
+    return levels, column, exits
+
+
+def test_the_ramp_by_hand():
+    """m = 4, T = 8: without conflict 2t/8·¾ with t = round − 1: 0, 3/16, 6/16, 9/16, ¾ and then no more; a conflict of
+    −0.1 takes 0.1 of it, but never below 0, and nothing of what is beyond ¾ anyway: 2·5/8·¾ − 0.1 = 0.8375."""
+    ramps = [conflict_ramp(t, 8, 4, 0.0) for t in range(1, 9)]
+    assert ramps == pytest.approx([0, 3 / 16, 6 / 16, 9 / 16, 0.75, 0.75, 0.75, 0.75])
+    ramps = [conflict_ramp(t, 8, 4, -0.1) for t in range(1, 7)]
+    assert ramps == pytest.approx([0, 0.0875, 0.275, 0.4625, 0.65, 0.75])
+    assert conflict_ramp(8, 8, 4, -1.5) == 0
+    assert [conflict_ramp(t, 8, 1, 0.0) for t in (1, 8)] == [0, 0]  # a single exit has no students
+
+
+def test_levels_by_hand():
+    """n = 3, m = 3, R = 5/9: five places. Exit 0 of all three; exit 1 of the two with the largest sums, 0 and −0.5;
+    client 1, at −2, keeps its level, which exit 0 has just set to 0 although it was 1."""
+    sums = [[-0.5, -0.5], [-2.0, -2.0], [0.0, 0.0]]
+    assert student_levels([0, 1, 0], 5 / 9, sums).tolist() == [1, 0, 1]
+    assert student_levels([0, 1, 0], 3 / 9, sums).tolist() == [0, 0, 0]
+    assert student_levels([0, 1, 1], 2 / 9, sums).tolist() == [0, 1, 0]  # two places at exit 0: client 1 keeps its 1
+    assert student_levels([0, 1, 1], 0.0, sums).tolist() == [0, 1, 1]  # no place: all keep theirs
+    # Another order at every exit: exit 1 goes to client 1 alone.
+    assert student_levels([0, 0, 0], 4 / 9, [[0.0, -1.0], [-2.0, 0.0], [0.0, -0.1]]).tolist() == [0, 1, 0]
+
+
+def test_places_go_to_the_earlier_client_where_conflict_is_the_same():
+    sums = np.full((40, 2), -0.3)
+    for places in range(41):
+        levels = student_levels(np.zeros(40, int), (40 + places) / 120, sums)
+        assert levels.tolist() == [1] * places + [0] * (40 - places)
+
+
+def test_the_number_of_places_is_not_rounded_down_in_binary():
+    """R = 0.29 of 100 exits is 29; in floats 0.29·100 = 28.999999999999996 and its floor is 28."""
+    assert math.floor(0.29 * 100) == 28
+    assert student_levels(np.ones(25, int), 0.29, np.zeros((25, 3))).tolist() == [1] * 4 + [0] * 21
+
+
+@settings(deadline=None)
+@given(case=conflicting(), share=st.floats(0, 1))
+def test_levels_are_those_of_a_loop_and_lie_between_0_and_the_exit_before_the_last(case, share):
+    levels, column, exits = case
+    share = min(share, 1 - 1 / exits)
+    before = np.array(levels)
+    found = student_levels(before, share, column)
+    budget = math.floor(share * exits * len(levels) + 1e-9)
+    assert found.tolist() == reference_levels(levels, budget, column)
+    assert ((found >= 0) & (found <= exits - 2)).all()
+    assert before.tolist() == levels  # the input is left alone
+
+
+@settings(deadline=None)
+@given(case=conflicting(), num_rounds=st.integers(1, 60), conflict=st.floats(-1, 0), data=st.data())
+def test_the_budget_is_never_exceeded(case, num_rounds, conflict, data):
+    """From level 0, students beyond the first of each client are places; the first is there in any case."""
+    _, column, exits = case
+    clients = len(column)
+    t = data.draw(st.integers(1, num_rounds))
+    share = conflict_ramp(t, num_rounds, exits, conflict)
+    assert 0 <= share <= 1 - 1 / exits
+    students = int((student_levels([0] * clients, share, column) + 1).sum())
+    assert students <= max(clients, math.floor(share * exits * clients + 1e-9))
+
+
+@settings(deadline=None)
+@given(case=conflicting(), num_rounds=st.integers(1, 60))
+def test_without_conflict_all_students_train_from_half_time_on(case, num_rounds):
+    """2(t − 1)/T ≥ 1: whoever had which level, it is m − 2 then."""
+    levels, column, exits = case
+    for t in range(math.ceil(num_rounds / 2) + 1, num_rounds + 1):
+        share = conflict_ramp(t, num_rounds, exits, 0.0)
+        assert share == 1 - 1 / exits
+        assert student_levels(levels, share, column).tolist() == [exits - 2] * len(levels)
+
+
+@settings(deadline=None)
+@given(case=conflicting(), num_rounds=st.integers(1, 60), conflicts=st.tuples(st.floats(-1, 0), st.floats(-1, 0)))
+def test_more_conflict_never_means_more_students(case, num_rounds, conflicts):
+    """In every round, for the federation and for every client of it."""
+    _, column, exits = case
+    more, less = sorted(conflicts)
+    for t in range(1, num_rounds + 1):
+        shares = [conflict_ramp(t, num_rounds, exits, conflict) for conflict in (more, less)]
+        assert shares[0] <= shares[1]
+        few, many = (student_levels([0] * len(column), share, column) for share in shares)
+        assert (few <= many).all()
+
+
+@settings(deadline=None)
+@given(case=conflicting(), num_rounds=st.integers(2, 60))
+def test_from_round_to_round_students_only_join(case, num_rounds):
+    levels, column, exits = [0] * len(case[1]), case[1], case[2]
+    for t in range(1, num_rounds + 1):
+        found = student_levels(levels, conflict_ramp(t, num_rounds, exits, -0.1), column)
+        assert (found >= levels).all()
+        levels = found.tolist()
+
+
+def test_a_client_in_more_conflict_gets_no_deeper_than_one_in_less():
+    """From the same level, in every round."""
+    sums = np.repeat(np.linspace(-1, 0, 9)[:, None], 3, axis=1)
+    for t in range(1, 21):
+        levels = student_levels([0] * 9, conflict_ramp(t, 20, 4, -0.05), sums)
+        assert (np.diff(levels) >= 0).all()
+
+
+def test_a_network_with_one_exit_has_levels_of_0():
+    assert student_levels([0, 0], 0.0, np.zeros((2, 0))).tolist() == [0, 0]
