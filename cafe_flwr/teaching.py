@@ -106,13 +106,13 @@ def teacher_weights(similarity: ArrayLike, prior: ArrayLike, mu: float, solver: 
     return _solve_with(solver, s, p, mu)
 
 
-def check_solver(solver: str) -> None:
-    """Raise ValueError, with those installed, if qpsolvers knows no solver of this name."""
+def check_solver(solver: str, key: str = "solver") -> None:
+    """Raise ValueError, naming the setting and those installed, if qpsolvers knows no solver of this name."""
     import qpsolvers
 
     if solver not in qpsolvers.available_solvers:
         installed = ", ".join(qpsolvers.available_solvers)
-        raise ValueError(f"solver must be 'exact' or one of: {installed}; got {solver!r}")
+        raise ValueError(f"{key} must be 'exact' or one of: {installed}; got {solver!r}")
 
 
 def simplex_qp(hessian: ArrayLike, linear: ArrayLike, solver: str = "osqp") -> NDArray[np.float64] | None:

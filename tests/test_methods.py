@@ -6,7 +6,7 @@ A federation of toys runs with real messages; what is checked is what travels, w
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import FrozenInstanceError, dataclass, field, fields
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +33,13 @@ from safetensors.torch import load_file
 from cafe_flwr import strategy as strategy_module
 from cafe_flwr.data import ClientData, Split
 from cafe_flwr.messages import Keys, NodeInfo
-from cafe_flwr.methods import METHODS, ClientRecord, LocalTask, Method, ServerRound, settings_of
+from cafe_flwr.methods import METHODS, ClientRecord, LocalTask, ServerRound, settings_of
 from cafe_flwr.metrics import evaluate
 from cafe_flwr.objectives import Objective
 from cafe_flwr.participation import rng_for
 from cafe_flwr.schema import Schema
 from cafe_flwr.settings import Settings, setting_key
+from cafe_flwr.starts import classifier_start
 from cafe_flwr.state import Checkpoints, PersonalStore, to_json
 from cafe_flwr.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
@@ -94,9 +95,10 @@ class Row(NamedTuple):
     down: Sequence[str] = ()
 
 
-# Of cafedistill-plus: the backbone as the client left it, beside the average; and its classifiers since the start.
+# Of cafedistill-prior: the backbone as the client left it, beside the average; and its classifiers since the start.
 OWN_BACKBONE, HEAD_UPDATES = prefixed("own.", BACKBONE), prefixed("update.", HEADS)
-PLUS = Row(BACKBONE, [*HEADS, *OWN_BACKBONE], [*HEAD_UPDATES, "class-means", "class-counts"], HEAD_UPDATES)
+PRIOR = Row(BACKBONE, [*HEADS, *OWN_BACKBONE], [*HEAD_UPDATES, "class-means", "class-counts"], HEAD_UPDATES)
+RELEASED = Row(BACKBONE, HEADS, LAST, LAST)
 EVERYTHING_AVERAGED = Row(NETWORK, [])
 EXITS_PERSONAL = Row(BACKBONE, HEADS)
 MIXTURES = Row([], NETWORK, prefixed("update.", NETWORK), prefixed("update.", NETWORK))
@@ -115,32 +117,41 @@ TABLE = {
     "fedrod": Row(NETWORK, prefixed("personal.", HEADS)),
     "ditto": Row(NETWORK, prefixed("personal.", NETWORK)),
     "fedpac": Row(BACKBONE, HEADS, [*HEADS, "class-means", "variance", "class-counts"], [*HEADS, "prototypes"]),
-    "cafedistill": Row(BACKBONE, HEADS, LAST, LAST),
-    "cafedistill teachers=own": EXITS_PERSONAL,
-    "cafedistill peers=deeper": Row(BACKBONE, HEADS, HEADS, LAST),
-    "cafedistill-plus": PLUS,
-    "cafedistill-plus match_by=classifiers": PLUS._replace(up=[*HEAD_UPDATES, "class-counts"]),
-    "cafedistill-plus counts=noised match_by=classifiers": PLUS._replace(up=[*HEAD_UPDATES, "class-counts"]),
-    "cafedistill-plus counts=none match_by=classifiers": PLUS._replace(up=HEAD_UPDATES),
+    "cafedistill": RELEASED,
+    "cafedistill classifier_start=own": RELEASED,
+    "cafedistill write_back=False": RELEASED,
+    "cafedistill-plus": Row(BACKBONE, HEADS, HEADS, HEADS),
+    "cafedistill-text": Row(BACKBONE, HEADS, LAST, LAST),
+    "cafedistill-text teachers=own": EXITS_PERSONAL,
+    "cafedistill-text peers=deeper": Row(BACKBONE, HEADS, HEADS, LAST),
+    "cafedistill-prior": PRIOR,
+    "cafedistill-prior match_by=classifiers": PRIOR._replace(up=[*HEAD_UPDATES, "class-counts"]),
+    "cafedistill-prior counts=noised match_by=classifiers": PRIOR._replace(up=[*HEAD_UPDATES, "class-counts"]),
+    "cafedistill-prior counts=none match_by=classifiers": PRIOR._replace(up=HEAD_UPDATES),
 }
 TWO_PHASES = {"ditto", "fedrep", "fedpac"}  # train two things in a round
-REFUSED = {("fedrod", "prior"), ("cafedistill", "distill"), ("cafedistill-plus", "distill"), ("local-kd", "distill")}
+DISTILLING = {"cafedistill", "cafedistill-plus", "cafedistill-prior", "cafedistill-text", "local-kd"}
+REFUSED = {("fedrod", "prior"), *((name, "distill") for name in DISTILLING)}
+# The server must know what classifiers start from.
+NOT_FOR = {(name, "classifier_start"): "built" for name in ("cafedistill", "cafedistill-plus")}
 
 
 # What another value of a setting needs beside it.
-WITH = {("cafedistill-plus", "counts"): {"match_by": "classifiers"}}
+WITH = {("cafedistill-prior", "counts"): {"match_by": "classifiers"}}
 
 
 # --- every method as it is, and with each of its settings at other values --------------------------------------------
 
 
-def other_values(f):
-    """Values of a setting other than its default, its bounds among them."""
+def other_values(name, f):
+    """Values of a method's setting other than its default, its bounds among them."""
     bounds = f.metadata
     if isinstance(f.default, bool):
         return [not f.default]
     if isinstance(f.default, str):
-        return [value for value in bounds["choices"] or ("osqp",) if value != f.default]
+        return [
+            value for value in bounds["choices"] or ("osqp",) if value not in (f.default, NOT_FOR.get((name, f.name)))
+        ]
     limits = [bounds[key] for key in ("ge", "le") if bounds[key] is not None]
     values = {type(f.default)(value) for value in (*limits, f.default / 2)} - {f.default}
     return sorted(values) or [f.default + 1]
@@ -156,10 +167,10 @@ VARIANTS = [
     for name in sorted(METHODS)
     for f in fields(METHODS[name])
     if (name, f.name) not in REFUSED
-    for value in other_values(f)
+    for value in other_values(name, f)
 ]
 # Without the switches and the objectives' settings of every method, which have tests of their own.
-SWITCHES = {"prior", "distill", "equal_steps"} | {f.name for f in fields(Objective)}
+SWITCHES = {"prior", "distill", "equal_steps", "classifier_start"} | {f.name for f in fields(Objective)}
 OWN = [v for v in (*PLAIN, *VARIANTS) if not SWITCHES & set(v[1])]
 # Variants for which other things travel, or other code trains.
 SPECIAL = [v for v in VARIANTS if described(v) in TABLE or v[1] == {"similarity_proxy": "gradients"}]
@@ -246,7 +257,8 @@ class Run:
         """What is on a client's disk after a round; what it starts from before the first one."""
         row = row_of(self.variant)
         if not server_round:
-            start = {prefix + name: t for prefix in ("", "own.", "personal.") for name, t in initial().items()}
+            weights = start_of(self.variant, client)
+            start = {prefix + name: t for prefix in ("", "own.", "personal.") for name, t in weights.items()}
             if self.variant[0] == "fedrod":  # its personal classifiers begin at 0
                 start |= {name: torch.zeros_like(start[name]) for name in row.personal}
             return {name: start[name] for name in row.personal if name in start}
@@ -276,6 +288,14 @@ def initial(exits=2):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return {name: t.clone() for name, t in toy_network(exits).state_dict().items()}
+
+
+def start_of(variant, client):
+    """Where a client starts: the weights of the seed, but its personal classifiers from 0 unless the method says
+    otherwise."""
+    weights, start = initial(), build(variant).classifier_start
+    heads = [(name, SHAPES[name]) for name in HEADS if name in row_of(variant).personal]
+    return weights if start == "built" else weights | classifier_start(heads, start, 0, client)
 
 
 def federate(folder, variant, num_nodes=2, rounds=T, *, app=None, grid=None, exits=2, **options):
@@ -360,9 +380,10 @@ def test_a_method_does_not_change(variant):
 
 
 def own_key(cls, f):
-    """Name of a method's setting in a run's settings: with its prefix, or as it is if it is one of every method."""
-    common = f.name in {c.name for c in fields(Method)} and f.name not in vars(cls)["__annotations__"]
-    return ("" if common else cls.prefix) + f.name.replace("_", "-")
+    """Name of a method's setting in a run's settings: with the prefix of the method that declares it, or as it is if it
+    is one of every method."""
+    owner = next(c for c in cls.__mro__ if f.name in vars(c).get("__annotations__", {}))
+    return vars(owner).get("prefix", "") + f.name.replace("_", "-")
 
 
 @plain_methods
@@ -376,7 +397,7 @@ def test_every_setting_says_what_it_is_and_can_be_set_in_a_run(variant):
         assert setting_key(cls, f.name).replace("_", "-") == key
         offered = Settings.model_fields[key.replace("-", "_")]
         assert (offered.description, offered.default) == (f.metadata["doc"], f.default)
-        for value in other_values(f) if (cls.name, f.name) not in REFUSED else []:
+        for value in other_values(cls.name, f) if (cls.name, f.name) not in REFUSED else []:
             too = WITH.get((cls.name, f.name), {})
             config = {"method": cls.name, key: value} | {own_key(cls, cls.__dataclass_fields__[n]): too[n] for n in too}
             set_so = Settings.from_run_config(config).build_method()
@@ -499,7 +520,7 @@ def test_what_is_sent_down_is_the_shared_part_and_the_clients_own_and_no_more(ru
 def test_what_is_sent_up_is_what_training_left_name_by_name(run):
     """Unpacked by the schema, a reply holds exactly: averaged tensors and uploads as the method left them; what begins
     with 'update.' is the client's network minus the initial one. Metrics are a few numbers."""
-    row, start = row_of(run.variant), initial()
+    row = row_of(run.variant)
     shared, upload = run.schema("shared"), run.schema("upload")
     for server_round in range(1, T + 1):
         for message, reply in run.messages("train", server_round):
@@ -510,7 +531,7 @@ def test_what_is_sent_up_is_what_training_left_name_by_name(run):
             assert flat.dtype == np.float32
             assert flat.shape == (shared.size + upload.size,)
             sent = {**shared.unpack(flat[: shared.size]), **upload.unpack(flat[shared.size :])}
-            left = run.trained[server_round, client].left
+            left, start = run.trained[server_round, client].left, start_of(run.variant, client)
             assert sorted(sent) == sorted([*row.averaged, *row.up])
             for name, tensor in sent.items():
                 original = name.removeprefix("update.")
@@ -551,15 +572,29 @@ def starting_point(run, client, message):
     (version,) = message.content["config"]["versions"]
     shared, down = run.sent(message)
     left = run.trained[version, client].left if (version, client) in run.trained else run.kept(client, version)
-    kept, start = {name: left[name] for name in row_of(run.variant).personal if name in left}, initial()
+    kept = {name: left[name] for name in row_of(run.variant).personal if name in left}
+    start = start_of(run.variant, client)
     tensors = {**start, **shared, **kept}
     if run.variant[0] == "fedpac":
         tensors |= {name: t for name, t in down.items() if name in HEADS}
-    if run.variant[0] == "cafedistill-plus" and down:
+    if run.variant[0] == "cafedistill" and build(run.variant).write_back:
+        tensors |= down
+    if run.variant[0] == "cafedistill-plus":
+        share = mixture_share(client)
+        for name, t in down.items():
+            of_class = share.reshape(-1, *(1 for _ in t.shape[1:]))
+            tensors[name] = of_class * t + (1 - of_class) * kept[name]
+    if run.variant[0] == "cafedistill-prior" and down:
         tensors |= {name: (kept["own." + name] + shared[name]) / 2 for name in BACKBONE}
-    if run.variant[0] in ("pfedgraph", "cafedistill-plus"):
+    if run.variant[0] in ("pfedgraph", "cafedistill-prior"):
         tensors |= {n.removeprefix("update."): start[n.removeprefix("update.")] + t for n, t in down.items()}
     return tensors
+
+
+def mixture_share(client):
+    """κ/(κ + n_c + n/C) of a toy client's classes, κ = 10: how far the mixture takes its own classifier's place."""
+    labels = toy_data(client).train.y
+    return 10 / (10 + torch.bincount(labels, minlength=CLASSES) + len(labels) / CLASSES)
 
 
 def personal_network(run, tensors):
@@ -951,10 +986,45 @@ def test_a_plan_does_not_depend_on_the_order_of_what_is_known_and_changes_none_o
 
 
 @every_method
+def test_what_is_concluded_is_of_those_who_reported_and_changes_nothing_else(name):
+    """Of three participants two report, one of them for the first time: what the server keeps of them is finite and of
+    the size sent, levels are those of exits there are, weights are shares, and the order of reports does not matter."""
+    for variant in of_method(name):
+        method = build(variant)
+        for exits in (1, 2, 5):
+            task = knowledge(method, [1, 4, 9], exits=exits)
+            came = {client: task.known[client] for client in (4, 9)}
+            task = replace(task, known={4: knowledge(method, [4], exits=exits).known[4]})
+            before = {client: record.upload.copy() for client, record in came.items()}
+            old = task.known[4].upload.copy()
+            plan = method.plan(task)
+            one, other = (method.conclude(task, plan, dict(order)) for order in (came.items(), [*came.items()][::-1]))
+            assert set(one.records) == {4, 9}
+            assert set(one.unmoved) <= {4, 9}
+            for client, record in one.records.items():
+                assert record.upload.shape == before[client].shape
+                assert np.isfinite(record.upload).all()
+                assert 0 <= record.level <= max(exits - 2, 0)
+                assert record.num_examples == came[client].num_examples
+                np.testing.assert_array_equal(record.upload, other.records[client].upload)
+                np.testing.assert_array_equal(came[client].upload, before[client])
+            np.testing.assert_array_equal(task.known[4].upload, old)
+            assert one.plan.active.tolist() == plan.active.tolist()
+            if one.plan.weights is not None:
+                assert one.plan.weights.shape == (len(one.plan.weight_rows), len(one.plan.weight_columns))
+                np.testing.assert_allclose(one.plan.weights.sum(axis=1), 1.0, atol=1e-6)
+            np.testing.assert_array_equal(one.pairs.among([1, 4, 9]), other.pairs.among([1, 4, 9]))
+            assert not task.pairs.among([1, 4, 9]).any()
+
+
+@every_method
 def test_training_is_repeatable_and_leaves_the_network_trainable(name):
-    """The same start and generator give the same outcome bit for bit; nothing stays frozen, the backbone has moved."""
+    """The same start and generator give the same outcome bit for bit; nothing stays frozen, the backbone has moved: all
+    of it, but for the deepest student's projection where only distillation would train it, and there is none."""
     for variant in of_method(name):
         method, outcomes = build(variant), []
+        only_taught = name in ("cafedistill", "cafedistill-plus") and not method.distill_weight
+        untrained = [key for key in PROJECTIONS if only_taught and key.startswith("exits.0")]
         for _ in range(2):
             network = toy_network(exits=2)
             network.load_state_dict(initial())
@@ -975,7 +1045,7 @@ def test_training_is_repeatable_and_leaves_the_network_trainable(name):
             assert all(p.requires_grad for p in network.parameters())
             tensors = {**network.state_dict(), **task.state}
             assert not any(t.requires_grad for t in task.state.values())
-            assert not any(torch.equal(tensors[name], initial()[name]) for name in BACKBONE)
+            assert [key for key in BACKBONE if torch.equal(tensors[key], initial()[key])] == untrained
             outcomes.append((result, tensors))
         assert outcomes[0][0] == outcomes[1][0]
         assert same_tensors(outcomes[0][1], outcomes[1][1])

@@ -450,7 +450,10 @@ def test_every_setting_with_a_range_or_a_list_is_tried_above():
         ),
         ({"min-train-nodes": 5, "num-clients": 4}, r"min-train-nodes \(5\) must not exceed num-clients \(4\)"),
         ({"solver": "gurobee"}, "solver must be 'exact' or one of: .*osqp.*; got 'gurobee'"),
-        ({"method": "cafedistill-text", "text-solver": "gurobee"}, "solver must be 'exact' or one of: .*osqp.*; got "),
+        (
+            {"method": "cafedistill-text", "text-solver": "gurobee"},
+            "text-solver must be 'exact' or one of: .*osqp.*; got ",
+        ),
         ({"classifier-start": "built"}, "classifier_start = 'built' is not for cafedistill: .* Set it to zero, common"),
         ({"solver": ""}, "solver must be 'exact' or one of: .*osqp.*; got ''"),
         ({"method": "fedrod", "prior": True}, "prior is not for fedrod"),

@@ -98,7 +98,7 @@ class CafeDistillText(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.solver != "exact":
-            check_solver(self.solver)
+            check_solver(self.solver, f"{self.prefix}solver")
 
     # --- what travels ---
 
