@@ -1096,3 +1096,23 @@ def test_the_example_of_the_documentation_is_a_method_that_works(tmp_path, monke
     free, fedper = three_rounds("fednear", pull=0.0), three_rounds("fedper")
     assert_same_outcome(free, fedper)
     assert spread(three_rounds("fednear", pull=3.0)) < spread(near) < spread(free)
+
+
+# --- what docs/methods.md says of them -------------------------------------------------------------------------------
+
+
+def test_the_documentation_has_a_row_for_every_method_and_every_setting_of_cafedistill():
+    """With the file it is in, and with the default."""
+    text = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    rows = re.findall(r"^\| \[`([a-z-]+)`\]\(\.\./(\S+)\)", text, re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(METHODS)
+    for name, path in rows:
+        assert METHODS[name].__module__.replace(".", "/") + ".py" == path
+    described = dict(re.findall(r"^\| `([a-z-]+)` \| `([^`]+)` \|", text, re.MULTILINE))
+    expected = {
+        own_key(METHODS[name], f): str(f.default).lower()
+        for name in sorted(DISTILLING - {"local-kd"})
+        for f in fields(METHODS[name])
+        if f.name in vars(METHODS[name])["__annotations__"]
+    }
+    assert described == expected

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from cafe_flwr import strategy as strategy_module
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.messages import Keys
 from cafe_flwr.methods import METHODS
+from cafe_flwr.methods.cafedistill_text import CafeDistillText
 from cafe_flwr.methods.pfedgraph import PFedGraph
 from cafe_flwr.metrics import THRESHOLDS
 from cafe_flwr.state import Checkpoints
@@ -59,8 +61,11 @@ def grid_of(folder, num_nodes=N, app=None):
     return WatchedGrid(app or toy_app(), num_nodes, node_config={"state-dir": str(folder)})
 
 
-def start(folder, *args, num_nodes=N, app=None, run=None, **kwargs):
-    """Start a CafeDistill of T = 6 rounds on toys: its result, notes and messages."""
+def start(folder, *args, num_nodes=N, app=None, run=None, text=None, **kwargs):
+    """Start a CafeDistill of T = 6 rounds on toys: its result, notes and messages.
+
+    ``text``: settings of the reading from the text, which then runs in its place.
+    """
     notes = Notes()
     kwargs = {
         "num_rounds": 6,
@@ -71,7 +76,11 @@ def start(folder, *args, num_nodes=N, app=None, run=None, **kwargs):
     } | kwargs
     kwargs = {"min_available_nodes": 1} | kwargs if len(args) < 5 else kwargs
     grid = grid_of(folder, num_nodes, app)
-    result = CafeDistill(*args, **kwargs).start(grid, **(run or {}))
+    if text is None:
+        strategy = CafeDistill(*args, **kwargs)
+    else:
+        strategy = FederatedStrategy(*args, method=CafeDistillText(**text), **kwargs)
+    result = strategy.start(grid, **(run or {}))
     return result, notes, grid
 
 
@@ -80,7 +89,7 @@ def personal(folder, client, server_round):
     return load_file(path)
 
 
-# --- docs/method.md, slowly ---
+# --- the reading from the text, slowly (the released form: tests/test_released.py) ---
 
 
 def slsqp(s, p, mu):
@@ -103,7 +112,7 @@ def cosine(a, b):
 
 
 class ByHand:
-    """CAFEDistill of toys in float64: dictionaries of tensors, loops, and no line of the package's training."""
+    """The reading from the text, of toys in float64: tensors by name, loops, and no line of the package's training."""
 
     def __init__(self, n, T, mu, lam, tau, steps, lr, seed=0, max_staleness=None):
         torch.manual_seed(seed)
@@ -207,8 +216,8 @@ class ByHand:
     [{1: [0, 1, 2], 2: [0, 1, 2], 3: [0, 1, 2], 4: [0, 1, 2]}, {1: [0, 1], 2: [1, 2], 3: [0, 2], 4: [0, 1, 2]}],
     ids=["all", "some"],
 )
-def test_it_is_the_method_written_out_by_hand(tmp_path, monkeypatch, participants, num_nodes):
-    """Four rounds of T = 6 (R = 1/3, 2/3, 1, 1), with everything that §1 has: averaging by n_i, teacher heads by a QP
+def test_the_text_reading_is_the_method_written_out_by_hand(tmp_path, monkeypatch, participants, num_nodes):
+    """Four rounds of T = 6 (R = 1/3, 2/3, 1, 1), with everything that it has: averaging by n_i, teacher heads by a QP
     over present and absent clients, students joining depth first and least conflicting first, the loss. Parameters,
     losses, similarities and teacher weights agree."""
     monkeypatch.setattr(strategy_module, "sample_clients", lambda *_, server_round, **__: participants[server_round])
@@ -217,9 +226,7 @@ def test_it_is_the_method_written_out_by_hand(tmp_path, monkeypatch, participant
     monkeypatch.setattr(strategy_module, "learning_rate_at", lambda base, *_: base)
     result, notes, _ = start(
         tmp_path,
-        mu=mu,
-        distill_weight=lam,
-        temperature=tau,
+        text={"mu": mu, "distill_weight": lam, "temperature": tau},
         num_nodes=num_nodes,
         run={"num_rounds": 4},
     )
@@ -300,7 +307,7 @@ AWAY = {1: [0, 1, 2], 2: [0, 1], 3: [0, 1], 4: [0, 1], 5: [0, 1, 2], 6: [0, 1, 2
 def test_absent_clients_teach_until_they_are_forgotten(tmp_path, monkeypatch, max_staleness, forgotten_in):
     """Client 2 is seen in round 1 and then not until round 5: when round t is planned it has been away for t − 2."""
     patch_participants(monkeypatch, AWAY)
-    _, notes, grid = start(tmp_path, max_staleness=max_staleness, mu=5.0)
+    _, notes, grid = start(tmp_path, text={"max_staleness": max_staleness, "mu": 5.0})
     for t in range(2, 7):
         columns = [0, 1] if t in forgotten_in else [0, 1, 2]
         plan = notes.records[t].plan
@@ -316,7 +323,7 @@ def test_absent_clients_teach_until_they_are_forgotten(tmp_path, monkeypatch, ma
 def test_a_stale_head_teaches_as_it_was_last_seen(tmp_path, monkeypatch):
     """Where all teach alike the teacher is the mean of the heads; client 2's is that of round 1 in rounds 2 to 4."""
     patch_participants(monkeypatch, AWAY)
-    _, _, grid = start(tmp_path, teachers="uniform", run={"num_rounds": 4})
+    _, _, grid = start(tmp_path, text={"teachers": "uniform"}, run={"num_rounds": 4})
     last = {}
     for message, reply in grid.of_type("train"):
         config = message.content["config"]
@@ -330,7 +337,7 @@ def test_a_stale_head_teaches_as_it_was_last_seen(tmp_path, monkeypatch):
 
 def test_own_teachers_exchange_nothing_but_the_shared_part(tmp_path):
     """`teachers = own`: no classifier leaves a client, none comes down."""
-    _, notes, grid = start(tmp_path, teachers="own")
+    _, notes, grid = start(tmp_path, text={"teachers": "own"})
     shared = sum(t.numel() for name, t in toy_network().state_dict().items() if ".head." not in name)
     exchanges = grid.of_type("train")
     assert len(exchanges) == 6 * N
@@ -345,8 +352,8 @@ def test_own_teachers_are_mu_zero(tmp_path):
     """The limit μ → 0 (all weight on oneself) is local distillation, up to when the teacher is read: the own head at
     the start of the round against the own head of the moment. With one step a round there is no difference."""
     budget = LocalBudget(batch_size=1000, steps=1, learning_rate=0.2)
-    own, _, _ = start(tmp_path / "own", teachers="own", local=budget)
-    zero, notes, _ = start(tmp_path / "zero", mu=0.0, local=budget)
+    own, _, _ = start(tmp_path / "own", text={"teachers": "own"}, local=budget)
+    zero, notes, _ = start(tmp_path / "zero", text={"mu": 0.0}, local=budget)
     np.testing.assert_array_equal(notes.records[6].plan.weights, np.eye(N))
     for name in own.arrays:
         np.testing.assert_allclose(own.arrays[name].numpy(), zero.arrays[name].numpy(), atol=1e-6)
@@ -361,15 +368,19 @@ def test_the_last_matching_is_remembered(tmp_path, monkeypatch):
         def on_round(self, record, state):
             plans[record.server_round] = (record.plan, state.plan)
 
-    start(tmp_path, callbacks=[Watch()], run={"num_rounds": 3})
+    start(tmp_path, text={}, callbacks=[Watch()], run={"num_rounds": 3})
     assert plans[3][0].weights is None
     assert plans[3][1] is plans[2][1]
     assert list(plans[3][1].weight_rows) == [0, 1]
 
 
-def test_osqp_gives_the_same_run_as_the_closed_form(tmp_path):
-    exact, one, _ = start(tmp_path / "exact", mu=0.2)
-    osqp, two, _ = start(tmp_path / "osqp", mu=0.2, solver="osqp")
+@pytest.mark.parametrize(("text", "mu"), [(False, 2.0), (True, 0.2)], ids=["released", "from the text"])
+def test_osqp_gives_the_same_run_as_the_closed_form(tmp_path, text, mu):
+    def matching(**settings):
+        return {"text": settings} if text else settings
+
+    exact, one, _ = start(tmp_path / "exact", **matching(mu=mu))
+    osqp, two, _ = start(tmp_path / "osqp", **matching(mu=mu, solver="osqp"))
     for name in exact.arrays:
         np.testing.assert_allclose(exact.arrays[name].numpy(), osqp.arrays[name].numpy(), atol=1e-4)
     for t in range(2, 7):
@@ -380,7 +391,7 @@ def test_osqp_gives_the_same_run_as_the_closed_form(tmp_path):
 @pytest.mark.parametrize("num_nodes", [1, N])
 def test_gradient_similarity_is_what_autograd_says(tmp_path, num_nodes):
     """cos(∇CE_k, ∇CE_m) on stages 1..k, at the parameters each client has after training, on its whole data."""
-    _, notes, grid = start(tmp_path, similarity_proxy="gradients", num_nodes=N, run={"num_rounds": 2})
+    _, notes, grid = start(tmp_path, text={"similarity_proxy": "gradients"}, num_nodes=N, run={"num_rounds": 2})
     for message, reply in grid.of_type("train"):
         (client,) = asked(message)
         t = message.content["config"]["server-round"]
@@ -407,12 +418,22 @@ def test_gradient_similarity_is_what_autograd_says(tmp_path, num_nodes):
         assert reply.content["metrics"]["similarity"] == report.similarity
 
 
-def test_parameter_similarity_is_the_cosine_of_the_classifiers(tmp_path):
-    _, notes, _ = start(tmp_path, run={"num_rounds": 1})
-    for report in notes.records[1].reports:
-        heads = personal(tmp_path, report.client, 1)
+@pytest.mark.parametrize(("text", "last"), [(None, 6), ({}, 1)], ids=["released", "from the text"])
+def test_parameter_similarity_is_the_cosine_of_the_classifiers(tmp_path, text, last):
+    """A measurement in the released form, what students are ordered by in the other."""
+    _, notes, _ = start(tmp_path, text=text, run={"num_rounds": last})
+    for report in notes.records[last].reports:
+        heads = personal(tmp_path, report.client, last)
         flat = [np.concatenate([heads[f"exits.{k}.head.{p}"].flatten() for p in ("weight", "bias")]) for k in range(3)]
         assert report.similarity == pytest.approx([cosine(flat[k], flat[2]) for k in range(2)], abs=1e-6)
+
+
+def test_an_exit_that_has_not_trained_is_like_no_other(tmp_path):
+    """Its classifier is still 0, in round 1 that of exit 2."""
+    _, notes, _ = start(tmp_path, run={"num_rounds": 1})
+    for report in notes.records[1].reports:
+        assert report.similarity[0] != 0
+        assert report.similarity[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -423,13 +444,13 @@ def test_parameter_similarity_is_the_cosine_of_the_classifiers(tmp_path):
         ("none", [[3, 3]] * 3),
     ],
 )
-def test_selection_is_what_clients_are_told(tmp_path, selection, expected):
+def test_selection_of_the_text_reading_is_what_clients_are_told(tmp_path, selection, expected):
     """T = 6, hosts of one client each: R = 1/3, 2/3, 1 of 6 student exits is 2, 4, 6; here 9 clients on 3 nodes, so
     that active exits of several clients travel in one message."""
     expected = [[3 * a for a in pair] for pair in expected]
     if selection != "none":
         expected = {"shallow-first": [[6, 0], [9, 3], [9, 9]], "deep-first": [[0, 6], [3, 9], [9, 9]]}[selection]
-    _, notes, grid = start(tmp_path, selection=selection, num_clients=9, run={"num_rounds": 3})
+    _, notes, grid = start(tmp_path, text={"selection": selection}, num_clients=9, run={"num_rounds": 3})
     assert [notes.records[t].active_exits for t in (1, 2, 3)] == expected
     for t in (1, 2, 3):
         told = {}
@@ -439,6 +460,31 @@ def test_selection_is_what_clients_are_told(tmp_path, selection, expected):
                 flags = np.array(config["active-exits"]).reshape(3, 2)
                 told |= dict(zip(asked(message), flags.tolist(), strict=True))
         assert [told[c] for c in range(9)] == notes.records[t].plan.active.tolist()
+
+
+@pytest.mark.parametrize(("selection", "first"), [("shallow-first", [9, 0]), ("none", [9, 9])])
+def test_levels_are_what_clients_are_told(tmp_path, selection, first):
+    """All begin with exit 1, or with all. Exits are told as far as the level, which the server keeps for the client."""
+    levels = {}
+
+    class Watch(Notes):
+        def on_round(self, record, state):
+            super().on_round(record, state)
+            levels[record.server_round] = [state.known[c].level for c in range(9)]
+
+    notes = Watch()
+    _, _, grid = start(tmp_path, selection=selection, num_clients=9, callbacks=[notes])
+    assert notes.records[1].active_exits == first
+    assert notes.records[6].active_exits == [9, 9]
+    for t in range(1, 7):
+        told = {}
+        for message, _ in grid.of_type("train"):
+            config = message.content["config"]
+            if config["server-round"] == t:
+                flags = np.array(config["active-exits"]).reshape(3, 2)
+                told |= dict(zip(asked(message), flags.tolist(), strict=True))
+        assert [told[c] for c in range(9)] == notes.records[t].plan.active.tolist()
+        assert [told[c] for c in range(9)] == [[level >= 0, level >= 1] for level in levels[t]]
 
 
 # --- Flower's interface ---
@@ -767,7 +813,7 @@ def test_a_line_without_accuracies_says_so_by_leaving_them_out(tmp_path, flower_
     _, notes, _ = start(tmp_path, evaluate_every=4)
     lines = [r.getMessage() for r in flower_log.records if r.getMessage().startswith("[ROUND ")]
     assert ["accuracy" in line for line in lines] == [False, False, False, True, False, True]
-    assert lines[0].startswith("[ROUND 1/6] 3 clients · students 2/0 · ")
+    assert lines[0].startswith("[ROUND 1/6] 3 clients · students 3/0 · ")
     assert "nan" not in "".join(lines).lower()
     for t in (1, 4):
         line = notes.records[t].to_json()
@@ -780,7 +826,9 @@ def test_a_line_without_accuracies_says_so_by_leaving_them_out(tmp_path, flower_
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("cafedistill", {"similarity_proxy": "gradients"}),
+        ("cafedistill", {}),
+        ("cafedistill-plus", {}),
+        ("cafedistill-text", {"similarity_proxy": "gradients"}),
         ("fedper", {"prior": True}),
         ("fedrep", {}),
         ("fedrod", {}),
@@ -837,7 +885,7 @@ def test_the_final_evaluation_is_of_what_the_server_would_send_next(tmp_path, mo
     came_up = {asked(m)[0]: r.content["arrays"]["flat"].numpy() for m, r in grid.of_type("train")[-N:]}
     updates = np.stack([came_up[c] for c in range(N)]).astype(np.float64)
     examples = np.array([len(toy_data(c).train) for c in range(N)])
-    initial = flat_state(seeded_state())
+    initial = flat_state({n: torch.zeros_like(t) if ".head." in n else t for n, t in seeded_state().items()})
     for client in range(N):
         s = np.array([cosine(updates[client], other) for other in updates])
         s[s > 0.999] = 1.0
@@ -874,12 +922,62 @@ def test_every_evaluation_has_the_downloads_of_the_round_to_come(tmp_path):
 
 
 def test_teachers_are_not_sent_for_an_evaluation_at_the_end(tmp_path):
-    """CAFEDistill's teachers are for training alone: after the last round they would be sent in vain."""
-    _, _, grid = start(tmp_path)
+    """Those of the text reading are for training alone: after the last round they would be sent in vain."""
+    _, _, grid = start(tmp_path, text={})
     shared = sum(t.numel() for name, t in toy_network().state_dict().items() if ".head." not in name)
     for message, _ in grid.of_type("evaluate"):
         assert "downloads" not in message.content["config"]
         assert message.content["arrays"]["flat"].shape == (shared,)
+
+
+@pytest.mark.parametrize("away", [None, 2], ids=["all", "one away"])
+def test_mixtures_are_what_is_evaluated_and_published_at_the_end(tmp_path, monkeypatch, away):
+    """They wait at the server until their client is asked again: h̄_i = Σ_j w_ij h_j of the last classifiers that came
+    up in the round a client last took part in is its own after round T, also of a client that was away since."""
+    patch_participants(monkeypatch, {t: [c for c in range(N) if t < 6 or c != away] for t in range(1, 7)})
+    _, notes, grid = start(tmp_path, mu=2.0)
+    came, last = {}, {c: 5 if c == away else 6 for c in range(N)}
+    for message, reply in grid.of_type("train"):
+        (client,) = asked(message)
+        came[message.content["config"]["server-round"], client] = reply.content["arrays"]["flat"].numpy()[-15:]
+    for client in range(N):
+        plan = notes.records[last[client]].plan
+        weights = plan.weights[list(plan.weight_rows).index(client)]
+        heads = np.stack([came[last[client], other] for other in plan.weight_columns])
+        mixture = weights @ heads
+        published = load_file(tmp_path / f"client-{client}.safetensors")
+        found = np.concatenate([published[f"exits.2.head.{part}"].numpy().ravel() for part in ("weight", "bias")])
+        np.testing.assert_allclose(found, mixture, atol=1e-5)
+        assert np.abs(mixture - came[last[client], client]).max() > 1e-3  # not as training left it
+        network, test = toy_network().eval(), toy_data(client).test
+        network.load_state_dict(published)
+        with torch.no_grad():
+            accuracy = [(z.argmax(1) == test.y).float().mean().item() for z in network(test.x)]
+        assert notes.reports[client].exits.accuracy == pytest.approx(accuracy)
+
+
+def test_a_level_that_there_is_not_is_refused_before_anything_is_sent(tmp_path):
+    """In a state to resume from, of a network of other depth, say: levels are 0 to m − 2 = 1."""
+
+    class Keep(Notes):
+        def on_round(self, record, state):
+            self.state = state
+
+    keep = Keep()
+    start(tmp_path, callbacks=[keep], run={"num_rounds": 2})
+    for level in (2, -1):
+        known = {c: replace(record, level=level if c == 1 else 0) for c, record in keep.state.known.items()}
+        grid = grid_of(tmp_path)
+        strategy = CafeDistill(
+            num_rounds=6,
+            num_clients=N,
+            local=FULL_BATCH,
+            wait_seconds=0.0,
+            resume_from=replace(keep.state, known=known),
+        )
+        with pytest.raises(ValueError, match=rf"levels must lie in 0\.\.1 \(exits - 2\), got .*{level}"):
+            strategy.start(grid)
+        assert grid.of_type("train") == []
 
 
 def test_fine_tuning_after_the_last_round_teaches_what_the_rounds_did_not(tmp_path):
@@ -902,7 +1000,9 @@ def test_fine_tuning_after_the_last_round_teaches_what_the_rounds_did_not(tmp_pa
     assert losses[5] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize("name", ["cafedistill", "cafedistill-plus", "fedrod", "fedamp", "ditto"])
+@pytest.mark.parametrize(
+    "name", ["cafedistill", "cafedistill-plus", "cafedistill-prior", "cafedistill-text", "fedrod", "fedamp", "ditto"]
+)
 def test_what_ran_before_on_the_same_nodes_does_not_matter(tmp_path, name):
     """A method after another one in the same process starts from the weights of the seed, like anywhere else."""
     fresh, _, _ = by(METHODS[name](), tmp_path / "fresh", num_rounds=2)
@@ -990,7 +1090,7 @@ def test_num_rounds_of_start_stops_earlier(tmp_path):
     _, notes, _ = start(tmp_path, run={"num_rounds": 2})
     assert sorted(notes.records) == [1, 2]
     assert [notes.records[t].num_rounds for t in (1, 2)] == [6, 6]
-    assert notes.records[1].active_exits == [2, 0]
+    assert notes.records[1].active_exits == [3, 0]
     assert notes.reports is None
     for rounds in (0, 7):
         with pytest.raises(
@@ -1088,23 +1188,24 @@ def test_final_reports_count_what_the_published_networks_do(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mu": -0.1}, "mu should be greater than or equal to 0, got -0.1"),
+        ({"mu": 0.0}, "mu should be greater than 0, got 0.0"),
+        ({"mu": -0.1}, "mu should be greater than 0, got -0.1"),
         ({"mu": math.nan}, "mu should be a finite number, got nan"),
         ({"mu": math.inf}, "mu should be a finite number, got inf"),
         ({"mu": "0.5"}, "mu should be a valid number, got '0.5'"),
         ({"distill_weight": -1.0}, "distill-weight should be greater than or equal to 0"),
         ({"temperature": 0.0}, "temperature should be greater than 0, got 0.0"),
-        (
-            {"selection": "shallow"},
-            "selection should be 'shallow-first', 'deep-first', 'random' or 'none', got 'shallow'",
-        ),
-        ({"teachers": "others"}, "teachers should be 'matched', 'uniform' or 'own', got 'others'"),
-        ({"similarity_proxy": "cosine"}, "similarity-proxy should be 'parameters' or 'gradients', got 'cosine'"),
+        ({"selection": "random"}, "selection should be 'shallow-first' or 'none', got 'random'"),
+        ({"conflict": "layers"}, "conflict should be 'clients' or 'exits', got 'layers'"),
+        ({"match_by": "features"}, "match-by should be 'updates' or 'parameters', got 'features'"),
+        ({"write_back": 1}, "write-back should be a valid boolean, got 1"),
+        ({"classifier_start": "one"}, "classifier-start should be 'zero', 'common', 'own' or 'built', got 'one'"),
+        ({"classifier_start": "built"}, "classifier_start = 'built' is not for cafedistill: .* Set it to zero, common"),
+        ({"learning_rate_decay": 0.0}, "learning-rate-decay should be greater than 0, got 0.0"),
+        ({"learning_rate_decay": 1.01}, "learning-rate-decay should be less than or equal to 1, got 1.01"),
         ({"evaluate_every": 0}, "evaluate-every should be greater than or equal to 1, got 0"),
         ({"evaluate_every": 2.0}, "evaluate-every should be a valid integer, got 2.0"),
         ({"solver": "osqpp"}, "solver must be 'exact' or one of: .*osqp.*; got 'osqpp'"),
-        ({"max_staleness": -1}, "max-staleness should be greater than or equal to 0, got -1"),
-        ({"max_staleness": 1.5}, "max-staleness should be a valid integer, got 1.5"),
         ({"num_rounds": 0}, "num-server-rounds should be greater than or equal to 1, got 0"),
         ({"num_clients": 0}, "num-clients should be greater than or equal to 1, got 0"),
         ({"seed": -1}, "seed should be greater than or equal to 0, got -1"),
@@ -1122,15 +1223,16 @@ def test_bad_settings_are_refused_by_name(settings, message):
 
 def test_summary_shows_our_settings_and_flowers(flower_log):
     CafeDistill(
-        0.5, mu=0.125, selection="random", num_rounds=12, seed=3, local=LocalBudget(epochs=2, learning_rate=0.05)
+        0.5, mu=0.125, selection="none", num_rounds=12, seed=3, local=LocalBudget(epochs=2, learning_rate=0.05)
     ).summary()
     text = flower_log.text(logging.INFO)
     for part in (
         "Settings of cafedistill",
         "mu: 0.125",
         "distill-weight: 1.0",
-        "selection: random",
-        "similarity-proxy: parameters",
+        "selection: none",
+        "conflict: clients",
+        "classifier-start: zero",
         "2 epochs of 16, SGD at 0.05",
         "Seed: 3",
         "Fraction: train (0.50)",
@@ -1144,7 +1246,7 @@ def test_a_line_a_round_and_not_a_wall_of_dictionaries(tmp_path, flower_log):
     lines = [r.getMessage() for r in flower_log.records if r.levelno == logging.INFO]
     rounds = [line for line in lines if line.startswith("[ROUND ")]
     assert len(rounds) == 6
-    assert rounds[0].startswith("[ROUND 1/6] 3 clients · students 2/0 · accuracy 0.")
+    assert rounds[0].startswith("[ROUND 1/6] 3 clients · students 3/0 · accuracy 0.")
     assert len(lines) < 6 + 35
     assert "{" not in "".join(lines)
 
