@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cafe_flwr.methods import ClientRecord
+from cafe_flwr.pairs import Pairs
 from cafe_flwr.state import Checkpoints, PersonalStore, ServerState, personal_folder, write_atomically
 
 RUN = "0123456789abcdef"
@@ -371,9 +372,11 @@ def server_state(server_round, clients=(0, 3, 11), upload=4, students=2):
                 seen=max(1, server_round - c % 3),
                 upload=rng.normal(size=upload).astype(np.float32),
                 similarity=rng.uniform(-1, 1, size=students),
+                level=c % max(students, 1),
             )
             for c in clients
         },
+        pairs=Pairs().updated(clients, np.full((len(clients), len(clients)), rng.uniform(-1, 1))),
     )
 
 
@@ -381,10 +384,12 @@ def assert_same_state(a, b):
     assert (a.run, a.round, a.digest) == (b.run, b.round, b.digest)
     assert a.shared.dtype == b.shared.dtype == np.float32
     assert a.shared.tobytes() == b.shared.tobytes()
+    for x, y in ((a.pairs.keys, b.pairs.keys), (a.pairs.values, b.pairs.values)):
+        assert (x.dtype, x.tobytes()) == (y.dtype, y.tobytes())
     assert sorted(a.known) == sorted(b.known)
     for client, record in a.known.items():
         other = b.known[client]
-        assert (record.num_examples, record.seen) == (other.num_examples, other.seen)
+        assert (record.num_examples, record.seen, record.level) == (other.num_examples, other.seen, other.level)
         for x, y in ((record.upload, other.upload), (record.similarity, other.similarity)):
             assert x.dtype == y.dtype
             assert x.shape == y.shape
