@@ -25,6 +25,8 @@ from cafe_flwr.data import ClientData
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.node import seeded
 from cafe_flwr.participation import rng_for
+from cafe_flwr.schema import Schema
+from cafe_flwr.starts import classifier_start
 from cafe_flwr.training import batches
 
 Tensors = dict[str, Tensor]
@@ -39,7 +41,7 @@ class Client:
     level: int = 0
     momentum: Tensors = field(default_factory=dict)
     waiting: Tensors = field(default_factory=dict)
-    exit_cosines: list[float] = field(default_factory=list)
+    exit_cosines: list[float] = field(default_factory=list)  # 0 before it has reported any
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Reference:
     tau: float = 2.0
     kappa: float = 0.0
     conflict: str = "clients"
+    start: str = "zero"
     seed: int = 0
     t: int = 0
 
@@ -84,8 +87,15 @@ class Reference:
         heads = self.network.classifier_names()
         start = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         self.shared = {name: tensor for name, tensor in start.items() if name not in heads}
-        zeros = {name: torch.zeros_like(start[name]) for name in heads}
-        self.clients = [Client(self.load(i), dict(zeros)) for i in range(self.num_clients)]
+        entries = Schema.of(start, heads).entries
+        self.clients = [
+            Client(
+                self.load(i),
+                classifier_start(entries, self.start, self.seed, i),
+                exit_cosines=[0.0] * (self.m - 1),
+            )
+            for i in range(self.num_clients)
+        ]
         self.S = [[0.0] * self.num_clients for _ in range(self.num_clients)]
         self.rounds: list[Round] = []
 
@@ -94,16 +104,16 @@ class Reference:
     def set_levels(self, P: Sequence[int]) -> None:
         n, m = len(P), self.m
         if self.conflict == "clients":
-            columns = {j: sum(min(self.S[i][j], 0.0) for i in P) for j in P}
-            slower = sum(columns.values()) / n**2
-        else:
-            columns = {j: sum(min(c, 0.0) for c in self.clients[j].exit_cosines) for j in P}
-            slower = sum(columns.values()) / (n * (m - 1))
+            columns = {j: [sum(min(self.S[i][j], 0.0) for i in P)] * (m - 1) for j in P}
+            slower = sum(columns[j][0] for j in P) / n**2
+        else:  # exit k of each client and its last exit, as it has last reported; the mean of all slows down
+            columns = {j: [min(c, 0.0) for c in self.clients[j].exit_cosines] for j in P}
+            slower = sum(sum(columns[j]) for j in P) / (n * (m - 1))
         R = min(max(2 * self.t / self.T * (1 - 1 / m) + slower, 0.0), 1 - 1 / m)
         left, k = math.floor(R * m * n + 1e-9), 0  # 8 clients at R = 1 − 1/m are (m − 1)·8 places, not one fewer
         while left > 0:
             b = min(left, n)
-            for j in sorted(P, key=lambda j: -columns[j])[:b]:
+            for j in sorted(P, key=lambda j: -columns[j][k])[:b]:
                 self.clients[j].level = k
             left, k = left - b, k + 1
 
@@ -161,8 +171,13 @@ class Reference:
 
     # --- a round ---
 
-    def round(self, P: Sequence[int]) -> None:
+    def round(self, P: Sequence[int], lost: Sequence[int] = ()) -> None:
+        """A round of so many; whose reply is lost has a part in the plan of the levels, and else was not there."""
+        before = {i: self.clients[i].level for i in lost}
         self.set_levels(P)
+        for i in lost:
+            self.clients[i].level = before[i]
+        P = [i for i in P if i not in lost]
         after, delta = {}, {}
         for i in P:
             client = self.clients[i]
@@ -194,7 +209,7 @@ class Reference:
     # --- step 6 ---
 
     def weights(self, s: Sequence[float]) -> list[float]:
-        """argmin ‖w‖² − bᵀw on the simplex, b = s/α + 2/n: w_j = max(b_j/2 − ν, 0), ν by bisection so that Σ w_j = 1."""
+        """argmin ‖w‖² − bᵀw on the simplex, b = s/α + 2/n: w_j = max(b_j/2 − ν, 0), ν by bisection from Σ w_j = 1."""
         b = [s_j / self.alpha + 2 / len(s) for s_j in s]
         low, high = min(b) / 2 - 1, max(b) / 2
         for _ in range(200):
