@@ -32,6 +32,7 @@ from cafe_flwr.metrics import evaluate
 from cafe_flwr.networks import ConvNet, EarlyExitNetwork, ResNet18, SequenceNet, TextTransformer, attach_exits
 from cafe_flwr.networks.safe_kd import safe_kd_exit
 from cafe_flwr.node import Workplace
+from cafe_flwr.pairs import Pairs
 from cafe_flwr.state import Checkpoints
 from cafe_flwr.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
@@ -404,6 +405,27 @@ def test_where_nobody_moves_all_are_mixed_alike(tmp_path):
     noted, _ = federate(tmp_path, METHODS["cafedistill"](classifier_start="own"), local=frozen, rounds=2)
     assert not noted.states[-1].pairs.values.any()
     np.testing.assert_allclose(noted.records[-1].plan.weights, np.full((N, N), 0.25), rtol=0, atol=1e-12)
+
+
+# --- S ---
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_pairs_are_a_table_of_who_has_met(seed):
+    """Against a dict, clients in any order: the newest similarity of every pair, and no pair that never met."""
+    rng = np.random.default_rng(seed)
+    pairs, table = Pairs(), {}
+    for _ in range(40):
+        clients = rng.permutation(20)[: rng.integers(1, 7)].tolist()
+        similarity = rng.normal(size=(len(clients), len(clients)))
+        similarity += similarity.T
+        pairs = pairs.updated(clients, similarity)
+        table |= {(i, j): similarity[a, b] for a, i in enumerate(clients) for b, j in enumerate(clients) if i < j}
+    assert [(key >> 32, key & 0xFFFFFFFF) for key in pairs.keys.tolist()] == sorted(table)
+    np.testing.assert_allclose(pairs.values, [table[pair] for pair in sorted(table)], rtol=1e-6)
+    everyone = rng.permutation(20).tolist()
+    expected = [[table.get((min(i, j), max(i, j)), 0.0) for j in everyone] for i in everyone]
+    np.testing.assert_allclose(pairs.among(everyone), expected, rtol=1e-6)
 
 
 # --- what travels ---
