@@ -1,4 +1,4 @@
-"""The default job over three seeds, paired with the same run in which exits learn only from their own client."""
+"""cafedistill-text on the default job, three seeds, paired with the same where exits learn from their own client."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 from benchmarks.runs import run_in_process
 
 SEEDS = (0, 1, 2)
+TEXT = {"method": "cafedistill-text"}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "cafedistill": {},
-    "teachers own, selection none": {"teachers": "own", "selection": "none"},
+    "cafedistill-text": TEXT,
+    "teachers own, selection none": {**TEXT, "text-teachers": "own", "text-selection": "none"},
 }
 
 
 def _run(job: tuple[str, int, str]) -> tuple[str, int, dict[str, Any]]:
     variant, seed, folder = job
-    name = f"{'-'.join(VARIANTS[variant].values()) or 'published'}-{seed}"
+    name = f"{'-'.join(VARIANTS[variant].values())}-{seed}"
     summary, _ = run_in_process({"seed": seed, "name": name, "results-dir": folder, **VARIANTS[variant]})
     return variant, seed, summary
 
