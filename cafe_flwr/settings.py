@@ -21,7 +21,7 @@ from cafe_flwr.modalities import MODALITIES
 from cafe_flwr.objectives import READS
 from cafe_flwr.older_settings import renamed
 from cafe_flwr.privacy import Privacy
-from cafe_flwr.training import LocalBudget, learning_rate_at
+from cafe_flwr.training import DEFAULT_BUDGET, LocalBudget, learning_rate_at
 
 IMAGE_SETS = (*digits.NUM_CLASSES, *names_of_sets(texts=False))
 TEXT_SETS = ("docstrings", *names_of_sets(texts=True))
@@ -272,7 +272,7 @@ class Settings(_MethodSettings):
     """Examples a step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Of local training; 'adamw' needs a far smaller learning-rate, such as 0.0003."""
-    learning_rate: float = Field(0.15, gt=0)
+    learning_rate: float = Field(DEFAULT_BUDGET.learning_rate, gt=0)
     """Of the optimiser, in the first round. It and momentum were chosen for the default job on validation data
     (docs/evidence.md)."""
     learning_rate_schedule: Literal["cosine", "exponential"] = "cosine"
@@ -280,7 +280,7 @@ class Settings(_MethodSettings):
     shrinks by the factor learning-rate-decay a round."""
     learning_rate_decay: float = Field(1.0, gt=0, le=1)
     """Factor of the exponential schedule: in round t = 0, 1, … the rate is learning-rate · factor^t; 1: constant."""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(DEFAULT_BUDGET.momentum, ge=0, lt=1)
     """Of SGD; AdamW has means of its own."""
     keep_momentum: bool = False
     """What the optimiser remembers (SGD's momentum, AdamW's running means) stays with the client between rounds, on its
@@ -555,8 +555,9 @@ class Settings(_MethodSettings):
     def unread(self) -> list[str]:
         """Settings, in kebab-case, that were changed although the method or its objective does not read them."""
         changed = {kebab(name) for name, f in type(self).model_fields.items() if getattr(self, name) != f.default}
-        read = READS[self.build_method().objective]
-        others = {kebab(name) for names in READS.values() for name in names if name not in read}
+        method = self.build_method()
+        unread = {name for names in READS.values() for name in names} - set(READS[method.objective])
+        others = {kebab(setting_key(type(method), f.name)) for f in fields(method) if f.name in unread}
         return sorted(changed & (keys_of_other_methods(self.method) | others))
 
     @property

@@ -55,7 +55,7 @@ from cafe_flwr.recording import RoundCallback, RoundRecord, RunInfo
 from cafe_flwr.replies import Asked, notes_in, sort_out
 from cafe_flwr.settings import Settings, kebab
 from cafe_flwr.state import ServerState
-from cafe_flwr.training import LocalBudget, learning_rate_at
+from cafe_flwr.training import DEFAULT_BUDGET, LocalBudget, learning_rate_at
 from cafe_flwr.views import View, mean_of_holders
 
 DEFAULT_ROUNDS = 100
@@ -108,7 +108,7 @@ class FederatedStrategy(FedAvg):
     num_rounds
         T: schedules (learning rate, student exits) span so many rounds. None: as many as :meth:`start` is told.
     local
-        Local training, with the learning rate of the first round.
+        Local training, with the learning rate of the first round; by default that of the settings.
     learning_rate_schedule, learning_rate_decay
         What becomes of the learning rate: ``"cosine"``, constant until T/2, then a cosine down to 0; or
         ``"exponential"``, by the factor ``learning_rate_decay`` a round.
@@ -189,7 +189,7 @@ class FederatedStrategy(FedAvg):
         self.method = method
         self._planned_rounds = num_rounds
         self.num_rounds = DEFAULT_ROUNDS if num_rounds is None else num_rounds
-        self.local = local or LocalBudget()
+        self.local = local or DEFAULT_BUDGET
         self.learning_rate_schedule = learning_rate_schedule
         self.learning_rate_decay = learning_rate_decay
         self.num_clients = num_clients

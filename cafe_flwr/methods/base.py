@@ -395,7 +395,7 @@ class Method(Objective):
     classifier_start: str = setting(
         "zero",
         "What personal classifiers start from: zeros, one random draw common to all clients, a draw of each client's "
-        "own, or what the network was built with ('built', alike on all clients). Shared ones start as built.",
+        "own, or what the network was built with ('built', alike on all; not with cafedistill). Shared ones: as built.",
         choices=STARTS,
     )
 

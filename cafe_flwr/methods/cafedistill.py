@@ -46,7 +46,7 @@ from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.objectives import exits_at
 from cafe_flwr.robustness import guarded_weights
 from cafe_flwr.schema import Schema
-from cafe_flwr.starts import STARTS, classifier_start
+from cafe_flwr.starts import classifier_start
 from cafe_flwr.teaching import check_solver, cosine_similarity, teacher_weights
 
 
@@ -58,12 +58,6 @@ class CafeDistillMethod(Method):
     prefix: ClassVar[str] = ""
     refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
-    classifier_start: str = setting(
-        "zero",
-        "What personal classifiers start from: zeros, one random draw common to all clients, a draw of each client's "
-        "own, or, but for cafedistill, what the network was built with ('built'). Shared ones start as built.",
-        choices=STARTS,
-    )
     mu: float = setting(
         0.6, "μ of matching (the authors' α): small = only those whose updates agree most, large = all alike.", gt=0
     )
