@@ -250,6 +250,27 @@ class WatchedGrid(InProcessGrid):
         return [(m, r) for m, r in self.traffic if m.metadata.message_type == message_type]
 
 
+class Killed(BaseException):
+    """Ends the run at once, as kill -9 does: nobody catches it."""
+
+
+class DyingGrid(InProcessGrid):
+    """Dies at a message, counted from 1, before or after the clients have handled it."""
+
+    def __init__(self, *args: Any, dies_at: int, handled: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.left, self.handled = dies_at, handled
+
+    def _handle(self, message: Message) -> Message:
+        self.left -= 1
+        if self.left == 0 and not self.handled:
+            raise Killed
+        reply = super()._handle(message)
+        if self.left == 0:
+            raise Killed
+        return reply
+
+
 class DeviceGrid(WatchedGrid):
     """Nodes as in deployment: node-config names their clients, and they come and go.
 
