@@ -28,9 +28,7 @@ def main() -> None:
     for variant in VARIANTS:
         values = [results[variant, seed]["accuracy"] for seed in SEEDS]
         words = ", ".join(f"{value:.4f}" for value in values)
-        print(
-            f"{variant}: average accuracy over exits {mean(values):.4f} (seeds 0, 1, 2: {words}; asked of cafedistill: 0.75)"
-        )
+        print(f"{variant}: average accuracy over exits {mean(values):.4f} (seeds 0, 1, 2: {words}; asked: 0.75)")
     first, second = VARIANTS
     gains = [100 * (results[second, seed]["accuracy"] - results[first, seed]["accuracy"]) for seed in SEEDS]
     print(f"{second} − {first}: {mean(gains):+.2f} ± {stdev(gains):.2f} points (each {[round(g, 2) for g in gains]})")

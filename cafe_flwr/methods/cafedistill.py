@@ -122,10 +122,9 @@ class CafeDistillMethod(Method):
         levels = np.array([task.known[c].level if c in task.known else 0 for c in clients], dtype=np.int64)
         if self.selection == "none":
             levels[:] = max(task.num_exits - 2, 0)
-        else:
+        elif task.trains:
             agreement, slow_down = self._agreement(task)
-            t = min(task.server_round, task.num_rounds)
-            share = conflict_ramp(t, task.num_rounds, task.num_exits, slow_down)
+            share = conflict_ramp(task.server_round, task.num_rounds, task.num_exits, slow_down)
             levels = student_levels(levels, share, agreement)
         active = (np.arange(task.num_exits - 1) <= levels[:, None]) & task.all_exits
         pupils = task.pupils
