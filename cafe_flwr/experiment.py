@@ -33,9 +33,10 @@ _BUDGET = {"equal-steps", "validation-share"}  # said by `budget` and `sweep`
 _COMMON = {  # a row that changed one of these would not be comparable with the others
     *("num-clients", "fraction-train", "min-train-nodes", "min-available-nodes"),
     *("dataset", "partition", "dirichlet-alpha", "classes-per-client", "examples-per-client"),
+    *("dirichlet-cap", "partition-column", "natural-split"),
     *("calibration-share", "test-share", "image-size", "image-column", "label-column"),
     *("label-groups", "rotations", "test-shift"),
-    *("data-dir", "augmentation", "max-tokens", "vocabulary", "long-texts"),
+    *("data-dir", "augmentation", "max-tokens", "vocabulary", "long-texts", "text-part"),
     *("network", "feature-width", "network-width", "network-depth", "norm", "statistics", "stem-stride"),
     *("attention-heads", "dropout", "evaluate-every"),
 }
@@ -145,7 +146,7 @@ class Experiment(_Part):
     """Label of the row that differences are taken to; by default the first."""
     baselines: list[str] | None = None
     """Rows that count as baselines in their published form; 'published', the default: all that are no more than a
-    method's name, without CAFEDistill and its variant. The best of them sets the accuracy at which MACs are compared.
+    method's name, without CAFEDistill and its variants. The best of them sets the accuracy at which MACs are compared.
     """
     sweep: Sweep | None = None
     """How settings are chosen before the runs; none: they are taken as they stand."""
