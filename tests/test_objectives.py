@@ -448,10 +448,11 @@ def test_the_exit_of_safe_kd_is_pool_norm_linear():
     torch.testing.assert_close(logits, z @ head.head.weight.T + head.head.bias, rtol=1e-4, atol=1e-5)
 
 
-def test_exits_of_stages_of_different_width_fit_into_one_network_by_a_common_width():
+def test_exits_of_stages_of_different_width_have_their_own_or_a_common_width():
     stages = [nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 3)]
-    with pytest.raises(ValueError, match="same"):
-        EarlyExitNetwork(stages, [safe_kd_exit(4, 3), safe_kd_exit(8, 3)])
+    with pytest.raises(ValueError, match="same classes, got 3, 4"):
+        EarlyExitNetwork(stages, [safe_kd_exit(4, 3), safe_kd_exit(8, 4)])
+    assert EarlyExitNetwork(stages, [safe_kd_exit(4, 3), safe_kd_exit(8, 3)]).feature_widths == (4, 8)
     network = EarlyExitNetwork(stages, [safe_kd_exit(4, 3, width=5), safe_kd_exit(8, 3, width=5)])
     assert [tuple(z.shape) for z in network(torch.zeros(2, 1, 9, 9))] == [(2, 3), (2, 3)]
     assert network.exits[0].head.weight.shape == network.exits[1].head.weight.shape == (3, 5)
