@@ -172,11 +172,15 @@ class CafeDistillMethod(Method):
     def _mix(
         self, task: ServerRound, sent: NDArray[np.float32], similarity: NDArray[np.float64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float64], dict[int, str]]:
-        """Mixtures of what clients sent (n, values), all at once; the weights (n, n); doubtful rows with the reason."""
+        """Mixtures of what clients sent (n, values), all at once; the weights (n, n); doubtful rows with the reason.
+
+        Doubtful is a norm, not a direction: classifiers that start at zero have little in common in the first rounds,
+        and whose update points elsewhere is given no weight anyway.
+        """
         uniform = np.full(len(sent), 1.0 / len(sent))
         weights = teacher_weights(similarity, uniform, self.mu, self.solver)
         heads, everyone = sent[:, self._last(task)], np.arange(len(sent))
-        weights, doubts = guarded_weights(weights, similarity, uniform, self.mu, heads, everyone)
+        weights, doubts = guarded_weights(weights, similarity, uniform, self.mu, heads, everyone, min_cosine=-1.0)
         return weights.astype(np.float32) @ sent, weights, doubts
 
     @staticmethod
