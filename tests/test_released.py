@@ -29,7 +29,17 @@ from cafe_flwr import strategy as strategy_module
 from cafe_flwr.messages import Keys, NodeInfo
 from cafe_flwr.methods import METHODS
 from cafe_flwr.metrics import evaluate
-from cafe_flwr.networks import ConvNet, EarlyExitNetwork, ResNet18, SequenceNet, TextTransformer, attach_exits
+from cafe_flwr.networks import (
+    ConvNet,
+    EarlyExitNetwork,
+    PublishedConvNet,
+    PublishedResNet18,
+    PublishedTransformer,
+    ResNet18,
+    SequenceNet,
+    TextTransformer,
+    attach_exits,
+)
 from cafe_flwr.networks.safe_kd import safe_kd_exit
 from cafe_flwr.node import Workplace
 from cafe_flwr.pairs import Pairs
@@ -448,6 +458,9 @@ SHIPPED = {
     "sequence": lambda: SequenceNet((6, 32), 5),
     "resnet18": lambda: ResNet18((3, 32, 32), 100),
     "transformer": lambda: TextTransformer(5000, 64, 4),
+    "conv, published": lambda: PublishedConvNet((3, 32, 32), 10),
+    "resnet18, published": lambda: PublishedResNet18((3, 32, 32), 100),
+    "transformer, published": lambda: PublishedTransformer(4, vocabulary=1000),
     "safe-kd": safe_kd_network,
     "attached": resnet_with_exits,
 }
