@@ -16,7 +16,7 @@ import yaml
 from benchmarks.runs import ROOT, run_in_process
 
 SEEDS = (1, 2, 3)
-PERSONAL, GLOBAL = "cafedistill", "fedavg"
+PERSONAL, GLOBAL = "cafedistill-text", "fedavg"
 LEARNING_RATES = {PERSONAL: 0.006, GLOBAL: 0.015}
 
 

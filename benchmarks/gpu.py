@@ -114,8 +114,8 @@ def bare(network: EarlyExitNetwork, data: Split, budget: LocalBudget) -> None:
 
 
 def ours(name: str, network: EarlyExitNetwork, data: Split, budget: LocalBudget) -> None:
-    """One client's local training by a method, all exits; CAFEDistill's teacher is its own last exit."""
-    last = network.head_names(network.num_exits - 1) if name == "cafedistill" else []
+    """One client's local training by a method, all exits; cafedistill-text's teacher is its own last exit."""
+    last = network.head_names(network.num_exits - 1) if name == "cafedistill-text" else []
     teacher = {name: network.state_dict()[name].clone() for name in last}
     rng = partial(rng_for, 0, 1, 0)
     METHODS[name]().train(LocalTask(network, data, [True] * (network.num_exits - 1), teacher, budget, rng))
@@ -154,11 +154,11 @@ def local_training(size: Size) -> bool:
         runs: dict[str, Callable[[], object]] = {
             "bare": partial(bare, network, there, budget),
             "fedavg": partial(ours, "fedavg", network, data, budget),
-            "cafedistill": partial(ours, "cafedistill", network, data, budget),
+            "cafedistill-text": partial(ours, "cafedistill-text", network, data, budget),
         }
         seconds = seconds_of(runs, size.repeats, device)
         print(f"local training, {precision}, batch {size.batch}: bare loop {images / seconds['bare']:.0f} images/s")
-        for name in ("fedavg", "cafedistill"):
+        for name in ("fedavg", "cafedistill-text"):
             share = seconds["bare"] / seconds[name]
             print(f"  {name}: {images / seconds[name]:.0f} images/s, {share:.0%} of the bare loop's (bound 85 %)")
             good &= share >= LOCAL_BOUND
@@ -172,11 +172,13 @@ def worker(size: Size) -> None:
     Placement(size.device).place(network)
     device = device_of(network)
     warm_up = LocalBudget(size.batch, 2, learning_rate=0.01, momentum=0.9)
-    ours("cafedistill", network, data, warm_up)
+    ours("cafedistill-text", network, data, warm_up)
     wait(device)
     print("ready", flush=True)
     sys.stdin.readline()
-    ours("cafedistill", network, data, LocalBudget(size.batch, size.client_steps, learning_rate=0.01, momentum=0.9))
+    ours(
+        "cafedistill-text", network, data, LocalBudget(size.batch, size.client_steps, learning_rate=0.01, momentum=0.9)
+    )
     wait(device)
     print("done", flush=True)
 
@@ -253,9 +255,9 @@ def peak_memory(size: Size) -> bool:
     parts = memory.needed(network, x, y)
     del x, y
     budget = LocalBudget(size.batch, 3, learning_rate=0.01, momentum=0.9)
-    ours("cafedistill", network, data, budget)  # libraries take their own share at first use
-    peak = memory.peak_of(partial(ours, "cafedistill", network, data, budget), device)
-    return memory.report(f"a client of cafedistill on {device}", parts["network"] + peak, parts)
+    ours("cafedistill-text", network, data, budget)  # libraries take their own share at first use
+    peak = memory.peak_of(partial(ours, "cafedistill-text", network, data, budget), device)
+    return memory.report(f"a client of cafedistill-text on {device}", parts["network"] + peak, parts)
 
 
 def main() -> None:

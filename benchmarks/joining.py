@@ -1,11 +1,12 @@
 """What joining a finished federation is worth: newcomers against training alone, and against the mean head as it is.
 
 Clients that no node hosts take no part in the run, and join afterwards. "alone": the same network from the weights that
-all start from, the same loss, batches and steps, nothing from the federation.
+all start from, the same loss, batches and steps, nothing from the federation. Methods may be named as arguments.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from benchmarks.runs import ROOT
 SEEDS = (0, 1, 2)
 EPOCHS = (5, 10, 20)
 NEWCOMERS = 5
+METHODS = ("cafedistill-text", "cafedistill", "cafedistill-plus")
 JOBS: dict[str, dict[str, Any]] = {
     "digit-pairs, 20 clients, 60 rounds": {"num-clients": 20, "num-server-rounds": 60},
     "digits, 10 clients, 40 rounds": {
@@ -44,7 +46,7 @@ def federate(job: dict[str, Any], seed: int, folder: str) -> Path:
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
     members = job["num-clients"]
-    given = {"num-clients": members + NEWCOMERS, "seed": seed, "name": f"{job.get('dataset', '')}{seed}"}
+    given = {"num-clients": members + NEWCOMERS, "seed": seed, "name": f"seed-{seed}"}
     settings = Settings.from_run_config(
         {**job, **given, "results-dir": folder, "wait-seconds": 0.0, "evaluate-every": job["num-server-rounds"]}
     )
@@ -59,7 +61,6 @@ def measure(results: Path, epochs: int) -> dict[str, float]:
     """Mean test accuracy over exits and newcomers, by way of getting a network."""
     from cafe_flwr.federation import build_network, federation
     from cafe_flwr.joining import package_run, train_newcomer
-    from cafe_flwr.methods.cafedistill import CafeDistillMethod
     from cafe_flwr.metrics import evaluate
     from cafe_flwr.node import Workplace, seeded
     from cafe_flwr.personal import FinishedRun
@@ -68,7 +69,7 @@ def measure(results: Path, epochs: int) -> dict[str, float]:
 
     package = package_run(results)
     settings = Settings.from_run_config(FinishedRun(results).run_config)
-    method = CafeDistillMethod(**package.facts["method_settings"])
+    method = settings.build_method()
     found: dict[str, list[float]] = {"mean head": [], "joined": [], "joined, no teacher": [], "alone": []}
     for client in range(settings.num_clients - NEWCOMERS, settings.num_clients):
         data = federation(settings).load(client)
@@ -97,6 +98,7 @@ def train_alone(work: Any, facts: Any, client: int, data: Any, epochs: int) -> A
     from cafe_flwr.training import LocalBudget, learning_rate_at
 
     budget = LocalBudget(**facts["budget"])
+    work.network.load_state_dict({**work.weights, **work.classifiers_at_start(facts["seed"], client)})
     for epoch in range(1, epochs + 1):
         rate = learning_rate_at(budget.learning_rate, epoch, epochs)
         task = LocalTask(
@@ -112,14 +114,14 @@ def train_alone(work: Any, facts: Any, client: int, data: Any, epochs: int) -> A
 
 
 def main() -> None:
-    """Print a line per job and number of epochs: mean over seeds, and each."""
+    """Print a line per method, job and number of epochs: mean over seeds, and each."""
     from cafe_flwr.report import read_run
 
-    for name, job in JOBS.items():
+    for method, (name, job) in itertools.product(sys.argv[1:] or METHODS, JOBS.items()):
         with tempfile.TemporaryDirectory() as folder:
-            runs = [federate(job, seed, folder) for seed in SEEDS]
+            runs = [federate({**job, "method": method}, seed, folder) for seed in SEEDS]
             members = [mean(read_run(run).summary["accuracy_per_exit"]) for run in runs]
-            print(f"{name}; members {mean(members):.3f} ({', '.join(f'{a:.3f}' for a in members)})")
+            print(f"{method}, {name}; members {mean(members):.3f} ({', '.join(f'{a:.3f}' for a in members)})")
             for epochs in EPOCHS:
                 each = [measure(run, epochs) for run in runs]
                 words = (

@@ -78,7 +78,7 @@ def report(what: str, peak: int, parts: dict[str, int]) -> bool:
 
 
 def main() -> None:
-    """ResNet-18 on data of CIFAR-100's shape, batch 64: one client's rounds in the federation of two methods."""
+    """ResNet-18 on data of CIFAR-100's shape, batch 64: one client's rounds in the federation of three methods."""
     from cafe_flwr import make_client_app
     from cafe_flwr.data import ClientData, Split
     from cafe_flwr.engine import InProcessGrid
@@ -99,7 +99,7 @@ def main() -> None:
     data = ClientData(split(BATCH), split(8), split(2 * BATCH))
     parts = needed(build(), data.train.x[:BATCH], data.train.y[:BATCH])
     good = True
-    for name in ("fedavg", "cafedistill"):
+    for name in ("fedavg", "cafedistill", "cafedistill-text"):
         with tempfile.TemporaryDirectory() as folder:
             app = make_client_app(
                 lambda context: build(),

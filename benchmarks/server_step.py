@@ -1,4 +1,4 @@
-"""The server's step for many clients: similarity, teacher weights, teacher heads; exact against OSQP."""
+"""The server's matching for many clients: similarity, weights, mixtures, as cafedistill-text has it; exact and OSQP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What travels in float16 instead of float32: bytes and accuracy of the demo's job, paired by seed."""
+"""What travels in float16 instead of float32: bytes and accuracy of cafedistill-text, default job, paired by seed.
+
+UPLINK_METHOD names another method.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from benchmarks.runs import ROOT
 
 SEEDS = (0, 1, 2)
 ROUNDS = int(os.environ.get("UPLINK_ROUNDS", "30"))
+METHOD = os.environ.get("UPLINK_METHOD", "cafedistill-text")
 DEMO_NODES, CLIENTS = 2, 20
 
 
@@ -59,7 +63,7 @@ def run(job: tuple[int, str, int, int]) -> Outcome:
             accuracies.extend(mean(report.exits.accuracy) for report in reports)
 
     with tempfile.TemporaryDirectory() as folder:
-        config: dict[str, Any] = {"results-dir": folder, "seed": seed, "num-server-rounds": rounds}
+        config: dict[str, Any] = {"method": METHOD, "results-dir": folder, "seed": seed, "num-server-rounds": rounds}
         settings = Settings.from_run_config({**config, "evaluate-every": rounds})
         strategy = build_strategy(settings)
         strategy.wire, strategy.callbacks = wire, (Meter(),)
@@ -77,8 +81,8 @@ def main() -> None:
     for nodes, rounds in ((DEMO_NODES, ROUNDS), (CLIENTS, 2)):
         full, half = (results[0, wire, nodes, rounds] for wire in wires)
         print(
-            f"{CLIENTS} clients on {nodes} nodes, bytes up per client and round: float32 {full.up:.0f}, float16 "
-            f"{half.up:.0f}, {half.up / full.up:.1%} (bound 50 % and the metrics); down: {full.down:.0f}, "
+            f"{METHOD}, {CLIENTS} clients on {nodes} nodes, bytes up per client and round: float32 {full.up:.0f}, "
+            f"float16 {half.up:.0f}, {half.up / full.up:.1%} (bound 50 % and the metrics); down: {full.down:.0f}, "
             f"{half.down:.0f}, {half.down / full.down:.1%}"
         )
     gains = []

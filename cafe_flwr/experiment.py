@@ -146,7 +146,7 @@ class Experiment(_Part):
     """Label of the row that differences are taken to; by default the first."""
     baselines: list[str] | None = None
     """Rows that count as baselines in their published form; 'published', the default: all that are no more than a
-    method's name, without CAFEDistill and its variant. The best of them sets the accuracy at which MACs are compared.
+    method's name, without CAFEDistill and its variants. The best of them sets the accuracy at which MACs are compared.
     """
     sweep: Sweep | None = None
     """How settings are chosen before the runs; none: they are taken as they stand."""

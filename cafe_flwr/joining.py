@@ -1,9 +1,10 @@
 """A new client joins a federation that has ended: it gets the shared part and a head to start from, and trains locally.
 
-The server writes a *package* (:func:`package_run`): the shared part, and the mean of the last heads of all clients,
-weighted by their examples. No client's own head is in it. The newcomer (:func:`join`) starts all its exits from that
-mean, trains a few epochs on its own data by the method's own loss, the mean as its teacher, and publishes the result in
-its own state folder. docs/after-the-run.md says what that is worth, and what the package tells.
+The server writes a *package* (:func:`package_run`): the shared part, and the mean of the heads that it knows of all
+clients, weighted by their examples: last heads, or with ``cafedistill-plus`` those of every exit. No client's own head
+is in it. The newcomer (:func:`join`) starts every exit from the mean of its heads, or else of the last ones, and trains
+a few epochs on its own data by the method's own loss; where mixtures teach, the mean is its teacher. It publishes the
+result in its own state folder. docs/after-the-run.md says what that is worth, and what the package tells.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from cafe_flwr import __version__
 from cafe_flwr.data import ClientData, FederatedData
 from cafe_flwr.kinds import Networks, networks_of
 from cafe_flwr.messages import FinalReport
-from cafe_flwr.methods import LocalTask, Method, settings_of
+from cafe_flwr.methods import METHODS, LocalTask, Method, settings_of
 from cafe_flwr.methods.base import ClientRecord
 from cafe_flwr.methods.cafedistill import CafeDistillMethod
+from cafe_flwr.methods.cafedistill_text import CafeDistillText
 from cafe_flwr.metrics import ExitMetrics, evaluate
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.node import Parts, Workplace, facts_of, final_report, seeded, with_offset
@@ -40,6 +42,7 @@ from cafe_flwr.state import Checkpoints, PersonalStore, ServerState, to_json, wr
 from cafe_flwr.training import LocalBudget, frozen, learning_rate_at, snapshot
 
 FORMAT, FORMAT_VERSION = "cafe-flwr-joining", 1
+JOINABLE = (CafeDistillMethod, CafeDistillText)
 EPOCHS = 10
 _FEWEST = 2  # heads in a mean: that of one client is its own
 _PATHS = ("results-dir", "state-dir", "data-dir")
@@ -57,8 +60,7 @@ class Package:
     shared
         The shared part after the last round, by name.
     teacher
-        Mean of the clients' last heads, under the names of the last exit's; empty if it was left out, or with
-        ``teachers = "own"``, where clients send none.
+        Mean of the heads that clients send, under their names; empty if it was left out, or where they send none.
     """
 
     facts: Mapping[str, Any]
@@ -247,14 +249,13 @@ def package(
 
 def check_joinable(method: Method) -> None:
     """ValueError unless the method says how a client learns heads for a backbone that others have trained."""
-    if not isinstance(method, CafeDistillMethod):
-        raise ValueError(
-            f"only a federation of {CafeDistillMethod.name} can be joined when it has ended, not of {method.name}"
-        )
+    if not isinstance(method, JOINABLE):
+        names = ", ".join(sorted(name for name, known in METHODS.items() if issubclass(known, JOINABLE)))
+        raise ValueError(f"only a federation of {names} can be joined when it has ended, not of {method.name}")
 
 
 def mean_head(known: Mapping[int, ClientRecord], upload: Schema) -> tuple[dict[str, Tensor], int]:
-    """Mean of the clients' last heads, weighted by their examples, by name; and of how many it is.
+    """Mean of what clients send of their heads, weighted by their examples, by name; and of how many it is.
 
     Heads unlike any other (:mod:`cafe_flwr.robustness`) are left out. Nothing where clients upload nothing.
 
@@ -343,7 +344,7 @@ def join(
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     check_new(facts, client, folder, replace_existing)
-    work = Workplace(network, CafeDistillMethod(**facts["method_settings"]), snapshot(network))
+    work = Workplace(network, METHODS[facts["method"]](**facts["method_settings"]), snapshot(network))
     if work.digest != facts["digest"]:
         raise ValueError(
             f"the federation's network has fingerprint {facts['digest']}, this one {work.digest}: network, number of "
@@ -442,23 +443,34 @@ def check_new(facts: Mapping[str, Any], client: int, folder: Path, replace_exist
         )
 
 
+def mean_heads(teacher: Mapping[str, Tensor], network: EarlyExitNetwork) -> dict[str, Tensor]:
+    """What a newcomer's classifiers start from: the mean of the exit's own if there is one, else of the last exit's.
+
+    Nothing for exits without one whose width is not the last one's.
+    """
+    if not teacher:
+        return {}
+    last, widths = network.head_names(network.num_exits - 1), network.feature_widths
+    return {
+        name: teacher.get(name, teacher[of_last])
+        for k in range(network.num_exits)
+        for name, of_last in zip(network.head_names(k), last, strict=True)
+        if name in teacher or widths[k] == widths[-1]
+    }
+
+
 def train_newcomer(
     work: Workplace, package: Package, client: int, data: ClientData, epochs: int
 ) -> tuple[ExitMetrics, LocalTask]:
     """Start from the package and train the classifiers; how good the start was, and the finished task.
 
-    Every epoch is a round of local training by the method, all exits active, the package's head as the teacher. The
-    backbone stays as the federation left it, as it does for the clients that took part.
+    Every epoch is a round of local training by the method, all exits active. The backbone stays as the federation left
+    it, as it does for the clients that took part.
     """
     facts, network = package.facts, work.network
-    last, classifiers = network.head_names(network.num_exits - 1), network.classifier_names()
-    heads = {
-        name: package.teacher[of_last]
-        for k in range(network.num_exits)
-        for name, of_last in zip(network.head_names(k), last, strict=True)
-        if package.teacher and network.feature_widths[k] == network.feature_widths[-1]
-    }
+    classifiers = network.classifier_names()
     backbone = {name: t for name, t in package.shared.items() if name not in classifiers}
+    heads = {**work.classifiers_at_start(facts["seed"], client), **mean_heads(package.teacher, network)}
     budget, tensors = LocalBudget(**facts["budget"]), {**work.initial, **package.shared, **heads}
     start, steps, momentum = None, 0, dict[str, torch.Tensor]()
     for epoch in range(1, epochs + 1):

@@ -71,7 +71,7 @@ class RoundRecord:
     participants, left_out
         Clients asked; and those whose result was not used, with the reason.
     plan
-        Active exits and teacher weights.
+        Active exits, and how much of whom is in whose mixture.
     reports
         Results of the clients, in their order.
     learning_rate
@@ -385,7 +385,7 @@ def _rows(
 
 
 def _teaching(plan: RoundPlan) -> tuple[float | None, float | None]:
-    """Mean weight a client gives its own head, and mean effective number of teachers 1/Σw²."""
+    """Mean weight of what is a client's own in its mixture, and mean effective number of clients in it, 1/Σw²."""
     if plan.weights is None or not len(plan.weights):
         return None, None
     columns = {client: column for column, client in enumerate(plan.weight_columns)}

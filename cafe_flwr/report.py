@@ -277,7 +277,7 @@ def kind_rows(run: Run) -> list[dict[str, str]]:
                 "values sent": scaled(number(kind.get("bytes_up_per_client_round")), "B"),
                 "accuracy, mean over exits": fixed(number(kind.get("accuracy"))),
                 **{f"exit {k}": fixed(value) for k, value in enumerate(accuracy, start=1)},
-                "teachers of the same kind": percent(own),
+                "weight of the same kind": percent(own),
             }
         )
     return rows

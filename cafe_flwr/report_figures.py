@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 INK, MUTED, LINE, PAPER = "#0b0001", "#0b0002", "#0b0003", "#0b0004"
 VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", PAPER: "paper"}
 MARKS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼"}  # of exits 1, 2, …: in figures and in the key
+LEARNING = "Who learns from whom"
+MIXED = {
+    "cafedistill": "last classifiers are mixed into a client's own",
+    "cafedistill-plus": "classifiers are mixed into a client's own",
+    "cafedistill-text": "last classifiers teach a client",
+    "cafedistill-prior": "classifiers are mixed for a client",
+}
 NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -121,7 +128,13 @@ def draw_ramp(run: Run) -> Drawn:
     x = np.linspace(t[0], t[-1], 200)
     axis.plot(x, np.minimum(2 * x / rounds, 1), color=PAPER, lw=2.5)
     axis.plot(x, np.minimum(2 * x / rounds, 1), color=INK, lw=1.5, ls=(0, (1, 1.5)))
-    return figure, f"{text}; dotted: the ramp R(t) = min(2t/T, 1) that lets them in."
+    text += "; dotted: the ramp R(t) = min(2t/T, 1) that lets them in"
+    return figure, f"{text}; conflicts between clients hold it back." if _held_back(run) else f"{text}."
+
+
+def _held_back(run: Run) -> bool:
+    """Whether conflicts slow the ramp down, as in CAFEDistill as it was released."""
+    return run.get("method") in ("cafedistill", "cafedistill-plus")
 
 
 def _students(line: Mapping[str, Any], num_exits: int) -> int:
@@ -205,34 +218,34 @@ def draw_exits(run: Run) -> Drawn:
     return draw_bars(bars), "A bar is the share of the test inputs that leave at that exit, at the chosen threshold."
 
 
-def draw_teachers(run: Run) -> Drawn:
-    """How much every client learns from every other."""
+def draw_weights(run: Run) -> Drawn:
+    """How much every client gets from every other."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     clients = run.get("teacher_weights", "clients") or []
-    students = run.get("teacher_weights", "rows") or clients  # with partial participation fewer than teachers
+    rows = run.get("teacher_weights", "rows") or clients  # some methods mix for participants what all have sent
     weights = np.array([numbers(row, len(clients)) for row in run.get("teacher_weights", "weights") or []])
     if not np.isfinite(weights).any():
         return None
-    figure, (axis,) = canvas(height=1.0 + 2.8 * min(1, len(students) / len(clients)))
+    figure, (axis,) = canvas(height=1.0 + 2.8 * min(1, len(rows) / len(clients)))
     shades = LinearSegmentedColormap.from_list("weight", [to_rgba("#e0701c", 0), to_rgba("#e0701c", 1)])
     image = axis.imshow(weights, cmap=shades, vmin=0, interpolation="none")
     bar = figure.colorbar(image, shrink=0.7, aspect=18, pad=0.02)
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=8, labelcolor=MUTED)
-    for side, names in ((axis.xaxis, clients), (axis.yaxis, students)):
+    for side, names in ((axis.xaxis, clients), (axis.yaxis, rows)):
         ticks = range(0, len(names), -(-len(names) // 20))
         side.set_ticks(ticks, [str(names[i]) for i in ticks], fontsize=8)
     axis.grid(visible=False)
     axis.spines[:].set(visible=True, color=LINE)
-    axis.set(xlabel="teacher (client that is learnt from)", ylabel="student (client that learns)")
-    what = "last exits" if run.get("method") == "cafedistill" else "classifiers or models"
-    return figure, f"A row shows whose {what} a client learns from; the stronger the colour, the more weight."
+    axis.set(xlabel="client that is learnt from", ylabel="client that learns")
+    what = MIXED.get(str(run.get("method")), "classifiers or models are mixed for a client")
+    return figure, f"A row shows whose {what}; the stronger the colour, the more weight."
 
 
 def draw_own_weight(run: Run) -> Drawn:
-    """Weight of a client's own head in its teacher and the effective number of teachers, over rounds."""
-    keys = {"weight of own head": "own_teacher_weight", "effective teachers": "effective_teachers"}
+    """Weight of what is a client's own in its mixture and the effective number of clients in it, over rounds."""
+    keys = {"weight of its own": "own_teacher_weight", "effective number of clients": "effective_teachers"}
     panels = {label: [(run.over_rounds(key)[:, 0], colour(run.num_exits))] for label, key in keys.items()}
     if not np.isfinite([lines[0][0] for lines in panels.values()]).any():
         return None
@@ -241,7 +254,7 @@ def draw_own_weight(run: Run) -> Drawn:
         axis.set_ylim(0, 1.1 * max(1.0, axis.dataLim.y1))
     return (
         figure,
-        "Means over clients: who learns from itself alone has own weight 1 and one effective teacher (1/Σw²).",
+        "Means over clients: who learns from itself alone has own weight 1, and one client is in its mixture (1/Σw²).",
     )
 
 
@@ -271,6 +284,6 @@ SECTIONS: dict[str, dict[str, Callable[[Run], Drawn]]] = {
     "Training": {"Accuracy over rounds": draw_accuracy, "Which student exits train": draw_ramp},
     "Clients": {"Accuracy of every client": draw_clients},
     "Leaving early": {"Accuracy against cost": draw_cost, "Where inputs leave": draw_exits},
-    "Who teaches whom": {"Weights of the teachers": draw_teachers, "Own head over rounds": draw_own_weight},
+    LEARNING: {"Weights of the clients": draw_weights, "Own weight over rounds": draw_own_weight},
     "Cost": {"Bytes": draw_bytes, "Time": draw_time},
 }

@@ -8,7 +8,7 @@ import numpy as np
 
 from cafe_flwr import report, report_inference
 from cafe_flwr.report import Run, duration, fixed, percent
-from cafe_flwr.report_figures import MARKS, SECTIONS, draw_ramp, svg
+from cafe_flwr.report_figures import LEARNING, MARKS, SECTIONS, draw_ramp, svg
 from cafe_flwr.settings import keys_of_other_methods
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ PAGE = """<!doctype html>
 {% for row in kinds %}<tr>{% for cell in row.values() %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div>
 <p class="quiet">An exit's accuracy above is the mean over the clients that hold it. Values sent: of one client in a
-round, at four bytes. Teachers of the same kind: the weight that they have among the teachers of these
-clients.</p>{% endif %}
+round, at four bytes. Weight of the same kind: how much of what these clients
+learn from comes from clients of their kind.</p>{% endif %}
 {% for title, figures in sections.items() %}<section><h2>{{ title }}</h2>
 {% if title in ("Training", "Clients", "Leaving early", evaluated.title) %}<p class="key">{% for mark in marks %}
 <span><i style="color: var(--exit-{{ loop.index }})">{{ mark }}</i> exit {{ loop.index }}
@@ -123,11 +123,13 @@ exit.</figcaption></figure>{% endif %}
 </main></body></html>
 """
 
+TEACHING = ("cafedistill", "cafedistill-plus", "cafedistill-text", "local-kd")  # the last exit teaches the others
+
 GLOSSARY = {
     "exit": "A place in the network where it can answer and stop. Exit 1 comes first and costs least.",
     "head": "The linear classifier of an exit. A personal head stays on its client; the backbone is shared.",
-    "teacher, student": "A network's last exit teaches, the exits before it learn to answer like it. In CAFEDistill a "
-    "client's teacher is a mixture of the last exits of similar clients.",
+    "teacher, student": "A network's last exit teaches, the exits before it learn to answer like it. In CAFEDistill "
+    "the last exits of clients whose training agrees are mixed, and a client goes on from its mixture.",
     "before / after local training": "Accuracy as the client receives its network from the server, and after the "
     "client's own gradient steps of the round.",
     "MACs": "Multiply-adds for one input, the measure of cost. Who leaves early saves those of the layers not run.",
@@ -214,8 +216,8 @@ def is_expected(run: Run, section: str, draw: Callable[[Run], Drawn]) -> bool:
     """Whether a figure that could not be drawn should have been there."""
     if draw is draw_ramp:
         return run.num_exits > 1  # with one exit there are no students
-    nobody_teaches = "teacher_weights" in run.summary and run.summary["teacher_weights"] is None
-    return not (section == "Who teaches whom" and nobody_teaches)
+    nobody_learns = "teacher_weights" in run.summary and run.summary["teacher_weights"] is None
+    return not (section == LEARNING and nobody_learns)
 
 
 def drawings_of(run: Run) -> dict[str, dict[str, Callable[[Run], Drawn]]]:
@@ -250,7 +252,7 @@ def render(run: Run) -> str:
         name=run.get("name"),
         css=Markup(CSS),
         m=m,
-        teaches=m > 1 and run.get("method") in ("cafedistill", "local-kd"),
+        teaches=m > 1 and run.get("method") in TEACHING,
         blend=[100 * k // max(m - 2, 1) for k in range(m - 1)],
         marks=[[*MARKS.values()][k % 5] for k in range(m)],
         summary=plain_words(run).replace(" %", "\u00a0%"),

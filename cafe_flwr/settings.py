@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 from pydantic.alias_generators import to_snake
 
 from cafe_flwr import digits
@@ -326,6 +326,14 @@ class Settings(_MethodSettings):
     def to_run_config(self) -> dict[str, bool | int | float | str]:
         """All settings, in kebab-case."""
         return self.model_dump(by_alias=True)
+
+    @field_validator("image_channels", "stem_stride", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        """A choice among numbers is compared as ``==`` does, for which 1.0 and True are 1."""
+        if type(value) is not int:
+            raise ValueError("it should be a whole number")
+        return value
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:

@@ -43,7 +43,7 @@ def summarise(
     rounds
         The lines of ``rounds.jsonl``.
     plan
-        Of the last round with teachers from others, for who teaches whom.
+        Of the last round in which anything was mixed, for who learns from whom.
     seconds
         Wall clock.
     """
@@ -145,7 +145,7 @@ def _macs_of(run: RunInfo, client: int) -> NDArray[np.float64]:
 
 
 def _kinds(run: RunInfo, reports: Sequence[FinalReport], plan: RoundPlan | None) -> list[dict[str, Any]]:
-    """Accuracy and cost by what clients hold, and how much of their teachers is of their own kind."""
+    """Accuracy and cost by what clients hold, and how much of their mixtures is of their own kind."""
     found = []
     for kind in {kind.name: kind for kind in run.kinds.values()}.values():
         clients = [client for client, other in run.kinds.items() if other.name == kind.name]
@@ -168,7 +168,7 @@ def _kinds(run: RunInfo, reports: Sequence[FinalReport], plan: RoundPlan | None)
 
 
 def _weight_within(plan: RoundPlan | None, clients: Sequence[int]) -> float:
-    """Mean weight that these clients' teachers give to these clients; NaN if nobody taught them."""
+    """Mean weight of these clients in the mixtures made for them; NaN if there were none."""
     if plan is None or plan.weights is None:
         return math.nan
     rows, columns = np.isin(plan.weight_rows, clients), np.isin(plan.weight_columns, clients)

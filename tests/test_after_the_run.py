@@ -14,13 +14,23 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import Result
-from federations import CLASSES, INPUTS, DeviceGrid, digits_app, run_small, small_settings, toy_app, toy_data
+from federations import (
+    CLASSES,
+    INPUTS,
+    DeviceGrid,
+    digits_app,
+    run_small,
+    small_settings,
+    toy_app,
+    toy_data,
+    toy_network,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from cafe_flwr import CafeDistill, EarlyExitNetwork, __version__
+from cafe_flwr import EarlyExitNetwork, __version__
 from cafe_flwr.calibration import read_thresholds
 from cafe_flwr.cli import app
 from cafe_flwr.data import Split
@@ -28,7 +38,7 @@ from cafe_flwr.device import load
 from cafe_flwr.evaluation import evaluate_run
 from cafe_flwr.federation import build_network, federation
 from cafe_flwr.inference import EarlyExitRunner
-from cafe_flwr.joining import Package, join, mean_head, package, package_run
+from cafe_flwr.joining import Package, join, mean_head, mean_heads, package, package_run
 from cafe_flwr.methods import METHODS, CafeDistillMethod, LocalResult, LocalTask
 from cafe_flwr.methods.base import ClientRecord
 from cafe_flwr.metrics import evaluate
@@ -39,6 +49,7 @@ from cafe_flwr.personal import FinishedRun, fingerprint
 from cafe_flwr.schema import Schema
 from cafe_flwr.settings import Settings
 from cafe_flwr.state import Checkpoints
+from cafe_flwr.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget, snapshot
 
 MEMBERS, NEWCOMER = [0, 1, 2, 3], 4
@@ -63,7 +74,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         examples_per_client=160,
         calibration_share=0.3,
         local_steps=6,
-        learning_rate=0.1,
+        learning_rate=0.3,
         wait_seconds=0.0,
         evaluate_every=12,
     )
@@ -534,7 +545,9 @@ def test_only_a_finished_run_of_the_method_makes_a_package(ended: Ended, tmp_pat
     assert state is not None
     options = {"budget": ended.settings.build_budget(), "num_rounds": 12}
     with pytest.raises(
-        ValueError, match="only a federation of cafedistill can be joined when it has ended, not of ditto"
+        ValueError,
+        match="only a federation of cafedistill, cafedistill-plus, cafedistill-text can be joined when it has ended, "
+        "not of ditto",
     ):
         package(build_network(ended.settings), METHODS["ditto"](), state, **options)
     wider = build_network(ended.settings.model_copy(update={"feature_width": 12}))
@@ -552,10 +565,16 @@ def normed_network() -> EarlyExitNetwork:
     return EarlyExitNetwork(stages, [Exit(nn.Linear(8, 4), 4, CLASSES) for _ in range(2)])
 
 
-def test_a_federation_of_one_s_own_can_be_joined_in_python(tmp_path: Path) -> None:
+JOINABLE = ("cafedistill", "cafedistill-plus", "cafedistill-text")
+
+
+@pytest.mark.parametrize("method", JOINABLE)
+def test_a_federation_of_one_s_own_can_be_joined_in_python(tmp_path: Path, method: str) -> None:
     """Strategy and network of a foreign project; the backbone stays as it was, running statistics too."""
     budget = LocalBudget(steps=3, batch_size=8, learning_rate=0.1)
-    strategy = CafeDistill(num_rounds=3, local=budget, min_available_nodes=1, wait_seconds=0.0)
+    strategy = FederatedStrategy(
+        method=METHODS[method](), num_rounds=3, local=budget, min_available_nodes=1, wait_seconds=0.0
+    )
     strategy.start(DeviceGrid(toy_app(build=normed_network), ["0,1,2"], tmp_path / "state"))
     with seeded(0):
         network = normed_network()
@@ -567,3 +586,28 @@ def test_a_federation_of_one_s_own_can_be_joined_in_python(tmp_path: Path) -> No
     assert "stages.0.1.running_mean" in made.shared
     assert all(torch.equal(published[name], tensor) for name, tensor in made.shared.items())
     assert not torch.equal(published["exits.0.head.weight"], made.teacher["exits.1.head.weight"])
+
+
+@pytest.mark.parametrize("method", JOINABLE)
+def test_newcomers_start_from_the_mean_of_what_clients_sent(tmp_path: Path, method: str) -> None:
+    """Of the exit's own classifier where all are sent, of the last one's otherwise."""
+    budget = LocalBudget(steps=3, batch_size=8, learning_rate=0.1)
+    strategy = FederatedStrategy(
+        method=METHODS[method](), num_rounds=2, local=budget, min_available_nodes=1, wait_seconds=0.0
+    )
+    strategy.start(DeviceGrid(toy_app(), ["0,1,2"], tmp_path))
+    with seeded(0):
+        network = toy_network()
+    made = package(network, strategy.method, strategy.state, budget=budget, num_rounds=2)
+    examples = np.array([12, 17, 22]) / 51
+    sent = np.stack([strategy.state.known[client].upload for client in range(3)]).astype(np.float64)
+    mean = torch.from_numpy(examples @ sent).float()
+    size = 15  # three classes, four features: 12 weights, 3 biases
+    assert len(mean) == (3 * size if method == "cafedistill-plus" else size)
+    heads = mean_heads(made.teacher, network)
+    for k in range(3):
+        own = mean[size * k : size * (k + 1)] if method == "cafedistill-plus" else mean
+        found = torch.cat([heads[f"exits.{k}.head.{name}"].flatten() for name in ("weight", "bias")])
+        torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-7)
+
+    assert mean_heads({}, network) == {}

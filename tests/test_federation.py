@@ -719,6 +719,8 @@ def test_rounds_without_evaluation_change_no_other_number(tmp_path, no_report, m
             assert None not in full[key]
     rows = always.rows[always.rows["round"] >= 3].reset_index(drop=True)
     pd.testing.assert_frame_equal(some.rows, rows, check_exact=True)
+    assert always.summary.pop("last_five")["rounds"] == [1, 2, 3, 4]
+    assert some.summary.pop("last_five")["rounds"] == [2, 3, 4]
     # The summary counts bytes and steps of all rounds, and its own accuracies under these names: they must agree.
     assert {key: some.summary[key] for key in always.summary} == always.summary
     replace(some, rows=always.rows).assert_same(always, but=measured)

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from federations import (
+    DyingGrid,
     FaultyApp,
+    Killed,
     Recorded,
     WatchedGrid,
     asked,
@@ -15,7 +17,6 @@ from federations import (
 )
 from torch import nn
 
-from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.federation import build_network, federation
 from cafe_flwr.node import seeded
 from cafe_flwr.optimizer_state import given_back, taken
@@ -69,6 +70,7 @@ def test_rounds_of_local_training_are_one_uninterrupted_run_of_torchs_optimiser(
         **{"method": "local", "num_server_rounds": ROUNDS, "local_steps": STEPS, **optimizer},
         learning_rate_schedule="exponential",
         learning_rate_decay=0.9,
+        classifier_start="built",
     )
     run_small(settings, nodes)
     networks = Recorded.read(settings.results).networks
@@ -114,27 +116,6 @@ def test_the_state_never_travels(tmp_path, method):
 # --- killed and resumed ---
 
 
-class Killed(BaseException):
-    """Ends the run at once, as kill -9 does: nobody catches it."""
-
-
-class DyingGrid(InProcessGrid):
-    """Dies at the n-th message, before or after the clients have handled it."""
-
-    def __init__(self, app, settings, number, handled):
-        super().__init__(app, 2, settings.to_run_config())
-        self.left, self.handled = number, handled
-
-    def _handle(self, message):
-        self.left -= 1
-        if self.left == 0 and not self.handled:
-            raise Killed
-        reply = super()._handle(message)
-        if self.left == 0:
-            raise Killed
-        return reply
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """A run of three rounds with two of five clients away in each: who is away keeps its momentum."""
@@ -149,7 +130,7 @@ def undisturbed(tmp_path_factory):
 def test_a_run_killed_at_any_message_is_resumed_with_the_same_bits(tmp_path, undisturbed, number, handled):
     settings = small_settings(tmp_path, num_server_rounds=3, fraction_train=0.6, **SGD)
     with pytest.raises(Killed):
-        run_small(settings, grid=DyingGrid(digits_app(), settings, number, handled))
+        run_small(settings, grid=DyingGrid(digits_app(), 2, settings.to_run_config(), dies_at=number, handled=handled))
     again = small_settings(tmp_path, num_server_rounds=3, fraction_train=0.6, resume=True, **SGD)
     run_small(again)
     Recorded.read(settings.results).assert_same(undisturbed, but={"name"})

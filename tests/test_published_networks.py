@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from federations import run_small, small_settings
+from federations import run_small, small_settings, toy_app, toy_network
 from hub_copies import write_copy
 from torch import nn
 
@@ -158,7 +158,12 @@ def test_what_does_not_fit_is_refused_in_words(build, message):
 
 RUNS = {
     "published-conv": {"dataset": "cifar10"},
-    "published-resnet18": {"dataset": "digits", "examples_per_client": 10, "statistics": "personal"},  # 16×16
+    "published-resnet18": {
+        "dataset": "digits",  # of 16×16
+        "examples_per_client": 16,
+        "dirichlet_alpha": 100.0,
+        "statistics": "personal",
+    },
     "published-transformer": {"dataset": "ag-news", "vocabulary": 200, "max_tokens": 8},
 }
 
@@ -193,14 +198,6 @@ def test_they_run_by_name_on_real_messages(tmp_path, no_report, copies, network,
         assert measured == [None] * 6
     else:
         assert all(abs(value) <= 1 for value in measured)
-
-
-def test_clients_may_hold_the_first_exits_of_exits_with_own_widths(tmp_path, no_report, copies):
-    own = {"method": "cafedistill", "selection": "none", "depth_shares": "2:0.5"}
-    settings = settings_for(tmp_path, copies, "published-resnet18", **own)
-    run_small(settings)
-    run = FinishedRun(settings.results)
-    assert sorted(run.personal(client).network.num_exits for client in range(2)) == [2, 4]
 
 
 @pytest.mark.parametrize(
@@ -266,14 +263,19 @@ def test_methods_that_compare_exits_refuse_exits_of_own_widths(method, settings,
     "settings",
     [
         {"method": "cafedistill", "selection": "shallow-first", "similarity_proxy": "gradients"},
+        {"method": "cafedistill", "selection": "none", "depth_shares": "2:0.5"},
         {"method": "cafedistill-plus", "plus_match_by": "classifiers"},
+        {"method": "fedrod"},
+        {"method": "pfedgraph"},
     ],
-    ids=lambda settings: settings["method"],
+    ids=lambda settings: "-".join([settings["method"], *settings.get("depth_shares", "")[:1]]),
 )
 def test_methods_that_compare_no_exits_take_exits_of_own_widths(tmp_path, no_report, settings):
-    settings = settings_for(tmp_path, "", "published-resnet18", **settings)
-    run_small(settings)
-    assert FinishedRun(settings.results).personal(1).network.feature_widths == (64, 128, 256, 512)
+    """Those too of which some clients hold the first exits only."""
+    settings = small_settings(tmp_path, num_server_rounds=2, num_clients=2, **settings)
+    run_small(settings, app=toy_app(build=lambda: toy_network(widths=(2, 3, 4))))
+    kept = [json.loads((settings.results / f"personal/client-{client}.json").read_text()) for client in range(2)]
+    assert sorted(facts["num_exits"] for facts in kept) == ([2, 3] if settings.depth_shares else [3, 3])
 
 
 def test_a_similarity_that_cannot_be_measured_is_none():

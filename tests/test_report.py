@@ -177,7 +177,7 @@ def run(tmp_path: Path) -> Path:
 
 FIGURES = [
     "Accuracy over rounds", "Which student exits train", "Accuracy of every client", "Accuracy against cost",
-    "Where inputs leave", "Weights of the teachers", "Own head over rounds", "Bytes", "Time",
+    "Where inputs leave", "Weights of the clients", "Own weight over rounds", "Bytes", "Time",
 ]  # fmt: skip
 
 
@@ -315,7 +315,7 @@ def test_optional_entries_missing_or_null(run: Path) -> None:
     )
     absent = page.text.split("Not recorded in this run, so not shown: ")[1].split(".")[0]
     assert all(title in absent for title in ("Accuracy against cost", "Time"))
-    teaching = ("Weights of the teachers", "Own head over rounds")
+    teaching = ("Weights of the clients", "Own weight over rounds")
     assert not any(title in page.text for title in teaching)  # null: nobody teaches in this method
     assert "0.400 ±" in printed(run)
 
@@ -421,11 +421,29 @@ def test_left_out_clients_are_named_and_their_reasons_escaped(run: Path) -> None
     assert "[red]" in printed(run)
 
 
-def test_teachers_of_the_clients_that_took_part(run: Path) -> None:
-    """With partial participation the matrix has a row per participant and a column per known teacher."""
+def test_weights_of_the_clients_that_took_part(run: Path) -> None:
+    """With partial participation the matrix has a row per participant and a column per client it may learn from."""
     weights = {"rows": [1, 3], "clients": [0, 1, 2, 3, 4], "weights": [[0, 0.7, 0.3, 0, 0], [0.2, 0, 0, 0.8, 0]]}
     edit(run, teacher_weights=weights)
-    assert "Weights of the teachers" in page_of(run).text
+    assert "Weights of the clients" in page_of(run).text
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "teaches"),
+    [
+        ("cafedistill", "A row shows whose last classifiers are mixed into a client's own;", True),
+        ("cafedistill-plus", "A row shows whose classifiers are mixed into a client's own;", True),
+        ("cafedistill-text", "A row shows whose last classifiers teach a client;", True),
+        ("cafedistill-prior", "A row shows whose classifiers are mixed for a client;", False),
+        ("fedamp", "A row shows whose classifiers or models are mixed for a client;", False),
+    ],
+)
+def test_the_page_says_what_clients_learn_from_one_another(run: Path, method: str, words: str, teaches: bool) -> None:
+    edit(run, method=method)
+    text = page_of(run).text
+    assert words in text
+    assert ("exit 3, the teacher" in text) == teaches
+    assert ("conflicts between clients hold it back" in text) == (method in ("cafedistill", "cafedistill-plus"))
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt"])

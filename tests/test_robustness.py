@@ -205,7 +205,7 @@ def test_without_suspicion_no_bit_of_the_plan_changes(settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"mu": 0.0}, {"mu": 50.0}, {"teachers": "uniform"}, {"solver": "osqp"}])
-@pytest.mark.parametrize("factor", [-1.0, -1000.0, 1000.0])
+@pytest.mark.parametrize("factor", [-1000.0, 1000.0])
 def test_a_hostile_head_hardly_moves_what_others_are_taught(settings, factor):
     """Without bounds, ×1000 drowns every teacher at μ > 0. With them, an honest client's teacher is within 5 % of one
     made without the hostile client, and the plan names it."""
@@ -246,7 +246,7 @@ def test_without_suspicion_no_bit_of_the_mixtures_changes(settings):
 
 @pytest.mark.parametrize("method", ["cafedistill", "cafedistill-plus"])
 @pytest.mark.parametrize("settings", [{}, {"mu": 50.0}, {"solver": "osqp"}])
-@pytest.mark.parametrize("factor", [-1.0, -1000.0, 1000.0])
+@pytest.mark.parametrize("factor", [-1000.0, 1000.0])
 def test_a_hostile_head_hardly_moves_what_others_go_on_with(settings, factor, method):
     """What is written back would carry it on. An honest client's mixture is within 5 % of one made without the hostile
     client, and the records name it; its own weight for itself is as it was."""
@@ -260,6 +260,18 @@ def test_a_hostile_head_hardly_moves_what_others_go_on_with(settings, factor, me
     for client in done.plan.weight_rows[:5]:
         one, other = honest.records[client].upload, done.records[client].upload
         assert np.linalg.norm(other - one) <= 0.05 * np.linalg.norm(one)
+
+
+@pytest.mark.parametrize("method", ["cafedistill", "cafedistill-plus"])
+@pytest.mark.parametrize("settings", [{}, {"solver": "osqp"}])
+def test_an_update_that_points_elsewhere_gets_no_weight_and_no_name(settings, method):
+    """Of usual length it is no more than a client unlike the others, as many are in the first rounds from zero."""
+    heads = honest_heads(n=6, d=400)
+    heads[5] *= np.float32(-1.0)
+    done = concluded(heads, method, **settings)
+    assert done.plan.suspicious == {}
+    np.testing.assert_allclose(done.plan.weights[:5, 5], 0.0, atol=1e-9)
+    np.testing.assert_allclose(done.plan.weights[5], np.eye(6)[5], atol=1e-9)
 
 
 def test_weights_are_returned_as_they_are_without_suspicion():

@@ -235,6 +235,8 @@ WRONG_TYPES = [
     ("learning-rate", False),
     ("dataset", 5),
     ("name", 3),
+    ("image-channels", 0.0),
+    ("stem-stride", True),
     ("mu", None),
     ("selection", 1),
     ("local-steps", [1]),

@@ -221,6 +221,8 @@ class ServerRound:
         Similarities of clients that have met in a round.
     seed
         Of the run.
+    trains
+        Whether the participants train; if not, they evaluate what they hold.
     """
 
     server_round: int
@@ -233,6 +235,7 @@ class ServerRound:
     held: Mapping[int, int] = field(default_factory=dict)
     pairs: Pairs = field(default_factory=Pairs)
     seed: int = 0
+    trains: bool = True
 
     @property
     def all_exits(self) -> NDArray[np.bool_]:

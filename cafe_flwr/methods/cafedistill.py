@@ -122,10 +122,9 @@ class CafeDistillMethod(Method):
         levels = np.array([task.known[c].level if c in task.known else 0 for c in clients], dtype=np.int64)
         if self.selection == "none":
             levels[:] = max(task.num_exits - 2, 0)
-        else:
+        elif task.trains:
             agreement, slow_down = self._agreement(task)
-            t = min(task.server_round, task.num_rounds)
-            share = conflict_ramp(t, task.num_rounds, task.num_exits, slow_down)
+            share = conflict_ramp(task.server_round, task.num_rounds, task.num_exits, slow_down)
             levels = student_levels(levels, share, agreement)
         active = (np.arange(task.num_exits - 1) <= levels[:, None]) & task.all_exits
         pupils = task.pupils
@@ -173,11 +172,15 @@ class CafeDistillMethod(Method):
     def _mix(
         self, task: ServerRound, sent: NDArray[np.float32], similarity: NDArray[np.float64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float64], dict[int, str]]:
-        """Mixtures of what clients sent (n, values), all at once; the weights (n, n); doubtful rows with the reason."""
+        """Mixtures of what clients sent (n, values), all at once; the weights (n, n); doubtful rows with the reason.
+
+        Doubtful is a norm, not a direction: classifiers that start at zero have little in common in the first rounds,
+        and whose update points elsewhere is given no weight anyway.
+        """
         uniform = np.full(len(sent), 1.0 / len(sent))
         weights = teacher_weights(similarity, uniform, self.mu, self.solver)
         heads, everyone = sent[:, self._last(task)], np.arange(len(sent))
-        weights, doubts = guarded_weights(weights, similarity, uniform, self.mu, heads, everyone)
+        weights, doubts = guarded_weights(weights, similarity, uniform, self.mu, heads, everyone, min_cosine=-1.0)
         return weights.astype(np.float32) @ sent, weights, doubts
 
     @staticmethod

@@ -2,7 +2,7 @@
 
     client i, round t: minimise CE(z_m, y) + Σ_{k<m} [ CE(z_k, y) + λ τ² KL(softmax(z_m/τ) ‖ softmax(z_k/τ)) ]
 
-It is CAFEDistill where every client is its own teacher and all exits train from the first round: the floor that
+It is cafedistill-text where every client is its own teacher and all exits train from the first round: the floor that
 teachers from other clients have to pass.
 """
 
