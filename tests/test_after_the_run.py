@@ -73,7 +73,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         num_server_rounds=12,
         examples_per_client=160,
         calibration_share=0.3,
-        local_steps=6,
+        dirichlet_alpha=0.3,
+        mu=0.2,
+        local_steps=12,
         learning_rate=0.3,
         wait_seconds=0.0,
         evaluate_every=12,
@@ -128,14 +130,14 @@ def test_a_node_evaluates_as_the_server_would(ended: Ended, state: Path) -> None
 
 
 def test_what_a_node_calibrates_and_exports_predicts_as_its_network(state: Path) -> None:
-    on_node("calibrate", state, "--risk", "0.3")
+    on_node("calibrate", state, "--risk", "0.1")
     thresholds = read_thresholds(state, 3)
     own = NodeNetwork(state, 3)
     network, x = own.personal(3).network, own.data(3).test.x
     assert thresholds is not None
     assert thresholds.fingerprint == fingerprint(network)
     assert thresholds.coverage > 0  # otherwise the export never stops, and this shows little
-    assert json.loads((state / "client-3.calibration.json").read_text())["risk"] == 0.3
+    assert json.loads((state / "client-3.calibration.json").read_text())["risk"] == 0.1
     on_node("export", state)
     device, here = load(state / "exported" / "client-3").predict(x.numpy()), EarlyExitRunner(network, thresholds)
     expected = here.predict(x)

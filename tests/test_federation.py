@@ -420,7 +420,7 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         neo_kd_beta=0.7,
         adversarial_epsilon=0.01,
         adversarial_steps=2,
-        objective_teacher="matched",
+        text_objective_teacher="matched",
         prior=True,
         equal_steps=False,
         mu=0.9,
