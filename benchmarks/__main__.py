@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 NAMES = (
-    *("startup", "local_training", "memory", "server_step", "risk", "inference"),
+    *("startup", "local_training", "memory", "server_step", "released_step", "risk", "inference"),
     *("uplink", "growth", "rounds", "demo", "paired", "docstrings"),
 )
 

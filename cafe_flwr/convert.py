@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cafe_flwr.data import ClientData, Split, stratified_split
+from cafe_flwr.data import ClientData, Split
 from cafe_flwr.images import Augmentation
 from cafe_flwr.participation import rng_for
+from cafe_flwr.partition import stratified_split
 from cafe_flwr.tokenizer import Tokenizer
 
 

@@ -11,14 +11,12 @@ networks normalise them batch by batch. Texts become tokens.
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +28,7 @@ from cafe_flwr.hub import HUB_SETS, open_set
 from cafe_flwr.images import SYMMETRIC, Augmentation, Normalisation
 from cafe_flwr.local_data import read_local
 from cafe_flwr.participation import rng_for
+from cafe_flwr.partition import partition_labels, partition_naturally, stratified_split
 from cafe_flwr.tokenizer import Tokenizer
 
 
@@ -117,6 +116,7 @@ class _Source(NamedTuple):
     class_names: tuple[str, ...]
     input_shape: tuple[int, ...]
     read: Callable[[NDArray[np.int64]], Tensor] | None = None  # inputs of rows; None: rendered, not read
+    column: Callable[[str], Sequence[Any]] | None = None  # values of a column; None: it has no columns
     splits: NDArray[np.int64] | None = None  # 0, 1 or 2 where the set itself says what a row is for
     rows: NDArray[np.int64] | None = None  # of the whole set, where only some take part
     vocabulary: int = 0
@@ -131,6 +131,9 @@ def load_federation(
     *,
     partition: str = "dirichlet",
     alpha: float = 0.1,
+    capped: bool = False,
+    partition_column: str = "",
+    natural_split: str = "even",
     classes_per_client: int = 10,
     examples_per_client: int = 200,
     shares: tuple[float, float, float] = (0.48, 0.12, 0.40),
@@ -142,6 +145,7 @@ def load_federation(
     max_tokens: int = 64,
     vocabulary: int = 8192,
     long_texts: str = "cut",
+    text_part: str = "whole",
     label_groups: int = 0,
     rotations: int = 1,
     validation_share: float = 0.0,
@@ -159,7 +163,13 @@ def load_federation(
     num_clients
         Number of clients.
     partition
-        ``"dirichlet"`` (concentration ``alpha``) or ``"pathological"`` (``classes_per_client`` classes each).
+        ``"dirichlet"`` (concentration ``alpha``), ``"pathological"`` (``classes_per_client`` classes each) or
+        ``"natural"`` (by the values of ``partition_column``).
+    capped
+        Dirichlet only: a client that holds its fair share gets no more (:func:`cafe_flwr.partition.partition_labels`).
+    partition_column, natural_split
+        Of the natural partition, of sets with columns: the column, and how a value is dealt out where several clients
+        share it, ``"even"`` or ``"dirichlet"`` (:func:`cafe_flwr.partition.partition_naturally`).
     examples_per_client
         Embedded sets only: mean number of examples per client, all splits together.
     shares
@@ -176,6 +186,8 @@ def load_federation(
         Texts only: words of a text that are kept, and the number of different tokens (:mod:`cafe_flwr.tokenizer`).
     long_texts
         Texts only: ``"cut"`` those of more words than ``max_tokens``, or ``"refuse"`` them.
+    text_part
+        AG News only: ``"whole"`` texts, or ``"title"`` (:meth:`cafe_flwr.hub.OpenSet.texts`).
     label_groups
         G ≥ 1: client i is in group i mod G, and the clients of a group share one label distribution. 0: every client is
         a group of its own. Embedded sets: a group has the labels that its first client would have without groups, and
@@ -212,18 +224,39 @@ def load_federation(
     if min(num_clients, examples_per_client, classes_per_client) < 1:
         raise ValueError("num-clients, examples-per-client and classes-per-client must be at least 1")
     _check_shifts(dataset, num_clients, label_groups, validation_share, test_shift)
+    if partition == "natural" and label_groups:
+        raise ValueError(f"label-groups = {label_groups} is not for partition = 'natural': set it to 0")
     tokenizer = Tokenizer(max_tokens, vocabulary, cut=long_texts == "cut")
     if dataset in digits.NUM_CLASSES:
         source = _embedded(dataset, num_clients * examples_per_client)
     elif dataset == "docstrings":
         source = _docstrings(num_clients * examples_per_client, shares, seed, tokenizer)
     elif dataset in HUB_SETS:
-        source = _of_the_hub(dataset, data_dir, augmentation, tokenizer)
+        source = _of_the_hub(dataset, data_dir, augmentation, text_part, tokenizer)
     else:
         source = _local(dataset, image_size, image_column, label_column)
     _check_rotations(rotations, source.input_shape)
     groups = 0 if source.read is None else label_groups  # labels that are rendered need not be dealt out
-    parts = partition_labels(source.labels, num_clients, partition, alpha, classes_per_client, seed, groups)
+    if partition == "natural":
+        if source.column is None:
+            raise ValueError(
+                f"partition = 'natural' deals out by a column, and {dataset!r} has none: choose a set of the hub or "
+                "'local:<path>', or another partition"
+            )
+        parts = partition_naturally(
+            partition_column,
+            source.column(partition_column),
+            source.labels,
+            num_clients,
+            split=natural_split,
+            alpha=alpha,
+            capped=capped,
+            seed=seed,
+        )
+    else:
+        parts = partition_labels(
+            source.labels, num_clients, partition, alpha, classes_per_client, seed, groups, capped=capped
+        )
     if source.read is None and label_groups:
         parts = [parts[client % label_groups] for client in range(num_clients)]
 
@@ -314,8 +347,9 @@ def _local(dataset: str, image_size: int, image_column: str, label_column: str) 
     if kind != "local" or not path:
         known = ", ".join(map(repr, (*digits.NUM_CLASSES, "docstrings", *HUB_SETS)))
         raise ValueError(f"dataset must be {known} or 'local:<path>', got {dataset!r}")
-    images, labels, names = read_local(Path(path).expanduser(), image_size, image_column, label_column)
-    return _Source(labels, names, tuple(int(n) for n in images.shape[1:]), lambda rows: torch.from_numpy(images[rows]))
+    images, labels, names, column = read_local(Path(path).expanduser(), image_size, image_column, label_column)
+    shape = tuple(int(n) for n in images.shape[1:])
+    return _Source(labels, names, shape, lambda rows: torch.from_numpy(images[rows]), column)
 
 
 def _docstrings(num_examples: int, shares: tuple[float, float, float], seed: int, tokenizer: Tokenizer) -> _Source:
@@ -333,117 +367,16 @@ def _docstrings(num_examples: int, shares: tuple[float, float, float], seed: int
     )
 
 
-def _of_the_hub(dataset: str, data_dir: str, augmentation: str, tokenizer: Tokenizer) -> _Source:
+def _of_the_hub(dataset: str, data_dir: str, augmentation: str, text_part: str, tokenizer: Tokenizer) -> _Source:
     """A set of the hub, or a local copy of it."""
     opened = open_set(dataset, data_dir)
     about, size = opened.about, opened.about.image_size
-    source = _Source(opened.labels, opened.class_names, (3, size, size), opened.images)
+    source = _Source(opened.labels, opened.class_names, (3, size, size), opened.images, opened.column)
     if not size:
-        read, shape = (lambda rows: tokenizer(opened.texts(rows))), (tokenizer.max_tokens,)
+        read, shape = (lambda rows: tokenizer(opened.texts(rows, text_part))), (tokenizer.max_tokens,)
         return source._replace(read=read, input_shape=shape, vocabulary=tokenizer.vocabulary)
     augment = about.augmentation if augmentation == "usual" else None
     return source._replace(pixels=about.pixels, augment=augment)
-
-
-def partition_labels(
-    labels: NDArray[np.int64],
-    num_clients: int,
-    partition: str,
-    alpha: float,
-    classes_per_client: int,
-    seed: int,
-    label_groups: int = 0,
-) -> list[NDArray[np.int64]]:
-    """Positions of ``labels`` that each client gets, by a partitioner of flwr-datasets.
-
-    With ``label_groups`` the partition is one over so many groups, each dealt out evenly to its clients.
-
-    Raises
-    ------
-    ValueError
-        If the data cannot serve so many clients; the message says what to change.
-    """
-    logging.getLogger("datasets").setLevel(logging.ERROR)
-    from datasets import Dataset
-    from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner
-
-    groups = label_groups or num_clients
-    partitioner: Partitioner
-    minimum = 10  # examples of the smallest client
-    if partition == "dirichlet":
-        smallest = minimum * -(-num_clients // groups)  # group of clients
-        partitioner = DirichletPartitioner(groups, "label", alpha=alpha, min_partition_size=smallest, seed=seed)
-    elif partition == "pathological":
-        partitioner = PathologicalPartitioner(
-            groups, "label", classes_per_client, class_assignment_mode="first-deterministic", seed=seed
-        )
-    else:
-        raise ValueError(f"partition must be 'dirichlet' or 'pathological', got {partition!r}")
-    if num_clients * minimum > len(labels):
-        raise ValueError(
-            f"{len(labels)} examples cannot serve {num_clients} clients with at least {minimum} each: "
-            "lower num-clients or give more data"
-        )
-    partitioner.dataset = Dataset.from_dict({"label": labels, "position": np.arange(len(labels))})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns at every retry; what counts is whether it succeeds
-        try:
-            shared = [np.asarray(partitioner.load_partition(g)["position"], dtype=np.int64) for g in range(groups)]
-            parts = shared
-            if label_groups:
-                parts = _deal(labels, shared, num_clients, rng_for(seed, 0, -1, "label groups"))
-            smallest = min(len(part) for part in parts)
-            if smallest < minimum:
-                raise ValueError(f"the smallest client would have {smallest} of at least {minimum} examples")
-            return parts
-        except ValueError as error:
-            advice = (
-                "raise dirichlet-alpha or the number of examples, or lower num-clients"
-                if partition == "dirichlet"
-                else "change classes-per-client, lower num-clients or raise the number of examples"
-            )
-            grouped = f" in {label_groups} label groups" if label_groups else ""
-            raise ValueError(
-                f"the {partition} partition of {len(labels)} examples over {num_clients} clients{grouped} failed "
-                f"({error}): {advice}"
-            ) from error
-
-
-def _deal(
-    labels: NDArray[np.int64], shared: list[NDArray[np.int64]], num_clients: int, rng: np.random.Generator
-) -> list[NDArray[np.int64]]:
-    """Positions each client gets of what its group shares; client i is in group i mod G."""
-    dealt: dict[int, NDArray[np.int64]] = {}
-    for group, positions in enumerate(shared):
-        members = range(group, num_clients, len(shared))
-        parts = stratified_split(labels[positions], [1 / len(members)] * len(members), rng)
-        dealt |= {client: positions[part] for client, part in zip(members, parts, strict=True)}
-    return [dealt[client] for client in range(num_clients)]
-
-
-def stratified_split(
-    labels: NDArray[np.int64], shares: Sequence[float], rng: np.random.Generator
-) -> list[NDArray[np.int64]]:
-    """Split positions into parts of the given shares with the same label distribution.
-
-    Every class is spread over the parts in proportion; what does not divide evenly is carried over to the next class,
-    so that the parts' sizes come out right too, also when most classes have one or two examples.
-
-    Examples
-    --------
-    >>> parts = stratified_split(np.array([0] * 10 + [1] * 5), (0.6, 0.2, 0.2), np.random.default_rng(0))
-    >>> [len(p) for p in parts]
-    [9, 3, 3]
-    """
-    classes = rng.permutation(np.unique(labels))
-    order = np.concatenate([rng.permutation(np.flatnonzero(labels == c)) for c in classes])
-    deficit = rng.random(len(shares)) * 1e-6  # breaks ties by chance
-    part = np.empty(len(labels), dtype=np.int64)
-    for position in order:
-        deficit += shares
-        part[position] = chosen = int(np.argmax(deficit))
-        deficit[chosen] -= 1.0
-    return [np.flatnonzero(part == k) for k in range(len(shares))]
 
 
 def shift_labels(

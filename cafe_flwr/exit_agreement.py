@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -12,7 +14,9 @@ PROXIES = ("parameters", "gradients")
 
 
 def classifier_similarity(network: EarlyExitNetwork) -> list[float]:
-    """Cosine of every student exit's classifier and the last exit's, (m−1,)."""
+    """Cosine of every student exit's classifier and the last exit's, (m−1,); NaN where exits have different widths."""
+    if len(set(network.feature_widths)) > 1:
+        return [math.nan] * (network.num_exits - 1)
     tensors, last = network.state_dict(), network.num_exits - 1
     heads = [torch.cat([tensors[n].flatten() for n in network.head_names(k)]) for k in range(last + 1)]
     return [F.cosine_similarity(head, heads[last], dim=0).item() for head in heads[:last]]

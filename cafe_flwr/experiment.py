@@ -33,9 +33,10 @@ _BUDGET = {"equal-steps", "validation-share"}  # said by `budget` and `sweep`
 _COMMON = {  # a row that changed one of these would not be comparable with the others
     *("num-clients", "fraction-train", "min-train-nodes", "min-available-nodes"),
     *("dataset", "partition", "dirichlet-alpha", "classes-per-client", "examples-per-client"),
+    *("dirichlet-cap", "partition-column", "natural-split"),
     *("calibration-share", "test-share", "image-size", "image-column", "label-column"),
     *("label-groups", "rotations", "test-shift"),
-    *("data-dir", "augmentation", "max-tokens", "vocabulary", "long-texts"),
+    *("data-dir", "augmentation", "max-tokens", "vocabulary", "long-texts", "text-part"),
     *("network", "feature-width", "network-width", "network-depth", "norm", "statistics", "stem-stride"),
     *("attention-heads", "dropout", "evaluate-every"),
 }

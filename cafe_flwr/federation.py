@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flwr.serverapp import Grid
@@ -12,10 +13,19 @@ from flwr.serverapp.strategy import Result
 from cafe_flwr.data import ClientData, FederatedData, load_federation
 from cafe_flwr.log import logger
 from cafe_flwr.modalities import ROWS, in_rows, rows_shape
-from cafe_flwr.networks import ConvNet, EarlyExitNetwork, ResNet18, SequenceNet, TextTransformer
+from cafe_flwr.networks import (
+    ConvNet,
+    EarlyExitNetwork,
+    PublishedConvNet,
+    PublishedResNet18,
+    PublishedTransformer,
+    ResNet18,
+    SequenceNet,
+    TextTransformer,
+)
 from cafe_flwr.node_config import data_folder, hosted, is_device
 from cafe_flwr.recording import Recorder, open_results
-from cafe_flwr.settings import Settings
+from cafe_flwr.settings import PUBLISHED, Settings
 from cafe_flwr.state import ServerState
 from cafe_flwr.strategy import FederatedStrategy
 
@@ -47,10 +57,13 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
             "reads data from its data-dir only; set dataset = 'local'"
         )
     data = load_federation(
-        settings.dataset,
+        _located(settings),
         settings.num_clients,
         partition=settings.partition,
         alpha=settings.dirichlet_alpha,
+        capped=settings.dirichlet_cap,
+        partition_column=settings.partition_column,
+        natural_split=settings.natural_split,
         classes_per_client=settings.classes_per_client,
         examples_per_client=settings.examples_per_client,
         shares=settings.shares,
@@ -62,6 +75,7 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
         max_tokens=settings.max_tokens,
         vocabulary=settings.vocabulary,
         long_texts=settings.long_texts,
+        text_part=settings.text_part,
         validation_share=settings.validation_share,
         label_groups=settings.label_groups,
         rotations=settings.rotations,
@@ -74,6 +88,14 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
         data,
         load=lambda client: in_rows(data.load(client)) if modality_of(settings, client) == ROWS else data.load(client),
     )
+
+
+def _located(settings: Settings) -> str:
+    """The data set; the path of a local one, if it is not absolute, is one in data-dir."""
+    kind, _, path = settings.dataset.partition(":")
+    if not path or not settings.data_dir or Path(path).expanduser().is_absolute():
+        return settings.dataset
+    return f"{kind}:{Path(settings.data_dir).expanduser() / path}"
 
 
 def _copies(settings: Settings, node_config: Mapping[str, Any] | None) -> str:
@@ -132,7 +154,8 @@ def build_networks(settings: Settings, node_config: Mapping[str, Any] | None = N
     data = federation(settings, node_config)
     found = {name: _network(settings, data, name) for name in settings.modality_names or ("",)}
     for network in found.values():
-        network.pixels = data.pixels
+        if settings.network not in PUBLISHED:  # those take pixels as −1..1, which is what networks start with
+            network.pixels = data.pixels
         network.statistics = settings.statistics
     return found
 
@@ -144,6 +167,8 @@ def modality_of(settings: Settings, client: int) -> str:
 
 
 def _network(settings: Settings, data: FederatedData, modality: str = "") -> EarlyExitNetwork:
+    if settings.network in PUBLISHED:
+        return _published(settings.network, data)
     width, depth, features = settings.network_width, settings.network_depth, settings.feature_width
     widths = [(width or 8) << k for k in range(depth or 3)]
     if modality == ROWS:
@@ -172,6 +197,13 @@ def _network(settings: Settings, data: FederatedData, modality: str = "") -> Ear
             stem_stride=settings.stem_stride,
         )
     return ConvNet(data.input_shape, data.num_classes, widths, features, settings.norm)
+
+
+def _published(name: str, data: FederatedData) -> EarlyExitNetwork:
+    if name == "published-transformer":
+        return PublishedTransformer(data.num_classes, data.vocabulary, data.input_shape[0])
+    build = PublishedResNet18 if name == "published-resnet18" else PublishedConvNet
+    return build(data.input_shape, data.num_classes)
 
 
 def build_strategy(

@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cafe_flwr.images import SYMMETRIC, Augmentation, Normalisation
+from cafe_flwr.local_data import column_of
+from cafe_flwr.tokenizer import words
+
+TITLE = "title"
+"""Column of titles, where a copy of a set has one."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class HubSet:
         Mean and standard deviation of its training images, by channel.
     augmentation
         What is usual in training with it.
+    title_words
+        Of texts that begin with a title which nothing sets apart: mean number of words of a title. 0: they have none.
     """
 
     repository: str
@@ -46,6 +53,7 @@ class HubSet:
     image_size: int = 0
     pixels: Normalisation = SYMMETRIC
     augmentation: Augmentation | None = None
+    title_words: int = 0
 
 
 HUB_SETS = {
@@ -79,7 +87,7 @@ HUB_SETS = {
         pixels=Normalisation((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
         augmentation=Augmentation(8),
     ),
-    "ag-news": HubSet("fancyzhx/ag_news", ("train", "test"), "text", "label", 4),
+    "ag-news": HubSet("fancyzhx/ag_news", ("train", "test"), "text", "label", 4, title_words=7),
 }
 
 
@@ -100,7 +108,7 @@ class OpenSet:
     about: HubSet
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
-    _rows: Any  # a datasets.Dataset with the columns of inputs and labels
+    _rows: Any  # a datasets.Dataset
     _origin: str
 
     def images(self, rows: NDArray[np.int64]) -> Tensor:
@@ -113,9 +121,10 @@ class OpenSet:
         """
         size = self.about.image_size
         pixels = np.zeros((len(rows), size, size, 3), dtype=np.uint8)
+        pictures = self._rows.select_columns([self.about.inputs])
         for place, row in enumerate(rows.tolist()):
             try:
-                picture = self._rows[row][self.about.inputs].convert("RGB")
+                picture = pictures[row][self.about.inputs].convert("RGB")
             except Exception as error:
                 raise ValueError(f"row {row} of {self._origin} holds no image that can be read: {error}") from error
             if picture.size != (size, size):
@@ -125,9 +134,24 @@ class OpenSet:
             pixels[place] = np.asarray(picture)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
-    def texts(self, rows: NDArray[np.int64]) -> list[str]:
-        """Texts of these rows."""
-        return [str(text) for text in self._rows.select(rows)[self.about.inputs]] if len(rows) else []
+    def texts(self, rows: NDArray[np.int64], part: str = "whole") -> list[str]:
+        """Texts of these rows; with part ``"title"`` their column ``title`` or, without one, their first words.
+
+        The hub's AG News joins title and description by a space, and does not say where. Its titles have 7.1 words in
+        the mean (of the original's 7,600 test rows), so the first 7 words hold 86 % of the titles' words, and 88 % of
+        these words are of the title.
+        """
+        if not len(rows):
+            return []
+        chosen = self._rows.select(rows)
+        if part == "title" and TITLE in self._rows.column_names:
+            return [str(text) for text in chosen[TITLE]]
+        texts = [str(text) for text in chosen[self.about.inputs]]
+        return [" ".join(words(text)[: self.about.title_words]) for text in texts] if part == "title" else texts
+
+    def column(self, name: str) -> list[Any]:
+        """Values of a column, of all rows; of classes their names. ValueError if there is none."""
+        return column_of(self._rows.remove_columns([self.about.inputs]), name, self._origin)
 
 
 def open_set(name: str, data_dir: str = "") -> OpenSet:
@@ -157,7 +181,6 @@ def open_set(name: str, data_dir: str = "") -> OpenSet:
                 f"{origin} has no column {column!r}; it has {', '.join(rows.column_names)}. Expected are those of "
                 f"{about.repository} on the hub: {about.inputs} and {about.labels}"
             )
-    rows = rows.select_columns([about.inputs, about.labels])
     labels, class_names = _labels(rows, about, origin)
     return OpenSet(about, labels, class_names, _decodable(rows, about), origin)
 

@@ -170,6 +170,10 @@ def _own_data(data: FederatedData) -> dict[str, Any]:
         "label-groups": 0,
         "rotations": 1,
         "test-shift": 0.0,
+        "partition": "dirichlet",
+        "partition-column": "",
+        "natural-split": "even",
+        "dirichlet-cap": False,
     }
 
 
@@ -440,14 +444,18 @@ def check_new(facts: Mapping[str, Any], client: int, folder: Path, replace_exist
 
 
 def mean_heads(teacher: Mapping[str, Tensor], network: EarlyExitNetwork) -> dict[str, Tensor]:
-    """What a newcomer's classifiers start from: the mean of the exit's own if there is one, else of the last exit's."""
+    """What a newcomer's classifiers start from: the mean of the exit's own if there is one, else of the last exit's.
+
+    Nothing for exits without one whose width is not the last one's.
+    """
     if not teacher:
         return {}
-    last = network.head_names(network.num_exits - 1)
+    last, widths = network.head_names(network.num_exits - 1), network.feature_widths
     return {
         name: teacher.get(name, teacher[of_last])
         for k in range(network.num_exits)
         for name, of_last in zip(network.head_names(k), last, strict=True)
+        if name in teacher or widths[k] == widths[-1]
     }
 
 

@@ -106,9 +106,9 @@ def networks_of(built: EarlyExitNetwork | Networks) -> Networks:
         return {"": built}
     if not built or (len(built) > 1 and "" in built) or any("/" in name for name in built):
         raise ValueError(f"networks of modalities need names without '/'; got {list(built) or 'none'}")
-    shapes = {name: tuple(n.state_dict()[n.head_names(0)[0]].shape) for name, n in built.items()}
-    if len(set(shapes.values())) > 1:
-        each = ", ".join(f"{name}: {shape}" for name, shape in shapes.items())
+    shapes = {name: [(n.num_classes, width) for width in n.feature_widths] for name, n in built.items()}
+    if len(built) > 1 and len({shape for found in shapes.values() for shape in found}) > 1:
+        each = ", ".join(f"{name}: {' '.join(map(str, dict.fromkeys(found)))}" for name, found in shapes.items())
         raise ValueError(f"the classifiers of all modalities must have the same (classes, width), got {each}")
     return dict(built) if len(built) > 1 else {"": next(iter(built.values()))}
 

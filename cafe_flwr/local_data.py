@@ -3,39 +3,51 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+METADATA = ("metadata.csv", "metadata.jsonl")
+"""Files of an image folder with further columns, by ``file_name``: imagefolder, of Hugging Face's datasets."""
 
-def read_local(
-    path: Path, image_size: int, image_column: str, label_column: str
-) -> tuple[NDArray[np.float32], NDArray[np.int64], tuple[str, ...]]:
-    """Images (N, C, H, W), labels (N,) and class names of a parquet file or an image folder."""
+
+class LocalSet(NamedTuple):
+    """A set that has been read.
+
+    Attributes
+    ----------
+    images
+        (N, C, H, W): pixels (uint8) where all images are of 8 bits, else float32, about −1..1.
+    labels
+        (N,) int64, 0..K−1.
+    class_names
+        In the order of the labels.
+    column
+        Values of a column of the file, (N,), by its name; ValueError if there is none of this name.
+    """
+
+    images: NDArray[np.uint8] | NDArray[np.float32]
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    column: Callable[[str], Sequence[Any]]
+
+
+def read_local(path: Path, image_size: int, image_column: str, label_column: str) -> LocalSet:
+    """Read a parquet file, a folder of them, or an image folder.
+
+    Raises
+    ------
+    ValueError
+        If there is none, it lacks a column or a label, or an image cannot be read or has another shape than the others.
+    """
     logging.getLogger("datasets").setLevel(logging.ERROR)
-    from datasets import ClassLabel, Dataset, Image, Value, load_dataset
+    from datasets import ClassLabel, Image, Value
 
-    if not path.exists():
-        raise ValueError(f"dataset = 'local:{path}': there is no such file or folder on this machine")
-    parquet = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"dataset = 'local:{path}': expected a .parquet file or a folder, got a {path.suffix} file")
-    if not parquet and not any(child.is_dir() for child in path.iterdir()):
-        raise ValueError(f"dataset = 'local:{path}' has no subfolders: expected one with images per class")
-    try:
-        if parquet:
-            dataset = Dataset.from_parquet([str(file) for file in parquet])
-        else:
-            # All files: left to itself, imagefolder takes 'train' or 'test' in a folder's name for a split.
-            files = {"train": str(path / "**")}
-            dataset = load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
-    except Exception as error:
-        raise ValueError(
-            f"dataset = 'local:{path}' cannot be read ({type(error).__name__}: {error}): expected a parquet file, a "
-            "folder of parquet files, or a folder with one subfolder of images per class"
-        ) from error
+    dataset = _open(path)
     for column in (image_column, label_column):
         if column not in dataset.column_names:
             raise ValueError(
@@ -59,30 +71,128 @@ def read_local(
 
     if isinstance(dataset.features[image_column], dict) or dataset.features[image_column] == Value("binary"):
         dataset = dataset.cast_column(image_column, Image())  # as the hub's parquet files hold them
-    images = []
-    for row in range(len(dataset)):
+    images = _read_images(dataset.select_columns([image_column]), image_column, image_size, f"'local:{path}'")
+    rows = dataset.remove_columns([image_column])
+    return LocalSet(
+        images, labels.astype(np.int64), names, lambda name: column_of(rows, name, f"dataset = 'local:{path}'")
+    )
+
+
+def column_of(rows: Any, name: str, origin: str) -> list[Any]:
+    """Values of a column of a ``datasets.Dataset``; of classes their names.
+
+    Raises
+    ------
+    ValueError
+        If there is no such column.
+    """
+    from datasets import ClassLabel
+
+    if name not in rows.column_names:
+        raise ValueError(
+            f"partition-column = {name!r}: {origin} has no such column; it has {', '.join(rows.column_names)} "
+            "beside its inputs"
+        )
+    values, feature = list(rows[name]), rows.features[name]
+    if isinstance(feature, ClassLabel):
+        return [None if value is None or value < 0 else feature.int2str(value) for value in values]
+    return values
+
+
+def normalised(images: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
+    """Pixels (uint8) as float32 in −1..1; other images as they are."""
+    return (
+        images.astype(np.float32) / 127.5 - 1.0 if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
+    )
+
+
+def _open(path: Path) -> Any:
+    """The rows, with a column of images and one of labels if the files have them."""
+    from datasets import Dataset
+
+    if not path.exists():
+        raise ValueError(f"dataset = 'local:{path}': there is no such file or folder on this machine")
+    parquet = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    if path.is_file() and path.suffix != ".parquet":
+        raise ValueError(f"dataset = 'local:{path}': expected a .parquet file or a folder, got a {path.suffix} file")
+    described = path.is_dir() and any(next(path.rglob(name), None) for name in METADATA)
+    if not parquet and not described and not any(child.is_dir() for child in path.iterdir()):
+        raise ValueError(f"dataset = 'local:{path}' has no subfolders: expected one with images per class")
+    try:
+        if parquet:
+            return Dataset.from_parquet([str(file) for file in parquet])
+        dataset = _open_folder(path)
+    except Exception as error:
+        raise ValueError(
+            f"dataset = 'local:{path}' cannot be read ({type(error).__name__}: {error}): expected a parquet file, a "
+            "folder of parquet files, or a folder with one subfolder of images per class"
+        ) from error
+    return _with_classes(dataset, path) if described else dataset
+
+
+def _open_folder(path: Path) -> Any:
+    from datasets import load_dataset
+
+    # All files: left to itself, imagefolder takes 'train' or 'test' in a folder's name for a split.
+    files = {"train": str(path / "**")}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # datasets leaves metadata files to the garbage collector
+        return load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
+
+
+def _with_classes(dataset: Any, path: Path) -> Any:
+    """An image folder with metadata, where imagefolder gives no classes and leaves out images that it does not name."""
+    from datasets import Image
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    files = [Path(row["image"]["path"]) for row in dataset.cast_column("image", Image(decode=False))]
+    there = {file for file in path.rglob("*") if file.suffix.lower() in ImageFolder.EXTENSIONS}
+    if missing := sorted(there - set(files)):
+        raise ValueError(
+            f"dataset = 'local:{path}': its metadata names {len(files)} of {len(there)} images, and not "
+            f"{missing[0].relative_to(path)}: add a line per image to {' or '.join(METADATA)}, or remove the file"
+        )
+    if "label" in dataset.column_names or any(file.parent == path for file in files):
+        return dataset
+    return dataset.add_column("label", [file.parent.name for file in files])
+
+
+def _read_images(rows: Any, column: str, image_size: int, origin: str) -> NDArray[np.uint8] | NDArray[np.float32]:
+    images: list[NDArray[Any]] = []
+    for row in range(len(rows)):
         try:
-            images.append(_to_array(dataset[row][image_column], image_size))
+            images.append(_to_pixels(rows[row][column], image_size))
         except Exception as error:
-            raise ValueError(f"row {row} of 'local:{path}' holds no image that can be read: {error}") from error
+            raise ValueError(f"row {row} of {origin} holds no image that can be read: {error}") from error
     if len({len(image) for image in images}) > 1:  # some are grey, some are not
         images = [np.repeat(image, 3, axis=0) if len(image) == 1 else image for image in images]
+    if len({image.dtype for image in images}) > 1:
+        images = [normalised(image) for image in images]
     shapes = {image.shape for image in images}
     if len(shapes) != 1:
-        raise ValueError(f"images of 'local:{path}' have {len(shapes)} different shapes: set image-size")
-    return np.stack(images), labels.astype(np.int64), names
+        raise ValueError(f"images of {origin} have {len(shapes)} different shapes: set image-size")
+    return np.stack(images)
 
 
-def _to_array(image: Any, size: int) -> NDArray[np.float32]:
-    """One image as (C, H, W) float32, about −1..1."""
+def to_array(image: Any, size: int) -> NDArray[np.float32]:
+    """One image as (C, H, W) float32, about −1..1; resized to this height and width, if it is not 0."""
+    return normalised(_to_pixels(image, size))
+
+
+def _to_pixels(image: Any, size: int) -> NDArray[np.uint8] | NDArray[np.float32]:
+    """One image as (C, H, W): pixels (uint8), or float32, about −1..1, where it has more than 8 bits.
+
+    Grey images that are resized count as such: they are not rounded again.
+    """
     from PIL import Image
 
     if not isinstance(image, Image.Image):
         image = Image.fromarray(np.asarray(image, dtype=np.uint8))
     white = 65535.0 if image.mode.startswith("I") else 255.0  # "I" and "I;16" come from 16-bit files
     grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
-    image = image.convert("L").convert("F") if image.mode in ("1", "LA") else image.convert("F" if grey else "RGB")
-    if size:
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image, dtype=np.float32) / (white / 2) - 1.0
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()
+    image = image.convert("L") if image.mode in ("1", "LA") else image if grey else image.convert("RGB")
+    if size and image.size != (size, size):
+        image = (image.convert("F") if grey else image).resize((size, size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image) if image.mode in ("L", "RGB") else np.asarray(image.convert("F")) / (white / 2) - 1.0
+    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return np.array(pixels, dtype=np.uint8) if image.mode in ("L", "RGB") else np.array(pixels, dtype=np.float32)

@@ -312,7 +312,7 @@ class ClientReport:
     local_steps
         Gradient steps taken.
     similarity
-        (m−1,): similarity of its student exits to its last exit.
+        (m−1,): similarity of its student exits to its last exit; NaN where it cannot be measured.
     before, after
         Exits on the test split, before and after local training; NaN in rounds without evaluation, and for exits that
         it does not hold.
@@ -500,7 +500,7 @@ class TrainReply:
         if n > 1 and np.abs(shared).max(initial=0.0) > sum(weights) * float(np.finfo(np.float32).max):
             raise ValueError("its shared parameters are too large for float32")
         similarity = column("similarity", [m - 1 for m in exits])
-        if not all(abs(value) <= 1.01 for row in similarity for value in row):
+        if any(abs(value) > 1.01 for row in similarity for value in row):  # NaN: it cannot be measured
             raise ValueError("its similarities must lie between −1 and 1")
         measured = {
             phase: {f.name: column(f"{f.name}-{phase}", exits) for f in fields(ExitMetrics)} for phase in PHASES

@@ -39,7 +39,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "erde": ("ema_decay", "objective_teacher", "objective_temperature", "erde_right", "erde_wrong"),
     "neo-kd": ("neo_kd_alpha", "neo_kd_beta", "adversarial_epsilon", "adversarial_steps"),
 }
-"""The objectives, and which settings each one reads: those below, and who teaches in CAFEDistill."""
+"""The objectives, and which settings each one reads: those below, and who teaches in cafedistill-text."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cafe_flwr.data import ClientData, Split, stratified_split
-from cafe_flwr.local_data import read_local
+from cafe_flwr.data import ClientData, Split
+from cafe_flwr.local_data import normalised, read_local
 from cafe_flwr.participation import rng_for
+from cafe_flwr.partition import stratified_split
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as pillow makes grey of colours
 
@@ -52,9 +53,9 @@ def load_own(
     ValueError
         If the data cannot be read, or has labels that the federation does not know.
     """
-    images, labels, names = read_local(path, image_size, image_column, label_column)
+    images, labels, names, _ = read_local(path, image_size, image_column, label_column)
     y = _in_the_federation(labels, names, class_names, path)
-    x = torch.from_numpy(_with_channels(images, channels))
+    x = torch.from_numpy(_with_channels(normalised(images), channels))
     rng = partial(rng_for, seed, 0, client)
     whole = Split(x, torch.from_numpy(y), torch.arange(len(y))[:, None])
     train, calibration, test = (whole.take(rows) for rows in stratified_split(y, shares, rng("split")))

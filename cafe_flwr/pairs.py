@@ -50,10 +50,17 @@ class Pairs:
     def updated(self, clients: Sequence[int], similarity: NDArray[np.float64]) -> Pairs:
         """With the similarities (n, n) of clients that have met now in the place of older ones."""
         rows, columns, keys = _keys(clients)
-        every = np.concatenate([keys, self.keys])
-        values = np.concatenate([similarity[rows, columns].astype(np.float32), self.values])
-        unique, first = np.unique(every, return_index=True)  # the first of equal keys: the new one
-        return Pairs(unique, values[first])
+        order = np.argsort(keys)  # long S, short rounds: sought and put in their places, never sorted anew
+        keys, met = keys[order], similarity[rows, columns].astype(np.float32)[order]
+        at = np.searchsorted(self.keys, keys)
+        new = np.ones(len(keys), dtype=bool)
+        inside = at < len(self.keys)
+        new[inside] = self.keys[at[inside]] != keys[inside]
+        values = self.values.copy()
+        values[at[~new]] = met[~new]
+        if not new.any():
+            return Pairs(self.keys, values)
+        return Pairs(np.insert(self.keys, at[new], keys[new]), np.insert(values, at[new], met[new]))
 
 
 def _keys(clients: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

@@ -143,7 +143,7 @@ def _read_image(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
         from PIL import Image
     except ModuleNotFoundError:
         raise ValueError("images need Pillow: pip install pillow, or give a .npy file") from None
-    from cafe_flwr.local_data import _to_array
+    from cafe_flwr.local_data import to_array
 
     channels, height, width = shape
     try:
@@ -151,7 +151,7 @@ def _read_image(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
             fits = image.size == (width, height)
             if not fits and height != width:
                 raise ValueError(f"{path} has {image.width}×{image.height} pixels, the network takes {width}×{height}")
-            array: NDArray[np.float32] = _to_array(image, 0 if fits else height)
+            array: NDArray[np.float32] = to_array(image, 0 if fits else height)
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is no image that can be read: {error}") from None
     if len(array) == 1 and channels == 3:

@@ -185,6 +185,8 @@ def guarded_weights(
     mu: float,
     heads: ArrayLike,
     own: ArrayLike,
+    *,
+    min_cosine: float = MIN_COSINE,
 ) -> tuple[NDArray[np.float64], dict[int, str]]:
     """Teacher weights, bounded where a teacher is suspicious, and the suspicious rows of ``heads`` with the reason.
 
@@ -198,8 +200,10 @@ def guarded_weights(
         Of the QP they solve.
     heads, own
         As for :func:`teacher_caps`.
+    min_cosine
+        As for :func:`suspicious_heads`; −1: only the norm counts.
     """
-    suspicious = suspicious_heads(heads)
+    suspicious = suspicious_heads(heads, min_cosine=min_cosine)
     if not suspicious:
         return weights, {}
     caps = teacher_caps(heads, list(suspicious), own)

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 from pydantic.alias_generators import to_snake
 
 from cafe_flwr import digits
@@ -21,10 +21,26 @@ from cafe_flwr.modalities import MODALITIES
 from cafe_flwr.objectives import READS
 from cafe_flwr.older_settings import renamed
 from cafe_flwr.privacy import Privacy
-from cafe_flwr.training import LocalBudget, learning_rate_at
+from cafe_flwr.training import DEFAULT_BUDGET, LocalBudget, learning_rate_at
 
 IMAGE_SETS = (*digits.NUM_CLASSES, *names_of_sets(texts=False))
 TEXT_SETS = ("docstrings", *names_of_sets(texts=True))
+TEXT_NETWORKS = ("transformer", "published-transformer")
+
+PUBLISHED: Mapping[str, Mapping[str, int | str]] = {
+    "published-conv": {"network_width": 128, "network_depth": 3, "feature_width": 128},
+    "published-resnet18": {"network_width": 64, "network_depth": 4, "norm": "batch"},
+    "published-transformer": {
+        "network_width": 192,
+        "network_depth": 4,
+        "feature_width": 192,
+        "norm": "layer",
+        "attention_heads": 2,
+    },
+}
+"""Networks of fixed build, with the settings that could say the same of them."""
+
+_OF_NETWORKS = ("network_width", "network_depth", "feature_width", "norm", "stem_stride", "attention_heads", "dropout")
 
 
 def kebab(name: str) -> str:
@@ -154,7 +170,7 @@ class Settings(_MethodSettings):
     dataset: str = Field("digit-pairs", pattern=rf"^({'|'.join((*IMAGE_SETS, *TEXT_SETS))}|local|local:.+)$")
     """'digit-pairs', 'digits', 'docstrings'; 'cifar10', 'cifar100', 'tiny-imagenet', 'ag-news', of the hub or of
     data-dir; 'local': every client's own data, in the data-dir of its node's node-config; 'local:<path>': a parquet
-    file or image folder, the same for all, dealt out (simulation only)."""
+    file or image folder, the same for all, dealt out (simulation only); it lies in data-dir if it is not absolute."""
     data_dir: str = ""
     """Folder with a copy of the hub's set in <data-dir>/<dataset>; empty: the hub. A node's own node-config 'data-dir'
     comes first."""
@@ -166,10 +182,20 @@ class Settings(_MethodSettings):
     """Texts: number of different tokens, to which words are hashed; 0 is padding."""
     long_texts: Literal["cut", "refuse"] = "cut"
     """Texts of more words than max-tokens are cut, or an error."""
-    partition: Literal["dirichlet", "pathological"] = "dirichlet"
-    """How labels are dealt out: Dirichlet shares of every class, or a fixed number of classes per client."""
+    text_part: Literal["whole", "title"] = "whole"
+    """AG News: 'title' keeps the column 'title' where a copy has one, else the first 7 words of a text, as many as
+    titles have in the mean (docs/data.md)."""
+    partition: Literal["dirichlet", "pathological", "natural"] = "dirichlet"
+    """How data are dealt out: Dirichlet shares of every class, a fixed number of classes per client, or by the values
+    of partition-column."""
     dirichlet_alpha: float = Field(0.1, gt=0)
     """Concentration of the Dirichlet partition: small = very different clients."""
+    dirichlet_cap: bool = False
+    """Dirichlet partition: a client that holds its fair share of the examples gets no more."""
+    partition_column: str = ""
+    """Natural partition: column whose values are the clients; num-clients is a multiple of how many there are."""
+    natural_split: Literal["even", "dirichlet"] = "even"
+    """Natural partition: how a value is dealt out to several clients, in even parts or by dirichlet-alpha."""
     classes_per_client: int = Field(10, ge=1)
     """Classes of a client in the pathological partition."""
     examples_per_client: int = Field(200, ge=10)
@@ -214,9 +240,12 @@ class Settings(_MethodSettings):
     """Clients that are certified by themselves shall all be right at once."""
 
     # The network
-    network: Literal["conv", "resnet18", "transformer"] = "conv"
+    network: Literal[
+        "conv", "resnet18", "transformer", "published-conv", "published-resnet18", "published-transformer"
+    ] = "conv"
     """'conv': convolutional blocks; 'resnet18': four stages of residual blocks; both for images. 'transformer': blocks
-    of attention, for texts. An exit after each block or stage."""
+    of attention, for texts. An exit after each block or stage. With 'published-' before the name: those that
+    CAFEDistill's authors run, of fixed size (docs/networks.md)."""
     feature_width: int = Field(24, ge=1)
     """Width of the features that enter the classifier of every exit."""
     network_width: int = Field(0, ge=0)
@@ -243,15 +272,16 @@ class Settings(_MethodSettings):
     """Examples a step."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Of local training; 'adamw' needs a far smaller learning-rate, such as 0.0003."""
-    learning_rate: float = Field(0.3, gt=0)
-    """Of the optimiser, in the first round."""
+    learning_rate: float = Field(DEFAULT_BUDGET.learning_rate, gt=0)
+    """Of the optimiser, in the first round. It and momentum were chosen for the default job on validation data
+    (docs/evidence.md)."""
     learning_rate_schedule: Literal["cosine", "exponential"] = "cosine"
     """'cosine': the learning rate is constant until half of the rounds, then a cosine down to 0. 'exponential': it
     shrinks by the factor learning-rate-decay a round."""
     learning_rate_decay: float = Field(1.0, gt=0, le=1)
     """Factor of the exponential schedule: in round t = 0, 1, … the rate is learning-rate · factor^t; 1: constant."""
-    momentum: float = Field(0.0, ge=0, lt=1)
-    """Of SGD."""
+    momentum: float = Field(DEFAULT_BUDGET.momentum, ge=0, lt=1)
+    """Of SGD; AdamW has means of its own."""
     keep_momentum: bool = False
     """What the optimiser remembers (SGD's momentum, AdamW's running means) stays with the client between rounds, on its
     disk; false: it starts anew in every round."""
@@ -297,6 +327,14 @@ class Settings(_MethodSettings):
         """All settings, in kebab-case."""
         return self.model_dump(by_alias=True)
 
+    @field_validator("image_channels", "stem_stride", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        """A choice among numbers is compared as ``==`` does, for which 1.0 and True are 1."""
+        if type(value) is not int:
+            raise ValueError("it should be a whole number")
+        return value
+
     @model_validator(mode="after")
     def _agree(self) -> Settings:
         if self.calibration_share + self.test_share >= 1:
@@ -324,22 +362,51 @@ class Settings(_MethodSettings):
         self.build_bounds()
         self.build_privacy()
         self._check_own_data()
+        self._check_partition()
         self._check_kinds()
         self._check_optimizer()
         for key in ("results_dir", "state_dir", "data_dir", "dataset"):
             path = getattr(self, key)
             if key == "dataset":
-                path = path.partition(":")[2]
+                path = "" if self.data_dir else path.partition(":")[2]
             if path and not Path(path).expanduser().is_absolute():
                 raise ValueError(
                     f"{kebab(key)} must be an absolute path or start with '~', got {path!r}: Flower's processes have "
-                    "their own working directory"
+                    "their own working directory" + "; or set data-dir, where it lies" * (key == "dataset")
                 )
         return self
 
+    def _check_partition(self) -> None:
+        """Settings that only one way to deal data out reads; the data's columns come later."""
+        natural, column = self.partition == "natural", self.partition_column
+        if natural and (self.dataset == "local" or self.dataset in (*digits.NUM_CLASSES, "docstrings")):
+            raise ValueError(
+                f"partition = 'natural' deals out by a column, and dataset = {self.dataset!r} has none: set "
+                "dataset to a set of the hub or 'local:<path>', or partition to 'dirichlet'"
+            )
+        if natural and not column:
+            raise ValueError("partition = 'natural' needs partition-column, the column whose values are the clients")
+        if natural and self.label_groups:
+            raise ValueError(f"label-groups = {self.label_groups} is not for partition = 'natural': set it to 0")
+        for key, value in (("partition-column", column), ("natural-split", self.natural_split)):
+            if not natural and value not in ("", "even"):
+                raise ValueError(
+                    f"{key} = {value!r} is of the natural partition, and partition = {self.partition!r}: set partition "
+                    f"to 'natural', or leave {key} out"
+                )
+        if self.dirichlet_cap and (self.natural_split if natural else self.partition) != "dirichlet":
+            raise ValueError(
+                f"dirichlet-cap = true is of a Dirichlet partition, and partition = {self.partition!r}: set it to false"
+                + ", or natural-split to 'dirichlet'" * natural
+            )
+        if self.text_part == "title" and self.dataset != "ag-news":
+            raise ValueError(
+                f"text-part = 'title' is for 'ag-news', and {self.dataset!r} has no titles: set it to 'whole'"
+            )
+
     def _check_optimizer(self) -> None:
         """The optimiser's momentum and its learning rates."""
-        if self.momentum and self.optimizer != "sgd":
+        if self.optimizer != "sgd" and self.momentum not in (0.0, type(self).model_fields["momentum"].default):
             raise ValueError(f"momentum = {self.momentum} is of sgd: set it to 0, or optimizer = 'sgd'")
         if self.keep_momentum and self.optimizer == "sgd" and not self.momentum:
             raise ValueError(
@@ -387,7 +454,7 @@ class Settings(_MethodSettings):
 
     def _check_network(self) -> None:
         """What the settings alone say against the network; the data's shape comes later."""
-        takes, holds = "texts" if self.network == "transformer" else "images", "images"
+        takes, holds = "texts" if self.network in TEXT_NETWORKS else "images", "images"
         if self.dataset in TEXT_SETS:
             holds = "texts"
         if takes != holds:
@@ -398,9 +465,18 @@ class Settings(_MethodSettings):
             )
         if self.build_method().objective == "neo-kd" and takes == "texts":
             raise ValueError("objective = 'neo-kd' changes inputs a little, and tokens cannot be: choose another one")
-        if self.norm == "layer" and self.network != "transformer":
+        if self.network in PUBLISHED:
+            self._check_published()
+        elif self.norm == "layer" and self.network != "transformer":
             raise ValueError(f"norm = 'layer' is of the transformer: {self.network!r} takes 'group' or 'batch'")
-        if self.statistics != "average" and self.norm != "batch":
+        published = PUBLISHED.get(self.network)
+        norm = self.norm if published is None else published.get("norm")
+        if self.statistics != "average" and norm != "batch":
+            if published is not None:
+                raise ValueError(
+                    f"statistics = {self.statistics!r} is about batch norms, and {self.network!r} has none: set it to "
+                    "'average'"
+                )
             raise ValueError(
                 f"statistics = {self.statistics!r} is about batch norms, and norm = {self.norm!r} keeps none: set "
                 "norm to 'batch', or statistics to 'average'"
@@ -409,6 +485,17 @@ class Settings(_MethodSettings):
             raise ValueError(f"resnet18 has 4 stages, got network-depth = {self.network_depth}: set it to 0")
         if self.stem_stride != 1 and self.network != "resnet18":
             raise ValueError(f"stem-stride = {self.stem_stride} is of resnet18: set it to 1 for {self.network!r}")
+
+    def _check_published(self) -> None:
+        """A published network is as it is: a setting that asks for another one would change nothing."""
+        fixed = PUBLISHED[self.network]
+        for name in _OF_NETWORKS:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value not in (default, fixed.get(name, default)):
+                raise ValueError(
+                    f"{kebab(name)} = {value!r} does not change {self.network!r}, which is built as its authors run "
+                    f"it: leave it at {default!r}, or choose network = {self.network.removeprefix('published-')!r}"
+                )
 
     def _check_own_data(self) -> None:
         """Where clients bring their own data, the run must say what it is to look like, and deals nothing out."""
@@ -445,7 +532,7 @@ class Settings(_MethodSettings):
             epochs=self.local_epochs,
             optimizer=self.optimizer,
             learning_rate=self.learning_rate,
-            momentum=self.momentum,
+            momentum=self.momentum if self.optimizer == "sgd" else 0.0,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             keep_momentum=self.keep_momentum,
@@ -468,8 +555,9 @@ class Settings(_MethodSettings):
     def unread(self) -> list[str]:
         """Settings, in kebab-case, that were changed although the method or its objective does not read them."""
         changed = {kebab(name) for name, f in type(self).model_fields.items() if getattr(self, name) != f.default}
-        read = READS[self.build_method().objective]
-        others = {kebab(name) for names in READS.values() for name in names if name not in read}
+        method = self.build_method()
+        unread = {name for names in READS.values() for name in names} - set(READS[method.objective])
+        others = {kebab(setting_key(type(method), f.name)) for f in fields(method) if f.name in unread}
         return sorted(changed & (keys_of_other_methods(self.method) | others))
 
     @property

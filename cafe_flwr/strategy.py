@@ -55,7 +55,7 @@ from cafe_flwr.recording import RoundCallback, RoundRecord, RunInfo
 from cafe_flwr.replies import Asked, notes_in, sort_out
 from cafe_flwr.settings import Settings, kebab
 from cafe_flwr.state import ServerState
-from cafe_flwr.training import LocalBudget, learning_rate_at
+from cafe_flwr.training import DEFAULT_BUDGET, LocalBudget, learning_rate_at
 from cafe_flwr.views import View, mean_of_holders
 
 DEFAULT_ROUNDS = 100
@@ -108,7 +108,7 @@ class FederatedStrategy(FedAvg):
     num_rounds
         T: schedules (learning rate, student exits) span so many rounds. None: as many as :meth:`start` is told.
     local
-        Local training, with the learning rate of the first round.
+        Local training, with the learning rate of the first round; by default that of the settings.
     learning_rate_schedule, learning_rate_decay
         What becomes of the learning rate: ``"cosine"``, constant until T/2, then a cosine down to 0; or
         ``"exponential"``, by the factor ``learning_rate_decay`` a round.
@@ -189,7 +189,7 @@ class FederatedStrategy(FedAvg):
         self.method = method
         self._planned_rounds = num_rounds
         self.num_rounds = DEFAULT_ROUNDS if num_rounds is None else num_rounds
-        self.local = local or LocalBudget()
+        self.local = local or DEFAULT_BUDGET
         self.learning_rate_schedule = learning_rate_schedule
         self.learning_rate_decay = learning_rate_decay
         self.num_clients = num_clients
@@ -566,9 +566,9 @@ class FederatedStrategy(FedAvg):
             f"there, also after {self.wait_seconds:g} s: start more nodes and resume the run{before}"
         )
 
-    def _plan(self, server_round: int, clients: Sequence[int]) -> RoundPlan:
+    def _plan(self, server_round: int, clients: Sequence[int], trains: bool = True) -> RoundPlan:
         """The method's plan; where clients are not alike, one for all those whose uploads can be compared."""
-        plans = [(task.participants, self.method.plan(task)) for task in self._tasks(server_round, clients)]
+        plans = [(task.participants, self.method.plan(task)) for task in self._tasks(server_round, clients, trains)]
         return joined_plans(clients, plans, self.directory.reference.num_exits)
 
     def _conclude(self, server_round: int, reports: Sequence[ClientReport]) -> None:
@@ -615,7 +615,7 @@ class FederatedStrategy(FedAvg):
             )
         self._unmoved |= set(clients)
 
-    def _tasks(self, server_round: int, clients: Sequence[int]) -> Iterator[ServerRound]:
+    def _tasks(self, server_round: int, clients: Sequence[int], trains: bool = True) -> Iterator[ServerRound]:
         """The round as every group of clients that can learn from one another meets it."""
         assert self.state is not None
         rng = rng_for(self.seed, server_round, -1, "selection")
@@ -639,6 +639,7 @@ class FederatedStrategy(FedAvg):
                 held={client: here[client].num_exits for client in participants},
                 pairs=self.state.pairs,
                 seed=self.seed,
+                trains=trains,
             )
 
     def _comparable(self, here: Iterable[Kind]) -> list[set[str]]:
@@ -810,7 +811,7 @@ class FederatedStrategy(FedAvg):
         self, server_round: int, clients: Sequence[int], config: Mapping[str, Any], publish: bool = False
     ) -> list[Message]:
         config = {**config, "publish": publish}
-        plan = self._plan(server_round + 1, clients)
+        plan = self._plan(server_round + 1, clients, trains=False)
         return self._messages(server_round, clients, plan, config, MessageType.EVALUATE)
 
     def _read_evaluations(self, server_round: int, replies: Iterable[Message]) -> list[FinalReport]:

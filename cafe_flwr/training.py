@@ -83,6 +83,10 @@ class LocalBudget:
         return torch.optim.SGD(parameters, self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
+DEFAULT_BUDGET = LocalBudget(learning_rate=0.15, momentum=0.9)
+"""How clients train unless told otherwise; chosen for the default job on validation data (docs/evidence.md)."""
+
+
 def learning_rate_at(
     base: float, server_round: int, num_rounds: int, schedule: str = "cosine", decay: float = 1.0
 ) -> float:

@@ -1,7 +1,9 @@
-"""One torch thread per process, as in the workers; Flower's home in a temporary folder."""
+"""One torch thread per process, as in the workers; Flower's home in a temporary folder; where real data are."""
 
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,15 @@ def _own_homes(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("FLWR_HOME", str(home / "flwr"))
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "state"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with copies of real sets (docs/data.md): CAFE_FLWR_DATA, or ../shared/data beside the project."""
+    folder = Path(os.environ.get("CAFE_FLWR_DATA") or Path(__file__).parents[2] / "shared" / "data").expanduser()
+    if not folder.is_dir():
+        pytest.skip(f"no real data: there is no folder {folder}; set CAFE_FLWR_DATA to one")
+    return folder.resolve()
 
 
 class FlowerLog(logging.Handler):

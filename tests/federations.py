@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,10 +66,11 @@ def personal_of_the_run(context: Context) -> str:
 INPUTS, CLASSES = 5, 3
 
 
-def toy_network(exits: int = 3, width: int = 4) -> EarlyExitNetwork:
-    """An MLP with an exit after every layer."""
-    layers = [nn.Sequential(nn.Linear(8 if k else INPUTS, 8), nn.Tanh()) for k in range(exits)]
-    return EarlyExitNetwork(layers, [Exit(nn.Linear(8, width), width, CLASSES) for _ in range(exits)])
+def toy_network(exits: int = 3, width: int = 4, widths: Sequence[int] = ()) -> EarlyExitNetwork:
+    """An MLP with an exit after every layer, of one width or of widths of their own."""
+    widths = widths or [width] * exits
+    layers = [nn.Sequential(nn.Linear(8 if k else INPUTS, 8), nn.Tanh()) for k in range(len(widths))]
+    return EarlyExitNetwork(layers, [Exit(nn.Linear(8, width), width, CLASSES) for width in widths])
 
 
 def toy_split(client: int, size: int, salt: int, classes: int = CLASSES) -> Split:
@@ -247,6 +248,27 @@ class WatchedGrid(InProcessGrid):
     def of_type(self, message_type: str) -> list[tuple[Message, Message]]:
         """Messages of a type, with their replies."""
         return [(m, r) for m, r in self.traffic if m.metadata.message_type == message_type]
+
+
+class Killed(BaseException):
+    """Ends the run at once, as kill -9 does: nobody catches it."""
+
+
+class DyingGrid(InProcessGrid):
+    """Dies at a message, counted from 1, before or after the clients have handled it."""
+
+    def __init__(self, *args: Any, dies_at: int, handled: bool, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.left, self.handled = dies_at, handled
+
+    def _handle(self, message: Message) -> Message:
+        self.left -= 1
+        if self.left == 0 and not self.handled:
+            raise Killed
+        reply = super()._handle(message)
+        if self.left == 0:
+            raise Killed
+        return reply
 
 
 class DeviceGrid(WatchedGrid):

@@ -19,8 +19,11 @@ from scipy import ndimage
 from sklearn.datasets import load_digits
 
 from cafe_flwr import digits
-from cafe_flwr.data import load_federation, partition_labels, rotate, shift_labels, stratified_split
+from cafe_flwr.data import load_federation, rotate, shift_labels
 from cafe_flwr.digits import SPLITS, digit_pools
+from cafe_flwr.images import SYMMETRIC
+from cafe_flwr.local_data import LocalSet
+from cafe_flwr.partition import partition_labels, stratified_split
 
 # Small federations of both embedded sets: (name, clients, settings).
 EMBEDDED = [
@@ -366,16 +369,21 @@ def write_with_pandas(path, labels):
     pd.DataFrame({"image": structs([picture(i) for i in range(len(labels))]), "label": labels}).to_parquet(path)
 
 
+def as_numbers(x):
+    """Inputs as a network takes them: pixels are −1..1."""
+    return SYMMETRIC(x) if x.dtype == torch.uint8 else x
+
+
 def check_rows(federation, labels):
     """Every row is in one split of one client, with its own picture and label."""
     seen = []
     for client in clients_of(federation):
         for split in splits(client).values():
-            assert (split.x.dtype, split.y.dtype, split.source.dtype) == (torch.float32, torch.int64, torch.int64)
+            assert (split.y.dtype, split.source.dtype) == (torch.int64, torch.int64)
             assert split.source.shape == (len(split), 1)
             rows = split.source[:, 0]
             expected = (rows / 127.5 - 1).reshape(-1, 1, 1, 1).expand(-1, 1, 6, 6)
-            torch.testing.assert_close(split.x, expected.float())
+            torch.testing.assert_close(as_numbers(split.x), expected.float())
             assert split.y.tolist() == [labels[i] for i in rows.tolist()]
             seen += rows.tolist()
         assert len(client.train) > 0
@@ -400,6 +408,7 @@ def test_parquet_file(tmp_path, write, labels, names):
     federation = load_federation(f"local:{tmp_path / 'set.parquet'}", 3, alpha=1.0)
     assert federation.class_names == names
     assert federation.input_shape == (1, 6, 6)
+    assert federation.load(0).train.x.dtype == torch.uint8  # a quarter of the memory
     check_rows(federation, LABELS)
 
 
@@ -465,7 +474,7 @@ def test_colours_come_first_and_in_order(tmp_path):
     write_with_pyarrow(tmp_path / "set.parquet", LABELS, [picture((255, 0, 51), (5, 4), "RGB")] * N)
     federation = load_federation(f"local:{tmp_path / 'set.parquet'}", 2, alpha=1.0)
     assert federation.input_shape == (3, 4, 5)  # PIL gives width and height, a network takes height and width
-    pixel = federation.load(0).train.x[0, :, 2, 3]
+    pixel = as_numbers(federation.load(0).train.x)[0, :, 2, 3]
     torch.testing.assert_close(pixel, torch.tensor([1.0, -1.0, 51 / 127.5 - 1]))
 
 
@@ -546,7 +555,7 @@ def test_grey_images_among_coloured_ones_become_coloured(tmp_path):
     seen = 0
     for client in clients_of(federation):
         for split in splits(client).values():
-            for image, row in zip(split.x, split.source[:, 0].tolist(), strict=True):
+            for image, row in zip(as_numbers(split.x), split.source[:, 0].tolist(), strict=True):
                 value = 255 if row == N - 1 else row
                 torch.testing.assert_close(image, torch.full((3, 6, 6), value / 127.5 - 1))
                 seen += 1
@@ -815,7 +824,8 @@ def test_oblong_images_may_be_rotated_but_not_by_quarter_turns(tmp_path):
 
 def test_only_images_can_be_rotated(monkeypatch):
     rows = np.zeros((60, 7), dtype=np.float32)
-    monkeypatch.setattr("cafe_flwr.data.read_local", lambda *_: (rows, np.array(LABELS), ("0", "1", "2")))
+    read = LocalSet(rows, np.array(LABELS), ("0", "1", "2"), lambda name: [])
+    monkeypatch.setattr("cafe_flwr.data.read_local", lambda *_: read)
     assert load_federation("local:vectors", 3, alpha=1.0).load(0).train.x.shape[1:] == (7,)
     with pytest.raises(ValueError, match=r"rotations need images .*got inputs \(7,\): set rotations to 1"):
         load_federation("local:vectors", 3, alpha=1.0, rotations=2)

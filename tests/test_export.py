@@ -27,7 +27,7 @@ from cafe_flwr.digits import BACKGROUND
 from cafe_flwr.exit_thresholds import ExitThresholds
 from cafe_flwr.export import export, export_client
 from cafe_flwr.inference import EarlyExitRunner, MaxProb, Patience, PerExit
-from cafe_flwr.local_data import read_local
+from cafe_flwr.local_data import normalised, read_local
 from cafe_flwr.networks import ConvNet, Exit
 from cafe_flwr.personal import FinishedRun, fingerprint
 from cafe_flwr.predict import predict_file
@@ -538,7 +538,7 @@ def test_predict_file_reads_images_as_training_does(cases: Callable[[str], Case]
     (tmp_path / "images" / "readme.txt").write_text("no image")
     rows = predict_file(case.folder, tmp_path / "images")
     (tmp_path / "images" / "readme.txt").unlink()
-    images, _, _ = read_local(tmp_path / "images", 0, "image", "label")
+    images = normalised(read_local(tmp_path / "images", 0, "image", "label").images)
     expected = load(case.folder).predict(images)
     assert [row.input for row in rows] == [f"class-{k}/image.png" for k in range(3)]
     assert [row.label for row in rows] == expected.labels.tolist()

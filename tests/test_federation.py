@@ -524,9 +524,11 @@ def test_every_setting_of_the_data_set_reaches_it(tmp_path, monkeypatch):
         "seed": 17,
     }
     settings = small_settings(tmp_path, calibration_share=0.2, test_share=0.3, **given)
-    federation(settings)
+    alone = {"dirichlet_cap": True, "partition_column": "style", "natural_split": "dirichlet", "text_part": "title"}
+    federation(settings.model_copy(update=alone))  # unchecked: not with each other, nor with the rest
     assert seen.pop("shares") == pytest.approx((0.5, 0.2, 0.3))
-    assert seen == {("alpha" if key == "dirichlet_alpha" else key): value for key, value in given.items()}
+    names = {"dirichlet_alpha": "alpha", "dirichlet_cap": "capped"}
+    assert seen == {names.get(key, key): value for key, value in (given | alone).items()}
 
 
 def test_an_undisturbed_run_warns_of_nothing(tmp_path, no_report, flower_log):
@@ -717,6 +719,8 @@ def test_rounds_without_evaluation_change_no_other_number(tmp_path, no_report, m
             assert None not in full[key]
     rows = always.rows[always.rows["round"] >= 3].reset_index(drop=True)
     pd.testing.assert_frame_equal(some.rows, rows, check_exact=True)
+    assert always.summary.pop("last_five")["rounds"] == [1, 2, 3, 4]
+    assert some.summary.pop("last_five")["rounds"] == [2, 3, 4]
     # The summary counts bytes and steps of all rounds, and its own accuracies under these names: they must agree.
     assert {key: some.summary[key] for key in always.summary} == always.summary
     replace(some, rows=always.rows).assert_same(always, but=measured)

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from federations import (
+    DyingGrid,
     FaultyApp,
+    Killed,
     Recorded,
     WatchedGrid,
     asked,
@@ -15,7 +17,6 @@ from federations import (
 )
 from torch import nn
 
-from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.federation import build_network, federation
 from cafe_flwr.node import seeded
 from cafe_flwr.optimizer_state import given_back, taken
@@ -28,12 +29,17 @@ pytestmark = pytest.mark.usefixtures("no_report")
 SGD = {"momentum": 0.9, "keep_momentum": True, "learning_rate": 0.05, "weight_decay": 0.01}
 ADAMW = {"optimizer": "adamw", "keep_momentum": True, "learning_rate": 0.003, "weight_decay": 0.01}
 ROUNDS, STEPS = 3, 2
+# Those that train one thing, several, or what is not in the network.
+METHODS_TRIED = ["cafedistill", "cafedistill-plus", "cafedistill-prior", "cafedistill-text"]
+METHODS_TRIED += ["ditto", "fedrep", "fedrod", "fedbabu", "fedpac", "pfedgraph"]
 
 
 def without_interruption(settings, client):
-    """The client's network after ROUNDS · STEPS steps of torch's own optimiser, made once."""
+    """The client's network after ROUNDS · STEPS steps of torch's own optimiser, made once; classifiers start at 0."""
     with seeded(settings.seed):
         network = build_network(settings)
+    for name in network.classifier_names():
+        nn.init.zeros_(network.get_parameter(name))
     data = federation(settings).load(client).train
     kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
     further = {} if settings.optimizer == "adamw" else {"momentum": settings.momentum}
@@ -64,6 +70,7 @@ def test_rounds_of_local_training_are_one_uninterrupted_run_of_torchs_optimiser(
         **{"method": "local", "num_server_rounds": ROUNDS, "local_steps": STEPS, **optimizer},
         learning_rate_schedule="exponential",
         learning_rate_decay=0.9,
+        classifier_start="built",
     )
     run_small(settings, nodes)
     networks = Recorded.read(settings.results).networks
@@ -86,7 +93,7 @@ def test_without_it_every_round_starts_at_rest(tmp_path):
     assert not any(name.startswith("optimizer/") for _, tensors in b.versions.values() for name in tensors)
 
 
-@pytest.mark.parametrize("method", ["cafedistill", "ditto", "fedrep", "fedrod", "fedbabu", "fedpac", "pfedgraph"])
+@pytest.mark.parametrize("method", METHODS_TRIED)
 def test_the_state_never_travels(tmp_path, method):
     """With every method as many bytes are sent as without, but for the word that says so; the networks differ."""
     traffic, networks = {}, {}
@@ -109,27 +116,6 @@ def test_the_state_never_travels(tmp_path, method):
 # --- killed and resumed ---
 
 
-class Killed(BaseException):
-    """Ends the run at once, as kill -9 does: nobody catches it."""
-
-
-class DyingGrid(InProcessGrid):
-    """Dies at the n-th message, before or after the clients have handled it."""
-
-    def __init__(self, app, settings, number, handled):
-        super().__init__(app, 2, settings.to_run_config())
-        self.left, self.handled = number, handled
-
-    def _handle(self, message):
-        self.left -= 1
-        if self.left == 0 and not self.handled:
-            raise Killed
-        reply = super()._handle(message)
-        if self.left == 0:
-            raise Killed
-        return reply
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """A run of three rounds with two of five clients away in each: who is away keeps its momentum."""
@@ -144,7 +130,7 @@ def undisturbed(tmp_path_factory):
 def test_a_run_killed_at_any_message_is_resumed_with_the_same_bits(tmp_path, undisturbed, number, handled):
     settings = small_settings(tmp_path, num_server_rounds=3, fraction_train=0.6, **SGD)
     with pytest.raises(Killed):
-        run_small(settings, grid=DyingGrid(digits_app(), settings, number, handled))
+        run_small(settings, grid=DyingGrid(digits_app(), 2, settings.to_run_config(), dies_at=number, handled=handled))
     again = small_settings(tmp_path, num_server_rounds=3, fraction_train=0.6, resume=True, **SGD)
     run_small(again)
     Recorded.read(settings.results).assert_same(undisturbed, but={"name"})

@@ -13,6 +13,7 @@ Vectors below are (w, W₀, W₁, b₀, b₁).
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -25,11 +26,12 @@ from torch.nn import functional as F
 
 from cafe_flwr import EarlyExitNetwork
 from cafe_flwr.data import ClientData, Split
-from cafe_flwr.methods import METHODS, ClientRecord, LocalTask, ServerRound
-from cafe_flwr.methods.cafedistill_plus import class_means, match_classes, noised
+from cafe_flwr.methods import METHODS, ClientRecord, LocalTask, RoundPlan, ServerRound
+from cafe_flwr.methods.cafedistill_prior import class_means, match_classes, noised
 from cafe_flwr.methods.depthfl import mutual_divergence
 from cafe_flwr.methods.fedpac import combinations
 from cafe_flwr.networks import Exit
+from cafe_flwr.pairs import Pairs
 from cafe_flwr.participation import rng_for
 from cafe_flwr.schema import Schema
 from cafe_flwr.state import PersonalStore
@@ -144,7 +146,7 @@ def federate(folder, method, rounds, *, labels=LABELS, exits=1, num_rounds=4, st
 
 def test_local(tmp_path):
     """Both clients go their own way; nothing is averaged, nothing is sent."""
-    shared, personal, grid = federate(tmp_path, METHODS["local"](), rounds=1)
+    shared, personal, grid = federate(tmp_path, METHODS["local"](classifier_start="built"), rounds=1)
     assert shared == {}
     assert vector(personal[0]) == pytest.approx(STEP_0)
     assert vector(personal[1]) == pytest.approx(STEP_1)
@@ -175,7 +177,7 @@ def test_fedprox():
 
 def test_fedper(tmp_path):
     """All train together; w = ¼·1.5 + ¾·0.5 is averaged, W and b stay where each client took them."""
-    shared, personal, _ = federate(tmp_path, METHODS["fedper"](), rounds=1)
+    shared, personal, _ = federate(tmp_path, METHODS["fedper"](classifier_start="built"), rounds=1)
     assert list(shared) == ["stages.0.weight"]
     assert shared["stages.0.weight"].item() == pytest.approx(0.75)
     for client, expected in ((0, STEP_0), (1, STEP_1)):
@@ -333,7 +335,7 @@ def test_pfedgraph_starts_from_its_mixture(tmp_path):
     client 0: p + s/2 = (0.75, 0.25), a sum of 1: w = (0.75, 0.25), so it starts from θ₀ + ½·(½, ¼, −¼, ¼, −¼)
     client 1: p + s/2 = (−0.25, 1.25), a sum of 1, projected: (0, 1): its own
     """
-    method = METHODS["pfedgraph"](mu=1.0)
+    method = METHODS["pfedgraph"](mu=1.0, classifier_start="built")
     _, _, grid = federate(tmp_path, method, rounds=2)
     sent = {m.content["config"]["clients"][0]: m for m, _ in grid.of_type("train")[2:]}
     for client, expected in ((0, [0.25, 0.125, -0.125, 0.125, -0.125]), (1, [-0.5, -0.25, 0.25, -0.25, 0.25])):
@@ -469,11 +471,11 @@ def test_combinations_without_any_variance_or_distance_leave_everybody_alone():
 # --- methods that distil between exits -------------------------------------------------------------------------------
 
 
-def two_exits(first, last):
+def with_biases(*biases):
     """A network whose exits give these logits whatever comes in: biases only."""
-    network = tiny_network(2)
+    network = tiny_network(len(biases))
     tensors = network.state_dict()
-    for k, z in enumerate((first, last)):
+    for k, z in enumerate(biases):
         tensors[f"exits.{k}.head.weight"] = torch.zeros(2, 1)
         tensors[f"exits.{k}.head.bias"] = torch.tensor(z)
     network.load_state_dict(tensors)
@@ -500,7 +502,7 @@ def test_depthfl_loss():
     KL(¾‖½) + KL(½‖¾) = 0.130812 + 0.143841, over (m − 1) = 1, mean over exits: 0.137327. In all 0.627741; in round 1
     of 10 with the ramp's 0.108368 of it: 0.505297.
     """
-    method, network = METHODS["depthfl"](), two_exits([math.log(3), 0.0], [0.0, 0.0])
+    method, network = METHODS["depthfl"](), with_biases([math.log(3), 0.0], [0.0, 0.0])
     full = loss_of(method, network, server_round=10, num_rounds=10)
     assert full.item() == pytest.approx(0.627741, abs=1e-6)
     assert loss_of(method, network, server_round=1, num_rounds=10).item() == pytest.approx(0.505297, abs=1e-6)
@@ -529,7 +531,7 @@ def test_scalefl_weighs_exits_by_depth_and_begins_to_distil_after_a_quarter():
     −ln(27/28)/3 + ⅔·ln 2 = 0.012122 + 0.462098 = 0.474221 in rounds 1 and 2 of 8.
     From round 3 on, τ = 3 and γ = 0.05: + ⅓·0.05·9·KL(½‖¾) = 0.15·0.143841 = 0.021576: 0.495797.
     """
-    method, network = METHODS["scalefl"](), two_exits([3 * math.log(3), 0.0], [0.0, 0.0])
+    method, network = METHODS["scalefl"](), with_biases([3 * math.log(3), 0.0], [0.0, 0.0])
     for t, expected in ((1, 0.474221), (2, 0.474221), (3, 0.495797), (8, 0.495797)):
         loss = loss_of(method, network, server_round=t, num_rounds=8)
         assert loss.item() == pytest.approx(expected, abs=2e-6)
@@ -551,17 +553,18 @@ def test_local_kd_loss_and_what_it_trains():
     """Exits (3 ln 3, 0) and (0, 0), label 0: 0.036368 + 0.693147 + λτ²·KL(½‖¾) with λ = 2, τ = 3, which is
     18·0.143841 = 2.589138; in all 3.318653. The teacher's biases feel their cross-entropy only: (−½, ½).
     """
-    method, network = METHODS["local-kd"](distill_weight=2.0), two_exits([3 * math.log(3), 0.0], [0.0, 0.0])
+    method, network = METHODS["local-kd"](distill_weight=2.0), with_biases([3 * math.log(3), 0.0], [0.0, 0.0])
     loss = loss_of(method, network)
     assert loss.item() == pytest.approx(3.318653, abs=2e-6)
     loss.backward()
     assert network.exits[1].head.bias.grad.tolist() == pytest.approx([-0.5, 0.5])
 
 
-def test_local_kd_is_cafedistill_where_everybody_teaches_himself_from_round_1_on(tmp_path):
+def test_local_kd_is_the_text_reading_where_everybody_teaches_himself_from_round_1_on(tmp_path):
     """Bit for bit, averaged and personal."""
-    a = federate(tmp_path / "a", METHODS["local-kd"](), rounds=4, exits=2, steps=3)
-    b = federate(tmp_path / "b", METHODS["cafedistill"](teachers="own", selection="none"), rounds=4, exits=2, steps=3)
+    text = METHODS["cafedistill-text"](teachers="own", selection="none")
+    a = federate(tmp_path / "a", METHODS["local-kd"](classifier_start="built"), rounds=4, exits=2, steps=3)
+    b = federate(tmp_path / "b", text, rounds=4, exits=2, steps=3)
     for name, array in a[0].items():
         assert array.tobytes() == b[0][name].tobytes()
     assert all(same_tensors(a[1][c], b[1][c]) for c in LABELS)
@@ -573,7 +576,7 @@ def test_self_distillation_is_added_exit_by_exit_with_the_weights_of_the_cross_e
     Cross-entropies ½·(0.036368 + 0.693147) = 0.364758. τ²·KL(q‖¾) = 9·(⅝ ln ⅚ + ⅜ ln 1.5) = 9·0.038098,
     τ²·KL(q‖½) = 9·(⅝ ln 1.25 + ⅜ ln ¾) = 9·0.031584, the last with weight 0.3: ½·9·(0.038098 + 0.3·0.031584) = 0.214080
     """
-    network = two_exits([3 * math.log(3), 0.0], [0.0, 0.0])
+    network = with_biases([3 * math.log(3), 0.0], [0.0, 0.0])
     assert loss_of(METHODS["fedavg"](), network).item() == pytest.approx(0.364758, abs=2e-6)
     loss = loss_of(METHODS["fedavg"](distill=True), network)
     assert loss.item() == pytest.approx(0.364758 + 0.214080, abs=5e-6)
@@ -586,24 +589,198 @@ def last_head(w0, w1):
     return {"exits.1.head.weight": torch.tensor([[w0], [w1]]), "exits.1.head.bias": torch.zeros(2)}
 
 
-def test_cafedistill_mixes_teachers_by_the_qp():
+def first_head(w0, w1):
+    return {name.replace("exits.1", "exits.0"): t for name, t in last_head(w0, w1).items()}
+
+
+def concluded(method, sent, came, *, examples=(1, 3)):
+    """What the server makes of classifiers that came back from clients that were sent others; none sent: the start."""
+    task = server_round(method, sent, examples[: len(sent)], exits=2, participants=range(len(came)))
+    records = {
+        c: ClientRecord(examples[c], 2, task.upload.pack(tensors), np.full(1, 0.5)) for c, tensors in enumerate(came)
+    }
+    done = method.conclude(task, RoundPlan(task.all_exits), records)
+    return done, {c: task.upload.unpack(record.upload) for c, record in done.records.items()}
+
+
+def weights_in(tensors, k=1):
+    return tensors[f"exits.{k}.head.weight"].flatten().tolist()
+
+
+def test_cafedistill_mixes_those_whose_updates_agree_and_keeps_the_mixture():
+    """All start from zero, and come back with (3, 4) and (4, 3): cos = 24/25 = 0.96. μ = ½, n = 2: ½ + s = (1.5, 1.46),
+    less (2.96 − 1)/2: w = (0.52, 0.48), whoever has how many examples. 0.52·(3, 4) + 0.48·(4, 3) = (3.48, 3.52).
+    """
+    done, kept = concluded(METHODS["cafedistill"](mu=0.5), [], [last_head(3.0, 4.0), last_head(4.0, 3.0)])
+    np.testing.assert_allclose(done.plan.weights, [[0.52, 0.48], [0.48, 0.52]], atol=1e-6)
+    assert (list(done.plan.weight_rows), list(done.plan.weight_columns)) == ([0, 1], [0, 1])
+    assert weights_in(kept[0]) == pytest.approx([3.48, 3.52], abs=1e-5)
+    assert weights_in(kept[1]) == pytest.approx([3.52, 3.48], abs=1e-5)
+    np.testing.assert_allclose(done.pairs.among([0, 1]), [[0, 0.96], [0.96, 0]], atol=1e-6)
+    assert list(done.unmoved) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "similarity", "first", "second"),
+    [
+        ({}, 0.0, [3.25, 3.75], [3.75, 3.25]),
+        ({"match_by": "parameters"}, 0.96, [3.49, 3.51], [3.51, 3.49]),
+        ({"write_back": False}, 0.0, [3.0, 4.0], [4.0, 3.0]),
+    ],
+    ids=["released", "by parameters", "not written back"],
+)
+def test_cafedistill_compares_what_clients_made_of_what_they_were_sent(settings, similarity, first, second):
+    """Sent (2, 4) and (4, 0), back came (3, 4) and (4, 3): moves (1, 0) and (0, 3), cos = 0. μ = 1: ½ + s/2 = (1, ½),
+    less ¼: w = (¾, ¼): ¾·(3, 4) + ¼·(4, 3) = (3.25, 3.75). The classifiers themselves have cosine 0.96: (1, 0.98) less
+    0.49: w = (0.51, 0.49). Not written back, what is kept is what came."""
+    method = METHODS["cafedistill"](mu=1.0, **settings)
+    sent = [last_head(2.0, 4.0), last_head(4.0, 0.0)]
+    done, kept = concluded(method, sent, [last_head(3.0, 4.0), last_head(4.0, 3.0)])
+    assert done.pairs.among([0, 1])[0, 1] == pytest.approx(similarity, abs=1e-6)
+    assert weights_in(kept[0]) == pytest.approx(first, abs=1e-5)
+    assert weights_in(kept[1]) == pytest.approx(second, abs=1e-5)
+
+
+def test_a_classifier_that_did_not_move_is_like_no_other_and_named():
+    """Client 0 sends back what it was sent: cosine 0, μ = ½: all of ½ + 0 to both, w_0 = (½, ½); client 1, which agrees
+    with itself: (½, 1.5) less ½: its own."""
+    sent = [last_head(2.0, 4.0), last_head(4.0, 0.0)]
+    done, _ = concluded(METHODS["cafedistill"](mu=0.5), sent, [last_head(2.0, 4.0), last_head(4.0, 3.0)])
+    assert list(done.unmoved) == [0]
+    np.testing.assert_allclose(done.plan.weights, [[0.5, 0.5], [0.0, 1.0]], atol=1e-6)
+    assert done.pairs.among([0, 1]).tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_cafedistill_loss_lets_the_deepest_student_learn_from_the_own_last_exit_alone():
+    """Exits (0, 0) and (2 ln 3, 0), label 0: ½·CE = −½ ln 0.9 = 0.052680; at τ = 2 the last exit says (¾, ¼):
+    λ·4·KL(¾‖½) = λ·0.523248. Gradients: last (0.9 − 1)/2 = −0.05, which is not that of a teacher that learns;
+    student λ·τ·(½ − ¾) = −½ λ, without a cross-entropy's."""
+    for weight in (1.0, 0.3):
+        network = with_biases([0.0, 0.0], [2 * math.log(3), 0.0])
+        loss = loss_of(METHODS["cafedistill"](distill_weight=weight), network)
+        assert loss.item() == pytest.approx(0.052680 + weight * 0.523248, abs=2e-6)
+        loss.backward()
+        assert network.exits[1].head.bias.grad.tolist() == pytest.approx([-0.05, 0.05], abs=1e-6)
+        assert network.exits[0].head.bias.grad.tolist() == pytest.approx([-0.5 * weight, 0.5 * weight], abs=1e-6)
+
+
+def test_without_distillation_the_deepest_student_learns_nothing():
+    network = with_biases([0.0, 0.0], [2 * math.log(3), 0.0])
+    loss = loss_of(METHODS["cafedistill"](distill_weight=0.0), network)
+    assert loss.item() == pytest.approx(0.052680, abs=2e-6)
+    loss.backward()
+    assert network.exits[0].head.bias.grad is None or not network.exits[0].head.bias.grad.any()
+
+
+def test_cafedistill_loss_at_every_level():
+    """Three exits, (0, 0), (0, 0) and (2 ln 3, 0), label 0. Level 1: ⅓(ln 2 − ln 0.9) + 2·0.523248 = 1.312665.
+    Level 0: −⅓ ln 0.9 + 0.523248 = 0.558368, and exit 1 is not computed."""
+    method = METHODS["cafedistill"]()
+    network = with_biases([0.0, 0.0], [0.0, 0.0], [2 * math.log(3), 0.0])
+    loss = loss_of(method, network, active=[True, True])
+    assert loss.item() == pytest.approx((math.log(2) - math.log(0.9)) / 3 + 2 * 0.523248, abs=3e-6)
+    loss = loss_of(method, network, active=[True, False])
+    assert loss.item() == pytest.approx(-math.log(0.9) / 3 + 0.523248, abs=2e-6)
+    loss.backward()
+    assert network.exits[1].head.bias.grad is None
+
+
+def test_where_the_mixture_is_not_written_back_it_teaches():
+    """φ = 1, mixture W = (2 ln 3, 0), b = 0, own exits (0, 0): ½ ln 2 + 0.523248; written back, the teacher is the
+    client's own (0, 0), from which there is nothing to learn."""
+    network, download = with_biases([0.0, 0.0], [0.0, 0.0]), last_head(2 * math.log(3), 0.0)
+    for write_back, taught in ((False, 0.523248), (True, 0.0)):
+        method = METHODS["cafedistill"](write_back=write_back)
+        assert loss_of(method, network, download=download).item() == pytest.approx(math.log(2) / 2 + taught, abs=2e-6)
+        tensors = {**first_head(1.0, 2.0), **last_head(3.0, 4.0)}
+        received = method.receive(tensors, download, {})
+        assert weights_in(received, 0) == [1.0, 2.0]
+        assert weights_in(received) == pytest.approx([2 * math.log(3), 0.0] if write_back else [3.0, 4.0])
+
+
+def planned(method, t, *, similarity=None, pairs=None):
+    """Which exits of three clients with three exits train in round t of 6."""
+    task = server_round(method, [], [], exits=3, participants=[0, 1, 2], t=t, num_rounds=6)
+    if similarity is not None:
+        known = {c: ClientRecord(1, 1, np.zeros(4, np.float32), np.array(row)) for c, row in enumerate(similarity)}
+        task = replace(task, known=known)
+    if pairs is not None:
+        task = replace(task, pairs=Pairs().updated([0, 1, 2], np.array(pairs)))
+    return method.plan(task).active.astype(int).tolist()
+
+
+def test_cafedistill_lets_students_join_shallow_first_and_least_conflict_first():
+    """The formula's t counts from 0. Round 4 of 6: 2·3/6·⅔ = ⅔, without conflict ⌊⅔·3·3⌋ = 6: all.
+
+    S_01 = −0.3, S_12 = −0.15; S_02 = 0.9 does not count. Mean over 9: −0.1; ⌊(⅔ − 0.1)·9⌋ = ⌊5.1⌋ = 5: exit 0 of all,
+    exit 1 of two: the sums are −0.3, −0.45, −0.15, so not of client 1. Round 1: exit 0 of all, who begin there.
+    """
+    method, alike = METHODS["cafedistill"](), np.zeros((3, 3))
+    assert planned(method, 1) == [[1, 0]] * 3
+    assert planned(method, 4, pairs=alike) == [[1, 1]] * 3
+    pairs = [[1.0, -0.3, 0.9], [-0.3, 1.0, -0.15], [0.9, -0.15, 1.0]]
+    assert planned(method, 4, pairs=pairs) == [[1, 1], [1, 0], [1, 1]]
+    assert planned(METHODS["cafedistill"](selection="none"), 1, pairs=pairs) == [[1, 1]] * 3
+
+
+def test_conflict_of_exits_orders_students_too():
+    """Reported cosines (−0.2, 0.5), (−0.6, −0.3), (0.9, −0.1): conflicts sum to −1.2 over 6: −0.2.
+    ⌊(⅔ − 0.2)·9⌋ = ⌊4.2⌋ = 4: exit 0 of all, exit 1 of one: of client 0, which has no conflict there."""
+    method = METHODS["cafedistill"](conflict="exits")
+    assert planned(method, 4, similarity=[[-0.2, 0.5], [-0.6, -0.3], [0.9, -0.1]]) == [[1, 1], [1, 0], [1, 0]]
+
+
+# --- CAFEDistill-plus ------------------------------------------------------------------------------------------------
+
+
+def test_plus_mixes_the_classifiers_of_all_exits_by_the_updates_of_the_last():
+    """As above w = (0.52, 0.48) and (0.48, 0.52); the first exit's classifiers (1, 0) and (0, 1) are as unlike as can
+    be, and are mixed with the same weights."""
+    came = [{**first_head(1.0, 0.0), **last_head(3.0, 4.0)}, {**first_head(0.0, 1.0), **last_head(4.0, 3.0)}]
+    done, kept = concluded(METHODS["cafedistill-plus"](mu=0.5), [], came)
+    np.testing.assert_allclose(done.plan.weights, [[0.52, 0.48], [0.48, 0.52]], atol=1e-6)
+    assert weights_in(kept[0], 0) == pytest.approx([0.52, 0.48], abs=1e-6)
+    assert weights_in(kept[1], 0) == pytest.approx([0.48, 0.52], abs=1e-6)
+    assert weights_in(kept[0], 1) == pytest.approx([3.48, 3.52], abs=1e-5)
+
+
+def test_plus_takes_of_the_mixture_what_the_client_has_too_few_examples_of():
+    """κ = 10, four examples of class 0, none of class 1: n/C = 2, v = (10/16, 10/12).
+    Class 0: 0.625·8 + 0.375·0 = 5, class 1: 10/12·6 + 2/12·12 = 7. Where the client's data are not known, the mixture.
+    """
+    method = METHODS["cafedistill-plus"](mixture_examples=10.0)
+    own = {**first_head(0.0, 12.0), **last_head(0.0, 12.0)}
+    mixture = {**first_head(8.0, 6.0), **last_head(8.0, 6.0)}
+    received = method.receive(own, mixture, {}, examples([0, 0, 0, 0]))
+    for k in (0, 1):
+        assert weights_in(received, k) == pytest.approx([5.0, 7.0])
+        assert weights_in(method.receive(own, mixture, {}), k) == [8.0, 6.0]
+        assert weights_in(method.receive(own, {}, {}, examples([0])), k) == [0.0, 12.0]
+    assert weights_in(own) == [0.0, 12.0]
+    assert METHODS["cafedistill-plus"]().distill_weight == 0.3
+
+
+# --- CAFEDistill from the text ---------------------------------------------------------------------------------------
+
+
+def test_text_mixes_teachers_by_the_qp():
     """Last exits (3, 4) and (4, 3): cos = 24/25 = 0.96. Examples 1 and 3, μ = 0.5: p + s = (1.25, 1.71) for client 0,
     less (2.96 − 1)/2: w = (0.27, 0.73); teacher 0.27·(3, 4) + 0.73·(4, 3) = (3.73, 3.27).
     Client 1: (0.25 + 0.96, 1.75) less 0.98: (0.23, 0.77).
     """
-    method = METHODS["cafedistill"]()
+    method = METHODS["cafedistill-text"]()
     plan = method.plan(server_round(method, [last_head(3.0, 4.0), last_head(4.0, 3.0)], [1, 3], exits=2))
     np.testing.assert_allclose(plan.weights, [[0.27, 0.73], [0.23, 0.77]], atol=1e-6)
     sent = downloads(method, plan, exits=2)
     assert sent[0]["exits.1.head.weight"].flatten().tolist() == pytest.approx([3.73, 3.27], abs=1e-5)
 
 
-def test_cafedistill_loss_has_the_teacher_on_the_own_features_and_no_term_for_an_exit_that_sleeps():
+def test_text_loss_has_the_teacher_on_the_own_features_and_no_term_for_an_exit_that_sleeps():
     """Exits (0, 0) both, label 0, teacher W = (3 ln 3, 0), b = 0, φ = 1: z̃ = (3 ln 3, 0), at τ = 3 (¾, ¼).
 
     ln 2 + ln 2 + 9·KL(¾‖½) = 1.386294 + 9·0.130812 = 2.563602. Asleep: ln 2, and exit 1 gets no gradient.
     """
-    method, network = METHODS["cafedistill"](), two_exits([0.0, 0.0], [0.0, 0.0])
+    method, network = METHODS["cafedistill-text"](), with_biases([0.0, 0.0], [0.0, 0.0])
     teacher = {**last_head(3 * math.log(3), 0.0)}
     assert loss_of(method, network, download=teacher).item() == pytest.approx(2.563602, abs=2e-6)
     asleep = loss_of(method, network, download=teacher, active=[False])
@@ -613,7 +790,7 @@ def test_cafedistill_loss_has_the_teacher_on_the_own_features_and_no_term_for_an
     assert network.exits[1].head.bias.grad.tolist() == pytest.approx([-0.5, 0.5])
 
 
-@pytest.mark.parametrize("name", ["cafedistill", "cafedistill-plus"])
+@pytest.mark.parametrize("name", ["cafedistill", "cafedistill-plus", "cafedistill-prior", "cafedistill-text"])
 def test_an_exit_that_sleeps_does_not_change(name):
     """Neither by training nor by weight decay."""
     method = METHODS[name]()
@@ -625,7 +802,7 @@ def test_an_exit_that_sleeps_does_not_change(name):
     assert moved == set(before) - {"exits.0.head.weight", "exits.0.head.bias"}
 
 
-# --- CAFEDistill-plus ------------------------------------------------------------------------------------------------
+# --- CAFEDistill with a prior ----------------------------------------------------------------------------------------
 
 
 def cosine(a, b):
@@ -723,27 +900,27 @@ def test_class_means_by_hand():
     assert means.flatten().tolist() == pytest.approx([-2.0, 0.0, 4.0, -4.0, 0.0, 8.0])
 
 
-def test_plus_describes_classes_by_the_trained_features():
+def test_prior_describes_classes_by_the_trained_features():
     """The state has the means after training, not before; without them nothing of features is sent."""
     data = Split(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 1]))
-    method = METHODS["cafedistill-plus"]()
+    method = METHODS["cafedistill-prior"]()
     task = local_task(method, data=data, exits=2)
     before = class_means(task.network, data)
     method.train(task)
     assert task.state["class-means"].shape == (2, 2, 1)
     assert torch.equal(task.state["class-means"], class_means(task.network, data))
     assert not torch.allclose(task.state["class-means"], before)
-    by_classifiers = METHODS["cafedistill-plus"](match_by="classifiers")
+    by_classifiers = METHODS["cafedistill-prior"](match_by="classifiers")
     task = local_task(by_classifiers, data=data, exits=2)
     by_classifiers.train(task)
     assert "class-means" not in {*task.state, *by_classifiers.upload_names(task.network)}
 
 
 @pytest.mark.parametrize("counts", ["noised", "none"])
-def test_plus_refuses_to_hide_counts_that_class_means_would_tell(counts):
+def test_prior_refuses_to_hide_counts_that_class_means_would_tell(counts):
     with pytest.raises(ValueError, match="set match_by to 'classifiers'"):
-        METHODS["cafedistill-plus"](counts=counts)
-    METHODS["cafedistill-plus"](counts=counts, match_by="classifiers")
+        METHODS["cafedistill-prior"](counts=counts)
+    METHODS["cafedistill-prior"](counts=counts, match_by="classifiers")
 
 
 HEAD_UPDATES = [f"update.{name}" for name in HEAD]
@@ -756,7 +933,7 @@ def head_update(class_0, class_1, counts):
     return {**upload, "class-counts": torch.tensor(counts)}
 
 
-def test_plus_mixes_updates_class_by_class_by_the_qp():
+def test_prior_mixes_updates_class_by_class_by_the_qp():
     """Class 0, as for CAFEDistill: updates (3, 4) and (4, 3), 1 example and 3, μ = ½:
 
     client 0: p + s = (1.25, 1.71), less 0.98: w = (0.27, 0.73): 0.27·(3, 4) + 0.73·(4, 3) = (3.73, 3.27)
@@ -765,7 +942,7 @@ def test_plus_mixes_updates_class_by_class_by_the_qp():
     Weights for the records, by 4 and 2 of 6 examples: client 0: (4·0.27 + 2·0)/6 = 0.18; client 1: 4·0.23/6 = 0.153333.
     Client 7 has never reported: it gets nothing.
     """
-    method = METHODS["cafedistill-plus"](mu=0.5, match_by="classifiers", same_above=1.0)
+    method = METHODS["cafedistill-prior"](mu=0.5, match_by="classifiers", same_above=1.0)
     uploads = [head_update([3.0, 4.0], [1.0, 0.0], [1.0, 0.0]), head_update([4.0, 3.0], [0.0, 2.0], [3.0, 2.0])]
     plan = method.plan(server_round(method, uploads, [99, 1], participants=[0, 1, 7]))
     np.testing.assert_allclose(plan.weights, [[0.18, 0.82], [0.153333, 0.846667]], atol=1e-6)
@@ -780,17 +957,17 @@ def test_plus_mixes_updates_class_by_class_by_the_qp():
     np.testing.assert_array_equal(late.weights, plan.weights[1:])
 
 
-def test_plus_takes_clients_for_alike_whose_class_means_are():
+def test_prior_takes_clients_for_alike_whose_class_means_are():
     """Class 0 is described by (3, 4) and (4, 3) over the two exits: a cosine of 0.96, which counts as 1 above 0.6:
     p + s = (1.25, 1.75), less 1: w = (¼, ¾), the average by examples. What the classifiers say does not count. Above
     0.97 it is what it is: w = (0.27, 0.73) and (0.23, 0.77). Class 1: −1 apart, with examples 1 and 1, s = (1, −1):
     p + s = (1.5, −0.5), less ½: each its own.
     """
-    uploads = plus_uploads([[1.0, 1.0], [3.0, 1.0]])
+    uploads = prior_uploads([[1.0, 1.0], [3.0, 1.0]])
     for upload, class_0, class_1 in zip(uploads, ([3.0, 4.0], [4.0, 3.0]), ([1.0, 2.0], [-2.0, -4.0]), strict=True):
         upload["class-means"] = torch.tensor([class_0, class_1]).T[:, :, None]  # (exits, classes, width)
     for same_above, expected in ((0.6, [0.25, 0.25]), (0.97, [0.27, 0.23])):
-        method = METHODS["cafedistill-plus"](mu=0.5, same_above=same_above)
+        method = METHODS["cafedistill-prior"](mu=0.5, same_above=same_above)
         plan = method.plan(server_round(method, uploads, [9, 9], exits=2))
         for client, first in enumerate(expected):
             for name, t in downloads(method, plan, exits=2)[client].items():
@@ -799,7 +976,7 @@ def test_plus_takes_clients_for_alike_whose_class_means_are():
                 torch.testing.assert_close(t[1], uploads[client][name][1], rtol=1e-5, atol=1e-5)
 
 
-def plus_uploads(counts, seed=0):
+def prior_uploads(counts, seed=0):
     """Random updates of the classifiers of both exits, class means, and class counts, of several clients."""
     g = torch.Generator().manual_seed(seed)
     uploads = []
@@ -847,11 +1024,11 @@ def matched_slowly(uploads, n, mu, match_by, same_above):
     ids=["both classes", "a class that nobody has"],
 )
 @pytest.mark.parametrize("match_by", ["features", "classifiers"])
-def test_plus_matches_the_classifiers_of_every_exit_class_by_class(match_by, counts):
+def test_prior_matches_the_classifiers_of_every_exit_class_by_class(match_by, counts):
     """Against slow loops; a class that nobody has keeps its own column. A client without a class gets that of those
     who have it, and nothing of those who have not."""
-    method = METHODS["cafedistill-plus"](mu=0.7, match_by=match_by, same_above=0.4)
-    uploads = plus_uploads(counts)
+    method = METHODS["cafedistill-prior"](mu=0.7, match_by=match_by, same_above=0.4)
+    uploads = prior_uploads(counts)
     plan = method.plan(server_round(method, uploads, [4, 5, 10], exits=2))
     sent = downloads(method, plan, exits=2)
     for client, expected in enumerate(matched_slowly(uploads, counts, 0.7, match_by, 0.4)):
@@ -862,19 +1039,19 @@ def test_plus_matches_the_classifiers_of_every_exit_class_by_class(match_by, cou
             assert all(torch.equal(sent[client][name][1], uploads[client][name][1]) for name in expected)
 
 
-def test_plus_without_counts_takes_the_number_of_examples_for_every_class():
-    method = METHODS["cafedistill-plus"](mu=0.5, counts="none", match_by="classifiers")
-    uploads = plus_uploads([None] * 3)
+def test_prior_without_counts_takes_the_number_of_examples_for_every_class():
+    method = METHODS["cafedistill-prior"](mu=0.5, counts="none", match_by="classifiers")
+    uploads = prior_uploads([None] * 3)
     sent = downloads(method, method.plan(server_round(method, uploads, [4, 5, 10], exits=2)), exits=2)
     for client, expected in enumerate(matched_slowly(uploads, [[4] * 2, [5] * 2, [10] * 2], 0.5, "classifiers", 0.6)):
         for name, tensor in expected.items():
             torch.testing.assert_close(sent[client][name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_plus_where_noise_has_left_nobody_with_any_class_plans_with_finite_numbers():
+def test_prior_where_noise_has_left_nobody_with_any_class_plans_with_finite_numbers():
     """Noised counts may all be 0: then every client keeps its classifiers, and the records stay numbers."""
-    method = METHODS["cafedistill-plus"](counts="noised", match_by="classifiers")
-    uploads = plus_uploads([[0.0, 0.0], [0.0, 0.0]])
+    method = METHODS["cafedistill-prior"](counts="noised", match_by="classifiers")
+    uploads = prior_uploads([[0.0, 0.0], [0.0, 0.0]])
     with np.errstate(all="raise"):
         plan = method.plan(server_round(method, uploads, [4, 5], exits=2))
     for client, download in downloads(method, plan, exits=2).items():
@@ -882,10 +1059,10 @@ def test_plus_where_noise_has_left_nobody_with_any_class_plans_with_finite_numbe
     assert plan.weights is None or np.isfinite(plan.weights).all()
 
 
-def test_plus_reports_what_it_made_of_its_classifiers_since_the_common_start_and_keeps_its_backbone():
+def test_prior_reports_what_it_made_of_its_classifiers_since_the_common_start_and_keeps_its_backbone():
     """Not since the round's start: the client starts the round at START, all started at b = (2, −3), W = (0, 0).
     After one step with label 0 W = ±1.25, b = ∓0.75; w = 1.5."""
-    method = METHODS["cafedistill-plus"](prior=False)
+    method = METHODS["cafedistill-prior"](prior=False)
     task = local_task(method)
     task.initial = {**task.initial, HEAD[0]: torch.zeros(2, 1), HEAD[1]: torch.tensor([2.0, -3.0])}
     result = method.train(task)
@@ -898,7 +1075,7 @@ def test_plus_reports_what_it_made_of_its_classifiers_since_the_common_start_and
     assert task.state["own.stages.0.weight"].item() == pytest.approx(1.5)
 
 
-def test_plus_pulls_classifiers_to_those_matched_and_the_own_backbone_to_the_average():
+def test_prior_pulls_classifiers_to_those_matched_and_the_own_backbone_to_the_average():
     """The matched classifiers are the common start (1, −1, −1, 1) and what was sent, (3, −1, 0, 2): (4, −2, −1, 3). The
     client's own, (2, 3, 4, 5), go there by the share ρ; its backbone, w = 5, to the average, w = 1, by a share of its
     own. In its first round, when nothing was sent, a client has the average and its own classifiers."""
@@ -911,21 +1088,21 @@ def test_plus_pulls_classifiers_to_those_matched_and_the_own_backbone_to_the_ave
         (0.25, 1.0, [1.0, 2.5, 1.75, 2.75, 4.5]),
         (0.0, 0.0, [5.0, 2.0, 3.0, 4.0, 5.0]),
     ):
-        method = METHODS["cafedistill-plus"](pull=pull, backbone_pull=share)
+        method = METHODS["cafedistill-prior"](pull=pull, backbone_pull=share)
         assert vector(method.receive(tensors, download, start)) == pytest.approx(expected)
         assert vector(method.receive(tensors, {}, start)) == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert vector(tensors) == [1.0, 2.0, 3.0, 4.0, 5.0]
     assert vector(start) == START
-    default = METHODS["cafedistill-plus"]()
+    default = METHODS["cafedistill-prior"]()
     assert (default.pull, default.backbone_pull, default.selection) == (1.0, 0.5, "none")
     assert (default.match_by, default.counts) == ("features", "exact")
 
 
 @pytest.mark.parametrize("active", [[True, True], [True, False], [False, False]])
-def test_plus_loss_is_that_of_the_formula(active):
+def test_prior_loss_is_that_of_the_formula(active):
     """CE of the exits awake and the last, with log π in all logits, plus λτ²KL(q‖z_k/τ), times 0.3 for the last; q is
     the mean of the exits awake. What the server sent is no teacher."""
-    method = METHODS["cafedistill-plus"](distill_weight=0.7)
+    method = METHODS["cafedistill-prior"](distill_weight=0.7)
     torch.manual_seed(0)
     network = tiny_network(3)
     for p in network.parameters():
@@ -952,15 +1129,15 @@ def test_plus_loss_is_that_of_the_formula(active):
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     task.download = {f"update.{n}": torch.randn(t.shape) for n, t in network.state_dict().items() if "head" in n}
     assert method.loss(task, x, y).item() == loss.item()
-    without = METHODS["cafedistill-plus"](distill_weight=0.0)
+    without = METHODS["cafedistill-prior"](distill_weight=0.0)
     assert without.loss(task, x, y).item() == pytest.approx(entropies, rel=1e-5)
 
 
-def test_plus_teacher_does_not_learn():
+def test_prior_teacher_does_not_learn():
     """The last exit's classifier feels its cross-entropy and τ(p − q) of its own divergence at weight 0.3, and nothing
     of being a teacher; nor does the first."""
-    method = METHODS["cafedistill-plus"](prior=False)
-    network = two_exits([3 * math.log(3), 0.0], [0.0, 0.0])
+    method = METHODS["cafedistill-prior"](prior=False)
+    network = with_biases([3 * math.log(3), 0.0], [0.0, 0.0])
     loss_of(method, network).backward()
     # q = ½(¾, ¼) + ½(½, ½) = (⅝, ⅜): −½ + 0.3·3·(½ − ⅝) = −0.6125; −1/28 + 3·(¾ − ⅝) = 0.339286
     assert network.exits[1].head.bias.grad.tolist() == pytest.approx([-0.6125, 0.6125], abs=1e-6)
@@ -968,8 +1145,8 @@ def test_plus_teacher_does_not_learn():
 
 
 @pytest.mark.parametrize(("mode", "sent"), [("exact", [3.0, 1.0]), ("none", None)])
-def test_plus_counts_that_leave_the_client(mode, sent):
-    method = METHODS["cafedistill-plus"](counts=mode, match_by="classifiers")
+def test_prior_counts_that_leave_the_client(mode, sent):
+    method = METHODS["cafedistill-prior"](counts=mode, match_by="classifiers")
     task = local_task(method, labels=[0, 0, 1, 0], exits=2)
     method.train(task)
     assert ("class-counts" in method.upload_names(task.network)) == (sent is not None)
@@ -984,13 +1161,13 @@ def test_noised_counts_are_the_true_ones_with_laplace_noise_of_the_clients_priva
         asked.append(purpose)
         return np.random.default_rng(11)
 
-    method = METHODS["cafedistill-plus"](counts="noised", match_by="classifiers", count_epsilon=4.0)
+    method = METHODS["cafedistill-prior"](counts="noised", match_by="classifiers", count_epsilon=4.0)
     task = local_task(method, labels=[0, 0, 0, 0, 0], exits=2, private_rng=private_rng)
     method.train(task)
     expected = np.maximum(np.array([5.0, 0.0]) + np.random.default_rng(11).laplace(scale=0.5, size=2), 0)
     assert task.state["class-counts"].tolist() == pytest.approx(expected.tolist(), rel=1e-6)
     assert asked == ["class counts 4.0"]
-    exact = METHODS["cafedistill-plus"]()
+    exact = METHODS["cafedistill-prior"]()
     exact.train(local_task(exact, exits=2, private_rng=private_rng))
     assert asked == ["class counts 4.0"]  # not asked where it is not needed
 
@@ -1011,7 +1188,7 @@ def test_noised_counts_are_drawn_once(tmp_path):
     """Noise drawn anew every round, or every run, could be averaged away: a client sends the same counts in all rounds
     and runs, also where its process is a new one, and they are neither the true ones nor those of another client. They
     are not part of the state that the server names a version of."""
-    method = METHODS["cafedistill-plus"](counts="noised", match_by="classifiers")
+    method = METHODS["cafedistill-prior"](counts="noised", match_by="classifiers")
     _, personal, grid = federate(tmp_path, method, rounds=4, exits=2, labels=MANY)
     _, _, again = federate(tmp_path, method, rounds=2, exits=2, labels=MANY)
     _, _, elsewhere = federate(tmp_path / "elsewhere", method, rounds=1, exits=2, labels=MANY)
@@ -1034,7 +1211,7 @@ def test_noise_is_not_drawn_again_for_a_server_that_says_it_got_no_reply(tmp_pat
         config = message.content["config"]
         return message.metadata.message_type == "train" and config["clients"] == [0] and config["server-round"] == 1
 
-    method = METHODS["cafedistill-plus"](counts="noised", match_by="classifiers")
+    method = METHODS["cafedistill-prior"](counts="noised", match_by="classifiers")
     _, _, grid = federate(tmp_path, method, rounds=2, exits=2, labels=MANY, lose=first_of_client_0)
     exchanges = [m for m, _ in grid.of_type("train") if m.content["config"]["clients"] == [0]]
     assert [m.content["config"]["versions"] for m in exchanges] == [[0], [0]]
@@ -1044,7 +1221,7 @@ def test_noise_is_not_drawn_again_for_a_server_that_says_it_got_no_reply(tmp_pat
 
 def test_the_secret_is_in_no_message_and_in_no_other_file(tmp_path):
     """Whoever has it can take the noise away. Neither it nor what its generator starts from leaves the client."""
-    method = METHODS["cafedistill-plus"](counts="noised", match_by="classifiers")
+    method = METHODS["cafedistill-prior"](counts="noised", match_by="classifiers")
     _, _, grid = federate(tmp_path, method, rounds=4, exits=2, labels=MANY)
     paths = sorted((tmp_path / "secrets").iterdir())
     assert [path.name for path in paths] == ["client-0", "client-1"]

@@ -130,8 +130,7 @@ def test_any_modules_make_an_early_exit_network():
     [
         ([], [], "got 0 stages and 0 exits"),
         ([nn.Tanh()], [linear_exit(2, 5), linear_exit(2, 5)], "got 1 stages and 2 exits"),
-        ([nn.Tanh(), nn.Tanh()], [linear_exit(2, 5), linear_exit(3, 5)], r"\(5, 2\), \(5, 3\)"),
-        ([nn.Tanh(), nn.Tanh()], [linear_exit(2, 5), linear_exit(2, 6)], r"\(5, 2\), \(6, 2\)"),
+        ([nn.Tanh(), nn.Tanh()], [linear_exit(2, 5), linear_exit(3, 6)], "the same classes, got 5, 6"),
     ],
 )
 def test_exits_that_do_not_fit_are_an_error(stages, exits, message):

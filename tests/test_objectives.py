@@ -343,8 +343,8 @@ def test_fedrods_balance_is_in_the_teacher_too(objective):
 
 
 def matched(**settings):
-    """Loss of CAFEDistill with a teacher received, exit 1 and the last; and what it is made of."""
-    method = METHODS["cafedistill"](**settings)
+    """Loss of the reading from the text with a teacher received, exit 1 and the last; and what it is made of."""
+    method = METHODS["cafedistill-text"](**settings)
     network = toy_network(exits=2)
     generator = torch.Generator().manual_seed(3)
     names = network.head_names(1)
@@ -359,7 +359,7 @@ def matched(**settings):
     return method.loss(task, x, y), logits, taught, y
 
 
-def test_cafedistill_keeps_its_distillation_beside_the_objective():
+def test_the_text_reading_keeps_its_distillation_beside_the_objective():
     loss, logits, taught, y = matched(objective="safe-kd")
     terms = cross_entropies(logits, y) + consistency(logits, temperature=4.0)
     own = torch.stack([decoupled_distillation(z, logits[-1], y) for z in logits])  # the average is the network still
@@ -375,7 +375,7 @@ def test_the_matched_classifier_can_take_the_place_of_the_average_and_then_teach
     torch.testing.assert_close(plain, cross_entropies(logits, y).sum() + distillation(logits[0], taught, 3.0))
 
 
-@pytest.mark.parametrize("name", ["cafedistill", "cafedistill-plus"])
+@pytest.mark.parametrize("name", ["cafedistill", "cafedistill-plus", "cafedistill-prior", "cafedistill-text"])
 @pytest.mark.parametrize("objective", OTHERS)
 def test_an_exit_that_sleeps_does_not_change(name, objective):
     task = client(METHODS[name](objective=objective), active=[False])
@@ -448,10 +448,11 @@ def test_the_exit_of_safe_kd_is_pool_norm_linear():
     torch.testing.assert_close(logits, z @ head.head.weight.T + head.head.bias, rtol=1e-4, atol=1e-5)
 
 
-def test_exits_of_stages_of_different_width_fit_into_one_network_by_a_common_width():
+def test_exits_of_stages_of_different_width_have_their_own_or_a_common_width():
     stages = [nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 3)]
-    with pytest.raises(ValueError, match="same"):
-        EarlyExitNetwork(stages, [safe_kd_exit(4, 3), safe_kd_exit(8, 3)])
+    with pytest.raises(ValueError, match="same classes, got 3, 4"):
+        EarlyExitNetwork(stages, [safe_kd_exit(4, 3), safe_kd_exit(8, 4)])
+    assert EarlyExitNetwork(stages, [safe_kd_exit(4, 3), safe_kd_exit(8, 3)]).feature_widths == (4, 8)
     network = EarlyExitNetwork(stages, [safe_kd_exit(4, 3, width=5), safe_kd_exit(8, 3, width=5)])
     assert [tuple(z.shape) for z in network(torch.zeros(2, 1, 9, 9))] == [(2, 3), (2, 3)]
     assert network.exits[0].head.weight.shape == network.exits[1].head.weight.shape == (3, 5)

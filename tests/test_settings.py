@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cafe_flwr import CafeDistill
 from cafe_flwr.coordination import SELECTIONS
+from cafe_flwr.exit_agreement import PROXIES
 from cafe_flwr.messages import kebab
 from cafe_flwr.methods import METHODS, CafeDistillMethod, Method, settings_of
 from cafe_flwr.settings import Settings, keys_of_other_methods
+from cafe_flwr.starts import STARTS
 from cafe_flwr.teaching import TEACHERS
-from cafe_flwr.training import LocalBudget
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = Settings().to_run_config()
@@ -48,7 +50,7 @@ def test_settings_survive_a_round_trip():
         "mu": 0.25,
         "dataset": "local:/data/my set.parquet",
         "resume": True,
-        "selection": "random",
+        "selection": "none",
         "local-epochs": 3,
         "results-dir": "/tmp/here",
     }
@@ -59,7 +61,7 @@ def test_settings_survive_a_round_trip():
 
 def test_defaults_of_the_parts_are_those_of_the_settings():
     """Whoever builds a strategy in Python gets what the manifest would give."""
-    method, budget = CafeDistillMethod(), LocalBudget()
+    method, budget = CafeDistillMethod(), CafeDistill().local
     assert settings_of(method) == {name: getattr(Settings(), name) for name in settings_of(method)}
     for name in ("batch_size", "learning_rate", "momentum", "weight_decay", "max_grad_norm", "keep_momentum"):
         assert getattr(budget, name) == getattr(Settings(), name)
@@ -67,10 +69,17 @@ def test_defaults_of_the_parts_are_those_of_the_settings():
 
 
 def keys_of(method):
-    """Keys of the settings a method declares itself, by its prefix; and those that it has from every method."""
+    """Keys of the settings a method has not from every method, by the prefix of who declares them: itself, or the
+    method that it is a variant of; and those that it has from every method."""
     cls, common = METHODS[method], {f.name for f in fields(Method)}
     own = {f.name: f for f in fields(cls) if f.name not in common or f.name in cls.__annotations__}
-    return {cls.prefix + kebab(name): f for name, f in own.items()}, common - set(own)
+    owners = {name: next(c for c in cls.__mro__ if name in vars(c).get("__annotations__", {})) for name in own}
+    return {owners[name].prefix + kebab(name): f for name, f in own.items()}, common - set(own)
+
+
+def keys_declared_by(method):
+    """Those of them that it declares itself."""
+    return {key: f for key, f in keys_of(method)[0].items() if f.name in METHODS[method].__annotations__}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -86,9 +95,14 @@ def test_every_setting_of_every_method_is_a_key_under_its_prefix(method):
 
 
 def test_prefixes_tell_methods_apart():
-    """No key means two things: what a method declares is under its own prefix, which only CAFEDistill has not."""
-    owners = [key for method in METHODS for key in keys_of(method)[0]]
+    """No key means two things: what a method declares is under its own prefix, which only CAFEDistill has not. Its
+    variant reads its settings, and declares those that it has not."""
+    owners = [key for method in METHODS for key in keys_declared_by(method)]
     assert len(owners) == len(set(owners))
+    shared = {key for key in keys_of("cafedistill-plus")[0] if not key.startswith("plus-")}
+    assert shared == set(keys_of("cafedistill")[0]) - {"distill-weight"}
+    for method in METHODS.keys() - {"cafedistill-plus"}:
+        assert keys_of(method)[0] == keys_declared_by(method)
     prefixes = [cls.prefix for cls in METHODS.values()]
     assert len(set(prefixes)) == len(METHODS)
     assert [name for name, cls in METHODS.items() if not cls.prefix] == ["cafedistill"]
@@ -99,7 +113,7 @@ def test_prefixes_tell_methods_apart():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_choice_of_a_method_can_be_set(method):
-    needed = {"plus-counts": {"plus-match-by": "classifiers"}}  # class means would tell what counts hide
+    needed = {"prior-counts": {"prior-match-by": "classifiers"}}  # class means would tell what counts hide
     for key, f in keys_of(method)[0].items():
         for choice in f.metadata["choices"]:
             built = Settings.from_run_config({"method": method, **needed.get(key, {}), key: choice}).build_method()
@@ -109,13 +123,15 @@ def test_every_choice_of_a_method_can_be_set(method):
 @pytest.mark.parametrize("counts", ["noised", "none"])
 def test_counts_that_are_hidden_although_class_means_tell_them_are_refused_before_the_run(counts):
     with pytest.raises(ValueError, match="set match_by to 'classifiers'"):
-        Settings.from_run_config({"method": "cafedistill-plus", "plus-counts": counts})
+        Settings.from_run_config({"method": "cafedistill-prior", "prior-counts": counts})
 
 
 def test_the_choices_of_cafedistill_are_those_of_its_parts():
-    own, _ = keys_of("cafedistill")
-    assert own["selection"].metadata["choices"] == tuple(SELECTIONS)
-    assert own["teachers"].metadata["choices"] == tuple(TEACHERS)
+    own, _ = keys_of("cafedistill-text")
+    assert own["text-selection"].metadata["choices"] == tuple(SELECTIONS)
+    assert own["text-teachers"].metadata["choices"] == tuple(TEACHERS)
+    assert own["text-similarity-proxy"].metadata["choices"] == tuple(PROXIES)
+    assert METHODS["fedper"].__dataclass_fields__["classifier_start"].metadata["choices"] == tuple(STARTS)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -166,10 +182,12 @@ def test_too_few_steps_for_the_phases_of_a_method_are_refused(method):
 def test_settings_that_a_method_does_not_read_are_known():
     """What the report may leave out: the others' own, not those of every method or of the run."""
     others = keys_of_other_methods("ditto")
-    assert {"mu", "solver", "fedprox-mu", "plus-pull"} <= others
+    assert {"mu", "solver", "fedprox-mu", "text-mu", "prior-pull", "plus-mixture-examples"} <= others
     assert not {"ditto-pull", "prior", "distill", "equal-steps", "learning-rate"} & others
     assert keys_of_other_methods("cafedistill") >= {"ditto-pull"}
     assert "mu" not in keys_of_other_methods("cafedistill")
+    assert "mu" not in keys_of_other_methods("cafedistill-plus")
+    assert keys_of_other_methods("cafedistill-plus") >= {"distill-weight", "text-mu", "prior-mu"}
 
 
 @pytest.mark.parametrize(
@@ -217,6 +235,8 @@ WRONG_TYPES = [
     ("learning-rate", False),
     ("dataset", 5),
     ("name", 3),
+    ("image-channels", 0.0),
+    ("stem-stride", True),
     ("mu", None),
     ("selection", 1),
     ("local-steps", [1]),
@@ -284,7 +304,9 @@ IMPOSSIBLE = [
     ("round-retries", -1, "greater than or equal to 0"),
     ("dataset", "cifar", "match pattern"),
     ("dataset", "local:", "match pattern"),
-    ("partition", "iid", "'dirichlet' or 'pathological'"),
+    ("partition", "iid", "'dirichlet', 'pathological' or 'natural'"),
+    ("natural-split", "iid", "'even' or 'dirichlet'"),
+    ("text-part", "headline", "'whole' or 'title'"),
     ("dirichlet-alpha", 0.0, "greater than 0"),
     ("classes-per-client", 0, "greater than or equal to 1"),
     ("examples-per-client", 9, "greater than or equal to 10"),
@@ -306,7 +328,7 @@ IMPOSSIBLE = [
     ("max-tokens", 0, "greater than or equal to 1"),
     ("vocabulary", 1, "greater than or equal to 2"),
     ("long-texts", "keep", "'cut' or 'refuse'"),
-    ("network", "mlp", "'conv', 'resnet18' or 'transformer'"),
+    ("network", "mlp", "'conv', 'resnet18', 'transformer', 'published-conv'"),
     ("network-width", -1, "greater than or equal to 0"),
     ("network-depth", -1, "greater than or equal to 0"),
     ("norm", "none", "'group', 'batch' or 'layer'"),
@@ -342,35 +364,48 @@ IMPOSSIBLE = [
     ("neo-kd-beta", -0.1, "greater than or equal to 0"),
     ("adversarial-epsilon", -0.1, "greater than or equal to 0"),
     ("adversarial-steps", 0, "greater than or equal to 1"),
-    ("objective-teacher", "me", "'ema' or 'matched'"),
-    ("mu", -0.5, "greater than or equal to 0"),
+    ("text-objective-teacher", "me", "'ema' or 'matched'"),
+    ("mu", 0.0, "greater than 0"),
+    ("mu", -0.5, "greater than 0"),
     ("distill-weight", -1.0, "greater than or equal to 0"),
     ("temperature", 0.0, "greater than 0"),
-    ("selection", "best", "'shallow-first', 'deep-first', 'random' or 'none'"),
-    ("peers", "some", "'all', 'alike' or 'deeper'"),
-    ("teachers", "all", "'matched', 'uniform' or 'own'"),
-    ("similarity-proxy", "loss", "'parameters' or 'gradients'"),
-    ("max-staleness", -1, "greater than or equal to 0"),
-    ("plus-mu", 0.0, "greater than 0"),
-    ("plus-pull", -0.1, "greater than or equal to 0"),
-    ("plus-pull", 1.1, "less than or equal to 1"),
+    ("selection", "random", "'shallow-first' or 'none'"),
+    ("conflict", "layers", "'clients' or 'exits'"),
+    ("match-by", "features", "'updates' or 'parameters'"),
+    ("classifier-start", "one", "'zero', 'common', 'own' or 'built'"),
+    ("plus-mixture-examples", 0.0, "greater than 0"),
+    ("text-classifier-start", "one", "'zero', 'common', 'own' or 'built'"),
+    ("text-mu", -0.5, "greater than or equal to 0"),
+    ("text-distill-weight", -1.0, "greater than or equal to 0"),
+    ("text-temperature", 0.0, "greater than 0"),
+    ("text-selection", "best", "'shallow-first', 'deep-first', 'random' or 'none'"),
+    ("text-peers", "some", "'all', 'alike' or 'deeper'"),
+    ("text-teachers", "all", "'matched', 'uniform' or 'own'"),
+    ("text-similarity-proxy", "loss", "'parameters' or 'gradients'"),
+    ("text-max-staleness", -1, "greater than or equal to 0"),
+    ("prior-classifier-start", "zero", "'built'"),
+    ("prior-mu", 0.0, "greater than 0"),
+    ("prior-pull", -0.1, "greater than or equal to 0"),
+    ("prior-pull", 1.1, "less than or equal to 1"),
     ("plus-distill-weight", -1.0, "greater than or equal to 0"),
-    ("plus-last-weight", -1.0, "greater than or equal to 0"),
-    ("plus-temperature", 0.0, "greater than 0"),
-    ("plus-selection", "best", "'shallow-first', 'deep-first', 'random' or 'none'"),
-    ("plus-backbone-pull", -0.1, "greater than or equal to 0"),
-    ("plus-backbone-pull", 1.1, "less than or equal to 1"),
-    ("plus-match-by", "name", "'features' or 'classifiers'"),
-    ("plus-same-above", -1.1, "greater than or equal to -1"),
-    ("plus-same-above", 1.1, "less than or equal to 1"),
-    ("plus-counts", "some", "'exact', 'noised' or 'none'"),
-    ("plus-count-epsilon", 0.0, "greater than 0"),
+    ("prior-distill-weight", -1.0, "greater than or equal to 0"),
+    ("prior-last-weight", -1.0, "greater than or equal to 0"),
+    ("prior-temperature", 0.0, "greater than 0"),
+    ("prior-selection", "best", "'shallow-first', 'deep-first', 'random' or 'none'"),
+    ("prior-backbone-pull", -0.1, "greater than or equal to 0"),
+    ("prior-backbone-pull", 1.1, "less than or equal to 1"),
+    ("prior-match-by", "name", "'features' or 'classifiers'"),
+    ("prior-same-above", -1.1, "greater than or equal to -1"),
+    ("prior-same-above", 1.1, "less than or equal to 1"),
+    ("prior-counts", "some", "'exact', 'noised' or 'none'"),
+    ("prior-count-epsilon", 0.0, "greater than 0"),
     ("depthfl-ramp", 0.0, "greater than 0"),
     ("depthfl-ramp", 1.1, "less than or equal to 1"),
     ("ditto-pull", -0.1, "greater than or equal to 0"),
     ("fedamp-sharpness", -1.0, "greater than or equal to 0"),
     ("fedamp-self-weight", 1.1, "less than or equal to 1"),
     ("fedamp-proximal", -0.1, "greater than or equal to 0"),
+    ("fedbabu-classifier-start", "zero", "'common', 'own' or 'built'"),
     ("fedbabu-finetune-rounds", -1, "greater than or equal to 0"),
     ("fedpac-alignment", -1.0, "greater than or equal to 0"),
     ("fedprox-mu", -0.1, "greater than or equal to 0"),
@@ -402,7 +437,8 @@ def test_numbers_are_finite(key, value):
 
 def test_every_setting_with_a_range_or_a_list_is_tried_above():
     """A new setting must be tried too."""
-    elsewhere = {"state-dir", "data-dir", "class-names", "solver", "depth-shares", "modalities"}
+    elsewhere = {"state-dir", "data-dir", "class-names", "depth-shares", "modalities", "partition-column"}
+    elsewhere |= {"solver", "text-solver"}
     free = elsewhere | {key for key, value in DEFAULTS.items() if type(value) is bool}  # checked below
     assert {key for key, _, _ in IMPOSSIBLE} | free == set(DEFAULTS)
 
@@ -416,9 +452,26 @@ def test_every_setting_with_a_range_or_a_list_is_tried_above():
         ),
         ({"min-train-nodes": 5, "num-clients": 4}, r"min-train-nodes \(5\) must not exceed num-clients \(4\)"),
         ({"solver": "gurobee"}, "solver must be 'exact' or one of: .*osqp.*; got 'gurobee'"),
+        ({"method": "cafedistill-text", "text-solver": "gurobee"}, "solver must be 'exact' or one of: .*osqp.*; got "),
+        ({"classifier-start": "built"}, "classifier_start = 'built' is not for cafedistill: .* Set it to zero, common"),
         ({"solver": ""}, "solver must be 'exact' or one of: .*osqp.*; got ''"),
         ({"method": "fedrod", "prior": True}, "prior is not for fedrod"),
         ({"results-dir": "results"}, "results-dir must be an absolute path or start with '~', got 'results'"),
+        ({"dataset": "local:pacs"}, "dataset must be an absolute path .* got 'pacs'.*or set data-dir"),
+        ({"partition": "natural", "partition-column": "style"}, "dataset = 'digit-pairs' has none: set dataset to"),
+        ({"dataset": "local:/a", "partition": "natural"}, "needs partition-column"),
+        (
+            {"dataset": "local:/a", "partition": "natural", "partition-column": "style", "label-groups": 2},
+            "label-groups = 2 is not for partition = 'natural': set it to 0",
+        ),
+        ({"partition-column": "style"}, "partition-column = 'style' .* partition = 'dirichlet': set partition to 'nat"),
+        ({"natural-split": "dirichlet"}, "natural-split = 'dirichlet' is of the natural partition"),
+        ({"dirichlet-cap": True, "partition": "pathological"}, "dirichlet-cap = true .* partition = 'pathological'"),
+        (
+            {"dataset": "cifar100", "partition": "natural", "partition-column": "coarse_label", "dirichlet-cap": True},
+            "dirichlet-cap = true .* or natural-split to 'dirichlet'",
+        ),
+        ({"text-part": "title"}, "text-part = 'title' is for 'ag-news', and 'digit-pairs' has no titles"),
         ({"state-dir": "./state"}, "state-dir must be an absolute path or start with '~', got './state'"),
     ],
 )
@@ -473,6 +526,9 @@ def test_settings_that_the_method_does_not_read_are_named():
     assert settings.unread() == ["mu"]
     taught = {"method": "ditto", "objective": "erde", "ema-decay": 0.9, "safe-kd-alpha": 2.0, "neo-kd-beta": 0.0}
     assert Settings.from_run_config(taught).unread() == ["neo-kd-beta", "safe-kd-alpha"]
-    assert Settings.from_run_config({"objective-teacher": "matched"}).unread() == ["objective-teacher"]
-    assert Settings.from_run_config({"objective-teacher": "matched", "objective": "safe-kd"}).unread() == []
+    matched = {"method": "cafedistill-text", "text-objective-teacher": "matched"}
+    assert Settings.from_run_config(matched).unread() == ["text-objective-teacher"]
+    assert Settings.from_run_config({**matched, "objective": "safe-kd"}).unread() == []
+    assert Settings.from_run_config({"text-mu": 0.7}).unread() == ["text-mu"]
+    assert Settings.from_run_config({"method": "cafedistill-plus", "mu": 0.7}).unread() == []
     assert Settings.from_run_config({"mu": 0.7}).unread() == []

@@ -13,13 +13,22 @@ from typer.testing import CliRunner
 
 from cafe_flwr.cli import app
 from cafe_flwr.estimate import _PROCESS, _SIZES, estimate, measure
-from cafe_flwr.experiment import Experiment, plan_runs, plan_trials, read_experiment, smoke_size
+from cafe_flwr.experiment import (
+    Experiment,
+    check_experiment,
+    plan_runs,
+    plan_trials,
+    read_experiment,
+    smoke_size,
+    with_data_dir,
+)
 from cafe_flwr.federation import build_network, federation
 from cafe_flwr.hub import HUB_SETS, open_set
 from cafe_flwr.settings import Settings
 from cafe_flwr.stand_ins import write_stand_in
 
 PAPER = [Path("experiments") / f"paper-{name}.yaml" for name in HUB_SETS]
+SMALL = [Path("experiments") / f"paper-{name}-small.yaml" for name in (*HUB_SETS, "pacs")]
 CONTENT = {
     "name": "whole",
     "title": "A title",
@@ -58,6 +67,17 @@ def test_the_smoke_size_is_the_experiment_but_for_what_its_section_names():
     assert {run.settings.dirichlet_alpha for run in runs} == {0.7}
 
 
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
+def test_the_papers_experiments_at_a_size_for_two_cores_deal_real_data_out(path, real_data):
+    """Everything that a run needs is built on the real rows: clients' data, networks and methods."""
+    small = with_data_dir(read_experiment(path), real_data)
+    check_experiment(small, Path("/x"))
+    data = federation(plan_runs(small, Path("/x"))[0].settings)
+    client = data.load(1)
+    assert len(client.calibration) == 0
+    assert len(client.test) / len(client.train) == pytest.approx(1 / 3, rel=0.05)
+
+
 def test_without_a_smoke_size_the_option_is_refused(tmp_path):
     path = write(tmp_path)
     path.write_text(yaml.safe_dump({key: value for key, value in CONTENT.items() if key != "smoke"}))
@@ -71,14 +91,39 @@ def test_without_a_smoke_size_the_option_is_refused(tmp_path):
 def test_the_papers_experiments_are_what_is_published(path):
     whole = read_experiment(path)
     runs = plan_runs(whole, Path("/x"))
-    assert {run.settings.dirichlet_alpha for run in runs} == {0.1, 0.3}
-    networks = {"cifar10": ("conv", 3), "cifar100": ("resnet18", 0), "tiny-imagenet": ("resnet18", 0)}
-    wanted = networks.get(whole.settings["dataset"], ("transformer", 4))
-    assert {(run.settings.network, run.settings.network_depth) for run in runs} == {wanted}
+    dataset = whole.settings["dataset"]
+    texts = dataset == "ag-news"
+    published = {
+        "network": {"cifar10": "published-conv", "ag-news": "published-transformer"}.get(dataset, "published-resnet18"),
+        "num_clients": 100,
+        "fraction_train": 0.1,
+        "local_epochs": 5,
+        "batch_size": 64,
+        "optimizer": "sgd",
+        "learning_rate": 0.1,
+        "learning_rate_schedule": "exponential",
+        "learning_rate_decay": 0.99,
+        "momentum": 0.9,
+        "keep_momentum": True,
+        "weight_decay": 1e-4,
+        "max_grad_norm": 0.0,
+        "mu": 0.15 if texts else 0.6,
+        "distill_weight": 0.2 if texts else 1.0,
+        "temperature": 2.0,
+        "partition": "dirichlet",
+        "dirichlet_alpha": 0.3,
+        "dirichlet_cap": True,
+        "shares": (0.75, 0.0, 0.25),
+        "evaluate_every": 1,
+    }
+    published |= {"text_part": "title", "vocabulary": 32000, "max_tokens": 200} if texts else {"augmentation": "none"}
+    for run in runs:
+        assert {key: getattr(run.settings, key) for key in published} == published
+        rounds = run.settings.num_server_rounds + run.settings.build_method().extra_rounds()  # FedBABU's fine-tuning
+        assert rounds == (100 if texts else 300)
     small = smoke_size(whole)
-    assert small.conditions == [(("dirichlet-alpha", 0.1),)]
+    assert plan_runs(small, Path("/x"))
     assert small.labels == whole.labels
-    assert small.settings["network"] == whole.settings["network"]
 
 
 @pytest.mark.parametrize("name", ["cifar10", "ag-news"])
@@ -88,7 +133,6 @@ def test_a_papers_experiment_runs_at_its_smoke_size_on_made_up_files(name, tmp_p
     content = yaml.safe_load((Path("experiments") / f"paper-{name}.yaml").read_text())
     content["smoke"]["rows"] = ["cafedistill", "fedavg"]
     content["smoke"]["settings"]["num-server-rounds"] = 2
-    content["smoke"]["vary"] = {"dirichlet-alpha": [0.3]}
     path = tmp_path / "paper.yaml"
     path.write_text(yaml.safe_dump(content))
     done = compare(path, "--smoke", "--results-dir", tmp_path / "results", "--jobs", 1)
@@ -98,7 +142,7 @@ def test_a_papers_experiment_runs_at_its_smoke_size_on_made_up_files(name, tmp_p
     for text in (done.output, (home / "table.md").read_text(), (home / "comparison.html").read_text()):
         assert "SMOKE RUN" in text
     for row in ("cafedistill", "fedavg"):
-        (run,) = (home / "runs").glob(f"{row}-*-seed0")
+        (run,) = (home / "runs").glob(f"{row}-seed0")
         settings = json.loads((run / "settings.json").read_text())
         assert settings["data-dir"] == str(home / "made-up-data")
         assert json.loads((run / "summary.json").read_text())["local_steps_per_client"] == 4

@@ -221,6 +221,8 @@ class ServerRound:
         Similarities of clients that have met in a round.
     seed
         Of the run.
+    trains
+        Whether the participants train; if not, they evaluate what they hold.
     """
 
     server_round: int
@@ -233,6 +235,7 @@ class ServerRound:
     held: Mapping[int, int] = field(default_factory=dict)
     pairs: Pairs = field(default_factory=Pairs)
     seed: int = 0
+    trains: bool = True
 
     @property
     def all_exits(self) -> NDArray[np.bool_]:
@@ -395,7 +398,7 @@ class Method(Objective):
     classifier_start: str = setting(
         "zero",
         "What personal classifiers start from: zeros, one random draw common to all clients, a draw of each client's "
-        "own, or what the network was built with ('built', alike on all clients). Shared ones start as built.",
+        "own, or what the network was built with ('built', alike on all; not with cafedistill). Shared ones: as built.",
         choices=STARTS,
     )
 
@@ -538,6 +541,22 @@ class Method(Objective):
     def extra_rounds(self) -> int:
         """Rounds' worth of local steps that ``finish`` takes."""
         return 0
+
+
+def check_equal_exits(network: EarlyExitNetwork, what: str, advice: str) -> None:
+    """ValueError, with the advice, where what is asked for compares exits and theirs have different widths."""
+    widths = network.feature_widths
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"{what} needs exits of one width, and this network's have {', '.join(map(str, widths))}: {advice}"
+        )
+
+
+def check_selection(network: EarlyExitNetwork, selection: str, key: str) -> None:
+    """ValueError where students are ordered by cosines of classifiers that cannot be taken; ``key`` is what to set."""
+    if selection in ("shallow-first", "deep-first"):
+        what = f"selection = {selection!r} by the cosine of an exit's classifier and the last one's"
+        check_equal_exits(network, what, f"set {key} to 'none' or 'random'")
 
 
 def settings_of(method: Method) -> dict[str, Any]:

@@ -31,12 +31,22 @@ from cafe_flwr.coordination import conflict_ramp, student_levels
 from cafe_flwr.data import Split
 from cafe_flwr.kinds import Kind
 from cafe_flwr.losses import distillation
-from cafe_flwr.methods.base import ClientRecord, Conclusion, LocalTask, Method, RoundPlan, ServerRound, Tensors, setting
+from cafe_flwr.methods.base import (
+    ClientRecord,
+    Conclusion,
+    LocalTask,
+    Method,
+    RoundPlan,
+    ServerRound,
+    Tensors,
+    check_equal_exits,
+    setting,
+)
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.objectives import exits_at
 from cafe_flwr.robustness import guarded_weights
 from cafe_flwr.schema import Schema
-from cafe_flwr.starts import STARTS, classifier_start
+from cafe_flwr.starts import classifier_start
 from cafe_flwr.teaching import check_solver, cosine_similarity, teacher_weights
 
 
@@ -48,12 +58,6 @@ class CafeDistillMethod(Method):
     prefix: ClassVar[str] = ""
     refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
-    classifier_start: str = setting(
-        "zero",
-        "What personal classifiers start from: zeros, one random draw common to all clients, a draw of each client's "
-        "own, or, but for cafedistill, what the network was built with ('built'). Shared ones start as built.",
-        choices=STARTS,
-    )
     mu: float = setting(
         0.6, "μ of matching (the authors' α): small = only those whose updates agree most, large = all alike.", gt=0
     )
@@ -101,6 +105,11 @@ class CafeDistillMethod(Method):
         """The mixture, under the names of what is sent."""
         return self.upload_names(network)
 
+    def check(self, network: EarlyExitNetwork) -> None:
+        """Exits of one network are compared by one variant only."""
+        if self.conflict == "exits":
+            check_equal_exits(network, "conflict = 'exits'", "set conflict to 'clients'")
+
     # --- server half ---
 
     def comparable(self, kind: Kind) -> Hashable:
@@ -113,10 +122,9 @@ class CafeDistillMethod(Method):
         levels = np.array([task.known[c].level if c in task.known else 0 for c in clients], dtype=np.int64)
         if self.selection == "none":
             levels[:] = max(task.num_exits - 2, 0)
-        else:
+        elif task.trains:
             agreement, slow_down = self._agreement(task)
-            t = min(task.server_round, task.num_rounds)
-            share = conflict_ramp(t, task.num_rounds, task.num_exits, slow_down)
+            share = conflict_ramp(task.server_round, task.num_rounds, task.num_exits, slow_down)
             levels = student_levels(levels, share, agreement)
         active = (np.arange(task.num_exits - 1) <= levels[:, None]) & task.all_exits
         pupils = task.pupils
@@ -164,11 +172,15 @@ class CafeDistillMethod(Method):
     def _mix(
         self, task: ServerRound, sent: NDArray[np.float32], similarity: NDArray[np.float64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float64], dict[int, str]]:
-        """Mixtures of what clients sent (n, values), all at once; the weights (n, n); doubtful rows with the reason."""
+        """Mixtures of what clients sent (n, values), all at once; the weights (n, n); doubtful rows with the reason.
+
+        Doubtful is a norm, not a direction: classifiers that start at zero have little in common in the first rounds,
+        and whose update points elsewhere is given no weight anyway.
+        """
         uniform = np.full(len(sent), 1.0 / len(sent))
         weights = teacher_weights(similarity, uniform, self.mu, self.solver)
         heads, everyone = sent[:, self._last(task)], np.arange(len(sent))
-        weights, doubts = guarded_weights(weights, similarity, uniform, self.mu, heads, everyone)
+        weights, doubts = guarded_weights(weights, similarity, uniform, self.mu, heads, everyone, min_cosine=-1.0)
         return weights.astype(np.float32) @ sent, weights, doubts
 
     @staticmethod

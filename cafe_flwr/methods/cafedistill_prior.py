@@ -35,6 +35,8 @@ from cafe_flwr.methods.base import (
     RoundPlan,
     ServerRound,
     Tensors,
+    check_equal_exits,
+    check_selection,
     setting,
     without_prefix,
 )
@@ -91,6 +93,13 @@ class CafeDistillPrior(Method):
             raise ValueError(
                 f"counts = {self.counts!r} hides what match_by = 'features' would tell: set match_by to 'classifiers'"
             )
+
+    def check(self, network: EarlyExitNetwork) -> None:
+        """Class means of all exits are one tensor, and the order of students is by classifiers: both of one width."""
+        check_selection(network, self.selection, f"{self.prefix}selection")
+        if self.match_by == "features":
+            key = f"{self.prefix}match-by"
+            check_equal_exits(network, f"{key} = 'features'", f"set {key} to 'classifiers'")
 
     # --- what travels ---
 

@@ -31,7 +31,17 @@ from cafe_flwr.devices import device_of, moved
 from cafe_flwr.exit_agreement import PROXIES, classifier_similarity, gradient_similarity
 from cafe_flwr.kinds import Kind
 from cafe_flwr.losses import distillation
-from cafe_flwr.methods.base import ClientRecord, LocalResult, LocalTask, Method, RoundPlan, ServerRound, setting
+from cafe_flwr.methods.base import (
+    ClientRecord,
+    LocalResult,
+    LocalTask,
+    Method,
+    RoundPlan,
+    ServerRound,
+    check_equal_exits,
+    check_selection,
+    setting,
+)
 from cafe_flwr.networks import EarlyExitNetwork
 from cafe_flwr.objectives import exits_at
 from cafe_flwr.robustness import guarded_weights
@@ -101,6 +111,13 @@ class CafeDistillText(Method):
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
         """The teacher's classifier, under the names of the last exit's."""
         return [] if self.teachers == "own" else network.head_names(network.num_exits - 1)
+
+    def check(self, network: EarlyExitNetwork) -> None:
+        """What compares or mixes classifiers of different exits needs them of one shape."""
+        if self.similarity_proxy == "parameters":
+            check_selection(network, self.selection, "text-similarity-proxy to 'gradients', or text-selection")
+        if self.peers == "deeper":
+            check_equal_exits(network, "text-peers = 'deeper'", "set text-peers to 'alike' or 'all'")
 
     # --- server half ---
 

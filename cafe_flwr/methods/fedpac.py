@@ -30,6 +30,7 @@ from cafe_flwr.methods.base import (
     RoundPlan,
     ServerRound,
     Tensors,
+    check_equal_exits,
     phase,
     setting,
 )
@@ -50,6 +51,10 @@ class FedPAC(Method):
     phases: ClassVar[int] = 2
 
     alignment: float = setting(1.0, "Weight λ of feature alignment.", ge=0)
+
+    def check(self, network: EarlyExitNetwork) -> None:
+        """Class statistics of all exits are one tensor."""
+        check_equal_exits(network, f"method = {self.name!r}", "choose fedper or fedrep, or another network")
 
     def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
         """Class statistics and prototypes of every exit."""

@@ -3,6 +3,7 @@
 from cafe_flwr.networks.attach import attach_exits
 from cafe_flwr.networks.base import EarlyExitNetwork, Exit, batch_norm_names
 from cafe_flwr.networks.conv import ConvNet, SequenceNet
+from cafe_flwr.networks.published import PublishedConvNet, PublishedResNet18, PublishedTransformer
 from cafe_flwr.networks.resnet import ResNet18
 from cafe_flwr.networks.transformer import TextTransformer
 
@@ -10,6 +11,9 @@ __all__ = [
     "ConvNet",
     "EarlyExitNetwork",
     "Exit",
+    "PublishedConvNet",
+    "PublishedResNet18",
+    "PublishedTransformer",
     "ResNet18",
     "SequenceNet",
     "TextTransformer",

@@ -73,7 +73,7 @@ def _modules(network: nn.Module) -> list[nn.Module]:
 
 
 class Exit(nn.Module):
-    """An exit: a projection to the common feature width, and a linear classifier (the head).
+    """An exit: a projection to features, and a linear classifier (the head).
 
     The projection belongs to the shared backbone, the head is personal (docs/method.md).
 
@@ -82,7 +82,7 @@ class Exit(nn.Module):
     projection
         Maps a stage's output to features, (B, …) → (B, width).
     width
-        Feature width, the same at every exit of a network, so that heads can be compared.
+        Feature width; the same at every exit, if heads of different exits are to be compared.
     num_classes
         C.
     """
@@ -112,7 +112,8 @@ class EarlyExitNetwork(nn.Module):
     stages
         Modules applied one after the other; the first takes the input.
     exits
-        One :class:`Exit` per stage. All heads must have the same shape.
+        One :class:`Exit` per stage, with the same classes. Their widths may differ; what compares heads of different
+        exits then does not work, and says so.
 
     Attributes
     ----------
@@ -147,9 +148,9 @@ class EarlyExitNetwork(nn.Module):
         super().__init__()
         if not stages or len(stages) != len(exits):
             raise ValueError(f"one exit per stage is needed, got {len(stages)} stages and {len(exits)} exits")
-        shapes = {tuple(e.head.weight.shape) for e in exits}
-        if len(shapes) != 1:
-            raise ValueError(f"all heads must have the same (classes, width), got {sorted(shapes)}")
+        classes = {e.head.out_features for e in exits}
+        if len(classes) != 1:
+            raise ValueError(f"all heads must have the same classes, got {', '.join(map(str, sorted(classes)))}")
         self.stages = nn.ModuleList(stages)
         self.exits = nn.ModuleList(exits)
         self.offset: Tensor | None = None
@@ -166,6 +167,20 @@ class EarlyExitNetwork(nn.Module):
     def num_classes(self) -> int:
         """C, the number of classes."""
         return self._head(0).out_features
+
+    @property
+    def feature_widths(self) -> tuple[int, ...]:
+        """Width of the features at every exit, (m,).
+
+        Examples
+        --------
+        >>> from cafe_flwr.networks import ConvNet, PublishedResNet18
+        >>> ConvNet((1, 16, 16), num_classes=10).feature_widths
+        (24, 24, 24)
+        >>> PublishedResNet18((3, 32, 32), num_classes=10).feature_widths
+        (64, 128, 256, 512)
+        """
+        return tuple(self._head(k).in_features for k in range(self.num_exits))
 
     @property
     def statistics(self) -> Statistics:

@@ -32,6 +32,34 @@ def check_images(x: Tensor, channels: int) -> None:
         )
 
 
+def check_tokens(x: Tensor, max_length: int) -> None:
+    """Raise ValueError if these are not texts, (N, L) int64 with L up to ``max_length``.
+
+    Examples
+    --------
+    >>> check_tokens(torch.zeros(2, 7), 200)
+    Traceback (most recent call last):
+        ...
+    ValueError: texts must be tokens, (B, L) int64; got torch.float32 of shape (2, 7)
+    """
+    if x.dtype != torch.int64 or x.dim() != 2:
+        raise ValueError(f"texts must be tokens, (B, L) int64; got {x.dtype} of shape {tuple(x.shape)}")
+    if x.shape[1] > max_length:
+        raise ValueError(
+            f"texts have {x.shape[1]} tokens, the network takes {max_length}: shorten them, or build "
+            "the network with a larger max_length"
+        )
+
+
+def check_vocabulary(x: Tensor, vocabulary: int) -> None:
+    """Raise ValueError if a token is not one of 0..vocabulary − 1."""
+    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < vocabulary:
+        raise ValueError(
+            f"tokens are {int(x.min())}..{int(x.max())}, the network knows 0..{vocabulary - 1}: build it with "
+            f"a larger vocabulary, or make tokens with its own"
+        )
+
+
 def narrow(width: int, share: float, multiple: int) -> int:
     """About this share of a width, a multiple of a number.
 

@@ -1,4 +1,4 @@
-"""The paper's ConvNet, three convolutional blocks with an exit after each, and the same along time for sequences."""
+"""Convolutional blocks with an exit after each, and the same along time for sequences."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class ConvNet(EarlyExitNetwork):
     """Blocks of 3×3 convolution, norm, ReLU and 2×2 max pooling, with an exit after each.
 
     The projection of an exit is average pooling, a linear layer and a layer norm; without the norm, summed exit losses
-    need a learning rate several times smaller. The published ConvNet has three blocks; their widths are not published
-    (docs/method.md).
+    need a learning rate several times smaller. The authors' own ConvNet is
+    :class:`cafe_flwr.networks.PublishedConvNet`.
 
     Parameters
     ----------

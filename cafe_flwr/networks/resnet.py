@@ -66,24 +66,12 @@ class ResNet18(EarlyExitNetwork):
         width: int = 64,
         stem_stride: int = 1,
     ) -> None:
-        channels, *size = input_shape
-        if len(size) != 2 or min(size) < 8 * stem_stride:
-            raise ValueError(
-                f"images must be at least {8 * stem_stride} pixels high and wide, got an input of shape "
-                f"{tuple(input_shape)}"
-            )
-        check_norm(norm, _NORMS)
-        if width < 2 or width % 2:
-            raise ValueError(f"width must be an even number of channels, got {width}")
-        layer = _NORMS[norm]
-        stem = [nn.Conv2d(channels, width, 3, stem_stride, padding=1, bias=False), layer(width), nn.ReLU(inplace=True)]
-        stages = [nn.Sequential(*stem, *_blocks(width, width, 1, layer))]
-        stages += [nn.Sequential(*_blocks(width << (k - 1), width << k, 2, layer)) for k in (1, 2, 3)]
+        stages = residual_stages(input_shape, norm, width, stem_stride)
         for module in nn.ModuleList(stages).modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         super().__init__(stages, [Exit(_projection(width << k, features), features, num_classes) for k in range(4)])
-        self.in_channels = channels
+        self.in_channels = input_shape[0]
         self._built = (tuple(input_shape), num_classes, features, norm, width, stem_stride)
 
     def at_width(self, share: float) -> ResNet18:
@@ -94,6 +82,28 @@ class ResNet18(EarlyExitNetwork):
     def check_inputs(self, x: Tensor) -> None:
         """Raise ValueError if these are not images of its channels."""
         check_images(x, self.in_channels)
+
+
+def residual_stages(
+    input_shape: Sequence[int], norm: Literal["group", "batch"] = "batch", width: int = 64, stem_stride: int = 1
+) -> list[nn.Module]:
+    """The four stages of a ResNet-18 behind the CIFAR stem, as torch starts their weights.
+
+    Parameters and errors are those of :class:`ResNet18`. Stage k, from 0, gives width · 2ᵏ channels.
+    """
+    channels, *size = input_shape
+    if len(size) != 2 or min(size) < 8 * stem_stride:
+        raise ValueError(
+            f"images must be at least {8 * stem_stride} pixels high and wide, got an input of shape "
+            f"{tuple(input_shape)}"
+        )
+    check_norm(norm, _NORMS)
+    if width < 2 or width % 2:
+        raise ValueError(f"width must be an even number of channels, got {width}")
+    layer = _NORMS[norm]
+    stem = [nn.Conv2d(channels, width, 3, stem_stride, padding=1, bias=False), layer(width), nn.ReLU(inplace=True)]
+    stages: list[nn.Module] = [nn.Sequential(*stem, *_blocks(width, width, 1, layer))]
+    return stages + [nn.Sequential(*_blocks(width << (k - 1), width << k, 2, layer)) for k in (1, 2, 3)]
 
 
 def _blocks(channels: int, width: int, stride: int, norm: Callable[[int], nn.Module]) -> list[nn.Module]:

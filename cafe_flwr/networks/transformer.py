@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cafe_flwr.networks.base import EarlyExitNetwork, Exit
+from cafe_flwr.networks.checks import check_tokens, check_vocabulary
 
 PADDING = 0  # the token that fills up short texts
 _GROUPS = 4
@@ -25,8 +26,8 @@ class TextTransformer(EarlyExitNetwork):
     needs is one tensor from which rows can be dropped. Padding is neither attended to nor averaged over; a text without
     any token counts as one padding token.
 
-    The projection of an exit is the mean over tokens, a linear layer and a layer norm. Nothing but "4 blocks" is
-    published of the Transformer for AG News; the rest is ours (docs/networks.md).
+    The projection of an exit is the mean over tokens, a linear layer and a layer norm. The authors' own
+    Transformer for AG News is :class:`cafe_flwr.networks.PublishedTransformer` (docs/networks.md).
 
     Parameters
     ----------
@@ -91,22 +92,8 @@ class TextTransformer(EarlyExitNetwork):
 
     def check_inputs(self, x: Tensor) -> None:
         """Raise ValueError if these are not tokens, (N, L) int64, that it knows and of at most its length."""
-        _check_tokens(x, self.max_length)
-        if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.vocabulary:
-            raise ValueError(
-                f"tokens are {int(x.min())}..{int(x.max())}, the network knows 0..{self.vocabulary - 1}: build it with "
-                f"a larger vocabulary, or make tokens with its own"
-            )
-
-
-def _check_tokens(tokens: Tensor, max_length: int) -> None:
-    if tokens.dtype != torch.int64 or tokens.dim() != 2:
-        raise ValueError(f"texts must be tokens, (B, L) int64; got {tokens.dtype} of shape {tuple(tokens.shape)}")
-    if tokens.shape[1] > max_length:
-        raise ValueError(
-            f"texts have {tokens.shape[1]} tokens, the network takes {max_length}: shorten them, or build "
-            "the network with a larger max_length"
-        )
+        check_tokens(x, self.max_length)
+        check_vocabulary(x, self.vocabulary)
 
 
 def _pack(h: Tensor, mask: Tensor) -> Tensor:
@@ -128,7 +115,7 @@ class _Embedding(nn.Module):
         nn.init.normal_(self.position, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        _check_tokens(tokens, len(self.position))
+        check_tokens(tokens, len(self.position))
         first = torch.arange(tokens.shape[1], device=tokens.device) == 0
         mask = (tokens != PADDING) | first  # a text without a token must not divide by 0
         return _pack(self.dropout(self.token(tokens) + self.position[: tokens.shape[1]]), mask)
