@@ -533,7 +533,7 @@ def test_data_that_does_not_fit_is_refused_before_training(ended: Ended, tmp_pat
     small = replace(data, test=Split(data.test.x[..., :12], data.test.y))
     with pytest.raises(ValueError, match=r"inputs of the test split have shape \(1, 16, 12\), the network takes"):
         join(got, NEWCOMER, network, small, tmp_path)
-    unknown = replace(data, train=Split(data.train.x, data.train.y + 5))
+    unknown = replace(data, train=Split(data.train.x, torch.arange(len(data.train)) % 10 + 5))
     with pytest.raises(ValueError, match=r"its train split has labels 5\.\.14, expected 0\.\.9"):
         join(got, NEWCOMER, network, unknown, tmp_path)
     with pytest.raises(ValueError, match="epochs must be at least 1"):
@@ -611,5 +611,12 @@ def test_newcomers_start_from_the_mean_of_what_clients_sent(tmp_path: Path, meth
         own = mean[size * k : size * (k + 1)] if method == "cafedistill-plus" else mean
         found = torch.cat([heads[f"exits.{k}.head.{name}"].flatten() for name in ("weight", "bias")])
         torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-7)
-
     assert mean_heads({}, network) == {}
+
+
+def test_exits_of_another_width_than_the_last_one_start_from_their_own_start() -> None:
+    network = toy_network(widths=(6, 4, 4))
+    teacher = {"exits.2.head.weight": torch.ones(CLASSES, 4), "exits.2.head.bias": torch.ones(CLASSES)}
+    heads = mean_heads(teacher, network)
+    assert set(heads) == {*network.head_names(1), *network.head_names(2)}
+    assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in heads.values())

@@ -417,9 +417,18 @@ def test_students_of_a_round_are_those_that_clients_hold(finished):
     rounds = [json.loads(line) for line in (settings.results / "rounds.jsonl").read_text().splitlines()]
     students = sum(depth - 1 for depth in depths.values())
     assert [line["students"] for line in rounds] == [students] * 4
-    assert [sum(line["active_exits"]) for line in rounds] == [student_budget(t, 4, students) for t in (1, 2, 3, 4)]
+    with_students = sum(depth > 1 for depth in depths.values())
+    assert [line["active_exits"] for line in rounds[:2]] == [[with_students, 0]] * 2  # R·m·n is n at most
     holders = [sum(depth > k for depth in depths.values()) for k in (1, 2)]
     assert rounds[-1]["active_exits"] == holders
+
+
+def test_the_text_s_budget_counts_the_students_that_there_are(finished, tmp_path, no_report):
+    students = sum(depth - 1 for depth in finished[1].values())
+    settings = small_settings(tmp_path, method="cafedistill-text", **UNEQUAL)
+    run_small(settings, 2)
+    rounds = [json.loads(line) for line in (settings.results / "rounds.jsonl").read_text().splitlines()]
+    assert [sum(line["active_exits"]) for line in rounds] == [student_budget(t, 4, students) for t in (1, 2, 3, 4)]
 
 
 def test_the_report_says_who_holds_what(finished):
