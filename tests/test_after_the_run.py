@@ -73,7 +73,9 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         num_server_rounds=12,
         examples_per_client=160,
         calibration_share=0.3,
-        local_steps=6,
+        dirichlet_alpha=0.3,
+        mu=0.2,
+        local_steps=12,
         learning_rate=0.3,
         wait_seconds=0.0,
         evaluate_every=12,
@@ -128,14 +130,14 @@ def test_a_node_evaluates_as_the_server_would(ended: Ended, state: Path) -> None
 
 
 def test_what_a_node_calibrates_and_exports_predicts_as_its_network(state: Path) -> None:
-    on_node("calibrate", state, "--risk", "0.3")
+    on_node("calibrate", state, "--risk", "0.1")
     thresholds = read_thresholds(state, 3)
     own = NodeNetwork(state, 3)
     network, x = own.personal(3).network, own.data(3).test.x
     assert thresholds is not None
     assert thresholds.fingerprint == fingerprint(network)
     assert thresholds.coverage > 0  # otherwise the export never stops, and this shows little
-    assert json.loads((state / "client-3.calibration.json").read_text())["risk"] == 0.3
+    assert json.loads((state / "client-3.calibration.json").read_text())["risk"] == 0.1
     on_node("export", state)
     device, here = load(state / "exported" / "client-3").predict(x.numpy()), EarlyExitRunner(network, thresholds)
     expected = here.predict(x)
@@ -531,7 +533,7 @@ def test_data_that_does_not_fit_is_refused_before_training(ended: Ended, tmp_pat
     small = replace(data, test=Split(data.test.x[..., :12], data.test.y))
     with pytest.raises(ValueError, match=r"inputs of the test split have shape \(1, 16, 12\), the network takes"):
         join(got, NEWCOMER, network, small, tmp_path)
-    unknown = replace(data, train=Split(data.train.x, data.train.y + 5))
+    unknown = replace(data, train=Split(data.train.x, torch.arange(len(data.train)) % 10 + 5))
     with pytest.raises(ValueError, match=r"its train split has labels 5\.\.14, expected 0\.\.9"):
         join(got, NEWCOMER, network, unknown, tmp_path)
     with pytest.raises(ValueError, match="epochs must be at least 1"):
@@ -609,5 +611,12 @@ def test_newcomers_start_from_the_mean_of_what_clients_sent(tmp_path: Path, meth
         own = mean[size * k : size * (k + 1)] if method == "cafedistill-plus" else mean
         found = torch.cat([heads[f"exits.{k}.head.{name}"].flatten() for name in ("weight", "bias")])
         torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-7)
-
     assert mean_heads({}, network) == {}
+
+
+def test_exits_of_another_width_than_the_last_one_start_from_their_own_start() -> None:
+    network = toy_network(widths=(6, 4, 4))
+    teacher = {"exits.2.head.weight": torch.ones(CLASSES, 4), "exits.2.head.bias": torch.ones(CLASSES)}
+    heads = mean_heads(teacher, network)
+    assert set(heads) == {*network.head_names(1), *network.head_names(2)}
+    assert all(torch.equal(tensor, torch.ones_like(tensor)) for tensor in heads.values())

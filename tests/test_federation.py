@@ -174,7 +174,10 @@ def test_summary_counts_the_clients_own_data(finished):
 
 
 def test_a_line_a_round_agrees_with_the_long_table(finished):
-    """R(t) = min(2t/4, 1): in round 1 half of the 10 student exits train, the first exit of all clients; then all."""
+    """⌊R·m·n⌋ with R = ((t − 1)/2)·(2/3) for T = 4: 0, 5, 10 and 10 of 15 exits; exit 1 trains in any case.
+
+    Conflict may hold exit 2 back in round 3; in round 4 the ramp is beyond its bound by 1/3, and conflict below that.
+    """
     folder, _, _, _ = finished
     lines = [strict_json(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
@@ -182,7 +185,9 @@ def test_a_line_a_round_agrees_with_the_long_table(finished):
     for line in lines:
         assert line["participants"] == list(range(CLIENTS))
         assert line["left_out"] == {}
-        assert line["active_exits"] == ([5, 0] if line["round"] == 1 else [5, 5])
+        assert line["active_exits"] in {1: [[5, 0]], 2: [[5, 0]], 4: [[5, 5]]}.get(
+            line["round"], [[5, of_second] for of_second in range(6)]
+        )
         for key, phase in (("accuracy_per_exit", "before"), ("accuracy_per_exit_after", "after")):
             rows = table[(table["round"] == line["round"]) & (table.phase == phase)]
             assert line[key] == pytest.approx(rows.groupby("exit").accuracy.mean().tolist(), abs=1e-12)
@@ -241,7 +246,10 @@ def test_the_long_table_keeps_every_digit(finished):
 
 @pytest.mark.parametrize("client", range(CLIENTS))
 def test_a_personal_network_loads_and_reproduces_its_recorded_accuracy(finished, client):
-    """The published network is the shared part of the last round and the client's own heads, whole and usable."""
+    """The published network is the shared part of the last round and the client's own heads, whole and usable.
+
+    The last one is the mixture that the server has made of it after the round.
+    """
     folder, settings, result, _ = finished
     network = build_network(settings)
     tensors = load_file(folder / "personal" / f"client-{client}.safetensors")
@@ -266,7 +274,11 @@ def test_a_personal_network_loads_and_reproduces_its_recorded_accuracy(finished,
         np.testing.assert_array_equal(tensors[name].numpy(), result.arrays[name].numpy())
     heads = [load_file(path) for path in (folder / "personal").rglob(f"client-{client}/round-000004.safetensors")]
     assert len(heads) == 1
-    assert same_tensors(heads[0], {name: tensors[name] for name in heads[0]})
+    last = network.head_names(EXITS - 1)
+    own = [name for name in heads[0] if name not in last]
+    assert same_tensors({name: heads[0][name] for name in own}, {name: tensors[name] for name in own})
+    mixture = Checkpoints(folder / "checkpoint").load().known[client].upload
+    np.testing.assert_array_equal(np.concatenate([tensors[name].numpy().ravel() for name in last]), mixture)
     assert sorted(heads[0]) == sorted(network.personal_names())
 
 
@@ -420,18 +432,17 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         neo_kd_beta=0.7,
         adversarial_epsilon=0.01,
         adversarial_steps=2,
-        objective_teacher="matched",
         prior=True,
         equal_steps=False,
         mu=0.9,
         distill_weight=0.6,
         temperature=2.5,
-        selection="random",
-        teachers="uniform",
-        peers="alike",
-        similarity_proxy="gradients",
+        conflict="exits",
+        selection="none",
+        match_by="parameters",
+        write_back=False,
         solver="osqp",
-        max_staleness=6,
+        classifier_start="own",
     )
     strategy = build_strategy(settings)
     for name in [
@@ -467,6 +478,20 @@ def test_settings_of_every_method_reach_the_strategy(tmp_path):
     settings = small_settings(tmp_path, method="ditto", ditto_pull=0.7, distill=True, prior=True, equal_steps=False)
     method = build_strategy(settings).method
     assert method == METHODS["ditto"](pull=0.7, distill=True, prior=True, equal_steps=False)
+    given = {
+        "mu": 0.9,
+        "distill_weight": 0.6,
+        "temperature": 2.5,
+        "selection": "random",
+        "teachers": "uniform",
+        "peers": "alike",
+        "similarity_proxy": "gradients",
+        "solver": "osqp",
+        "max_staleness": 6,
+        "objective_teacher": "matched",
+    }
+    settings = small_settings(tmp_path, method="cafedistill-text", **{f"text_{key}": given[key] for key in given})
+    assert build_strategy(settings).method == METHODS["cafedistill-text"](**given)
     for name in METHODS:
         assert build_strategy(small_settings(tmp_path, method=name)).method == METHODS[name]()
 
@@ -538,38 +563,49 @@ def test_an_undisturbed_run_warns_of_nothing(tmp_path, no_report, flower_log):
     assert ours == []
 
 
-def test_it_learns(tmp_path, no_report):
-    """Twelve rounds bring all exits far above chance (0.1), and the second half of them is no waste."""
-    settings = small_settings(tmp_path, num_server_rounds=12, examples_per_client=80, local_steps=6)
+@pytest.mark.parametrize(("method", "unlabelled"), [("cafedistill", 1), ("cafedistill-text", 0)])
+def test_it_learns(tmp_path, no_report, method, unlabelled):
+    """Twelve rounds bring all exits far above chance (0.1), and the second half of them is no waste.
+
+    The loss is taken per cross-entropy: of the exits that train, the deepest student of cafedistill has none.
+    """
+    settings = small_settings(
+        tmp_path, method=method, num_server_rounds=12, examples_per_client=80, local_steps=6, learning_rate=0.05
+    )
     run_small(settings)
     recorded = Recorded.read(settings.results)
     assert min(recorded.summary["accuracy_per_exit"]) > 0.45
-    losses = [line["train_loss"] / (1 + sum(line["active_exits"]) / CLIENTS) for line in recorded.rounds]
+    losses = [line["train_loss"] / (1 + sum(line["active_exits"]) / CLIENTS - unlabelled) for line in recorded.rounds]
     assert losses[-1] < 0.6 * losses[0]
 
 
 # --- the same numbers, however it is run ---
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+VARIED = {
+    "cafedistill": {"conflict": "exits", "classifier_start": "own"},
+    "cafedistill-plus": {},
+    "cafedistill-text": {"text_selection": "random", "text_similarity_proxy": "gradients"},
+}
+
+
+@pytest.fixture(scope="module", params=VARIED)
+def reference(tmp_path_factory, request):
     """One client a node, the plainest grouping, with everything on that depends on who is who."""
+    varied = {"method": request.param, "fraction_train": 0.7, "num_server_rounds": 5, **VARIED[request.param]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
-        settings = small_settings(tmp_path_factory.mktemp("reference"), **VARIED)
+        settings = small_settings(tmp_path_factory.mktemp("reference"), **varied)
         result = run_small(settings, num_nodes=CLIENTS)
-    return Recorded.read(settings.results), result.arrays
-
-
-VARIED = {"selection": "random", "similarity_proxy": "gradients", "fraction_train": 0.7, "num_server_rounds": 5}
+    return Recorded.read(settings.results), result.arrays, varied
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 3, CLIENTS, 8])
 def test_numbers_do_not_depend_on_how_clients_are_grouped_on_nodes(tmp_path, reference, no_report, num_nodes):
     """Bit for bit: shared parameters, personal files, tables. Only the bytes differ: a backbone travels once a node."""
-    settings = small_settings(tmp_path, **VARIED)
+    recorded, shared, varied = reference
+    settings = small_settings(tmp_path, **varied)
     arrays = run_small(settings, num_nodes).arrays
-    recorded, shared = reference
     assert same_arrays(arrays, shared)
     per_grouping = {"bytes_up", "bytes_down", "bytes_up_per_client_round", "bytes_down_per_client_round"}
     Recorded.read(settings.results).assert_same(recorded, but=() if num_nodes == CLIENTS else per_grouping)
@@ -666,16 +702,19 @@ def test_heads_on_disk_have_a_version_for_every_round_their_client_took_part_in_
     assert sorted(heads) == sorted((f"client-{c}", t) for c, rounds in took_part.items() for t in rounds)
 
 
-def test_heads_of_exits_that_do_not_train_stay_as_they_are_on_disk(tmp_path, no_report):
-    """T = 10 and 5 clients: N_t = 2, 4, 6, 8, 10 of 10 student exits. In every round, exactly the heads of the active
+@pytest.mark.parametrize("method", ["cafedistill", "cafedistill-text"])
+def test_heads_of_exits_that_do_not_train_stay_as_they_are_on_disk(tmp_path, no_report, method):
+    """T = 10 and 5 clients: N_t = 2, 4, 6, 8, 10 of 10 student exits with cafedistill-text. With cafedistill exit 1 of
+    all, and ⌊R·15⌋ in all, R = clip(0.2·(t − 1)·(2/3) + ΣC/25, 0, 2/3). In every round, exactly the heads of the active
     exits and of the last one change, client by client."""
-    settings = small_settings(tmp_path, num_server_rounds=10)
-    heads, active = {}, {}
+    settings = small_settings(tmp_path, method=method, num_server_rounds=10)
+    heads, active, conflicts = {}, {}, {1: 0.0}
 
     class Watch(Recorder):
         def on_round(self, record, state):
             super().on_round(record, state)
             active[record.server_round] = record.plan.active
+            conflicts[record.server_round + 1] = np.minimum(state.pairs.among(range(CLIENTS)), 0.0).sum() / CLIENTS**2
             for client in range(CLIENTS):
                 versions = settings.results / "personal" / "versions" / state.run / f"client-{client}"
                 heads[client, record.server_round] = load_file(
@@ -688,7 +727,12 @@ def test_heads_of_exits_that_do_not_train_stay_as_they_are_on_disk(tmp_path, no_
     network = build_network(settings)
     torch.manual_seed(settings.seed)
     initial = build_network(settings).state_dict()
-    assert [int(active[t].sum()) for t in range(1, 7)] == [2, 4, 6, 8, 10, 10]
+    expected = [2, 4, 6, 8, 10, 10]
+    if method == "cafedistill":
+        shares = [min(max(0.2 * (t - 1) * (2 / 3) + conflicts[t], 0.0), 2 / 3) for t in range(1, 7)]
+        expected = [max(5, math.floor(15 * share + 1e-9)) for share in shares]
+        initial |= {name: torch.zeros_like(initial[name]) for name in network.classifier_names()}
+    assert [int(active[t].sum()) for t in range(1, 7)] == expected
     for client in range(CLIENTS):
         heads[client, 0] = initial
         for t in range(1, 7):
@@ -702,7 +746,7 @@ def test_heads_of_exits_that_do_not_train_stay_as_they_are_on_disk(tmp_path, no_
 # --- evaluation in some rounds only ---
 
 
-@pytest.mark.parametrize("method", ["cafedistill", "ditto"])
+@pytest.mark.parametrize("method", ["cafedistill", "cafedistill-text", "ditto"])
 def test_rounds_without_evaluation_change_no_other_number(tmp_path, no_report, method):
     """`evaluate-every = 3` and T = 4: rounds 3 and 4 are evaluated. Elsewhere accuracies are null and the long table
     has no rows; all the rest, down to the last bit of the personal networks, is as if every round were evaluated."""
@@ -814,12 +858,24 @@ def test_two_and_two_rounds_are_four(tmp_path, undisturbed, no_report, flower_lo
     assert "damaged" not in flower_log.text()
 
 
-@pytest.mark.parametrize("teachers", ["own", "uniform"])
-def test_two_and_two_rounds_are_four_for_the_ablations(tmp_path, no_report, teachers):
-    """With `teachers = own` a client uploads nothing of its own, and a checkpoint holds none of it."""
-    whole = small_settings(tmp_path / "whole", teachers=teachers, **STOPPED)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"write_back": False},
+        {"match_by": "parameters", "selection": "none"},
+        {"conflict": "exits", "classifier_start": "own"},
+        {"method": "cafedistill-plus"},
+        {"method": "cafedistill-text"},
+        {"method": "cafedistill-text", "text_teachers": "own"},
+        {"method": "cafedistill-text", "text_teachers": "uniform"},
+    ],
+    ids=str,
+)
+def test_two_and_two_rounds_are_four_for_the_ablations(tmp_path, no_report, changes):
+    """With `text-teachers = own` a client uploads nothing of its own, and a checkpoint holds none of it."""
+    whole = small_settings(tmp_path / "whole", **STOPPED, **changes)
     arrays = run_small(whole).arrays
-    settings = stopped_run(tmp_path / "parts", "asked to", teachers=teachers)
+    settings = stopped_run(tmp_path / "parts", "asked to", **changes)
     assert same_arrays(resume(settings), arrays)
     Recorded.read(settings.results).assert_same(Recorded.read(whole.results))
 

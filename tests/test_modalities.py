@@ -34,7 +34,7 @@ from cafe_flwr.methods import METHODS
 from cafe_flwr.modalities import in_rows
 from cafe_flwr.networks import ConvNet, Exit, SequenceNet
 from cafe_flwr.personal import FinishedRun
-from cafe_flwr.strategy import CafeDistill, FederatedStrategy
+from cafe_flwr.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
 
 BOTH = {"modalities": "image,rows"}
@@ -92,11 +92,24 @@ def test_a_backbone_is_averaged_among_its_own_kind(tmp_path):
 def test_classifiers_of_all_modalities_teach_or_only_ones_own(tmp_path):
     same = np.equal.outer(np.arange(N) % 2, np.arange(N) % 2)
     for peers in ("all", "alike"):
-        strategy = CafeDistill(num_rounds=4, local=BUDGET, num_clients=N, peers=peers, wait_seconds=0)
+        strategy = strategy_of("cafedistill-text", rounds=4, peers=peers)
         strategy.start(toy_grid(tmp_path / peers), num_rounds=3)
         weights = strategy.state.plan.weights
         np.testing.assert_allclose(weights.sum(axis=1), 1.0)
         assert (weights[~same] > 0).any() == (peers == "all")
+
+
+@pytest.mark.parametrize("method", ["cafedistill", "cafedistill-plus"])
+def test_classifiers_are_mixed_across_modalities_where_they_are_of_the_same_exits(tmp_path, method):
+    """Exit k is mixed with exit k: networks of two and of three exits have no last one in common."""
+    same = np.equal.outer(np.arange(N) % 2, np.arange(N) % 2)
+    for other in (other_network, toy_network):
+        strategy = strategy_of(method, rounds=4)
+        networks = {"build_network": lambda context, other=other: {"a": toy_network(), "b": other()}}
+        strategy.start(toy_grid(tmp_path / other.__name__, **networks), num_rounds=3)
+        weights = strategy.state.plan.weights
+        np.testing.assert_allclose(weights.sum(axis=1), 1.0)
+        assert (weights[~same] > 0).any() == (other is toy_network)
 
 
 def test_all_modalities_start_from_the_same_classifiers():
@@ -110,7 +123,7 @@ def test_all_modalities_start_from_the_same_classifiers():
 
 
 def test_students_of_a_modality_with_fewer_exits(tmp_path):
-    """Two exits have one student: of 3·2 + 2·1 students all train in the last round."""
+    """Two exits have one student: of 3·2 + 2·1 students the first of each client trains at once, all in the end."""
     seen = []
 
     class Watch:
@@ -123,11 +136,12 @@ def test_students_of_a_modality_with_fewer_exits(tmp_path):
         def on_finish(self, reports):
             seen.append(reports)
 
-    strategy = strategy_of("cafedistill")
+    strategy = strategy_of("cafedistill", rounds=4)
     strategy.callbacks = [Watch()]
     strategy.start(toy_grid(tmp_path))
     *rounds, reports = seen
-    assert [(record.students, record.active_exits) for record in rounds] == [(8, [5, 3]), (8, [5, 3])]
+    assert [record.students for record in rounds] == [8] * 4
+    assert (rounds[0].active_exits, rounds[-1].active_exits) == ([5, 0], [5, 3])
     assert [len(r.exits.accuracy) - sum(np.isnan(r.exits.accuracy)) for r in reports] == [3, 2, 3, 2, 3]
 
 

@@ -43,7 +43,7 @@ from cafe_flwr.recording import Recorder
 from cafe_flwr.report import read_run
 from cafe_flwr.report_figures import pooled_accuracy
 from cafe_flwr.schema import Schema
-from cafe_flwr.strategy import CafeDistill, FederatedStrategy
+from cafe_flwr.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
 from cafe_flwr.views import View, mean_of_holders
 
@@ -218,7 +218,7 @@ def test_a_block_whose_holders_are_all_away_stays_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 3])
-@pytest.mark.parametrize("method", ["cafedistill", "depthfl"])
+@pytest.mark.parametrize("method", ["cafedistill", "cafedistill-text", "depthfl"])
 def test_numbers_do_not_depend_on_how_unequal_clients_are_grouped_on_nodes(tmp_path, no_report, method, num_nodes):
     """Bit for bit, but for the bytes: a block travels once a node."""
     for n in (N, num_nodes):
@@ -277,7 +277,9 @@ def test_a_narrower_network_is_as_the_whole_one_in_all_else():
 NARROW = {"depth_shares": "1x0.5:0.2,3x0.5:0.4", "learning_rate": 0.05, "local_steps": 4}
 
 
-@pytest.mark.parametrize("method", ["scalefl", "cafedistill", "cafedistill-plus", "fedamp"])
+@pytest.mark.parametrize(
+    "method", ["scalefl", "cafedistill", "cafedistill-plus", "cafedistill-text", "cafedistill-prior", "fedamp"]
+)
 def test_clients_with_narrower_layers_train_wherever_they_are_hosted(tmp_path, no_report, method):
     """ScaleFL's original form, and others: bit for bit the same on one node and on many, and stopped and resumed;
     nobody is left out, and the networks are as deep and as wide as they should be."""
@@ -415,9 +417,18 @@ def test_students_of_a_round_are_those_that_clients_hold(finished):
     rounds = [json.loads(line) for line in (settings.results / "rounds.jsonl").read_text().splitlines()]
     students = sum(depth - 1 for depth in depths.values())
     assert [line["students"] for line in rounds] == [students] * 4
-    assert [sum(line["active_exits"]) for line in rounds] == [student_budget(t, 4, students) for t in (1, 2, 3, 4)]
+    with_students = sum(depth > 1 for depth in depths.values())
+    assert [line["active_exits"] for line in rounds[:2]] == [[with_students, 0]] * 2  # R·m·n is n at most
     holders = [sum(depth > k for depth in depths.values()) for k in (1, 2)]
     assert rounds[-1]["active_exits"] == holders
+
+
+def test_the_text_s_budget_counts_the_students_that_there_are(finished, tmp_path, no_report):
+    students = sum(depth - 1 for depth in finished[1].values())
+    settings = small_settings(tmp_path, method="cafedistill-text", **UNEQUAL)
+    run_small(settings, 2)
+    rounds = [json.loads(line) for line in (settings.results / "rounds.jsonl").read_text().splitlines()]
+    assert [sum(line["active_exits"]) for line in rounds] == [student_budget(t, 4, students) for t in (1, 2, 3, 4)]
 
 
 def test_the_report_says_who_holds_what(finished):
@@ -454,7 +465,9 @@ def test_networks_of_a_kind_are_evaluated_together_and_no_others(finished):
     assert len(found["macs_per_exit"]) == 2
 
 
-@pytest.mark.parametrize("method", ["cafedistill", "cafedistill-plus", "pfedgraph"])
+@pytest.mark.parametrize(
+    "method", ["cafedistill", "cafedistill-plus", "cafedistill-text", "cafedistill-prior", "pfedgraph"]
+)
 def test_two_and_two_rounds_are_four_for_unequal_clients(tmp_path, no_report, method):
     """What clients upload differs in size: the checkpoint keeps it all the same."""
     whole = small_settings(tmp_path / "whole", method=method, learning_rate=0.1, **UNEQUAL)
@@ -485,7 +498,7 @@ def test_every_method_trains_unequal_clients(tmp_path, no_report, method):
 
 def teacher_weights_of(tmp_path, peers):
     grid = devices(tmp_path)
-    strategy = CafeDistill(num_rounds=4, local=LocalBudget(steps=3, batch_size=4, learning_rate=0.1), peers=peers)
+    strategy = toy_strategy("cafedistill-text", rounds=4, settings={"peers": peers})
     strategy.start(grid, num_rounds=3)
     plan = strategy.state.plan
     assert list(plan.weight_rows) == list(plan.weight_columns) == list(range(N))
@@ -506,8 +519,7 @@ def test_deeper_clients_teach_by_the_exit_that_a_client_holds(tmp_path):
     """By hand from what the clients sent: every teacher is the weights' mixture of classifiers of the pupil's own last
     exit, and a client with fewer exits has no weight."""
     grid = devices(tmp_path)
-    local = LocalBudget(steps=3, batch_size=4, learning_rate=0.1)
-    strategy = CafeDistill(num_rounds=4, local=local, peers="deeper")
+    strategy = toy_strategy("cafedistill-text", rounds=4, settings={"peers": "deeper"})
     strategy.start(grid, num_rounds=2)
     weights, heads = strategy.state.plan.weights, {}
     per_exit = 4 * CLASSES + CLASSES
@@ -527,9 +539,23 @@ def test_deeper_clients_teach_by_the_exit_that_a_client_holds(tmp_path):
 
 
 def test_of_equal_clients_the_choice_of_peers_changes_nothing(tmp_path, no_report):
-    arrays = [run_small(small_settings(tmp_path / peers, peers=peers)).arrays for peers in ("all", "alike", "deeper")]
+    peers = ("all", "alike", "deeper")
+    runs = [small_settings(tmp_path / each, method="cafedistill-text", text_peers=each) for each in peers]
+    arrays = [run_small(settings).arrays for settings in runs]
     assert same_arrays(arrays[0], arrays[1])
     assert same_arrays(arrays[0], arrays[2])
+
+
+@pytest.mark.parametrize("method", ["cafedistill", "cafedistill-plus"])
+def test_classifiers_are_mixed_among_those_that_hold_the_same_exits(tmp_path, method):
+    strategy = toy_strategy(method, rounds=3)
+    strategy.start(devices(tmp_path))
+    plan = strategy.state.plan
+    assert list(plan.weight_rows) == list(plan.weight_columns) == list(range(N))
+    np.testing.assert_allclose(plan.weights.sum(axis=1), 1.0)
+    same = np.equal.outer(DEPTHS, DEPTHS)
+    assert (plan.weights[~same] == 0).all()
+    assert (plan.weights[same & ~np.eye(N, dtype=bool)] > 0).any()
 
 
 def test_whole_models_are_mixed_among_those_that_hold_the_same(tmp_path):
@@ -562,7 +588,7 @@ def test_a_client_that_can_hold_more_goes_on_with_what_it_has(tmp_path):
     assert losses[2] < losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("method", ["ditto", "cafedistill"])
+@pytest.mark.parametrize("method", ["ditto", "cafedistill", "cafedistill-plus", "cafedistill-text"])
 def test_a_client_that_can_hold_wider_layers_goes_on_with_what_still_fits(tmp_path, method):
     """Ditto keeps a whole model of its own, whose layers have other shapes then; classifiers fit as they are."""
     app = make_client_app(
@@ -662,10 +688,10 @@ def test_a_node_that_names_impossible_kinds_is_refused_and_the_others_go_on(tmp_
     assert {request.content["config"]["clients"][0] for request, _ in grid.of_type("train")} == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("method", ["cafedistill", "depthfl"])
+@pytest.mark.parametrize("method", ["cafedistill", "cafedistill-text", "depthfl"])
 def test_a_resumed_run_knows_what_clients_held_that_are_away(tmp_path, no_report, method):
-    """Clients 1 and 4, the only ones of two exits, and client 0 are gone after round 2: their last exits still teach,
-    and DepthFL still takes the plain mean, as in a run that was not stopped."""
+    """Clients 1 and 4, the only ones of two exits, and client 0 are gone after round 2: with cafedistill-text their
+    last exits still teach, and DepthFL still takes the plain mean, as in a run that was not stopped."""
     settings = {"method": method, "num_clients": N, "num_server_rounds": 4, "batch_size": 4, "local_steps": 3}
     settings |= {"learning_rate": 0.1, "wait_seconds": 0.0}
     leaving = {0: (0, 2), 1: (0, 2), 4: (0, 2)}
@@ -683,7 +709,7 @@ def test_a_resumed_run_knows_what_clients_held_that_are_away(tmp_path, no_report
     grid = devices(tmp_path / "parts" / "state")
     grid.there, grid.round = dict.fromkeys(leaving, (99, 99)), 3
     assert same_arrays(run_small(again, grid=grid).arrays, arrays)
-    if method == "cafedistill":
+    if method == "cafedistill-text":
         summary = json.loads((parts.results / "summary.json").read_text())
         assert summary["teacher_weights"]["clients"] == list(range(N))
 
