@@ -128,8 +128,8 @@ def conflict_ramp(server_round: int, num_rounds: int, num_exits: int, conflict: 
 
     Examples
     --------
-    >>> [round(conflict_ramp(t, 8, 4, -0.1), 3) for t in (1, 2, 3, 4, 5, 6)]
-    [0.0, 0.087, 0.275, 0.462, 0.65, 0.75]
+    >>> [round(conflict_ramp(t, 8, 4, -0.1), 4) for t in (1, 2, 3, 4, 5, 6)]
+    [0.0, 0.0875, 0.275, 0.4625, 0.65, 0.75]
     """
     if num_rounds < 1 or num_exits < 1 or server_round < 1:
         raise ValueError(
