@@ -172,7 +172,10 @@ def exchanged(grid, info, wire="float32"):
         yield request, TrainReply.from_message(reply, Keys(), base=request.shared, **sizes, **expected)
 
 
-@pytest.mark.parametrize("method", ["cafedistill", "pfedgraph", "fedpac", "cafedistill-plus", "fedavg"])
+@pytest.mark.parametrize(
+    "method",
+    ["cafedistill", "cafedistill-plus", "cafedistill-text", "pfedgraph", "fedpac", "cafedistill-prior", "fedavg"],
+)
 def test_what_leaves_a_client_is_clipped_against_what_this_client_was_sent(tmp_path, no_report, method):
     """pFedGraph and FedPAC send every client its own start. What a client reports lies within C of that start: it is
     not clipped against anybody else's, or the average, which is farther away."""
@@ -195,7 +198,14 @@ def test_what_leaves_a_client_is_clipped_against_what_this_client_was_sent(tmp_p
             assert np.linalg.norm(change) <= c * (1 + 1e-2)
             if method == "pfedgraph":  # all that it sends; training would have gone farther
                 assert np.linalg.norm(change) == pytest.approx(c, rel=1e-2)
-        elif method == "cafedistill":
+        elif method in (
+            "cafedistill",
+            "cafedistill-plus",
+        ):  # what it was sent; at first zeros
+            (client,) = request.clients
+            before = request.downloads.get(client, np.zeros(info.upload.size, dtype=np.float32))
+            assert np.linalg.norm(report.upload - before) <= c * (1 + 1e-3)
+        elif method == "cafedistill-text":
             head = np.concatenate([initial[name] for name in info.upload.names])
             assert np.linalg.norm(report.upload - head) <= c * (1 + 1e-3)
             assert np.linalg.norm(report.upload - head) == pytest.approx(c, rel=1e-2)  # it would have gone farther
@@ -257,7 +267,7 @@ def test_a_message_that_arrives_twice_gets_the_same_noise_again(tmp_path, no_rep
 def test_rounds_clients_and_parts_have_noise_of_their_own(tmp_path, no_report):
     """No number of a message is found in another: of the noise that dominates them."""
     sigma = 1e4
-    grid, _, strategy = federate(tmp_path, Privacy(1.0, noise_multiplier=sigma), learning_rate=1e-6, mu=0.0)
+    grid, _, strategy = federate(tmp_path, Privacy(1.0, noise_multiplier=sigma), learning_rate=1e-6, mu=1e-6)
     info = strategy.directory.reference
     noises = []
     for request, reply in exchanged(grid, info):
