@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("no_report")
 
 N = 4
 BAD = 2  # the client that something is wrong with
-T = 2  # all student exits train in every round, whoever takes part
+T = 2
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,9 @@ def reference(tmp_path_factory):
 
 
 def toy_settings(folder, **changes):
-    return small_settings(folder, **{"num_clients": N, "num_server_rounds": T, "batch_size": 8, **changes})
+    """All student exits train in every round, whoever takes part."""
+    defaults = {"num_clients": N, "num_server_rounds": T, "batch_size": 8, "selection": "none"}
+    return small_settings(folder, **{**defaults, **changes})
 
 
 def run_with(settings, fault, num_nodes=N, app=None):
@@ -506,8 +508,12 @@ def test_the_summary_counts_clients_that_came_late(tmp_path):
     assert strict_json((settings.results / "summary.json").read_text())["num_clients"] == N
 
 
-def test_a_late_client_starts_like_any_other_in_its_first_round(tmp_path):
-    """It gets no teacher from others yet, starts from the common initial heads, and teaches from then on."""
+@pytest.mark.parametrize("method", ["cafedistill", "cafedistill-text"])
+def test_a_late_client_starts_like_any_other_in_its_first_round(tmp_path, method):
+    """It gets nothing from others yet, starts from the common initial heads, and is learnt from from then on.
+
+    With cafedistill a round's weights are of those that took part in it, and what was mixed is sent in the next one.
+    """
     plans = {}
     original = strategy_module.FederatedStrategy._run_round
 
@@ -518,11 +524,11 @@ def test_a_late_client_starts_like_any_other_in_its_first_round(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(strategy_module.FederatedStrategy, "_run_round", watch)
-        device_run(tmp_path, ["0,1", "2", "3"], {1: (2, 99), 2: (99, 99)})
-    assert plans[1].weights is None
-    assert (list(plans[2].weight_rows), list(plans[2].weight_columns)) == ([0, 1], [0, 1])
-    assert (list(plans[3].weight_rows), list(plans[3].weight_columns)) == ([0, 1, 2], [0, 1, 2])
-    assert sorted(plans[2].downloads) == [0, 1]
+        device_run(tmp_path, ["0,1", "2", "3"], {1: (2, 99), 2: (99, 99)}, method=method)
+    rows = {t: (list(plan.weight_rows), list(plan.weight_columns)) for t, plan in plans.items()}
+    early, late = ([0, 1], [0, 1]), ([0, 1, 2], [0, 1, 2])
+    assert [rows[t] for t in (1, 2, 3)] == [early, late, late] if method == "cafedistill" else [([], []), early, late]
+    assert [sorted(plans[t].downloads) for t in (1, 2, 3)] == [[], [0, 1], [0, 1, 2]]
 
 
 def test_a_node_that_leaves_is_named_and_comes_back(tmp_path, flower_log):
