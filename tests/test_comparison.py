@@ -428,7 +428,7 @@ def test_a_changed_experiment_is_refused_by_name(real: Real, tmp_path: Path) -> 
     done = call(file, "--results-dir", real.results)
     assert done.exit_code == 1
     assert "row 'cafedistill'" in done.output
-    assert "momentum was 0.0, now 0.5" in done.output
+    assert "momentum was 0.9, now 0.5" in done.output
     assert "choose another name" in done.output
     assert (real.home / "experiment.yaml").read_bytes() == before
 

@@ -277,7 +277,9 @@ def contract() -> dict[str, dict[tuple[str, str], Row]]:
     for section in sections:
         kind = section.split("`")[1] if section.startswith("`") else ""
         if kind.endswith(".…"):
-            tables[kind] = {("config", cells[0]): (cells[1], "", False) for cells in rows_of(section)}
+            tables[kind] = {
+                ("config", key.removesuffix("?")): (type_, "", key.endswith("?")) for key, type_, *_ in rows_of(section)
+            }
             continue
         for direction in ("Down", "Up") if kind else ():
             table = section.split(f"**{direction}**", 1)[1].split("**Up**")[0]
@@ -368,7 +370,7 @@ def traffic(folder: Path) -> Iterator[WatchedGrid]:
         strategy.start(grid, train_config=ConfigRecord({"mine": 1}))
         return grid
 
-    yield federation(toy_app(), 3)
+    yield federation(toy_app(), 3, local=LocalBudget(momentum=0.9, keep_momentum=True))
     yield federation(toy_app(), 2, folder / "short")
     yield federation(FaultyApp(toy_app(), damage_state_of_client_1), 1, folder / "named", num_clients=2)
     yield federation(toy_app(), 2, num_clients=5, wire="float16", privacy=Privacy(clip_norm=1.0))

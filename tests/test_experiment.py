@@ -46,6 +46,8 @@ TINY = {
     "examples-per-client": 40,
     "local-steps": 2,
     "dirichlet-alpha": 1.0,
+    "learning-rate": 0.3,
+    "momentum": 0.0,
 }
 
 
@@ -240,7 +242,8 @@ def test_shipped_experiments_can_run(tmp_path: Path) -> None:
             assert {run.settings.dataset for run in plan_runs(shipped, tmp_path) + plan_trials(shipped, tmp_path)} == {
                 name
             }
-            assert set(shipped.labels) == set(METHODS)
+            if not path.stem.endswith("-small"):
+                assert set(shipped.labels) == set(METHODS)
             shipped = with_data_dir(smoke_size(shipped), write_stand_in(tmp_path, name, 400))
         check_experiment(shipped, tmp_path / shipped.name)
     assert set(METHODS) <= set(read_experiment(Path("experiments/digit-pairs.yaml")).labels)
@@ -358,9 +361,13 @@ def test_a_run_says_nothing_aloud_and_leaves_the_log_as_it_was(
 
 
 def test_rows_start_from_the_same_weights_data_and_participants(tmp_path: Path, no_report: None) -> None:
-    """At a learning rate of 1e-30 no weight moves in float32: what a run ends with is what it started from."""
+    """At a learning rate of 1e-30 no weight moves in float32: what a run ends with is what it started from.
+
+    Personal classifiers start at zero. Shared ones start as they were built, and so do those of cafedistill-text.
+    """
     settings = {**TINY, "learning-rate": 1e-30, "fraction-train": 0.5, "num-clients": 4}
-    rows = ["cafedistill", "fedavg", "fedper", "local", "fedrep"]
+    built, zero = ["fedavg", "cafedistill-text"], ["cafedistill", "cafedistill-plus", "fedper", "local", "fedrep"]
+    rows = [*built, *zero]
     runs = plan_runs(experiment(rows=rows, settings=settings), tmp_path)
     assert [run_one(run) for run in runs] == [None] * len(rows)
     summaries = [read_summary(run) or {} for run in runs]
@@ -370,7 +377,8 @@ def test_rows_start_from_the_same_weights_data_and_participants(tmp_path: Path, 
             tensors = load_file(run.folder / "personal" / f"client-{client}.safetensors")
             assert tensors.keys() == reference.keys()
             for name, tensor in tensors.items():
-                torch.testing.assert_close(tensor, reference[name], rtol=0, atol=1e-7)
+                start = torch.zeros_like(tensor) if ".head." in name and run.row in zero else reference[name]
+                torch.testing.assert_close(tensor, start, rtol=0, atol=1e-7)
         sizes = [[c[key] for key in ("train", "calibration", "test", "classes")] for c in summary["clients"]]
         first = [[c[key] for key in ("train", "calibration", "test", "classes")] for c in summaries[0]["clients"]]
         assert sizes == first

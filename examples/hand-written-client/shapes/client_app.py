@@ -56,9 +56,7 @@ def train(message: Message, context: Context) -> Message:
     layout = Layout(network)
     request = Request.read(message, layout, client)
     store = Versions(context, str(config["run"]), client)
-    network.load_state_dict(
-        {**network.state_dict(), **layout.shared.unpack(request.base), **store.load(request.version)}
-    )
+    start_from(network, layout, request, store)
     x, y = data.tensors(client, "test")
     start = time.perf_counter()
     before = evaluated(network, x, y, bool(config["evaluate"]))
@@ -91,15 +89,13 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate the personal network: the server's shared weights, the client's own heads."""
+    """Evaluate the personal network: the server's shared weights, the client's own heads and its mixture."""
     config = message.content["config"]
     network, client = begin(config, context)
     layout = Layout(network)
     request = Request.read(message, layout, client)
     store = Versions(context, str(config["run"]), client)
-    network.load_state_dict(
-        {**network.state_dict(), **layout.shared.unpack(request.base), **store.load(request.version)}
-    )
+    start_from(network, layout, request, store)
     inputs, labels = zip(*(data.tensors(client, split) for split in ("calibration", "test")), strict=True)
     logits = [measuring.logits_of(network, x) for x in inputs]
     scale = torch.tensor([measuring.temperature(z, labels[0]) for z in logits[0]])[:, None, None]
@@ -123,10 +119,20 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def begin(config: Any, context: Context) -> tuple[ExitNet, int]:
-    """The network as everybody starts, and the number of the client on this node."""
+    """The network as everybody starts, its heads at zero, and the number of the client on this node."""
     check(config)
     torch.manual_seed(int(config["seed"]))
-    return ExitNet(), int(context.node_config["partition-id"])
+    network = ExitNet()
+    for k in range(len(network.exits)):
+        for name in network.head_names(k):
+            torch.nn.init.zeros_(network.get_parameter(name))
+    return network, int(context.node_config["partition-id"])
+
+
+def start_from(network: ExitNet, layout: Layout, request: Request, store: Versions) -> None:
+    """The shared weights, the client's own heads, and in the place of the last one the mixture, if there is one."""
+    own = {**store.load(request.version), **request.mixture}
+    network.load_state_dict({**network.state_dict(), **layout.shared.unpack(request.base), **own})
 
 
 def evaluated(network: ExitNet, x: Tensor, y: Tensor, wanted: bool) -> dict[str, list[float]]:
@@ -153,7 +159,7 @@ def learn(network: ExitNet, client: int, request: Request) -> list[float]:
     losses = []
     for index in mini_batches(local, len(y), rng):
         optimizer.zero_grad()
-        loss = loss_of(network(x[index]), y[index], request, method["distill-weight"], method["temperature"])
+        loss = loss_of(network(x[index]), y[index], request.active, method["distill-weight"], method["temperature"])
         loss.backward()
         if local["max-grad-norm"]:
             torch.nn.utils.clip_grad_norm_(parameters, local["max-grad-norm"])
@@ -162,17 +168,16 @@ def learn(network: ExitNet, client: int, request: Request) -> list[float]:
     return losses
 
 
-def loss_of(exits: list[tuple[Tensor, Tensor]], y: Tensor, request: Request, weight: float, tau: float) -> Tensor:
-    """The last exit learns the labels; active students learn the labels and from the teacher."""
-    features, last = exits[-1]
-    taught = (F.linear(features, *request.teacher) if request.teacher else last).detach()
-    target = F.log_softmax(taught / tau, dim=1)
-    loss = F.cross_entropy(last, y)
-    for (_, student), active in zip(exits[:-1], request.active, strict=True):
-        if active:
-            log_p = F.log_softmax(student / tau, dim=1)
-            distillation = F.kl_div(log_p, target, reduction="batchmean", log_target=True) * tau**2
-            loss = loss + F.cross_entropy(student, y) + weight * distillation
+def loss_of(logits: list[Tensor], y: Tensor, active: list[bool], weight: float, tau: float) -> Tensor:
+    """The last exit and the active students but the deepest learn the labels; students learn from the last exit."""
+    *students, last = logits
+    students = [student for student, trains in zip(students, active, strict=True) if trains]
+    labelled = [F.cross_entropy(z, y) for z in [*students[:-1], last]]
+    loss = torch.stack(labelled).sum() / len(logits)
+    target = F.log_softmax(last.detach() / tau, dim=1)
+    for student in students:
+        log_p = F.log_softmax(student / tau, dim=1)
+        loss = loss + weight * tau**2 * F.kl_div(log_p, target, reduction="batchmean", log_target=True)
     return loss
 
 

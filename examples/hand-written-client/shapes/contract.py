@@ -18,10 +18,16 @@ PROTOCOL = 1
 # What this client does with the settings of cafedistill: it follows some, others are the server's business or have
 # only one value that it can follow. A setting that is in none of the three is one that it does not know.
 FOLLOWED = {"distill-weight", "temperature"}
-OF_THE_SERVER = {"mu", "selection", "solver", "max-staleness", "equal-steps"}
-ONLY = {"objective": "cross-entropy", "prior": False, "distill": False, "similarity-proxy": "parameters"}
+OF_THE_SERVER = {"mu", "conflict", "selection", "match-by", "solver", "equal-steps"}
+ONLY = {
+    "objective": "cross-entropy",
+    "prior": False,
+    "distill": False,
+    "classifier-start": "zero",
+    "write-back": True,
+}
 MATTER_TO_OTHER_OBJECTIVES = {
-    *("ema-decay", "objective-temperature", "objective-teacher", "safe-kd-alpha", "safe-kd-beta"),
+    *("ema-decay", "objective-temperature", "safe-kd-alpha", "safe-kd-beta"),
     *("erde-right", "erde-wrong", "neo-kd-alpha", "neo-kd-beta", "adversarial-epsilon", "adversarial-steps"),
 }
 
@@ -33,8 +39,6 @@ def check(config: ConfigRecord) -> None:
     if config["method"] != "cafedistill":
         raise ValueError(f"this node knows the method cafedistill only, not {config['method']}")
     for name, value in prefixed(config, "method.").items():
-        if (name == "teachers" and value != "own") or (name == "peers" and value != "deeper"):
-            continue
         if name in ONLY and value == ONLY[name]:
             continue
         if name not in FOLLOWED | OF_THE_SERVER | MATTER_TO_OTHER_OBJECTIVES:
@@ -100,7 +104,7 @@ class Request:
 
     config: ConfigRecord
     base: np.ndarray
-    teacher: list[Tensor]
+    mixture: dict[str, Tensor]
     version: int
     active: list[bool]
 
@@ -114,13 +118,13 @@ class Request:
         if list(config["clients"]) != [client]:
             raise ValueError(f"this node hosts client {client}, asked for were {config['clients']}")
         flat = message.content["arrays"]["flat"].numpy().astype(np.float32)
-        taught = list(config.get("downloads", [])) == [client]
+        mixed = list(config.get("downloads", [])) == [client]
         size = layout.shared.size
-        if len(flat) != size + taught * layout.download.size:
+        if len(flat) != size + mixed * layout.download.size:
             raise ValueError(f"the request carries {len(flat)} values")
-        teacher = list(layout.download.unpack(flat[size:]).values()) if taught else []
+        mixture = layout.download.unpack(flat[size:]) if mixed else {}
         active = [bool(each) for each in config.get("active-exits", [])]
-        return cls(config, flat[:size], teacher, int(config["versions"][0]), active)
+        return cls(config, flat[:size], mixture, int(config["versions"][0]), active)
 
     def sent(self, shared: np.ndarray, upload: np.ndarray) -> np.ndarray:
         """The flat array of the reply: in float16, what is shared goes as its difference to what came."""

@@ -15,7 +15,7 @@ THRESHOLDS = [*np.linspace(0, 1, 101), np.inf]
 def logits_of(network: ExitNet, x: Tensor) -> Tensor:
     """Logits of all exits, (m, N, C)."""
     network.eval()
-    return torch.stack([logits for _, logits in network(x)])
+    return torch.stack(network(x))
 
 
 def exit_metrics(logits: Tensor, y: Tensor) -> dict[str, list[float]]:

@@ -43,13 +43,12 @@ class ExitNet(nn.Module):
         self.exits = nn.ModuleList(nn.ModuleDict({"head": nn.Linear(*HEAD)}) for _ in self.stages)
         self.pool = pool()
 
-    def forward(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Features (B, WIDTH) and logits (B, C) of every exit."""
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Logits (B, C) of every exit."""
         result = []
         for stage_k, exit_k in zip(self.stages, self.exits, strict=True):
             x = stage_k(x)
-            features = self.pool(x)
-            result.append((features, exit_k["head"](features)))
+            result.append(exit_k["head"](self.pool(x)))
         return result
 
     @staticmethod
