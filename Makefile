@@ -20,8 +20,9 @@ demo: .venv/.installed ## Train the default federation, write results/demo, prin
 compare: .venv/.installed ## The short comparison of methods; writes its table into README.md (about 5 minutes)
 	$(BIN)/cafe-flwr compare experiments/quick.yaml --results-dir results --update-markdown README.md
 
-test: lint ## Lint, types and all tests
-	$(BIN)/python -m pytest
+test: lint ## Lint, types and all tests: first those in one process, two files at a time, then real nodes and servers
+	$(BIN)/python -m pytest -m "not flower" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m flower tests
 
 lint: .venv/.installed ## Lint and types only
 	$(BIN)/ruff check .

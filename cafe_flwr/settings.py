@@ -101,7 +101,7 @@ class Settings(_MethodSettings):
     --------
     >>> settings = Settings.from_run_config({"num-clients": 10, "dirichlet-alpha": 0.3})
     >>> settings.num_clients, settings.learning_rate
-    (10, 0.3)
+    (10, 0.15)
     >>> Settings.from_run_config({"dirichlet-alhpa": 0.3})
     Traceback (most recent call last):
         ...

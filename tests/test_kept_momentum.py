@@ -70,7 +70,6 @@ def test_rounds_of_local_training_are_one_uninterrupted_run_of_torchs_optimiser(
         **{"method": "local", "num_server_rounds": ROUNDS, "local_steps": STEPS, **optimizer},
         learning_rate_schedule="exponential",
         learning_rate_decay=0.9,
-        classifier_start="built",
     )
     run_small(settings, nodes)
     networks = Recorded.read(settings.results).networks

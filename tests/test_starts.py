@@ -6,6 +6,7 @@ import torch
 from federations import WatchedGrid, asked, same_tensors, toy_app, toy_network
 
 from cafe_flwr.methods import METHODS
+from cafe_flwr.methods.mixtures import WholeModel
 from cafe_flwr.starts import STARTS, classifier_start
 from cafe_flwr.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
@@ -115,6 +116,7 @@ CASES = [
     for name, cls in METHODS.items()
     for start in ("", "common", "own")
     if not start or start in cls.__dataclass_fields__["classifier_start"].metadata["choices"]
+    if not (start == "own" and issubclass(cls, WholeModel))
 ]
 
 
@@ -131,6 +133,12 @@ def test_every_method_starts_its_personal_classifiers_so_and_shared_ones_as_buil
         begun = {} if asked_for == "built" else classifier_start(ENTRIES, asked_for, SEED, client)
         for key, tensor in tensors.items():
             assert torch.equal(tensor, begun.get(key, seeds[key]) if key in personal else seeds[key]), key
+
+
+@pytest.mark.parametrize("name", ["fedamp", "pfedgraph"])
+def test_updates_since_a_common_start_need_one(name):
+    with pytest.raises(ValueError, match=f"classifier_start = 'own' is not for {name}.* zero, common or built"):
+        METHODS[name](classifier_start="own")
 
 
 @pytest.mark.parametrize("start", STARTS[:3])

@@ -22,6 +22,14 @@ class WholeModel(Method):
     updates alike, and similarities of updates need no further message.
     """
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.classifier_start == "own":
+            raise ValueError(
+                f"classifier_start = 'own' is not for {self.name}, which mixes updates since a start that all share. "
+                "Set it to zero, common or built"
+            )
+
     def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
         """The update of every tensor that travels."""
         tensors = network.state_dict()
