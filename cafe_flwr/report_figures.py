@@ -125,16 +125,17 @@ def draw_ramp(run: Run) -> Drawn:
     text = "Bands: student exits of each depth that train, as a share of all students of the round's clients"
     if top[:, -1].min() > 0.999 or not rounds > 0:
         return figure, f"{text}; here all of them from the first round on."
+    released = run.get("method") in ("cafedistill", "cafedistill-plus")
     x = np.linspace(t[0], t[-1], 200)
-    axis.plot(x, np.minimum(2 * x / rounds, 1), color=PAPER, lw=2.5)
-    axis.plot(x, np.minimum(2 * x / rounds, 1), color=INK, lw=1.5, ls=(0, (1, 1.5)))
-    text += "; dotted: the ramp R(t) = min(2t/T, 1) that lets them in"
-    return figure, f"{text}; conflicts between clients hold it back." if _held_back(run) else f"{text}."
-
-
-def _held_back(run: Run) -> bool:
-    """Whether conflicts slow the ramp down, as in CAFEDistill as it was released."""
-    return run.get("method") in ("cafedistill", "cafedistill-plus")
+    ramp = np.minimum(2 * (x - released) / rounds, 1)
+    axis.plot(x, ramp, color=PAPER, lw=2.5)
+    axis.plot(x, ramp, color=INK, lw=1.5, ls=(0, (1, 1.5)))
+    if not released:
+        return figure, f"{text}; dotted: the ramp R(t) = min(2t/T, 1) that lets them in."
+    return figure, (
+        f"{text}; dotted: the ramp min(2(t − 1)/T, 1) that lets them in. The first trains from the start, and conflicts "
+        "between clients hold the others back."
+    )
 
 
 def _students(line: Mapping[str, Any], num_exits: int) -> int:

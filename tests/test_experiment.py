@@ -234,17 +234,18 @@ def test_slugs_keep_letters_digits_and_dots() -> None:
 
 
 def test_shipped_experiments_can_run(tmp_path: Path) -> None:
-    """Those on data sets of the hub: on made-up copies, at their smoke size."""
+    """Those on data sets of the hub: on made-up copies, at their smoke size; test_smoke.py has their small sizes."""
+    published = set(METHODS) - {"cafedistill-text", "cafedistill-prior", "local-kd", "depthfl", "scalefl"}
     for path in sorted(Path("experiments").glob("*.yaml")):
+        if path.stem.startswith("paper-") and path.stem.endswith("-small"):
+            continue
         shipped = read_experiment(path)
         assert shipped.name == path.stem
         if (name := shipped.settings["dataset"]) in HUB_SETS:
             assert {run.settings.dataset for run in plan_runs(shipped, tmp_path) + plan_trials(shipped, tmp_path)} == {
                 name
             }
-            if shipped.smoke is None:
-                continue
-            assert set(shipped.labels) == set(METHODS)
+            assert set(shipped.labels) == published
             shipped = with_data_dir(smoke_size(shipped), write_stand_in(tmp_path, name, 400))
         check_experiment(shipped, tmp_path / shipped.name)
     assert set(METHODS) <= set(read_experiment(Path("experiments/digit-pairs.yaml")).labels)

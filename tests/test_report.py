@@ -443,7 +443,7 @@ def test_the_page_says_what_clients_learn_from_one_another(run: Path, method: st
     text = page_of(run).text
     assert words in text
     assert ("exit 3, the teacher" in text) == teaches
-    assert ("conflicts between clients hold it back" in text) == (method in ("cafedistill", "cafedistill-plus"))
+    assert ("conflicts between clients hold the others back" in text) == (method in ("cafedistill", "cafedistill-plus"))
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt"])
