@@ -133,8 +133,8 @@ def draw_ramp(run: Run) -> Drawn:
     if not released:
         return figure, f"{text}; dotted: the ramp R(t) = min(2t/T, 1) that lets them in."
     return figure, (
-        f"{text}; dotted: the ramp min(2(t − 1)/T, 1) that lets them in. The first trains from the start, and conflicts "
-        "between clients hold the others back."
+        f"{text}; dotted: the ramp min(2(t − 1)/T, 1) that lets them in. The first trains from the start, and "
+        "conflicts between clients hold the others back."
     )
 
 
