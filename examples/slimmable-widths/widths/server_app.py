@@ -16,7 +16,7 @@ def main(grid: Grid, context: Context) -> None:
     strategy = CafeDistill(
         num_clients=config["num-clients"],
         num_rounds=config["num-server-rounds"],
-        local=LocalBudget(learning_rate=config["learning-rate"]),
+        local=LocalBudget(learning_rate=config["learning-rate"], momentum=0.9),
         seed=config["seed"],
     )
     result = strategy.start(grid)
