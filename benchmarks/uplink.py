@@ -21,6 +21,9 @@ from benchmarks.runs import ROOT
 SEEDS = (0, 1, 2)
 ROUNDS = int(os.environ.get("UPLINK_ROUNDS", "30"))
 METHOD = os.environ.get("UPLINK_METHOD", "cafedistill-text")
+JOB: dict[str, Any] = {"method": METHOD}
+if METHOD == "cafedistill-text":
+    JOB |= {"learning-rate": 0.3, "momentum": 0.0}
 DEMO_NODES, CLIENTS = 2, 20
 
 
@@ -63,7 +66,7 @@ def run(job: tuple[int, str, int, int]) -> Outcome:
             accuracies.extend(mean(report.exits.accuracy) for report in reports)
 
     with tempfile.TemporaryDirectory() as folder:
-        config: dict[str, Any] = {"method": METHOD, "results-dir": folder, "seed": seed, "num-server-rounds": rounds}
+        config: dict[str, Any] = {**JOB, "results-dir": folder, "seed": seed, "num-server-rounds": rounds}
         settings = Settings.from_run_config({**config, "evaluate-every": rounds})
         strategy = build_strategy(settings)
         strategy.wire, strategy.callbacks = wire, (Meter(),)
