@@ -4,8 +4,8 @@ import torch
 from flwr.app import Context
 
 from cafe_flwr import EarlyExitNetwork, make_client_app
+from cafe_flwr.app.build import build_networks, federation, modality_of, state_dir
 from cafe_flwr.data import ClientData
-from cafe_flwr.federation import build_networks, federation, modality_of, state_dir
 from cafe_flwr.settings import Settings
 
 torch.set_num_threads(1)  # a worker per core; threads of one worker only get in each other's way

@@ -3,8 +3,8 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from cafe_flwr.calibration_round import calibrate_federation
-from cafe_flwr.federation import run
+from cafe_flwr.app.build import run
+from cafe_flwr.server.calibration import calibrate_federation
 from cafe_flwr.settings import Settings
 
 app = ServerApp()

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import inference, memory
+from cafe_flwr.core.random import rng_for
 from cafe_flwr.data import Split
-from cafe_flwr.devices import Placement, device_of
 from cafe_flwr.methods import METHODS, LocalTask
 from cafe_flwr.networks import EarlyExitNetwork, Exit
-from cafe_flwr.participation import rng_for
+from cafe_flwr.networks.placement import Placement, device_of
 from cafe_flwr.training import LocalBudget, batches
 
 ROOT = Path(__file__).resolve().parent.parent

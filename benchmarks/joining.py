@@ -40,8 +40,8 @@ def settings_of(method: str, job: dict[str, Any]) -> dict[str, Any]:
 def federate(job: dict[str, Any], seed: int, folder: str) -> Path:
     """Run a federation on all but the last clients of a partition; its results folder."""
     sys.path.insert(0, str(ROOT))
+    from cafe_flwr.app.build import run
     from cafe_flwr.engine import InProcessGrid
-    from cafe_flwr.federation import run
     from cafe_flwr.settings import Settings
     from client_app import app
 
@@ -61,10 +61,10 @@ def federate(job: dict[str, Any], seed: int, folder: str) -> Path:
 
 def measure(results: Path, epochs: int) -> dict[str, float]:
     """Mean test accuracy over exits and newcomers, by way of getting a network."""
-    from cafe_flwr.federation import build_network, federation
-    from cafe_flwr.joining import package_run, train_newcomer
+    from cafe_flwr.app.build import build_network, federation
+    from cafe_flwr.app.joining import package_run, train_newcomer
+    from cafe_flwr.client.app import Workplace, seeded
     from cafe_flwr.metrics import evaluate
-    from cafe_flwr.node import Workplace, seeded
     from cafe_flwr.personal import FinishedRun
     from cafe_flwr.settings import Settings
     from cafe_flwr.training import snapshot
@@ -95,8 +95,8 @@ def measure(results: Path, epochs: int) -> dict[str, float]:
 
 def train_alone(work: Any, facts: Any, client: int, data: Any, epochs: int) -> Any:
     """The whole network from the common start, by the steps and the learning rates of a newcomer."""
+    from cafe_flwr.core.random import rng_for
     from cafe_flwr.methods import LocalTask
-    from cafe_flwr.participation import rng_for
     from cafe_flwr.training import LocalBudget, learning_rate_at
 
     budget = LocalBudget(**facts["budget"])
@@ -117,7 +117,7 @@ def train_alone(work: Any, facts: Any, client: int, data: Any, epochs: int) -> A
 
 def main() -> None:
     """Print a line per method, job and number of epochs: mean over seeds, and each."""
-    from cafe_flwr.report import read_run
+    from cafe_flwr.results.run import read_run
 
     for method, (name, job) in itertools.product(sys.argv[1:] or METHODS, JOBS.items()):
         with tempfile.TemporaryDirectory() as folder:

@@ -12,11 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.runs import run_in_process
+from cafe_flwr.app.build import build_network, federation
+from cafe_flwr.core.random import rng_for
 from cafe_flwr.data import Split
-from cafe_flwr.federation import build_network, federation
 from cafe_flwr.methods import METHODS, LocalTask
 from cafe_flwr.networks import ResNet18
-from cafe_flwr.participation import rng_for
 from cafe_flwr.settings import Settings
 from cafe_flwr.training import LocalBudget, batches
 

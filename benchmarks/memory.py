@@ -84,7 +84,7 @@ def main() -> None:
     from cafe_flwr.engine import InProcessGrid
     from cafe_flwr.methods import METHODS
     from cafe_flwr.networks import ResNet18
-    from cafe_flwr.strategy import FederatedStrategy
+    from cafe_flwr.server.strategy import FederatedStrategy
     from cafe_flwr.training import LocalBudget
 
     torch.manual_seed(0)

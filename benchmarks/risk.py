@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from cafe_flwr.exact_tests import binomial_p_values
 from cafe_flwr.risk import calibrate, folds, required_examples, risk_report
-from cafe_flwr.threshold_path import count_along, histogram, path_from, quantile_edges
+from cafe_flwr.risk.exact_tests import binomial_p_values
+from cafe_flwr.risk.path import count_along, histogram, path_from, quantile_edges
 
 SPLITS, PEOPLE, DELTA = 1000, 5_000, 0.1
 RISKS, SIZES = (0.01, 0.05, 0.1), (200, 1000, 5000)

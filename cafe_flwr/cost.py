@@ -14,10 +14,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from cafe_flwr.cost_curve import CostCurve, accuracy_macs_curve, area_under_curve
-from cafe_flwr.inference import EarlyExitRunner
-from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.networks.base import evaluating
+from cafe_flwr.inference.runner import EarlyExitRunner
+from cafe_flwr.metrics.curve import CostCurve, accuracy_macs_curve, area_under_curve
+from cafe_flwr.networks.early_exit import EarlyExitNetwork, evaluating
 
 __all__ = [
     "CostCurve",

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 from pydantic.alias_generators import to_snake
 
-from cafe_flwr import digits
-from cafe_flwr.bounds import Bounds
-from cafe_flwr.devices import DEVICE_PATTERN
-from cafe_flwr.hub import names_of_sets
-from cafe_flwr.kinds import read_shares
-from cafe_flwr.methods import METHODS, Method
-from cafe_flwr.modalities import MODALITIES
-from cafe_flwr.objectives import READS
-from cafe_flwr.older_settings import renamed
-from cafe_flwr.privacy import Privacy
-from cafe_flwr.training import DEFAULT_BUDGET, LocalBudget, learning_rate_at
+from cafe_flwr.core.older_settings import renamed
+from cafe_flwr.data import digits
+from cafe_flwr.data.hub import names_of_sets
+from cafe_flwr.data.modalities import MODALITIES
+from cafe_flwr.methods import METHODS
+from cafe_flwr.methods.base import Method
+from cafe_flwr.networks.placement import DEVICE_PATTERN
+from cafe_flwr.training.loop import DEFAULT_BUDGET, LocalBudget, learning_rate_at
+from cafe_flwr.training.objectives.base import READS
+from cafe_flwr.wire.bounds import Bounds
+from cafe_flwr.wire.capacity import read_shares
+from cafe_flwr.wire.privacy import Privacy
 
 IMAGE_SETS = (*digits.NUM_CLASSES, *names_of_sets(texts=False))
 TEXT_SETS = ("docstrings", *names_of_sets(texts=True))

@@ -67,11 +67,11 @@ def run_reference(folder: Path) -> None:
 
     The clients' state is in ``state/reference``, that of the last of these rounds the newest.
     """
+    from cafe_flwr.app.build import build_strategy
     from cafe_flwr.engine import InProcessGrid
-    from cafe_flwr.federation import build_strategy
-    from cafe_flwr.recording import Recorder, RoundRecord
+    from cafe_flwr.personal.store import ServerState
+    from cafe_flwr.results.recorder import Recorder, RoundRecord
     from cafe_flwr.settings import Settings
-    from cafe_flwr.state import ServerState
 
     class Enough(Exception):
         pass

@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 
 import psutil  # type: ignore[import-untyped]
 
-from cafe_flwr.launch import flwr, free_port, wait_until_healthy
+from cafe_flwr.app.launch import flwr, free_port, wait_until_healthy
 from deploy.certificates import CA_CERTIFICATE, make_authority, make_node_key, make_server_certificate
 from deploy.commands import SuperLinkOptions, SuperNodeOptions, connection
 

@@ -8,8 +8,8 @@ It is noise with a trace of the label, to see that everything runs where there i
 import argparse
 from pathlib import Path
 
-from cafe_flwr.hub import HUB_SETS
-from cafe_flwr.stand_ins import write_stand_in
+from cafe_flwr.data.hub import HUB_SETS
+from cafe_flwr.data.stand_ins import write_stand_in
 
 
 def main() -> None:

@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cafe_flwr import EarlyExitNetwork, make_client_app
+from cafe_flwr.app.build import build_networks, build_strategy, federation, modality_of
+from cafe_flwr.app.build import run as run_federation
 from cafe_flwr.data import ClientData, Split
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.federation import build_networks, build_strategy, federation, modality_of
-from cafe_flwr.federation import run as run_federation
 from cafe_flwr.networks import Exit
-from cafe_flwr.recording import Recorder, Results, open_results
+from cafe_flwr.results.recorder import Recorder, Results, open_results
 from cafe_flwr.settings import Settings
 
 SMALL = {

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image as Pictures
 
-from cafe_flwr.hub import HUB_SETS
-from cafe_flwr.stand_ins import TOPICS, label_of, picture, text
-from cafe_flwr.stand_ins import write_stand_in as write_copy
+from cafe_flwr.data.hub import HUB_SETS
+from cafe_flwr.data.stand_ins import TOPICS, label_of, picture, text
+from cafe_flwr.data.stand_ins import write_stand_in as write_copy
 
 __all__ = ["CLASSES", "TOPICS", "label_of", "picture", "text", "write_copy", "write_plain"]
 

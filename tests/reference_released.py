@@ -21,12 +21,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cafe_flwr.client.app import seeded
+from cafe_flwr.core.random import rng_for
+from cafe_flwr.core.schema import Schema
 from cafe_flwr.data import ClientData
+from cafe_flwr.methods.starts import classifier_start
 from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.node import seeded
-from cafe_flwr.participation import rng_for
-from cafe_flwr.schema import Schema
-from cafe_flwr.starts import classifier_start
 from cafe_flwr.training import batches
 
 Tensors = dict[str, Tensor]

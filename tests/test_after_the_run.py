@@ -31,25 +31,25 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cafe_flwr import EarlyExitNetwork, __version__
-from cafe_flwr.calibration import read_thresholds
+from cafe_flwr.app.build import build_network, federation
+from cafe_flwr.app.joining import Package, join, mean_head, mean_heads, package, package_run
+from cafe_flwr.app.source import NodeNetwork, parts_of
 from cafe_flwr.cli import app
+from cafe_flwr.client.app import Workplace, seeded
+from cafe_flwr.core.schema import Schema
 from cafe_flwr.data import Split
 from cafe_flwr.device import load
-from cafe_flwr.evaluation import evaluate_run
-from cafe_flwr.federation import build_network, federation
 from cafe_flwr.inference import EarlyExitRunner
-from cafe_flwr.joining import Package, join, mean_head, mean_heads, package, package_run
 from cafe_flwr.methods import METHODS, CafeDistillMethod, LocalResult, LocalTask
 from cafe_flwr.methods.base import ClientRecord
 from cafe_flwr.metrics import evaluate
 from cafe_flwr.networks import Exit
-from cafe_flwr.node import Workplace, seeded
-from cafe_flwr.node_local import NodeNetwork, parts_of
 from cafe_flwr.personal import FinishedRun, fingerprint
-from cafe_flwr.schema import Schema
+from cafe_flwr.personal.calibration import read_thresholds
+from cafe_flwr.personal.evaluation import evaluate_run
+from cafe_flwr.personal.store import Checkpoints
+from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.settings import Settings
-from cafe_flwr.state import Checkpoints
-from cafe_flwr.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget, snapshot
 
 MEMBERS, NEWCOMER = [0, 1, 2, 3], 4
@@ -81,7 +81,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         evaluate_every=12,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
         grid = DeviceGrid(digits_app(), ["0,1", "2,3"], folder / "state")
         for context in grid.contexts.values():
             context.run_config = settings.to_run_config()

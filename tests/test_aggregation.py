@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe_flwr.aggregation import weighted, weighted_mean
+from cafe_flwr.wire.averaging import weighted, weighted_mean
 
 
 def test_hand_example():

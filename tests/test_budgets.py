@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cafe_flwr.budgets import exit_shares, for_accuracy, for_macs, thresholds_for_shares
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.inference import EarlyExitRunner, PerExit
+from cafe_flwr.inference.budgets import exit_shares, for_accuracy, for_macs, thresholds_for_shares
 from cafe_flwr.metrics import exit_logits, fit_temperatures
 from cafe_flwr.networks import ConvNet, EarlyExitNetwork, Exit
 from cafe_flwr.personal import fingerprint

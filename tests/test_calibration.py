@@ -12,7 +12,11 @@ import torch
 from federations import digits_app, run_federation, small_settings
 from typer.testing import CliRunner
 
-from cafe_flwr.calibration import (
+from cafe_flwr.data import Split
+from cafe_flwr.engine import InProcessGrid
+from cafe_flwr.inference import EarlyExitRunner
+from cafe_flwr.personal import FinishedRun, fingerprint
+from cafe_flwr.personal.calibration import (
     ClientCalibration,
     Request,
     calibrate_run,
@@ -27,12 +31,8 @@ from cafe_flwr.calibration import (
     path_to_json,
     read_thresholds,
 )
-from cafe_flwr.calibration_round import calibrate_federation
-from cafe_flwr.data import Split
-from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.federated_risk import pooled_path
-from cafe_flwr.inference import EarlyExitRunner
-from cafe_flwr.personal import FinishedRun, fingerprint
+from cafe_flwr.risk.counts import pooled_path
+from cafe_flwr.server.calibration import calibrate_federation
 from cafe_flwr.settings import Settings
 
 
@@ -40,7 +40,7 @@ from cafe_flwr.settings import Settings
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A finished run with enough calibration examples for pooled claims."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
         settings = small_settings(
             tmp_path_factory.mktemp("runs"),
             num_server_rounds=12,

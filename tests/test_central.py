@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from cafe_flwr.central import central_settings, run_central, train_central
+from cafe_flwr.app.central import central_settings, run_central, train_central
+from cafe_flwr.core.random import rng_for
 from cafe_flwr.data import Split
-from cafe_flwr.losses import cross_entropies
 from cafe_flwr.metrics import evaluate
 from cafe_flwr.networks import ConvNet, EarlyExitNetwork, Exit
-from cafe_flwr.objectives import READS, Objective
-from cafe_flwr.participation import rng_for
 from cafe_flwr.personal import FinishedRun
 from cafe_flwr.training import batches
+from cafe_flwr.training.losses import cross_entropies
+from cafe_flwr.training.objectives.base import READS, Objective
 
 CONFIG = {
     "dataset": "digits",

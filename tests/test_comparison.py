@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cafe_flwr.cli import app
-from cafe_flwr.comparison import (
+from cafe_flwr.experiments.comparison import (
     Comparison,
     ConditionTable,
     Finished,
@@ -33,8 +33,9 @@ from cafe_flwr.comparison import (
     paired_difference,
     statistic,
 )
-from cafe_flwr.comparison_page import render
-from cafe_flwr.comparison_tables import (
+from cafe_flwr.experiments.file import Experiment, read_experiment
+from cafe_flwr.experiments.page import render
+from cafe_flwr.experiments.tables import (
     BEGIN,
     END,
     equal_macs,
@@ -45,7 +46,6 @@ from cafe_flwr.comparison_tables import (
     update_markdown,
     write_comparison,
 )
-from cafe_flwr.experiment import Experiment, read_experiment
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
@@ -410,7 +410,7 @@ def test_finished_runs_are_skipped_and_failed_ones_tried_again(real: Real, monke
         tried.extend(run.name for run in runs)
         yield from ()
 
-    monkeypatch.setattr("cafe_flwr.execution.execute", refuse)
+    monkeypatch.setattr("cafe_flwr.experiments.execution.execute", refuse)
     done = real.again()
     assert tried == ["fedavg-prior--trial0-seed1000"]
     assert "9 of 10 trials are finished already" in done.output
@@ -447,7 +447,7 @@ def test_more_rows_and_seeds_may_join(real: Real, tmp_path: Path) -> None:
 
 def serial(runs: Any, jobs: int) -> Any:
     """In place of worker processes: one run after the other, here."""
-    from cafe_flwr.execution import Event, run_one
+    from cafe_flwr.experiments.execution import Event, run_one
 
     for run in runs:
         yield Event(run, ended=False)
@@ -455,7 +455,7 @@ def serial(runs: Any, jobs: int) -> Any:
 
 
 def test_a_failed_run_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None) -> None:
-    monkeypatch.setattr("cafe_flwr.execution.execute", serial)
+    monkeypatch.setattr("cafe_flwr.experiments.execution.execute", serial)
     settings = {**EXPERIMENT["settings"], "num-server-rounds": 1}  # type: ignore[dict-item]
     bad = {"label": "diverges", "method": "fedavg", "settings": {"weight-decay": 1e30}}
     vary = {"dirichlet-alpha": [1.0, 10.0]}

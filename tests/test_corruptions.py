@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cafe_flwr.corruptions import CORRUPTIONS, corrupt, value_range
 from cafe_flwr.data import load_federation
+from cafe_flwr.data.corruptions import CORRUPTIONS, corrupt, value_range
 
 RANGE = (-1.0, 3.0)
 

@@ -18,12 +18,11 @@ from PIL import Image
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
-from cafe_flwr import digits
-from cafe_flwr.data import load_federation, rotate, shift_labels
-from cafe_flwr.digits import SPLITS, digit_pools
-from cafe_flwr.images import SYMMETRIC
-from cafe_flwr.local_data import LocalSet
-from cafe_flwr.partition import partition_labels, stratified_split
+from cafe_flwr.data import digits, load_federation, rotate, shift_labels
+from cafe_flwr.data.digits import SPLITS, digit_pools
+from cafe_flwr.data.local import LocalSet
+from cafe_flwr.data.partition import partition_labels, stratified_split
+from cafe_flwr.networks.preprocessing import SYMMETRIC
 
 # Small federations of both embedded sets: (name, clients, settings).
 EMBEDDED = [
@@ -825,7 +824,7 @@ def test_oblong_images_may_be_rotated_but_not_by_quarter_turns(tmp_path):
 def test_only_images_can_be_rotated(monkeypatch):
     rows = np.zeros((60, 7), dtype=np.float32)
     read = LocalSet(rows, np.array(LABELS), ("0", "1", "2"), lambda name: [])
-    monkeypatch.setattr("cafe_flwr.data.read_local", lambda *_: read)
+    monkeypatch.setattr("cafe_flwr.data.federation.read_local", lambda *_: read)
     assert load_federation("local:vectors", 3, alpha=1.0).load(0).train.x.shape[1:] == (7,)
     with pytest.raises(ValueError, match=r"rotations need images .*got inputs \(7,\): set rotations to 1"):
         load_federation("local:vectors", 3, alpha=1.0, rotations=2)

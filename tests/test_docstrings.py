@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from cafe_flwr import docstrings
-from cafe_flwr.data import load_federation
-from cafe_flwr.docstrings import PACKAGES, draw, sentences
-from cafe_flwr.tokenizer import Tokenizer, words
+from cafe_flwr.data import docstrings, load_federation
+from cafe_flwr.data.docstrings import PACKAGES, draw, sentences
+from cafe_flwr.data.tokenizer import Tokenizer, words
 
 OPTIONS = {"alpha": 0.5, "examples_per_client": 60, "max_tokens": 20, "vocabulary": 3000}
 

@@ -15,17 +15,10 @@ import torch
 from federations import run_small, small_settings, strict_json, toy_data, toy_network
 from rich.console import Console
 
-from cafe_flwr.client_evaluation import CLEAN, certify, certify_together, evaluate_client
-from cafe_flwr.corruptions import CORRUPTIONS
 from cafe_flwr.data import ClientData, Split
-from cafe_flwr.evaluation import evaluate_run
-from cafe_flwr.evaluation_tables import put_together
+from cafe_flwr.data.corruptions import CORRUPTIONS
 from cafe_flwr.metrics import THRESHOLDS, exit_metrics
-from cafe_flwr.personal import FinishedRun
-from cafe_flwr.report import write_report
-from cafe_flwr.report_inference import TITLE, evaluation_table
-from cafe_flwr.risk import folds
-from cafe_flwr.selective import (
+from cafe_flwr.metrics.selective import (
     POOLED,
     VOID,
     Outcome,
@@ -37,6 +30,13 @@ from cafe_flwr.selective import (
     risk_coverage,
     scale_logits,
 )
+from cafe_flwr.personal import FinishedRun
+from cafe_flwr.personal.client_evaluation import CLEAN, certify, certify_together, evaluate_client
+from cafe_flwr.personal.evaluation import evaluate_run
+from cafe_flwr.personal.evaluation_tables import put_together
+from cafe_flwr.results.inference import TITLE, evaluation_table
+from cafe_flwr.results.run import write_report
+from cafe_flwr.risk import folds
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -388,8 +388,8 @@ def keys_of(value: Any) -> set[str]:
 def test_missing_and_null_entries_do_not_break_table_or_figures(
     finished: FinishedRun, evaluation: dict[str, Any]
 ) -> None:
-    from cafe_flwr.report import read_run
-    from cafe_flwr.report_inference import FIGURES as DRAWINGS
+    from cafe_flwr.results.inference import FIGURES as DRAWINGS
+    from cafe_flwr.results.run import read_run
 
     whole = plain(evaluation) | {"conditions": plain(evaluation)["conditions"][:3]}
     run = read_run(finished.folder)

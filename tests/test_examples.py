@@ -20,14 +20,14 @@ from flwr.app import ConfigRecord
 from safetensors.numpy import load_file
 
 from cafe_flwr import CafeDistill
-from cafe_flwr.calibration_round import calibrate_federation
-from cafe_flwr.launch import private_superlink, run_app
-from cafe_flwr.messages import PROTOCOL
+from cafe_flwr.app.launch import private_superlink, run_app
 from cafe_flwr.methods import CafeDistillMethod, settings_of
 from cafe_flwr.metrics import THRESHOLDS
-from cafe_flwr.privacy import Privacy
+from cafe_flwr.server.calibration import calibrate_federation
 from cafe_flwr.settings import Settings, kebab
 from cafe_flwr.training import LocalBudget
+from cafe_flwr.wire.messages import PROTOCOL
+from cafe_flwr.wire.privacy import Privacy
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -197,7 +197,7 @@ def test_a_message_that_arrives_twice_is_answered_alike_by_the_hand_written_clie
 
 def test_the_hand_written_client_says_what_it_cannot_do(by_hand, tmp_path):
     """A setting it does not follow stops it before the first round, and the server says why."""
-    from cafe_flwr.strategy import FederatedStrategy
+    from cafe_flwr.server.strategy import FederatedStrategy
 
     grid = WatchedGrid(by_hand.client, 2, node_config={"state-dir": str(tmp_path)})
     strategy = FederatedStrategy(method=CafeDistillMethod(prior=True), num_rounds=1, wait_seconds=1.0)

@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from cafe_flwr.cli import app
-from cafe_flwr.execution import execute, run_one
-from cafe_flwr.experiment import (
+from cafe_flwr.data.hub import HUB_SETS
+from cafe_flwr.data.stand_ins import write_stand_in
+from cafe_flwr.experiments.execution import execute, run_one
+from cafe_flwr.experiments.file import (
     Experiment,
     PlannedRun,
     check_experiment,
@@ -34,9 +36,7 @@ from cafe_flwr.experiment import (
     state_of,
     with_data_dir,
 )
-from cafe_flwr.hub import HUB_SETS
 from cafe_flwr.methods import METHODS
-from cafe_flwr.stand_ins import write_stand_in
 from tests.federations import Recorded, run_until
 
 TINY = {
@@ -354,7 +354,7 @@ def test_a_failed_run_gives_the_last_line_of_its_reason_and_a_log(tmp_path: Path
 def test_a_run_says_nothing_aloud_and_leaves_the_log_as_it_was(
     tmp_path: Path, no_report: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from cafe_flwr.log import logger
+    from cafe_flwr.core.log import logger
 
     before = logger.handlers[:], logger.level, logger.propagate
     assert run_one(plan_runs(experiment(), tmp_path)[0]) is None

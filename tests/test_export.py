@@ -22,15 +22,15 @@ from torch import Tensor, nn
 
 from cafe_flwr import EarlyExitNetwork
 from cafe_flwr.cost import macs_per_exit
+from cafe_flwr.data.digits import BACKGROUND
+from cafe_flwr.data.local import normalised, read_local
 from cafe_flwr.device import ExitedModel, load
-from cafe_flwr.digits import BACKGROUND
-from cafe_flwr.exit_thresholds import ExitThresholds
-from cafe_flwr.export import export, export_client
 from cafe_flwr.inference import EarlyExitRunner, MaxProb, Patience, PerExit
-from cafe_flwr.local_data import normalised, read_local
+from cafe_flwr.inference.predict import predict_file
 from cafe_flwr.networks import ConvNet, Exit
 from cafe_flwr.personal import FinishedRun, fingerprint
-from cafe_flwr.predict import predict_file
+from cafe_flwr.personal.export import export, export_client
+from cafe_flwr.risk.thresholds import ExitThresholds
 
 ROOT = Path(__file__).parent.parent
 
@@ -480,7 +480,7 @@ def test_the_device_needs_neither_torch_nor_flower(cases: Callable[[str], Case],
 import sys
 from pathlib import Path
 from cafe_flwr.device import load
-from cafe_flwr.predict import predict_file
+from cafe_flwr.inference.predict import predict_file
 folder, home = map(Path, sys.argv[1:])
 rows = predict_file(folder, home / "x.npy") + predict_file(folder, home / "black.png")
 print(*(row.exit for row in rows))

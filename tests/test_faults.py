@@ -25,10 +25,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
-from cafe_flwr import strategy as strategy_module
 from cafe_flwr.data import ClientData
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.state import Checkpoints
+from cafe_flwr.personal.store import Checkpoints
+from cafe_flwr.server import strategy as strategy_module
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -42,7 +42,7 @@ def reference(tmp_path_factory):
     """Client 2 takes part in round 1 only, and nothing goes wrong."""
     settings = toy_settings(tmp_path_factory.mktemp("reference"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
         patch.setattr(
             strategy_module,
             "sample_clients",
@@ -415,7 +415,9 @@ def test_a_sum_that_no_float32_can_hold_is_like_an_infinite_one(tmp_path):
 def test_when_all_clients_fail_the_run_ends_with_all_reasons_and_keeps_what_it_has(tmp_path, monkeypatch, flower_log):
     """Three rounds of four are on disk, in every file, and the run can be resumed when the fault is mended."""
     pages = []
-    monkeypatch.setattr("cafe_flwr.report.write_report", lambda folder: pages.append(folder) or folder / "report.html")
+    monkeypatch.setattr(
+        "cafe_flwr.results.run.write_report", lambda folder: pages.append(folder) or folder / "report.html"
+    )
     reasons = {0: "ValueError: node 0 burns", 1: "RuntimeError: node 1 drowns", 3: "KeyError: 'node 3'"}
     mended = []
 
@@ -597,7 +599,7 @@ def test_a_second_host_takes_over_when_the_first_leaves(tmp_path):
 def test_a_node_that_takes_longer_to_answer_than_a_round_waits_joins_when_it_has(tmp_path, monkeypatch):
     """A small device needs half a minute to start: its answer counts whenever it comes, and it is not asked twice.
     The answer of a node that has left in the meantime does not."""
-    monkeypatch.setattr("cafe_flwr.directory._RETRY_SECONDS", 3600.0)
+    monkeypatch.setattr("cafe_flwr.server.directory._RETRY_SECONDS", 3600.0)
 
     class Slow(DeviceGrid):
         def questions(self, *nodes):
@@ -761,7 +763,7 @@ def test_a_late_client_without_data_is_named_too(tmp_path, flower_log):
 
 def test_a_first_node_that_is_refused_does_not_end_the_wait_for_the_others(tmp_path, monkeypatch):
     """The nodes of clients 1 and 2 register within wait-seconds, just after a broken one."""
-    monkeypatch.setattr("cafe_flwr.directory._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("cafe_flwr.server.directory._POLL_SECONDS", 0.01)
 
     def fault(answer, message, context):
         if context.node_id == 1000:
@@ -782,7 +784,7 @@ def test_a_first_node_that_is_refused_does_not_end_the_wait_for_the_others(tmp_p
 
 def test_it_waits_for_nodes_that_come_in_time(tmp_path, monkeypatch, flower_log):
     """Nodes register one by one; round 1 has them all."""
-    monkeypatch.setattr("cafe_flwr.directory._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("cafe_flwr.server.directory._POLL_SECONDS", 0.01)
 
     class Slow(DeviceGrid):
         looked = 0
@@ -799,7 +801,7 @@ def test_it_waits_for_nodes_that_come_in_time(tmp_path, monkeypatch, flower_log)
 
 def test_simulated_nodes_are_waited_for_too(tmp_path, monkeypatch):
     """In simulation a node says how many there will be, so also those without clients are waited for."""
-    monkeypatch.setattr("cafe_flwr.directory._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("cafe_flwr.server.directory._POLL_SECONDS", 0.01)
 
     class Slow(WatchedGrid):
         looked = 0

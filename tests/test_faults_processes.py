@@ -18,9 +18,9 @@ import pytest
 from federations import FaultyApp, asked, facts_and_tensors, same_tensors, small_settings, strict_json
 from sklearn.datasets import load_digits
 
-from cafe_flwr import strategy as strategy_module
+from cafe_flwr.app.build import run as run_federation
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.federation import run as run_federation
+from cafe_flwr.server import strategy as strategy_module
 from deploy.loopback import Loopback, wait_for
 
 pytestmark = pytest.mark.flower
@@ -43,7 +43,7 @@ JOB = {
 FAULTY_CLIENT = """
 import os, resource, time
 from pathlib import Path
-from cafe_flwr import state
+from cafe_flwr.personal import store as state
 
 FAULTS = Path(os.environ["FAULTS"])
 save, write = state.PersonalStore.save, state.write_atomically
@@ -164,7 +164,7 @@ def in_one_process(field, settings, participants=None, left_out=()):
     for client, context in enumerate(grid.contexts.values()):
         context.node_config = field.node_config(client, settings.results.parent / "state")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
         if participants:
             chosen = dict(enumerate(participants, start=1))
             patch.setattr(strategy_module, "sample_clients", lambda *_, server_round, **__: chosen[server_round])

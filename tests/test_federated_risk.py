@@ -6,19 +6,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cafe_flwr.exact_tests import binomial_p_values, fixed_sequence
-from cafe_flwr.federated_risk import (
-    ClientCounts,
-    certify,
-    client_histogram,
-    count,
-    every_mixture,
-    fixed_path,
-    pooled_crc,
-    pooled_path,
-)
 from cafe_flwr.risk import calibrate, risk_report
-from cafe_flwr.threshold_path import ThresholdPath
+from cafe_flwr.risk.counts import ClientCounts, client_histogram, count, fixed_path, pooled_path
+from cafe_flwr.risk.exact_tests import binomial_p_values, fixed_sequence
+from cafe_flwr.risk.path import ThresholdPath
+from cafe_flwr.risk.pooled import certify, every_mixture, pooled_crc
 
 DELTA = 0.1
 PATH = fixed_path(3)
@@ -199,7 +191,7 @@ def test_a_client_certified_by_itself_keeps_its_risk():
 
 
 def test_where_a_client_starts_and_who_is_pooled_does_not_depend_on_its_own_errors():
-    from cafe_flwr.federated_risk import _walk
+    from cafe_flwr.risk.pooled import _walk
 
     rng = np.random.default_rng(0)
     data = [client(400, falling(1.0), rng) for _ in range(3)] + [client(20, falling(1.0), rng) for _ in range(3)]

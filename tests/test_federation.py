@@ -30,14 +30,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from cafe_flwr import make_client_app
+from cafe_flwr.app.build import build_network, build_strategy, federation
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.federation import build_network, build_strategy, federation
 from cafe_flwr.methods import METHODS
-from cafe_flwr.privacy import Privacy
-from cafe_flwr.recording import Recorder
-from cafe_flwr.report import final_table
-from cafe_flwr.state import Checkpoints
+from cafe_flwr.personal.store import Checkpoints
+from cafe_flwr.results.recorder import Recorder
+from cafe_flwr.results.run import final_table
+from cafe_flwr.wire.privacy import Privacy
 
 EXITS = 3
 CLIENTS = 5
@@ -526,7 +526,7 @@ def test_every_setting_of_the_data_set_reaches_it(tmp_path, monkeypatch):
     def watch(dataset, num_clients, **settings):
         seen.update(settings, dataset=dataset, num_clients=num_clients)
 
-    monkeypatch.setattr("cafe_flwr.federation.load_federation", watch)
+    monkeypatch.setattr("cafe_flwr.app.build.load_federation", watch)
     given = {
         "dataset": "local:/some/where",
         "num_clients": 7,
@@ -594,7 +594,7 @@ def reference(tmp_path_factory, request):
     """One client a node, the plainest grouping, with everything on that depends on who is who."""
     varied = {"method": request.param, "fraction_train": 0.7, "num_server_rounds": 5, **VARIED[request.param]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
         settings = small_settings(tmp_path_factory.mktemp("reference"), **varied)
         result = run_small(settings, num_nodes=CLIENTS)
     return Recorded.read(settings.results), result.arrays, varied
@@ -803,7 +803,7 @@ STOPPED = {"fraction_train": 0.6, "num_clients": 5, "mu": 0.2}
 def undisturbed(tmp_path_factory):
     """Four rounds at a stretch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
         settings = small_settings(tmp_path_factory.mktemp("undisturbed"), **STOPPED)
         arrays = run_small(settings).arrays
     return Recorded.read(settings.results), arrays

@@ -14,12 +14,12 @@ from federations import run_small, small_settings
 from hub_copies import CLASSES, TOPICS, label_of, picture, text, write_copy, write_plain
 
 from cafe_flwr import EarlyExitNetwork
+from cafe_flwr.app.build import build_network, federation
 from cafe_flwr.data import Split, load_federation
-from cafe_flwr.federation import build_network, federation
-from cafe_flwr.hub import HUB_SETS
-from cafe_flwr.images import Augmentation
+from cafe_flwr.data.hub import HUB_SETS
+from cafe_flwr.data.tokenizer import Tokenizer
+from cafe_flwr.networks.preprocessing import Augmentation
 from cafe_flwr.personal import FinishedRun
-from cafe_flwr.tokenizer import Tokenizer
 from cafe_flwr.training import LocalBudget, train
 
 IMAGES = ("cifar10", "cifar100", "tiny-imagenet")
@@ -358,8 +358,8 @@ def test_a_device_reads_its_own_copy_and_never_a_path_of_the_run(tmp_path, no_re
 
 def test_an_exported_network_takes_pixels_and_predicts_the_same(tmp_path, no_report):
     pytest.importorskip("onnxruntime")
-    from cafe_flwr.export import export_client
-    from cafe_flwr.predict import predict_file
+    from cafe_flwr.inference.predict import predict_file
+    from cafe_flwr.personal.export import export_client
 
     home = write_copy(tmp_path / "data", "cifar10", 80)
     settings = small_settings(

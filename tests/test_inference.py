@@ -13,11 +13,11 @@ from scipy.special import softmax
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cafe_flwr.exit_thresholds import ExitThresholds
 from cafe_flwr.inference import EarlyExitRunner, Entropy, Margin, MaxProb, Patience, PerExit, Prediction
 from cafe_flwr.metrics import exit_logits
 from cafe_flwr.networks import ConvNet, EarlyExitNetwork, Exit, TextTransformer
 from cafe_flwr.personal import fingerprint
+from cafe_flwr.risk.thresholds import ExitThresholds
 
 CLASSES = 5
 

@@ -17,12 +17,12 @@ from federations import (
 )
 from torch import nn
 
-from cafe_flwr.federation import build_network, federation
-from cafe_flwr.node import seeded
-from cafe_flwr.optimizer_state import given_back, taken
-from cafe_flwr.participation import rng_for
-from cafe_flwr.state import PersonalStore
+from cafe_flwr.app.build import build_network, federation
+from cafe_flwr.client.app import seeded
+from cafe_flwr.core.random import rng_for
+from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.training import LocalBudget, batches
+from cafe_flwr.training.optimizer_state import given_back, taken
 
 pytestmark = pytest.mark.usefixtures("no_report")
 

@@ -17,11 +17,13 @@ for absent in "flwr ray flwr_datasets datasets matplotlib pandas pydantic sklear
 import numpy as np
 import torch
 import cafe_flwr
-from cafe_flwr import EarlyExitNetwork, aggregation, coordination, cost, data, losses, metrics, schema
-from cafe_flwr import exit_agreement, teaching, training
-from cafe_flwr.methods import METHODS, CafeDistillMethod, LocalTask
+from cafe_flwr import EarlyExitNetwork, coordination, cost, data, metrics, teaching, training
+from cafe_flwr.core import schema
+from cafe_flwr.training import losses
+from cafe_flwr.wire import averaging
+from cafe_flwr.methods import METHODS, CafeDistillMethod, LocalTask, exit_agreement
 from cafe_flwr.networks import ConvNet
-from cafe_flwr.participation import rng_for
+from cafe_flwr.core.random import rng_for
 
 network = ConvNet((1, 16, 16), num_classes=10)
 assert isinstance(network, EarlyExitNetwork)

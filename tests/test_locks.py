@@ -11,10 +11,10 @@ import torch
 from federations import Recorded, run_small, small_settings, strict_json, toy_app
 from safetensors.torch import load_file, save_file
 
-from cafe_flwr import state
+from cafe_flwr.core.locks import InUse, locked
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.locks import InUse, locked
-from cafe_flwr.state import Checkpoints, PersonalStore, ServerState
+from cafe_flwr.personal import store as state
+from cafe_flwr.personal.store import Checkpoints, PersonalStore, ServerState
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -23,7 +23,7 @@ RUN = "0123456789abcdef"
 HOLDER = """
 import sys, time
 from pathlib import Path
-from cafe_flwr.state import PersonalStore
+from cafe_flwr.personal.store import PersonalStore
 with PersonalStore(Path(sys.argv[1]), sys.argv[2]).locked(int(sys.argv[3])):
     print("held", flush=True)
     time.sleep(float(sys.argv[4]))
@@ -50,7 +50,7 @@ def hold():
 
 
 def test_a_second_process_is_refused_with_the_folder_and_the_first_ones_number(tmp_path, monkeypatch, hold):
-    monkeypatch.setattr("cafe_flwr.state._LOCK_SECONDS", 0.3)
+    monkeypatch.setattr("cafe_flwr.personal.store._LOCK_SECONDS", 0.3)
     process = hold(tmp_path)
     with pytest.raises(InUse) as caught, PersonalStore(tmp_path, RUN).locked(0):
         raise AssertionError("two processes are in")
@@ -65,7 +65,7 @@ def test_who_waits_gets_in_when_the_first_is_done(tmp_path, hold):
 
 
 def test_a_process_that_is_killed_leaves_no_lock_behind(tmp_path, monkeypatch, hold):
-    monkeypatch.setattr("cafe_flwr.state._LOCK_SECONDS", 5.0)
+    monkeypatch.setattr("cafe_flwr.personal.store._LOCK_SECONDS", 5.0)
     process = hold(tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -75,7 +75,7 @@ def test_a_process_that_is_killed_leaves_no_lock_behind(tmp_path, monkeypatch, h
 
 def test_other_clients_and_other_runs_in_the_same_folder_are_free(tmp_path, monkeypatch, hold):
     """Workers of a simulation share a folder; a device may serve two runs at once."""
-    monkeypatch.setattr("cafe_flwr.state._LOCK_SECONDS", 0.0)
+    monkeypatch.setattr("cafe_flwr.personal.store._LOCK_SECONDS", 0.0)
     hold(tmp_path, client=0)
     with PersonalStore(tmp_path, RUN).locked(1), PersonalStore(tmp_path, "fedcba9876543210").locked(0):
         pass
@@ -89,7 +89,7 @@ def test_a_lock_ends_with_its_block_also_after_an_error(tmp_path):
 
 def test_a_client_whose_state_is_in_use_is_left_out_of_its_round_and_its_state_stays(tmp_path, monkeypatch, hold):
     """Another process has client 1 in round 2: the reason in the record names folder and process."""
-    monkeypatch.setattr("cafe_flwr.state._LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("cafe_flwr.personal.store._LOCK_SECONDS", 0.2)
     settings = small_settings(tmp_path, num_clients=3, num_server_rounds=3)
     personal = settings.results / "personal"
     holders = []
@@ -235,7 +235,7 @@ CLIENT = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from cafe_flwr.state import PersonalStore, write_atomically
+from cafe_flwr.personal.store import PersonalStore, write_atomically
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:

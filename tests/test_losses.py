@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe_flwr.losses import (
+from cafe_flwr.training.losses import (
     consistency,
     cross_entropies,
     decoupled_distillation,

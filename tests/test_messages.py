@@ -12,9 +12,13 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe_flwr.aggregation import weighted
+from cafe_flwr.core.schema import Schema, digest
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.messages import (
+from cafe_flwr.metrics import DynamicCounts, ExitMetrics
+from cafe_flwr.settings import kebab
+from cafe_flwr.training import LocalBudget
+from cafe_flwr.wire.averaging import weighted
+from cafe_flwr.wire.messages import (
     PHASES,
     ClientReport,
     FinalReport,
@@ -22,13 +26,9 @@ from cafe_flwr.messages import (
     NodeInfo,
     TrainReply,
     TrainRequest,
-    kebab,
     method_config,
     prefixed,
 )
-from cafe_flwr.metrics import DynamicCounts, ExitMetrics
-from cafe_flwr.schema import Schema, digest
-from cafe_flwr.training import LocalBudget
 
 
 @pytest.fixture(autouse=True, scope="module")

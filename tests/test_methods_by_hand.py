@@ -25,17 +25,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from cafe_flwr import EarlyExitNetwork
+from cafe_flwr.core.random import rng_for
+from cafe_flwr.core.schema import Schema
 from cafe_flwr.data import ClientData, Split
 from cafe_flwr.methods import METHODS, ClientRecord, LocalTask, RoundPlan, ServerRound
 from cafe_flwr.methods.cafedistill_prior import class_means, match_classes, noised
 from cafe_flwr.methods.depthfl import mutual_divergence
 from cafe_flwr.methods.fedpac import combinations
+from cafe_flwr.methods.pairs import Pairs
 from cafe_flwr.networks import Exit
-from cafe_flwr.pairs import Pairs
-from cafe_flwr.participation import rng_for
-from cafe_flwr.schema import Schema
-from cafe_flwr.state import PersonalStore
-from cafe_flwr.strategy import FederatedStrategy
+from cafe_flwr.personal.store import PersonalStore
+from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.teaching import simplex_qp
 from cafe_flwr.training import LocalBudget
 

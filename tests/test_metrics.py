@@ -22,8 +22,9 @@ from cafe_flwr.metrics import (
     fit_temperatures,
     worst_share,
 )
+from cafe_flwr.metrics.curve import area_under_curve
 from cafe_flwr.networks import EarlyExitNetwork, Exit
-from cafe_flwr.summary import area_under_curve, mean, mean_rows
+from cafe_flwr.results.summary import mean, mean_rows
 
 
 def draw(exits, n, classes, seed, scale=3.0):

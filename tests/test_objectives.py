@@ -8,8 +8,13 @@ import torch
 from federations import toy_data, toy_network
 from torch import nn
 
-from cafe_flwr.adversarial import adversarial_examples, deal_classes
-from cafe_flwr.losses import (
+from cafe_flwr.core.random import rng_for
+from cafe_flwr.methods import METHODS, LocalTask
+from cafe_flwr.networks import EarlyExitNetwork, Exit
+from cafe_flwr.networks.early_exit import evaluating
+from cafe_flwr.networks.safe_kd import safe_kd_exit
+from cafe_flwr.training import LocalBudget, train
+from cafe_flwr.training.losses import (
     consistency,
     cross_entropies,
     decoupled_distillation,
@@ -19,13 +24,8 @@ from cafe_flwr.losses import (
     orthogonal_distillation,
     self_distillation,
 )
-from cafe_flwr.methods import METHODS, LocalTask
-from cafe_flwr.networks import EarlyExitNetwork, Exit
-from cafe_flwr.networks.base import evaluating
-from cafe_flwr.networks.safe_kd import safe_kd_exit
-from cafe_flwr.objectives import READS, Objective, logits_at
-from cafe_flwr.participation import rng_for
-from cafe_flwr.training import LocalBudget, train
+from cafe_flwr.training.objectives.adversarial import adversarial_examples, deal_classes
+from cafe_flwr.training.objectives.base import READS, Objective, logits_at
 
 OTHERS = sorted(set(READS) - {"cross-entropy"})
 TAUGHT = ["erde", "safe-kd"]

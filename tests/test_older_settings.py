@@ -5,11 +5,11 @@ import json
 import pytest
 from federations import results_of, run_small, small_settings
 
-from cafe_flwr.experiment import check_experiment, read_experiment
+from cafe_flwr.core.older_settings import METHODS_THEN, RENAMED, of_saved_run, renamed
+from cafe_flwr.experiments.file import check_experiment, read_experiment
 from cafe_flwr.methods import METHODS
-from cafe_flwr.older_settings import METHODS_THEN, RENAMED, of_saved_run, renamed
 from cafe_flwr.personal import FinishedRun
-from cafe_flwr.recording import open_results
+from cafe_flwr.results.recorder import open_results
 from cafe_flwr.settings import Settings
 
 TODAY = set(Settings().to_run_config())

@@ -13,10 +13,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cafe_flwr import make_client_app
+from cafe_flwr.app.build import build_network, federation, state_dir
+from cafe_flwr.client.node_config import data_folder, hosted, is_device, name_of
+from cafe_flwr.data.own import load_own
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.federation import build_network, federation, state_dir
-from cafe_flwr.node_config import data_folder, hosted, is_device, name_of
-from cafe_flwr.own_data import load_own
 from cafe_flwr.settings import Settings
 
 pytestmark = pytest.mark.usefixtures("no_report")

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe_flwr.pairs import Pairs
-from cafe_flwr.state import Checkpoints, ServerState
+from cafe_flwr.methods.pairs import Pairs
+from cafe_flwr.personal.store import Checkpoints, ServerState
 
 
 def cosines(n, seed=0):

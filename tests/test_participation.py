@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe_flwr.participation import hosted_clients, rng_for, sample_clients
+from cafe_flwr.core.random import hosted_clients, rng_for, sample_clients
 
 
 def test_rng_is_reproducible_and_every_coordinate_gives_another_stream():

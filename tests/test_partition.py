@@ -12,14 +12,14 @@ from federations import run_small, small_settings
 from hub_copies import write_copy, write_plain
 from PIL import Image
 
-from cafe_flwr.calibration import Request, calibrate_run
+from cafe_flwr.app.build import federation
 from cafe_flwr.data import load_federation
-from cafe_flwr.federation import federation
-from cafe_flwr.hub import open_set
-from cafe_flwr.partition import partition_labels, partition_naturally
+from cafe_flwr.data.hub import open_set
+from cafe_flwr.data.partition import partition_labels, partition_naturally
+from cafe_flwr.data.tokenizer import Tokenizer, words
 from cafe_flwr.personal import FinishedRun
+from cafe_flwr.personal.calibration import Request, calibrate_run
 from cafe_flwr.settings import Settings
-from cafe_flwr.tokenizer import Tokenizer, words
 
 STYLES = ("art", "photo", "sketch")
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe_flwr.priors import adapt_to_label_shift, class_counts, em_log_prior, log_prior
+from cafe_flwr.training.class_prior import adapt_to_label_shift, class_counts, em_log_prior, log_prior
 
 OLD, NEW = [0.6, 0.3, 0.1], [0.1, 0.3, 0.6]
 

@@ -17,14 +17,14 @@ from federations import (
     toy_network,
 )
 
-from cafe_flwr.federation import build_strategy
-from cafe_flwr.messages import Keys, TrainReply, TrainRequest
+from cafe_flwr.app.build import build_strategy
 from cafe_flwr.methods import CafeDistillMethod
-from cafe_flwr.privacy import Privacy, clipped, epsilon, release, stricter
-from cafe_flwr.recording import Recorder, open_results
+from cafe_flwr.personal.store import PersonalStore
+from cafe_flwr.results.recorder import Recorder, open_results
+from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.settings import kebab
-from cafe_flwr.state import PersonalStore
-from cafe_flwr.strategy import FederatedStrategy
+from cafe_flwr.wire.messages import Keys, TrainReply, TrainRequest
+from cafe_flwr.wire.privacy import Privacy, clipped, epsilon, release, stricter
 
 N, T = 4, 3
 

@@ -25,9 +25,9 @@ from reference_released import Reference
 from safetensors.torch import load_file
 from torch import nn
 
-from cafe_flwr import strategy as strategy_module
-from cafe_flwr.messages import Keys, NodeInfo
+from cafe_flwr.client.app import Workplace
 from cafe_flwr.methods import METHODS
+from cafe_flwr.methods.pairs import Pairs
 from cafe_flwr.metrics import evaluate
 from cafe_flwr.networks import (
     ConvNet,
@@ -41,11 +41,11 @@ from cafe_flwr.networks import (
     attach_exits,
 )
 from cafe_flwr.networks.safe_kd import safe_kd_exit
-from cafe_flwr.node import Workplace
-from cafe_flwr.pairs import Pairs
-from cafe_flwr.state import Checkpoints
-from cafe_flwr.strategy import FederatedStrategy
+from cafe_flwr.personal.store import Checkpoints
+from cafe_flwr.server import strategy as strategy_module
+from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
+from cafe_flwr.wire.messages import Keys, NodeInfo
 
 N, EXITS, T, SEED = 4, 3, 3, 2
 RATE, DECAY = 0.2, 0.9

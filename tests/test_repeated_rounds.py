@@ -17,7 +17,7 @@ from federations import (
 from flwr.app import ConfigRecord
 
 from cafe_flwr import CafeDistill
-from cafe_flwr.state import Checkpoints, PersonalStore
+from cafe_flwr.personal.store import Checkpoints, PersonalStore
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -60,7 +60,7 @@ class Failing:
 def undisturbed(tmp_path_factory):
     settings = toy_settings(tmp_path_factory.mktemp("undisturbed"), min_train_nodes=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
         arrays = run_small(settings, N, app=toy_app()).arrays
     return Recorded.read(settings.results), arrays
 
@@ -158,8 +158,8 @@ class Leaving(DeviceGrid):
 
 def test_a_repeated_round_waits_for_a_participant_that_comes_back(tmp_path, undisturbed, monkeypatch):
     """A node is killed in round 2 and started again: with all four needed nothing is lost but time."""
-    monkeypatch.setattr("cafe_flwr.directory._POLL_SECONDS", 0.01)
-    monkeypatch.setattr("cafe_flwr.directory._RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("cafe_flwr.server.directory._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("cafe_flwr.server.directory._RETRY_SECONDS", 0.0)
     settings = toy_settings(tmp_path, min_train_nodes=4, wait_seconds=30.0)
     grid = Leaving(toy_app(), ["0", "1", "2", "3"], tmp_path / "state", place=2, back_after=3)
     arrays = run_small(settings, grid=grid).arrays

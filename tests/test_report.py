@@ -16,7 +16,9 @@ import pytest
 from rich.console import Console
 
 from cafe_flwr.coordination import active_exits
-from cafe_flwr.report import (
+from cafe_flwr.results.figures import draw_accuracy
+from cafe_flwr.results.page import left_out
+from cafe_flwr.results.run import (
     duration,
     dynamic_line,
     final_table,
@@ -27,8 +29,6 @@ from cafe_flwr.report import (
     scaled,
     write_report,
 )
-from cafe_flwr.report_figures import draw_accuracy
-from cafe_flwr.report_page import left_out
 from cafe_flwr.teaching import teacher_weights
 
 

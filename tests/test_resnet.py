@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
+from cafe_flwr.core.schema import Schema
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.networks import ConvNet, EarlyExitNetwork, Exit, ResNet18, batch_norm_names
-from cafe_flwr.schema import Schema
 
 
 def small(norm="batch", size=16, **more):

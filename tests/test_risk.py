@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks.risk import Population, against_mapie, bonferroni, population
-from cafe_flwr.exact_tests import (
+from cafe_flwr.risk import ExitThresholds, calibrate, conformal_thresholds, folds, required_examples, risk_report
+from cafe_flwr.risk.exact_tests import (
     binomial_p_values,
     controlled_position,
     fixed_sequence,
@@ -20,15 +21,7 @@ from cafe_flwr.exact_tests import (
     safe_start,
     upper_bounds,
 )
-from cafe_flwr.risk import (
-    ExitThresholds,
-    calibrate,
-    conformal_thresholds,
-    folds,
-    required_examples,
-    risk_report,
-)
-from cafe_flwr.threshold_path import ThresholdPath, count_along, histogram, path_from, quantile_edges
+from cafe_flwr.risk.path import ThresholdPath, count_along, histogram, path_from, quantile_edges
 
 DELTA = 0.1
 

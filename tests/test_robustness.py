@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
+from cafe_flwr.core.schema import Schema
 from cafe_flwr.methods import METHODS, ClientRecord, RoundPlan, ServerRound
-from cafe_flwr.robustness import (
+from cafe_flwr.methods.robust_teachers import (
     CAP,
     bounded_teacher_weights,
     guarded_weights,
@@ -18,7 +19,6 @@ from cafe_flwr.robustness import (
     suspicious_heads,
     teacher_caps,
 )
-from cafe_flwr.schema import Schema
 from cafe_flwr.teaching import cosine_similarity, project_to_simplex, teacher_weights
 
 

@@ -7,14 +7,14 @@ import pytest
 from federations import CLASSES, FaultyApp, WatchedGrid, asked, small_settings, strict_json, toy_app
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from cafe_flwr.bounds import MAX_NORM, Bounds, check_norm, far_longer
+from cafe_flwr.app.build import build_strategy
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.federation import build_strategy
-from cafe_flwr.messages import Keys, TrainReply, TrainRequest
 from cafe_flwr.methods import CafeDistillMethod
-from cafe_flwr.privacy import Privacy
-from cafe_flwr.recording import Recorder, open_results
-from cafe_flwr.strategy import FederatedStrategy
+from cafe_flwr.results.recorder import Recorder, open_results
+from cafe_flwr.server.strategy import FederatedStrategy
+from cafe_flwr.wire.bounds import MAX_NORM, Bounds, check_norm, far_longer
+from cafe_flwr.wire.messages import Keys, TrainReply, TrainRequest
+from cafe_flwr.wire.privacy import Privacy
 
 N, T, BAD = 6, 4, 2
 HEAD = CLASSES * 4 + CLASSES  # of the last exit, at the end of what a client sends
@@ -52,7 +52,7 @@ def federate(folder, fault=None, num_nodes=N, wire="float32", bounds=None, priva
 def honest(tmp_path_factory):
     """Nobody is hostile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
         return federate(tmp_path_factory.mktemp("honest"))
 
 
@@ -60,7 +60,7 @@ def honest(tmp_path_factory):
 def honest_text(tmp_path_factory):
     """The same with the reading from the text."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
         return federate(tmp_path_factory.mktemp("honest"), method="cafedistill-text")
 
 
@@ -68,7 +68,7 @@ def honest_text(tmp_path_factory):
 def without(tmp_path_factory):
     """Client 2 is there, but nothing it sends is used: all its replies are half as long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.report.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
         return federate(tmp_path_factory.mktemp("without"), lambda flat: flat[: len(flat) // 2])
 
 

@@ -11,9 +11,12 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
+from cafe_flwr.app.build import build_network, federation
 from cafe_flwr.cli import app
-from cafe_flwr.estimate import _PROCESS, _SIZES, estimate, measure
-from cafe_flwr.experiment import (
+from cafe_flwr.data.hub import HUB_SETS, open_set
+from cafe_flwr.data.stand_ins import write_stand_in
+from cafe_flwr.experiments.estimate import _PROCESS, _SIZES, estimate, measure
+from cafe_flwr.experiments.file import (
     Experiment,
     check_experiment,
     plan_runs,
@@ -22,10 +25,7 @@ from cafe_flwr.experiment import (
     smoke_size,
     with_data_dir,
 )
-from cafe_flwr.federation import build_network, federation
-from cafe_flwr.hub import HUB_SETS, open_set
 from cafe_flwr.settings import Settings
-from cafe_flwr.stand_ins import write_stand_in
 
 PAPER = [Path("experiments") / f"paper-{name}.yaml" for name in HUB_SETS]
 SMALL = [Path("experiments") / f"paper-{name}-small.yaml" for name in (*HUB_SETS, "pacs")]
@@ -181,7 +181,7 @@ def planned(**changes):
 
 
 def test_time_is_rounds_times_clients_times_steps_and_evaluations(monkeypatch):
-    monkeypatch.setattr("cafe_flwr.estimate.measure", lambda settings: replaced)
+    monkeypatch.setattr("cafe_flwr.experiments.estimate.measure", lambda settings: replaced)
     replaced = measure(planned()[0].settings)
     object.__setattr__(replaced, "step", 2.0)
     object.__setattr__(replaced, "evaluation", 0.5)

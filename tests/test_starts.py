@@ -6,9 +6,9 @@ import torch
 from federations import WatchedGrid, asked, same_tensors, toy_app, toy_network
 
 from cafe_flwr.methods import METHODS
-from cafe_flwr.methods.mixtures import WholeModel
-from cafe_flwr.starts import STARTS, classifier_start
-from cafe_flwr.strategy import FederatedStrategy
+from cafe_flwr.methods.starts import STARTS, classifier_start
+from cafe_flwr.methods.whole_model import WholeModel
+from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
 
 N, SEED = 3, 5

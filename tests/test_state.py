@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cafe_flwr.methods import ClientRecord
-from cafe_flwr.pairs import Pairs
-from cafe_flwr.state import Checkpoints, PersonalStore, ServerState, personal_folder, write_atomically
+from cafe_flwr.methods.pairs import Pairs
+from cafe_flwr.personal.store import Checkpoints, PersonalStore, ServerState, personal_folder, write_atomically
 
 RUN = "0123456789abcdef"
 
@@ -455,7 +455,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, f
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("cafe_flwr.state.STATE_VERSION", 99)
+    monkeypatch.setattr("cafe_flwr.personal.store.STATE_VERSION", 99)
     Checkpoints(tmp_path).save(server_state(1))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="has format 99, this version reads 1"):

@@ -26,16 +26,16 @@ from scipy.optimize import minimize
 from torch import nn
 
 from cafe_flwr import CafeDistill
-from cafe_flwr import strategy as strategy_module
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.messages import Keys
 from cafe_flwr.methods import METHODS
 from cafe_flwr.methods.cafedistill_text import CafeDistillText
 from cafe_flwr.methods.pfedgraph import PFedGraph
 from cafe_flwr.metrics import THRESHOLDS
-from cafe_flwr.state import Checkpoints
-from cafe_flwr.strategy import FederatedStrategy
+from cafe_flwr.personal.store import Checkpoints
+from cafe_flwr.server import strategy as strategy_module
+from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
+from cafe_flwr.wire.messages import Keys
 
 FULL_BATCH = LocalBudget(batch_size=1000, steps=2, learning_rate=0.2)  # the order of examples does not matter
 N = 3

@@ -23,29 +23,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cafe_flwr import make_client_app
-from cafe_flwr.aggregation import weighted
-from cafe_flwr.calibration import Request, calibrate_run
+from cafe_flwr.app.build import build_strategy
+from cafe_flwr.app.joining import package_run
 from cafe_flwr.coordination import active_exits, student_budget
+from cafe_flwr.core.schema import Schema
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.data import load_federation
-from cafe_flwr.evaluation import evaluate_run
-from cafe_flwr.export import export_client
-from cafe_flwr.federation import build_strategy
-from cafe_flwr.images import Normalisation
 from cafe_flwr.inference import EarlyExitRunner
-from cafe_flwr.joining import package_run
-from cafe_flwr.kinds import Held, drawn
+from cafe_flwr.inference.policies import MaxProb
 from cafe_flwr.methods import METHODS
 from cafe_flwr.networks import ConvNet, ResNet18, SequenceNet
+from cafe_flwr.networks.preprocessing import Normalisation
 from cafe_flwr.personal import FinishedRun
-from cafe_flwr.policies import MaxProb
-from cafe_flwr.recording import Recorder
-from cafe_flwr.report import read_run
-from cafe_flwr.report_figures import pooled_accuracy
-from cafe_flwr.schema import Schema
-from cafe_flwr.strategy import FederatedStrategy
+from cafe_flwr.personal.calibration import Request, calibrate_run
+from cafe_flwr.personal.evaluation import evaluate_run
+from cafe_flwr.personal.export import export_client
+from cafe_flwr.results.figures import pooled_accuracy
+from cafe_flwr.results.recorder import Recorder
+from cafe_flwr.results.run import read_run
+from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
-from cafe_flwr.views import View, mean_of_holders
+from cafe_flwr.wire.averaging import weighted
+from cafe_flwr.wire.capacity import Held, drawn
+from cafe_flwr.wire.slices import View, mean_of_holders
 
 DEPTHS = [1, 2, 3, 3, 2]  # of the toys' clients
 UNEQUAL = {"depth_shares": "1:0.2,2:0.4"}

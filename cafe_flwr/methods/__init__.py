@@ -6,6 +6,7 @@ Every module of this package is looked through for methods: to add one, add its 
 from importlib import import_module
 from pkgutil import iter_modules
 
+from cafe_flwr.core.options import setting
 from cafe_flwr.methods.base import (
     ClientRecord,
     Conclusion,
@@ -15,7 +16,6 @@ from cafe_flwr.methods.base import (
     RoundPlan,
     ServerRound,
     joined_plans,
-    setting,
     settings_of,
 )
 from cafe_flwr.methods.cafedistill import CafeDistillMethod

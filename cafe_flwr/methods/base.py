@@ -11,18 +11,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cafe_flwr.data import Split
-from cafe_flwr.images import Augmentation
-from cafe_flwr.kinds import Kind
-from cafe_flwr.losses import cross_entropies, self_distillation
-from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.objectives import Lesson, Objective
-from cafe_flwr.options import setting as setting  # methods declare their settings with it
-from cafe_flwr.pairs import Pairs
-from cafe_flwr.priors import class_counts, log_prior
-from cafe_flwr.schema import Schema
-from cafe_flwr.starts import STARTS
-from cafe_flwr.training import LocalBudget, train
+from cafe_flwr.core.options import setting as setting  # methods declare their settings with it
+from cafe_flwr.core.schema import Schema
+from cafe_flwr.data.federation import Split
+from cafe_flwr.methods.pairs import Pairs
+from cafe_flwr.methods.starts import STARTS
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.preprocessing import Augmentation
+from cafe_flwr.training.class_prior import class_counts, log_prior
+from cafe_flwr.training.loop import LocalBudget, train
+from cafe_flwr.training.losses import cross_entropies, self_distillation
+from cafe_flwr.training.objectives.base import Lesson, Objective
+from cafe_flwr.wire.capacity import Kind
 
 Tensors = Mapping[str, Tensor]
 
@@ -181,7 +181,7 @@ class ClientRecord:
     similarity
         (m−1,): how similar its student exits are to its last exit; NaN for exits that it does not hold.
     kind
-        What it holds (:class:`cafe_flwr.kinds.Kind`), by name.
+        What it holds (:class:`cafe_flwr.wire.capacity.Kind`), by name.
     level
         CAFEDistill: its deepest exit that has trained as a student, counted from 0.
     """
@@ -293,7 +293,7 @@ class RoundPlan:
     weights
         Who learns from whom: (rows: ``weight_rows``, columns: ``weight_columns``), for the records; None without.
     suspicious
-        Clients whose weight as teachers was bounded (:mod:`cafe_flwr.robustness`), with the reason.
+        Clients whose weight as teachers was bounded (:mod:`cafe_flwr.methods.robust_teachers`), with the reason.
     """
 
     active: NDArray[np.bool_]

@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafe_flwr.coordination import conflict_ramp, student_levels
-from cafe_flwr.data import Split
-from cafe_flwr.kinds import Kind
-from cafe_flwr.losses import distillation
+from cafe_flwr.core.options import setting
+from cafe_flwr.core.schema import Schema
+from cafe_flwr.data.federation import Split
 from cafe_flwr.methods.base import (
     ClientRecord,
     Conclusion,
@@ -40,14 +40,14 @@ from cafe_flwr.methods.base import (
     ServerRound,
     Tensors,
     check_equal_exits,
-    setting,
 )
-from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.objectives import exits_at
-from cafe_flwr.robustness import guarded_weights
-from cafe_flwr.schema import Schema
-from cafe_flwr.starts import classifier_start
+from cafe_flwr.methods.robust_teachers import guarded_weights
+from cafe_flwr.methods.starts import classifier_start
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.teaching import check_solver, cosine_similarity, teacher_weights
+from cafe_flwr.training.losses import distillation
+from cafe_flwr.training.objectives.base import exits_at
+from cafe_flwr.wire.capacity import Kind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cafe_flwr.coordination import SELECTIONS, active_exits
-from cafe_flwr.data import Split
-from cafe_flwr.exit_agreement import classifier_similarity
-from cafe_flwr.losses import self_distillation
+from cafe_flwr.core.options import setting
+from cafe_flwr.data.federation import Split
 from cafe_flwr.methods.base import (
     LocalResult,
     LocalTask,
@@ -37,16 +36,17 @@ from cafe_flwr.methods.base import (
     Tensors,
     check_equal_exits,
     check_selection,
-    setting,
     without_prefix,
 )
-from cafe_flwr.methods.mixtures import UPDATE, add_updates, updates
-from cafe_flwr.metrics import exit_features
-from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.objectives import logits_at
-from cafe_flwr.priors import class_counts, class_sums
+from cafe_flwr.methods.exit_agreement import classifier_similarity
+from cafe_flwr.methods.whole_model import UPDATE, add_updates, updates
+from cafe_flwr.metrics.exits import exit_features
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.teaching import cosine_similarity, teacher_weights
-from cafe_flwr.training import snapshot
+from cafe_flwr.training.class_prior import class_counts, class_sums
+from cafe_flwr.training.loop import snapshot
+from cafe_flwr.training.losses import self_distillation
+from cafe_flwr.training.objectives.base import logits_at
 
 _COUNTS, _MEANS, _OWN = "class-counts", "class-means", "own."
 

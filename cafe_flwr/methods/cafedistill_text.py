@@ -27,10 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafe_flwr.coordination import SELECTIONS, active_exits
-from cafe_flwr.devices import device_of, moved
-from cafe_flwr.exit_agreement import PROXIES, classifier_similarity, gradient_similarity
-from cafe_flwr.kinds import Kind
-from cafe_flwr.losses import distillation
+from cafe_flwr.core.options import setting
 from cafe_flwr.methods.base import (
     ClientRecord,
     LocalResult,
@@ -40,14 +37,17 @@ from cafe_flwr.methods.base import (
     ServerRound,
     check_equal_exits,
     check_selection,
-    setting,
 )
-from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.objectives import exits_at
-from cafe_flwr.robustness import guarded_weights
-from cafe_flwr.starts import STARTS
+from cafe_flwr.methods.exit_agreement import PROXIES, classifier_similarity, gradient_similarity
+from cafe_flwr.methods.robust_teachers import guarded_weights
+from cafe_flwr.methods.starts import STARTS
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.placement import device_of, moved
 from cafe_flwr.teaching import TEACHERS, check_solver, cosine_similarity, teacher_weights
-from cafe_flwr.training import batches
+from cafe_flwr.training.loop import batches
+from cafe_flwr.training.losses import distillation
+from cafe_flwr.training.objectives.base import exits_at
+from cafe_flwr.wire.capacity import Kind
 
 PEERS = ("all", "alike", "deeper")
 

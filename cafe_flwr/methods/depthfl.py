@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafe_flwr.methods.base import LocalTask, setting
+from cafe_flwr.core.options import setting
+from cafe_flwr.methods.base import LocalTask
 from cafe_flwr.methods.fedavg import FedAvg
-from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
 
 
 @dataclass(frozen=True, kw_only=True)

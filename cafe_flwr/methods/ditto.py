@@ -12,10 +12,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from cafe_flwr.methods.base import LocalResult, LocalTask, Tensors, phase, setting, without_prefix
+from cafe_flwr.core.options import setting
+from cafe_flwr.methods.base import LocalResult, LocalTask, Tensors, phase, without_prefix
 from cafe_flwr.methods.fedavg import FedAvg
-from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.training import pull, snapshot
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.training.loop import pull, snapshot
 
 _PERSONAL = "personal."
 

@@ -16,10 +16,11 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from cafe_flwr.methods.base import LocalResult, LocalTask, RoundPlan, ServerRound, setting
-from cafe_flwr.methods.mixtures import WholeModel
+from cafe_flwr.core.options import setting
+from cafe_flwr.methods.base import LocalResult, LocalTask, RoundPlan, ServerRound
+from cafe_flwr.methods.whole_model import WholeModel
 from cafe_flwr.teaching import cosine_similarity
-from cafe_flwr.training import pull
+from cafe_flwr.training.loop import pull
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cafe_flwr.methods.base import LocalResult, LocalTask, Method, setting
-from cafe_flwr.starts import STARTS
+from cafe_flwr.core.options import setting
+from cafe_flwr.methods.base import LocalResult, LocalTask, Method
+from cafe_flwr.methods.starts import STARTS
 
 
 @dataclass(frozen=True, kw_only=True)

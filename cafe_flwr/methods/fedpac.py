@@ -22,7 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cafe_flwr.data import Split
+from cafe_flwr.core.options import setting
+from cafe_flwr.data.federation import Split
 from cafe_flwr.methods.base import (
     LocalResult,
     LocalTask,
@@ -32,12 +33,11 @@ from cafe_flwr.methods.base import (
     Tensors,
     check_equal_exits,
     phase,
-    setting,
 )
-from cafe_flwr.metrics import exit_features
-from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.priors import class_counts, class_sums
+from cafe_flwr.metrics.exits import exit_features
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.teaching import simplex_qp
+from cafe_flwr.training.class_prior import class_counts, class_sums
 
 _MEANS, _VARIANCE, _COUNTS, _PROTOTYPES = "class-means", "variance", "class-counts", "prototypes"
 

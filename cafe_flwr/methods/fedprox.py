@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from cafe_flwr.methods.base import LocalResult, LocalTask, setting
+from cafe_flwr.core.options import setting
+from cafe_flwr.methods.base import LocalResult, LocalTask
 from cafe_flwr.methods.fedavg import FedAvg
-from cafe_flwr.training import pull, snapshot
+from cafe_flwr.training.loop import pull, snapshot
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafe_flwr.devices import device_of
-from cafe_flwr.losses import cross_entropies
 from cafe_flwr.methods.base import LocalResult, LocalTask, Tensors, without_prefix
 from cafe_flwr.methods.fedavg import FedAvg
-from cafe_flwr.networks import EarlyExitNetwork
-from cafe_flwr.priors import class_counts, log_prior
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.placement import device_of
+from cafe_flwr.training.class_prior import class_counts, log_prior
+from cafe_flwr.training.losses import cross_entropies
 
 _PERSONAL = "personal."
 

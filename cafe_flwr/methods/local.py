@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cafe_flwr.methods.base import Method
-from cafe_flwr.networks import EarlyExitNetwork
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from cafe_flwr.losses import distillation
-from cafe_flwr.methods.base import LocalTask, Method, setting
+from cafe_flwr.core.options import setting
+from cafe_flwr.methods.base import LocalTask, Method
+from cafe_flwr.training.losses import distillation
 
 
 @dataclass(frozen=True, kw_only=True)

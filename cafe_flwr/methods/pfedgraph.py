@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafe_flwr.data import Split
-from cafe_flwr.methods.base import LocalResult, LocalTask, RoundPlan, ServerRound, Tensors, setting
-from cafe_flwr.methods.mixtures import WholeModel, add_updates
+from cafe_flwr.core.options import setting
+from cafe_flwr.data.federation import Split
+from cafe_flwr.methods.base import LocalResult, LocalTask, RoundPlan, ServerRound, Tensors
+from cafe_flwr.methods.whole_model import WholeModel, add_updates
 from cafe_flwr.teaching import cosine_similarity, teacher_weights
 
 

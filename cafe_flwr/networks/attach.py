@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from cafe_flwr.networks.base import EarlyExitNetwork, Exit
 from cafe_flwr.networks.cutting import cut
+from cafe_flwr.networks.early_exit import EarlyExitNetwork, Exit
 
 HeadKind = Literal["safe-kd", "linear"]
 

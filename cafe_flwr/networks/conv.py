@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from cafe_flwr.networks.base import EarlyExitNetwork, Exit
 from cafe_flwr.networks.checks import IMAGE_NORMS, check_images, check_norm, narrow
+from cafe_flwr.networks.early_exit import EarlyExitNetwork, Exit
 
 _CELLS = 4  # an exit sees its block's output as at most 4 cells a dimension, so that left and right stay apart
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cafe_flwr.networks.attach import ClassToken, Pool
-from cafe_flwr.networks.base import EarlyExitNetwork, Exit
 from cafe_flwr.networks.checks import check_images, check_tokens, check_vocabulary
+from cafe_flwr.networks.early_exit import EarlyExitNetwork, Exit
 from cafe_flwr.networks.resnet import residual_stages
 
 _CHANNELS = 128  # of every convolution of the ConvNet

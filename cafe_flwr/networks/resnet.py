@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from cafe_flwr.networks.base import EarlyExitNetwork, Exit
 from cafe_flwr.networks.checks import check_images, check_norm, narrow
+from cafe_flwr.networks.early_exit import EarlyExitNetwork, Exit
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from cafe_flwr.networks.base import Exit
+from cafe_flwr.networks.early_exit import Exit
 
 
 def safe_kd_exit(channels: int, num_classes: int, width: int = 0) -> Exit:

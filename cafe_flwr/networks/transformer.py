@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cafe_flwr.networks.base import EarlyExitNetwork, Exit
 from cafe_flwr.networks.checks import check_tokens, check_vocabulary
+from cafe_flwr.networks.early_exit import EarlyExitNetwork, Exit
 
 PADDING = 0  # the token that fills up short texts
 _GROUPS = 4

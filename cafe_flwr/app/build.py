@@ -1,0 +1,249 @@
+"""From settings to the parts of a run: data, network, strategy, results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result
+
+from cafe_flwr.client.node_config import data_folder, hosted, is_device
+from cafe_flwr.core.log import logger
+from cafe_flwr.data.federation import ClientData, FederatedData, load_federation
+from cafe_flwr.data.modalities import ROWS, in_rows, rows_shape
+from cafe_flwr.networks.conv import ConvNet, SequenceNet
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.published import PublishedConvNet, PublishedResNet18, PublishedTransformer
+from cafe_flwr.networks.resnet import ResNet18
+from cafe_flwr.networks.transformer import TextTransformer
+from cafe_flwr.personal.store import ServerState
+from cafe_flwr.results.recorder import Recorder, open_results
+from cafe_flwr.server.strategy import FederatedStrategy
+from cafe_flwr.settings import PUBLISHED, Settings
+
+
+def federation(settings: Settings, node_config: Mapping[str, Any] | None = None) -> FederatedData:
+    """The data of the settings: a data set dealt out to clients, or what the clients bring.
+
+    Parameters
+    ----------
+    settings
+        Of the run.
+    node_config
+        Of the node that asks, if it is one. No path in the settings leads to a device's data: they come from the
+        server, or whoever has started the run.
+
+    Raises
+    ------
+    ValueError
+        If there is no such data set, or it cannot serve so many clients.
+    """
+    if settings.dataset == "local":
+        shape = (settings.image_channels, settings.image_size, settings.image_size)
+        return FederatedData(
+            settings.num_clients, settings.classes, shape, lambda client: _own(client, settings, node_config or {})
+        )
+    if settings.dataset.startswith("local:") and node_config is not None and is_device(node_config):
+        raise ValueError(
+            f"the run names a path on this node, dataset = {settings.dataset!r}: a node with a node-config of its own "
+            "reads data from its data-dir only; set dataset = 'local'"
+        )
+    data = load_federation(
+        _located(settings),
+        settings.num_clients,
+        partition=settings.partition,
+        alpha=settings.dirichlet_alpha,
+        capped=settings.dirichlet_cap,
+        partition_column=settings.partition_column,
+        natural_split=settings.natural_split,
+        classes_per_client=settings.classes_per_client,
+        examples_per_client=settings.examples_per_client,
+        shares=settings.shares,
+        image_size=settings.image_size,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        data_dir=_copies(settings, node_config),
+        augmentation=settings.augmentation,
+        max_tokens=settings.max_tokens,
+        vocabulary=settings.vocabulary,
+        long_texts=settings.long_texts,
+        text_part=settings.text_part,
+        validation_share=settings.validation_share,
+        label_groups=settings.label_groups,
+        rotations=settings.rotations,
+        test_shift=settings.test_shift,
+        seed=settings.seed,
+    )
+    if ROWS not in settings.modality_names:
+        return data
+    return replace(
+        data,
+        load=lambda client: in_rows(data.load(client)) if modality_of(settings, client) == ROWS else data.load(client),
+    )
+
+
+def _located(settings: Settings) -> str:
+    """The data set; the path of a local one, if it is not absolute, is one in data-dir."""
+    kind, _, path = settings.dataset.partition(":")
+    if not path or not settings.data_dir or Path(path).expanduser().is_absolute():
+        return settings.dataset
+    return f"{kind}:{Path(settings.data_dir).expanduser() / path}"
+
+
+def _copies(settings: Settings, node_config: Mapping[str, Any] | None) -> str:
+    """Folder with copies of the hub's sets; empty: the hub. A device takes no path from the run's settings."""
+    if node_config is not None and is_device(node_config):
+        return str(node_config.get("data-dir", ""))
+    return settings.data_dir
+
+
+def _own(client: int, settings: Settings, node_config: Mapping[str, Any]) -> ClientData:
+    from cafe_flwr.data.own import load_own
+
+    return load_own(
+        data_folder(node_config, client, hosted(node_config, settings.num_clients)),
+        client,
+        class_names=settings.classes,
+        shares=settings.shares,
+        image_size=settings.image_size,
+        channels=settings.image_channels,
+        image_column=settings.image_column,
+        label_column=settings.label_column,
+        validation_share=settings.validation_share,
+        seed=settings.seed,
+    )
+
+
+def state_dir(settings: Settings, node_config: Mapping[str, Any]) -> str:
+    """Folder of personal state where a node's own node-config names none; empty: the user's own.
+
+    A device takes no path from the run's settings.
+    """
+    if is_device(node_config):
+        return ""
+    return settings.state_dir or str(settings.results / "personal")
+
+
+def build_network(settings: Settings, node_config: Mapping[str, Any] | None = None) -> EarlyExitNetwork:
+    """The network of the settings, for their data; of several modalities the first one's.
+
+    Raises
+    ------
+    ValueError
+        If the data are not of the kind or size that the network takes.
+    """
+    return next(iter(build_networks(settings, node_config).values()))
+
+
+def build_networks(settings: Settings, node_config: Mapping[str, Any] | None = None) -> dict[str, EarlyExitNetwork]:
+    """The networks of the settings by modality; the one of ``""`` where there is one only.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`build_network`.
+    """
+    data = federation(settings, node_config)
+    found = {name: _network(settings, data, name) for name in settings.modality_names or ("",)}
+    for network in found.values():
+        if settings.network not in PUBLISHED:  # those take pixels as −1..1, which is what networks start with
+            network.pixels = data.pixels
+        network.statistics = settings.statistics
+    return found
+
+
+def modality_of(settings: Settings, client: int) -> str:
+    """A client's modality: they take turns; empty where there is one only."""
+    names = settings.modality_names or ("",)
+    return names[client % len(names)]
+
+
+def _network(settings: Settings, data: FederatedData, modality: str = "") -> EarlyExitNetwork:
+    if settings.network in PUBLISHED:
+        return _published(settings.network, data)
+    width, depth, features = settings.network_width, settings.network_depth, settings.feature_width
+    widths = [(width or 8) << k for k in range(depth or 3)]
+    if modality == ROWS:
+        return SequenceNet(rows_shape(data.input_shape), data.num_classes, widths, features, settings.norm)
+    if settings.network == "transformer":
+        return TextTransformer(
+            data.vocabulary,
+            data.input_shape[0],
+            data.num_classes,
+            features,
+            width=width or 128,
+            heads=settings.attention_heads,
+            blocks=depth or 4,
+            norm=settings.norm,
+            dropout=settings.dropout,
+        )
+    if settings.norm == "layer":
+        raise ValueError("norm = 'layer' is of the transformer: choose 'group' or 'batch'")
+    if settings.network == "resnet18":
+        return ResNet18(
+            data.input_shape,
+            data.num_classes,
+            features,
+            norm=settings.norm,
+            width=width or 64,
+            stem_stride=settings.stem_stride,
+        )
+    return ConvNet(data.input_shape, data.num_classes, widths, features, settings.norm)
+
+
+def _published(name: str, data: FederatedData) -> EarlyExitNetwork:
+    if name == "published-transformer":
+        return PublishedTransformer(data.num_classes, data.vocabulary, data.input_shape[0])
+    build = PublishedResNet18 if name == "published-resnet18" else PublishedConvNet
+    return build(data.input_shape, data.num_classes)
+
+
+def build_strategy(
+    settings: Settings, recorder: Recorder | None = None, resume_from: ServerState | None = None
+) -> FederatedStrategy:
+    """The strategy of the settings."""
+    return FederatedStrategy(
+        method=settings.build_method(),
+        fraction_train=settings.fraction_train,
+        min_train_nodes=settings.min_train_nodes,
+        min_available_nodes=settings.min_available_nodes,
+        num_rounds=settings.num_server_rounds,
+        local=settings.build_budget(),
+        learning_rate_schedule=settings.learning_rate_schedule,
+        learning_rate_decay=settings.learning_rate_decay,
+        bounds=settings.build_bounds(),
+        privacy=settings.build_privacy(),
+        wire=settings.wire_dtype,
+        num_clients=settings.num_clients,
+        seed=settings.seed,
+        evaluate_every=settings.evaluate_every,
+        wait_seconds=settings.wait_seconds,
+        round_timeout=settings.round_timeout,
+        round_retries=settings.round_retries,
+        callbacks=[recorder] if recorder else [],
+        resume_from=resume_from,
+    )
+
+
+def run(grid: Grid, settings: Settings) -> Result:
+    """Run a federation from its settings and leave the results folder behind.
+
+    Raises
+    ------
+    ValueError
+        Before the first round, if the settings cannot be used.
+    RuntimeError
+        If no client can take part, or all fail in a round. What was recorded until then is kept.
+    """
+    if unread := settings.unread():
+        logger.warning("%s does not read %s", settings.method, ", ".join(unread))
+    results = open_results(settings)
+    recorder = Recorder(results.folder, settings, results.state)
+    try:
+        return build_strategy(settings, recorder, results.state).start(grid)
+    finally:
+        recorder.close()
+        results.lock.close()

@@ -1,0 +1,194 @@
+"""Run a Flower app as `flwr run` does, but know how it ended, and leave nothing running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from cafe_flwr.networks.placement import simulation_resources
+
+if TYPE_CHECKING:
+    from cafe_flwr.settings import Settings
+
+_START_SECONDS = 60.0
+_POLL_SECONDS = 1.0
+_MAX_FAILURES = 10  # in a row
+_CONNECTION = "private"
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How a run ended: Flower's run id, status (e.g. ``finished:completed``), and whether all is well."""
+
+    run_id: int
+    status: str
+
+    @property
+    def completed(self) -> bool:
+        """Whether the run came to its end without an error."""
+        return self.status == "finished:completed"
+
+
+@contextmanager
+def private_superlink() -> Iterator[dict[str, str]]:
+    """A SuperLink in simulation mode of one's own, stopped on leaving.
+
+    It has its own Flower home in a temporary folder and ports of its own, so it neither meets nor disturbs the user's,
+    and runs apps in this Python environment as it is.
+
+    Yields
+    ------
+    Environment in which ``flwr`` commands talk to it, as connection ``private``.
+    """
+    with tempfile.TemporaryDirectory(prefix="cafe-flwr-") as home:
+        port, control_port = free_port(), free_port()
+        folder = Path(sys.executable).parent  # of this environment's commands, on the PATH or not
+        env = {
+            **os.environ,
+            "FLWR_HOME": home,
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+        Path(home, "config.toml").write_text(
+            f'[superlink]\ndefault = "{_CONNECTION}"\n\n'
+            f'[superlink.{_CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
+        log = Path(home, "superlink.log")
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                [
+                    "flower-superlink",
+                    "--insecure",
+                    "--simulation",
+                    "--disable-runtime-dependency-installation",
+                    *("--host", "127.0.0.1", "--port", str(port)),
+                    *("--control-api-address", f"127.0.0.1:{control_port}"),
+                ],
+                env=env,
+                cwd=home,  # Ray's workers look for modules here first: not in whatever folder this was called from
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            wait_until_healthy(process, f"http://127.0.0.1:{port}", log)
+            yield env
+        finally:
+            _stop(process)
+
+
+def run_app(
+    app: Path, env: dict[str, str], run_config: Sequence[str] = (), federation_config: Sequence[str] = ()
+) -> RunStatus:
+    """Submit an app, show its log until it ends, and say how it ended.
+
+    ``flwr run --stream`` exits 0 whatever became of the run, and Ctrl-C leaves it running; this does neither.
+
+    Raises
+    ------
+    RuntimeError
+        If Flower refuses the app or its settings, with Flower's words.
+    """
+    options = [f"--run-config={pair}" for pair in run_config]
+    options += [f"--federation-config={pair}" for pair in federation_config]
+    answer = flwr(env, "run", str(app), _CONNECTION, "--format", "json", *options)
+    if not answer.get("success", False):
+        raise RuntimeError(answer.get("error-message") or "Flower refused the run")
+    run_id = int(answer["run-id"])
+    log = subprocess.Popen(["flwr", "log", str(run_id), _CONNECTION, "--stream"], env=env)
+    try:
+        status = _wait_until_finished(env, run_id)
+        time.sleep(2 * _POLL_SECONDS)  # the last lines of the log
+    except KeyboardInterrupt:
+        flwr(env, "stop", str(run_id), _CONNECTION, "--format", "json")
+        raise
+    finally:
+        log.terminate()
+        log.wait()
+    return RunStatus(run_id, status)
+
+
+def with_resources(settings: Settings, federation_config: Sequence[str]) -> list[str]:
+    """The federation config, with each worker's share of a GPU before it where there is one; what is given counts."""
+    given = " ".join(federation_config)
+    if given.endswith(".toml"):  # a file is all there is
+        return list(federation_config)
+    pairs = simulation_resources(settings.device, settings.clients_per_gpu)
+    return [*(pair for pair in pairs if pair.partition("=")[0] not in given), *federation_config]
+
+
+def _wait_until_finished(env: dict[str, str], run_id: int) -> str:
+    failures = 0
+    while failures < _MAX_FAILURES:
+        answer = flwr(env, "ls", _CONNECTION, "--run-id", str(run_id), "--format", "json")
+        runs = answer.get("runs", [])
+        failures = 0 if runs else failures + 1
+        if runs and str(runs[0]["status"]).startswith("finished"):
+            return str(runs[0]["status"])
+        time.sleep(_POLL_SECONDS)
+    raise RuntimeError(f"the SuperLink no longer answers: {answer.get('error-message')}")
+
+
+def flwr(env: dict[str, str], *arguments: str) -> dict[str, Any]:
+    """The answer of a ``flwr`` command, called with ``--format json``; Flower's words where it gives no JSON."""
+    done = subprocess.run(["flwr", *arguments], env=env, capture_output=True, text=True, check=False)
+    try:
+        return dict(json.loads(done.stdout))
+    except ValueError:
+        return {"success": False, "error-message": (done.stdout + done.stderr).strip()}
+
+
+def wait_until_healthy(
+    process: subprocess.Popen[bytes], url: str, log: Path, context: ssl.SSLContext | None = None
+) -> None:
+    """Wait until a SuperLink answers at its URL; ``context`` knows its authority.
+
+    Raises
+    ------
+    RuntimeError
+        If it ends before, with the end of its log, or takes too long.
+    """
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the SuperLink did not start:\n{log.read_text(errors='replace')[-2000:]}")
+        try:
+            with urlopen(f"{url}/health", timeout=1, context=context):
+                return
+        except (URLError, OSError):
+            time.sleep(0.2)
+    raise RuntimeError(f"the SuperLink was not ready within {_START_SECONDS:.0f} s")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the SuperLink and what it started: it leads a process group of its own."""
+    for sign, seconds in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(seconds)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens at now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,1 @@
+"""The ClientApp: what a node does with the messages it gets."""

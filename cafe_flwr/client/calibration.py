@@ -1,0 +1,70 @@
+"""Calibration through Flower, the node's side: counts and thresholds are all that is told and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from cafe_flwr.core.log import logger
+from cafe_flwr.data.federation import Split
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.personal.calibration import (
+    ClientCalibration,
+    certificate_from_json,
+    counts_to_json,
+    histogram_to_json,
+    keep,
+    path_from_json,
+)
+from cafe_flwr.personal.published import read_personal
+from cafe_flwr.wire.capacity import Networks
+from cafe_flwr.wire.messages import Keys, failed, prefixed, record_of
+
+STEPS = ("histogram", "counts", "certificate")
+
+
+class NodeCalibration:
+    """The node's side.
+
+    Parameters
+    ----------
+    folder
+        Of the personal networks.
+    networks
+        Get a client's weights when it is asked for.
+    """
+
+    def __init__(self, folder: Path, networks: EarlyExitNetwork | Networks) -> None:
+        self.folder = folder
+        self.networks = networks
+
+    def answer(self, message: Message, keys: Keys, examples: Callable[[int], Split]) -> Message:
+        """Reply to one step for all clients asked for; what fails is said for each client."""
+        config = record_of(message, keys.config, ConfigRecord)
+        found: dict[str, str] = {}
+        failures: dict[int, str] = {}
+        for name, text in prefixed(config, "client.").items():
+            client = int(name)
+            try:
+                found[f"client.{client}"] = self._answer(
+                    str(config["step"]), client, str(text), examples(client), config
+                )
+            except Exception as error:
+                logger.warning("client %d was not calibrated", client, exc_info=True)
+                failures[client] = f"{type(error).__name__}: {error}"
+        return Message(RecordDict({keys.config: ConfigRecord({**found, **failed(failures)})}), reply_to=message)
+
+    def _answer(self, step: str, client: int, text: str, examples: Split, config: Mapping[str, Any]) -> str:
+        network = read_personal(self.folder, client, self.networks).network
+        side = ClientCalibration(client, network, examples, int(config["seed"]))
+        if step == "histogram":
+            return histogram_to_json(side.histogram())
+        if step == "counts":
+            return counts_to_json(side.counts(path_from_json(text)))
+        if step == "certificate":
+            keep(self.folder, client, certificate_from_json(text), side.fingerprint)
+            return "kept"
+        raise ValueError(f"a calibration has the steps {', '.join(STEPS)}, not {step!r}")

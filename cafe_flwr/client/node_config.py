@@ -1,0 +1,154 @@
+"""What a node says about itself: the keys of its node-config, which no server can change.
+
+=============  =========================================================================================
+``clients``    Numbers of the clients it hosts, ``"3"`` or ``"3,7"``; else Flower's ``partition-id`` counts
+``data-dir``   Folder of its clients' own data, for runs with ``dataset = "local"``
+``state-dir``  Folder of its clients' personal state
+``device``     Where its clients compute, such as ``"cuda:1"`` or ``"cpu"``, whatever the run's settings say
+``max-exit``   The deepest exit that its clients can hold, such as ``2``; else all (docs/unequal-clients.md)
+``max-width``  The share of the width of all layers that they can hold, such as ``0.5``; else all
+``name``       What people call the node; it stands beside the clients' numbers in logs and records
+=============  =========================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cafe_flwr.core.random import hosted_clients
+
+NodeConfig = Mapping[str, Any]
+MAX_NAME = 60
+
+
+def is_device(node: NodeConfig) -> bool:
+    """Whether the node has a configuration of its own; nodes of a simulation have a place in it, and nothing else."""
+    own = {"clients", "data-dir", "state-dir", "device", "max-exit", "max-width", "name"}
+    return "num-partitions" not in node or bool(node.keys() & own)
+
+
+def hosted(node: NodeConfig, num_clients: int | None) -> list[int]:
+    """Clients the node hosts: named in its node-config, or by its place in a simulation of ``num_clients``.
+
+    Raises
+    ------
+    ValueError
+        If the node-config names none, or something that is no client.
+
+    Examples
+    --------
+    >>> hosted({"clients": "7,3"}, None), hosted({"partition-id": 1, "num-partitions": 2}, 5)
+    ([3, 7], [1, 3])
+    """
+    if "clients" in node:
+        try:
+            clients = sorted({int(c) for c in str(node["clients"]).split(",")})
+        except ValueError:
+            clients = [-1]
+        if clients[0] < 0:
+            raise ValueError(f"node-config clients must be numbers like '3' or '3,7', got {node['clients']!r}")
+        return clients
+    if "partition-id" not in node:
+        raise ValueError("this node's node-config names no clients: give clients=<number> or partition-id=<number>")
+    partition = int(node["partition-id"])
+    if num_clients is None:
+        return [partition]
+    return hosted_clients(partition, int(node.get("num-partitions", num_clients)), num_clients)
+
+
+def max_exit(node: NodeConfig) -> int | None:
+    """The deepest exit that the node's clients can hold, None if it does not say.
+
+    Raises
+    ------
+    ValueError
+        If it is no whole number from 1 up.
+
+    Examples
+    --------
+    >>> max_exit({"max-exit": 2}), max_exit({})
+    (2, None)
+    """
+    if "max-exit" not in node:
+        return None
+    try:
+        depth = int(str(node["max-exit"]))
+    except ValueError:
+        depth = 0
+    if depth < 1:
+        raise ValueError(
+            f"node-config max-exit must be the number of an exit, 1 or more, got {node['max-exit']!r}: leave it away "
+            "where clients hold the whole network"
+        )
+    return depth
+
+
+def max_width(node: NodeConfig) -> float:
+    """The share of the width that the node's clients can hold, 1 if it does not say.
+
+    Raises
+    ------
+    ValueError
+        If it is no number above 0 and at most 1.
+    """
+    try:
+        width = float(str(node.get("max-width", 1.0)))
+    except ValueError:
+        width = 0.0
+    if not 0 < width <= 1:
+        raise ValueError(
+            f"node-config max-width must be a share of the width, above 0 and at most 1, got {node['max-width']!r}"
+        )
+    return width
+
+
+def is_limited(node: NodeConfig) -> bool:
+    """Whether the node says that its clients cannot hold all."""
+    return "max-exit" in node or "max-width" in node
+
+
+def name_of(node: NodeConfig) -> str:
+    """Name of the node, empty if it has none; ValueError if it is no name for a log."""
+    name = str(node.get("name", ""))
+    check_name(name)
+    return name
+
+
+def check_name(name: str) -> None:
+    """ValueError unless it can stand in a line of a log."""
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise ValueError(f"a node's name must be at most {MAX_NAME} printable characters, got {name[:80]!r}")
+
+
+def data_folder(node: NodeConfig, client: int, clients: list[int]) -> Path:
+    """Folder (or parquet file) of a client's own data.
+
+    ``data-dir`` itself where the node hosts one client and there is no ``client-<number>`` in it; else that.
+
+    Raises
+    ------
+    ValueError
+        If the node-config names no folder, or the client's is not there.
+    """
+    text = str(node.get("data-dir", ""))
+    if not text:
+        raise ValueError(
+            "this node has no data: the run asks for the clients' own (dataset = 'local'), and its node-config names "
+            "no data-dir"
+        )
+    folder = Path(text).expanduser()
+    if not folder.is_absolute():
+        raise ValueError(f"node-config data-dir must be an absolute path or start with '~', got {text!r}")
+    if not folder.exists():
+        raise ValueError(f"node-config data-dir = {text!r}: there is no such file or folder on this node")
+    for own in (folder / f"client-{client}", folder / f"client-{client}.parquet"):
+        if own.exists():
+            return own
+    if len(clients) > 1:
+        raise ValueError(
+            f"node-config data-dir = {text!r} has no client-{client}: a node of several clients needs a folder "
+            "client-<number>, or a file client-<number>.parquet, for each"
+        )
+    return folder

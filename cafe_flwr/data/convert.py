@@ -1,0 +1,169 @@
+"""A user's own data as clients hold them: from ``datasets.Dataset``, from a torch ``Dataset``, divided into splits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cafe_flwr.core.random import rng_for
+from cafe_flwr.data.federation import ClientData, Split
+from cafe_flwr.data.partition import stratified_split
+from cafe_flwr.data.tokenizer import Tokenizer
+from cafe_flwr.networks.preprocessing import Augmentation
+
+
+def split_from_datasets(
+    dataset: Any,
+    inputs: str = "image",
+    labels: str = "label",
+    *,
+    image_size: int = 0,
+    tokenizer: Tokenizer | None = None,
+) -> Split:
+    """A split of a ``datasets.Dataset``: what a client has for training, calibration or test.
+
+    Parameters
+    ----------
+    dataset
+        With a column of inputs and one of labels.
+    inputs
+        Column of pictures, which become pixels (uint8); of texts, which become tokens; or of lists of numbers.
+    labels
+        Column of labels 0..C−1.
+    image_size
+        Resize pictures to this height and width; 0 keeps them as they are.
+    tokenizer
+        Of texts; None: as it stands in :mod:`cafe_flwr.data.tokenizer`, 64 words of 8,192 tokens.
+
+    Raises
+    ------
+    ValueError
+        If a column is not there, labels are missing or no numbers from 0 up, or pictures differ in size.
+
+    Examples
+    --------
+    >>> from datasets import Dataset
+    >>> own = Dataset.from_dict({"text": ["good", "very bad"], "label": [1, 0]})
+    >>> split = split_from_datasets(own, "text", tokenizer=Tokenizer(max_tokens=3, vocabulary=100))
+    >>> split.x.tolist(), split.y.tolist()
+    ([[96, 0, 0], [25, 74, 0]], [1, 0])
+    """
+    for column in (inputs, labels):
+        if column not in dataset.column_names:
+            raise ValueError(f"the data set has no column {column!r}; it has {', '.join(dataset.column_names)}")
+    values = dataset[inputs][:]
+    y = _labels(dataset[labels][:])
+    if values and isinstance(values[0], str):
+        return Split((tokenizer or Tokenizer())(values), y)
+    return Split(_stacked(values, image_size), y)
+
+
+def split_from_torch(dataset: Any, *, image_size: int = 0) -> Split:
+    """A split of a torch ``Dataset`` of known length whose items are (input, label).
+
+    All items are read, once: transforms that draw are drawn once. Have training vary images instead,
+    ``divide(split, augment=Augmentation(4))``.
+
+    Parameters
+    ----------
+    dataset
+        Inputs are tensors, arrays or pictures of one shape. uint8 stays (pixels), other whole numbers become int64
+        (tokens), the rest float32.
+    image_size
+        As for :func:`split_from_datasets`.
+
+    Raises
+    ------
+    ValueError
+        If an item is no pair, a label no number from 0 up, or inputs differ in shape.
+
+    Examples
+    --------
+    >>> from torch.utils.data import TensorDataset
+    >>> split = split_from_torch(TensorDataset(torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 1, 0])))
+    >>> split.x.shape, split.y.tolist()
+    (torch.Size([4, 3, 8, 8]), [0, 1, 1, 0])
+    """
+    items = [dataset[row] for row in range(len(dataset))]
+    for row, item in enumerate(items):
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise ValueError(f"item {row} of the data set must be (input, label), got a {type(item).__name__}")
+    return Split(_stacked([x for x, _ in items], image_size), _labels([y for _, y in items]))
+
+
+def divide(
+    split: Split, shares: Sequence[float] = (0.6, 0.15, 0.25), seed: int = 0, augment: Augmentation | None = None
+) -> ClientData:
+    """One client's examples divided into train, calibration and test, with the same label distribution.
+
+    Parameters
+    ----------
+    split
+        All that the client has.
+    shares
+        Of train, calibration and test; they sum to 1.
+    seed
+        Of the division; the same seed must give the same in every process of a run.
+    augment
+        How training varies images, such as ``cafe_flwr.networks.preprocessing.Augmentation(4)``.
+
+    Examples
+    --------
+    >>> data = divide(Split(torch.zeros(20, 5), torch.arange(20) % 2))
+    >>> len(data.train), len(data.calibration), len(data.test)
+    (12, 3, 5)
+    """
+    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+        raise ValueError(f"shares of train, calibration and test must be 0 or more and sum to 1, got {tuple(shares)}")
+    rows = stratified_split(split.y.numpy(), shares, rng_for(seed, 0, -1, "divide"))
+    train, calibration, test = (split.take(part) for part in rows)
+    return ClientData(train, calibration, test, augment)
+
+
+def _labels(values: Iterable[Any]) -> Tensor:
+    listed = [value.item() if isinstance(value, Tensor | np.generic) else value for value in values]
+    if missing := sum(value is None for value in listed):
+        raise ValueError(f"{missing} of {len(listed)} examples have no label")
+    if wrong := [value for value in listed if isinstance(value, bool) or not isinstance(value, int)]:
+        raise ValueError(f"labels must be whole numbers from 0 up, got {wrong[0]!r}: number the classes first")
+    y = torch.tensor(listed, dtype=torch.int64)
+    if len(y) and int(y.min()) < 0:
+        raise ValueError(f"labels must be numbers from 0 up, got {int(y.min())}: some labels are missing or withheld")
+    return y
+
+
+def _stacked(values: Sequence[Any], image_size: int) -> Tensor:
+    """Inputs in one tensor, (N, …)."""
+    arrays = [_array(value, image_size) for value in values]
+    pictures = [a for a, value in zip(arrays, values, strict=True) if _is_picture(value)]
+    if len({len(picture) for picture in pictures}) > 1:  # some are grey, some are not
+        arrays = [np.repeat(a, 3, axis=0) if len(a) == 1 else a for a in arrays]
+    shapes = {array.shape for array in arrays}
+    if len(shapes) > 1:
+        some = ", ".join(map(str, sorted(shapes)[:3]))
+        raise ValueError(
+            f"inputs have {len(shapes)} different shapes ({some}): bring them to one, images by image_size"
+        )
+    x = torch.from_numpy(np.stack(arrays)) if arrays else torch.zeros(0)
+    if x.dtype == torch.uint8:
+        return x
+    return x.float() if x.is_floating_point() else x.long()
+
+
+def _array(value: Any, image_size: int) -> NDArray[Any]:
+    if not _is_picture(value):
+        return value.numpy() if isinstance(value, Tensor) else np.asarray(value)
+    picture = value.convert("L" if value.mode in ("1", "L", "LA") else "RGB")
+    if image_size:
+        picture = picture.resize((image_size, image_size))
+    pixels = np.asarray(picture)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _is_picture(value: Any) -> bool:
+    return hasattr(value, "convert") and hasattr(value, "mode")

@@ -1,0 +1,429 @@
+"""Data sets and how they are dealt out: train, calibration and test examples of every client.
+
+A data set is partitioned by its labels (flwr-datasets), over clients or over groups of clients, then every client's
+share is split into train, calibration and test with the same label distribution. The embedded sets are made from
+scikit-learn's handwritten digits: their partition is drawn first, as labels only, and the images of each client are
+then rendered from base digits that belong to one of the three splits alone, so no test image is made from a training
+digit. Clients may also see the world rotated, meet other class priors in the test, or hold out training examples in
+place of the test. Sets of the hub (:mod:`cafe_flwr.data.hub`) are decoded when a client is loaded, and stay pixels
+(uint8): networks normalise them batch by batch. Texts become tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cafe_flwr.core.random import rng_for
+from cafe_flwr.data import digits, docstrings
+from cafe_flwr.data.hub import HUB_SETS, open_set
+from cafe_flwr.data.local import read_local
+from cafe_flwr.data.partition import partition_labels, partition_naturally, stratified_split
+from cafe_flwr.data.tokenizer import Tokenizer
+from cafe_flwr.networks.preprocessing import SYMMETRIC, Augmentation, Normalisation
+
+
+class Split(NamedTuple):
+    """Examples of one client for one use.
+
+    Attributes
+    ----------
+    x
+        Inputs, (N, …) float32; or pixels of images, (N, C, H, W) uint8; or tokens of texts, (N, L) int64.
+    y
+        Labels 0..C−1, (N,) int64.
+    source
+        (N, s) int64: rows of the underlying data set each example was made from, where that is known.
+    """
+
+    x: Tensor
+    y: Tensor
+    source: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def take(self, positions: NDArray[np.int64]) -> Split:
+        """The examples at these positions."""
+        rows = torch.from_numpy(positions)
+        return Split(self.x[rows], self.y[rows], None if self.source is None else self.source[rows])
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """What one client holds: three disjoint splits, all rotated alike.
+
+    Their label distribution is the same, except that of ``test`` under a test shift. With a validation share ``test``
+    holds validation examples: they come from the training data, and no test data is in any split. ``augment`` says how
+    training varies the inputs of a batch; None: not at all.
+    """
+
+    train: Split
+    calibration: Split
+    test: Split
+    augment: Augmentation | None = None
+
+
+@dataclass(frozen=True)
+class FederatedData:
+    """A data set dealt out to clients.
+
+    Attributes
+    ----------
+    num_clients
+        How many clients there are.
+    class_names
+        Names of the classes, in the order of the labels.
+    input_shape
+        Shape of one input, e.g. (1, 16, 16).
+    load
+        The data of one client, made when it is asked for.
+    vocabulary
+        Of texts: number of different tokens, padding included; 0: the inputs are no texts.
+    pixels
+        Of images that come as pixels (uint8): how networks normalise them.
+    num_examples
+        Of all clients together, all splits; 0: not known.
+    """
+
+    num_clients: int
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    load: Callable[[int], ClientData]
+    vocabulary: int = 0
+    pixels: Normalisation = SYMMETRIC
+    num_examples: int = 0
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return len(self.class_names)
+
+
+class _Source(NamedTuple):
+    """A data set before it is dealt out."""
+
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    input_shape: tuple[int, ...]
+    read: Callable[[NDArray[np.int64]], Tensor] | None = None  # inputs of rows; None: rendered, not read
+    column: Callable[[str], Sequence[Any]] | None = None  # values of a column; None: it has no columns
+    splits: NDArray[np.int64] | None = None  # 0, 1 or 2 where the set itself says what a row is for
+    rows: NDArray[np.int64] | None = None  # of the whole set, where only some take part
+    vocabulary: int = 0
+    pixels: Normalisation = SYMMETRIC
+    augment: Augmentation | None = None
+
+
+@lru_cache(maxsize=4)
+def load_federation(
+    dataset: str,
+    num_clients: int,
+    *,
+    partition: str = "dirichlet",
+    alpha: float = 0.1,
+    capped: bool = False,
+    partition_column: str = "",
+    natural_split: str = "even",
+    classes_per_client: int = 10,
+    examples_per_client: int = 200,
+    shares: tuple[float, float, float] = (0.48, 0.12, 0.40),
+    image_size: int = 0,
+    image_column: str = "image",
+    label_column: str = "label",
+    data_dir: str = "",
+    augmentation: str = "usual",
+    max_tokens: int = 64,
+    vocabulary: int = 8192,
+    long_texts: str = "cut",
+    text_part: str = "whole",
+    label_groups: int = 0,
+    rotations: int = 1,
+    validation_share: float = 0.0,
+    test_shift: float = 0.0,
+    seed: int = 0,
+) -> FederatedData:
+    """Deal a data set out to clients. Built once per process.
+
+    Parameters
+    ----------
+    dataset
+        Embedded: ``"digits"``, ``"digit-pairs"``, ``"docstrings"``. Of the hub: ``"cifar10"``, ``"cifar100"``,
+        ``"tiny-imagenet"``, ``"ag-news"``. Or ``"local:<path>"`` (a parquet file, a folder of parquet files, or a
+        folder with one subfolder of images per class).
+    num_clients
+        Number of clients.
+    partition
+        ``"dirichlet"`` (concentration ``alpha``), ``"pathological"`` (``classes_per_client`` classes each) or
+        ``"natural"`` (by the values of ``partition_column``).
+    capped
+        Dirichlet only: a client that holds its fair share gets no more
+        (:func:`cafe_flwr.data.partition.partition_labels`).
+    partition_column, natural_split
+        Of the natural partition, of sets with columns: the column, and how a value is dealt out where several clients
+        share it, ``"even"`` or ``"dirichlet"`` (:func:`cafe_flwr.data.partition.partition_naturally`).
+    examples_per_client
+        Embedded sets only: mean number of examples per client, all splits together.
+    shares
+        Shares of train, calibration and test; they sum to 1.
+    image_size
+        Local sets only: resize images to this height and width; 0 keeps them as they are.
+    image_column, label_column
+        Local sets only: names of the columns.
+    data_dir
+        Sets of the hub only: folder with a local copy in ``<data_dir>/<dataset>``; empty: the hub.
+    augmentation
+        Sets of the hub only: ``"usual"``, random crops and mirror images in training, or ``"none"``.
+    max_tokens, vocabulary
+        Texts only: words of a text that are kept, and the number of different tokens (:mod:`cafe_flwr.data.tokenizer`).
+    long_texts
+        Texts only: ``"cut"`` those of more words than ``max_tokens``, or ``"refuse"`` them.
+    text_part
+        AG News only: ``"whole"`` texts, or ``"title"`` (:meth:`cafe_flwr.data.hub.OpenSet.texts`).
+    label_groups
+        G ≥ 1: client i is in group i mod G, and the clients of a group share one label distribution. 0: every client is
+        a group of its own. Embedded sets: a group has the labels that its first client would have without groups, and
+        every client images of its own for them. Local sets: the partition is one over G groups, each dealt evenly to
+        its clients, so that clients of a larger group get less.
+    rotations
+        R ≥ 1: all images of client i are rotated counter-clockwise by ⌊i / max(G, 1)⌋ mod R times 360/R degrees, so
+        label groups and rotations are crossed: G·R clients hold each combination once. Quarter turns are exact.
+    validation_share
+        v in [0, 1), to choose hyper-parameters without a look at test data: the share v of each client's training
+        split is held out and given as its test split; the real test split is left alone. On the embedded sets, training
+        and validation images are made from the same base digits, so expect better results than on test data.
+    test_shift
+        Embedded sets only, s in [0, 1]: the share s of each client's test labels is redrawn uniformly from the classes
+        in its training split, so that class priors shift but no new classes appear. The images are rendered for the new
+        labels; with a ``validation_share`` from the base digits of training, no longer the examples held out.
+    seed
+        Seed of the partition, the splits and the rendering.
+
+    Raises
+    ------
+    ValueError
+        If there is no such data set, it cannot serve so many clients, or it does not allow the shift asked for.
+
+    Examples
+    --------
+    >>> federation = load_federation("digit-pairs", num_clients=20)
+    >>> client = federation.load(3)
+    >>> tuple(client.train.x.shape[1:]), federation.num_classes
+    ((1, 16, 16), 100)
+    """
+    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+        raise ValueError(f"shares of train, calibration and test must be 0 or more and sum to 1, got {shares}")
+    if min(num_clients, examples_per_client, classes_per_client) < 1:
+        raise ValueError("num-clients, examples-per-client and classes-per-client must be at least 1")
+    _check_shifts(dataset, num_clients, label_groups, validation_share, test_shift)
+    if partition == "natural" and label_groups:
+        raise ValueError(f"label-groups = {label_groups} is not for partition = 'natural': set it to 0")
+    tokenizer = Tokenizer(max_tokens, vocabulary, cut=long_texts == "cut")
+    if dataset in digits.NUM_CLASSES:
+        source = _embedded(dataset, num_clients * examples_per_client)
+    elif dataset == "docstrings":
+        source = _docstrings(num_clients * examples_per_client, shares, seed, tokenizer)
+    elif dataset in HUB_SETS:
+        source = _of_the_hub(dataset, data_dir, augmentation, text_part, tokenizer)
+    else:
+        source = _local(dataset, image_size, image_column, label_column)
+    _check_rotations(rotations, source.input_shape)
+    groups = 0 if source.read is None else label_groups  # labels that are rendered need not be dealt out
+    if partition == "natural":
+        if source.column is None:
+            raise ValueError(
+                f"partition = 'natural' deals out by a column, and {dataset!r} has none: choose a set of the hub or "
+                "'local:<path>', or another partition"
+            )
+        parts = partition_naturally(
+            partition_column,
+            source.column(partition_column),
+            source.labels,
+            num_clients,
+            split=natural_split,
+            alpha=alpha,
+            capped=capped,
+            seed=seed,
+        )
+    else:
+        parts = partition_labels(
+            source.labels, num_clients, partition, alpha, classes_per_client, seed, groups, capped=capped
+        )
+    if source.read is None and label_groups:
+        parts = [parts[client % label_groups] for client in range(num_clients)]
+
+    @cache
+    def load(client: int) -> ClientData:
+        if not 0 <= client < num_clients:
+            raise ValueError(f"client must be in 0..{num_clients - 1}, got {client}")
+        rng = partial(rng_for, seed, 0, client)
+        turn = client // max(label_groups, 1) % rotations
+        labels = source.labels[parts[client]]
+        if source.splits is None:
+            uses = stratified_split(labels, shares, rng("split"))
+        else:
+            uses = [np.flatnonzero(source.splits[parts[client]] == k) for k in range(len(digits.SPLITS))]
+        positions = dict(zip(digits.SPLITS, uses, strict=True))
+
+        def make(use: str, split: str, y: NDArray[np.int64]) -> Split:
+            if source.read is None:
+                x, origin = digits.render(dataset, y, split, seed, rng(f"render-{use}"))
+                x = rotate(x, turn, rotations, digits.BACKGROUND)
+            else:
+                rows = parts[client][positions[split]]
+                rows = rows if source.rows is None else source.rows[rows]
+                x, origin = rotate(source.read(rows), turn, rotations), rows[:, None]
+            return Split(x, torch.from_numpy(y), torch.from_numpy(origin))
+
+        train, calibration = (make(split, split, labels[positions[split]]) for split in ("train", "calibration"))
+        if not validation_share:
+            y = shift_labels(labels[positions["test"]], train.y.numpy(), test_shift, rng("test-shift"))
+            return ClientData(train, calibration, make("test", "test", y), source.augment)
+        cut = (1 - validation_share, validation_share)
+        train, validation = map(train.take, stratified_split(train.y.numpy(), cut, rng("validation")))
+        if test_shift:
+            y = shift_labels(validation.y.numpy(), train.y.numpy(), test_shift, rng("test-shift"))
+            validation = make("validation", "train", y)
+        return ClientData(train, calibration, validation, source.augment)
+
+    return FederatedData(
+        num_clients,
+        source.class_names,
+        source.input_shape,
+        load,
+        vocabulary=source.vocabulary,
+        pixels=source.pixels,
+        num_examples=sum(map(len, parts)),
+    )
+
+
+def _check_shifts(
+    dataset: str, num_clients: int, label_groups: int, validation_share: float, test_shift: float
+) -> None:
+    if not 0 <= label_groups <= num_clients:
+        raise ValueError(
+            f"label-groups must be from 0 (every client has its own labels) to num-clients = {num_clients}, "
+            f"got {label_groups}: lower label-groups or raise num-clients"
+        )
+    if not 0 <= validation_share < 1:
+        raise ValueError(f"validation-share must be 0 (none) or more and less than 1, got {validation_share}")
+    if not 0 <= test_shift <= 1:
+        raise ValueError(f"test-shift must be from 0 (none) to 1 (all test labels redrawn), got {test_shift}")
+    if test_shift and dataset not in digits.NUM_CLASSES:
+        known = " and ".join(map(repr, digits.NUM_CLASSES))
+        raise ValueError(f"test-shift works for the embedded sets only, {known}, not {dataset!r}: set test-shift to 0")
+
+
+def _check_rotations(rotations: int, shape: tuple[int, ...]) -> None:
+    if rotations < 1:
+        raise ValueError(f"rotations must be at least 1 (images as they are), got {rotations}")
+    if rotations > 1 and len(shape) != 3:
+        raise ValueError(f"rotations need images (channels, height, width), got inputs {shape}: set rotations to 1")
+    if rotations % 4 == 0 and shape[1] != shape[2]:
+        raise ValueError(
+            f"rotations = {rotations} has quarter turns, which need square images, got {shape[1]}×{shape[2]}: "
+            "set image-size, or choose rotations that 4 does not divide"
+        )
+
+
+def _embedded(dataset: str, num_examples: int) -> _Source:
+    """An embedded set of at least so many examples, all classes alike."""
+    names = digits.class_names(dataset)
+    labels = np.repeat(np.arange(len(names)), -(-num_examples // len(names)))
+    return _Source(labels, names, (1, digits.IMAGE_SIZE, digits.IMAGE_SIZE))
+
+
+def _local(dataset: str, image_size: int, image_column: str, label_column: str) -> _Source:
+    """The set ``"local:<path>"``."""
+    kind, _, path = dataset.partition(":")
+    if kind != "local" or not path:
+        known = ", ".join(map(repr, (*digits.NUM_CLASSES, "docstrings", *HUB_SETS)))
+        raise ValueError(f"dataset must be {known} or 'local:<path>', got {dataset!r}")
+    images, labels, names, column = read_local(Path(path).expanduser(), image_size, image_column, label_column)
+    shape = tuple(int(n) for n in images.shape[1:])
+    return _Source(labels, names, shape, lambda rows: torch.from_numpy(images[rows]), column)
+
+
+def _docstrings(num_examples: int, shares: tuple[float, float, float], seed: int, tokenizer: Tokenizer) -> _Source:
+    """The sentences of installed packages."""
+    sentences = docstrings.sentences()
+    rows, splits = docstrings.draw(num_examples, shares, seed)
+    return _Source(
+        sentences.labels[rows],
+        docstrings.PACKAGES,
+        (tokenizer.max_tokens,),
+        lambda wanted: tokenizer([sentences.texts[row] for row in wanted]),
+        splits=splits,
+        rows=rows,
+        vocabulary=tokenizer.vocabulary,
+    )
+
+
+def _of_the_hub(dataset: str, data_dir: str, augmentation: str, text_part: str, tokenizer: Tokenizer) -> _Source:
+    """A set of the hub, or a local copy of it."""
+    opened = open_set(dataset, data_dir)
+    about, size = opened.about, opened.about.image_size
+    source = _Source(opened.labels, opened.class_names, (3, size, size), opened.images, opened.column)
+    if not size:
+        read, shape = (lambda rows: tokenizer(opened.texts(rows, text_part))), (tokenizer.max_tokens,)
+        return source._replace(read=read, input_shape=shape, vocabulary=tokenizer.vocabulary)
+    augment = about.augmentation if augmentation == "usual" else None
+    return source._replace(pixels=about.pixels, augment=augment)
+
+
+def shift_labels(
+    labels: NDArray[np.int64], train_labels: NDArray[np.int64], share: float, rng: np.random.Generator
+) -> NDArray[np.int64]:
+    """Labels of which a share, chosen at random, is redrawn uniformly from the training labels' classes.
+
+    Examples
+    --------
+    >>> shift_labels(np.array([5, 5, 5, 5]), np.array([0, 0, 0, 1]), 0.5, np.random.default_rng(0))
+    array([0, 5, 0, 5])
+    """
+    redrawn = rng.permutation(len(labels))[: round(share * len(labels))]
+    if not len(redrawn):
+        return labels
+    if not len(train_labels):
+        raise ValueError(
+            "test-shift draws from the classes of a client's training split, and one has no examples there"
+        )
+    shifted = labels.copy()
+    shifted[redrawn] = rng.choice(np.unique(train_labels), size=len(redrawn))
+    return shifted
+
+
+def rotate(x: Tensor, turn: int, turns: int, background: float | None = None) -> Tensor:
+    """Images (N, C, H, W) rotated counter-clockwise by ``turn`` of ``turns`` equal parts of a full turn.
+
+    Multiples of 90° only move pixels. Other angles are interpolated bilinearly, with ``background`` beyond the edges,
+    by default each image's minimum.
+
+    Examples
+    --------
+    >>> rotate(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), 1, 4).tolist()
+    [[[[2.0, 4.0], [1.0, 3.0]]]]
+    """
+    quarters, rest = divmod(4 * turn, turns)
+    if not rest:
+        return torch.rot90(x, quarters, (-2, -1)).contiguous() if quarters % 4 else x
+    angle, aspect = 2 * math.pi * turn / turns, x.shape[-1] / x.shape[-2]
+    cos, sin = math.cos(angle), math.sin(angle)
+    # affine_grid wants the map from the rotated image back to the given one, its axes in units of half the image.
+    pixels, x = x.dtype == torch.uint8, x if x.is_floating_point() else x.float()
+    inverse = torch.tensor([[[cos, -sin / aspect, 0.0], [sin * aspect, cos, 0.0]]], dtype=x.dtype)
+    grid = torch.nn.functional.affine_grid(inverse, [1, *x.shape[1:]], align_corners=False)
+    fill = x.amin((1, 2, 3), keepdim=True) if background is None else background
+    # Beyond the edges grid_sample takes 0, so that is what the background is moved to.
+    moved = torch.nn.functional.grid_sample(x - fill, grid.expand(len(x), -1, -1, -1), align_corners=False)
+    turned = moved + fill
+    return turned.round().clamp(0, 255).to(torch.uint8) if pixels else turned

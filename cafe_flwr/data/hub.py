@@ -1,0 +1,278 @@
+"""Data sets by name: from the Hugging Face hub, or from a local copy with the same columns."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cafe_flwr.data.local import column_of
+from cafe_flwr.data.tokenizer import words
+from cafe_flwr.networks.preprocessing import SYMMETRIC, Augmentation, Normalisation
+
+TITLE = "title"
+"""Column of titles, where a copy of a set has one."""
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """What is known of a data set on the hub.
+
+    Attributes
+    ----------
+    repository
+        Its name on the hub.
+    splits
+        Splits that are put together before they are dealt out to clients.
+    inputs, labels
+        Columns.
+    num_classes
+        C.
+    image_size
+        Height and width of its images, which have three colours; 0: it holds texts.
+    pixels
+        Mean and standard deviation of its training images, by channel.
+    augmentation
+        What is usual in training with it.
+    title_words
+        Of texts that begin with a title which nothing sets apart: mean number of words of a title. 0: they have none.
+    """
+
+    repository: str
+    splits: tuple[str, ...]
+    inputs: str
+    labels: str
+    num_classes: int
+    image_size: int = 0
+    pixels: Normalisation = SYMMETRIC
+    augmentation: Augmentation | None = None
+    title_words: int = 0
+
+
+HUB_SETS = {
+    "cifar10": HubSet(
+        "uoft-cs/cifar10",
+        ("train", "test"),
+        "img",
+        "label",
+        10,
+        image_size=32,
+        pixels=Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        augmentation=Augmentation(4),
+    ),
+    "cifar100": HubSet(
+        "uoft-cs/cifar100",
+        ("train", "test"),
+        "img",
+        "fine_label",
+        100,
+        image_size=32,
+        pixels=Normalisation((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+        augmentation=Augmentation(4),
+    ),
+    "tiny-imagenet": HubSet(
+        "zh-plus/tiny-imagenet",
+        ("train", "valid"),
+        "image",
+        "label",
+        200,
+        image_size=64,
+        pixels=Normalisation((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+        augmentation=Augmentation(8),
+    ),
+    "ag-news": HubSet("fancyzhx/ag_news", ("train", "test"), "text", "label", 4, title_words=7),
+}
+
+
+@dataclass(frozen=True)
+class OpenSet:
+    """A data set that has been opened; pictures are decoded when they are asked for.
+
+    Attributes
+    ----------
+    about
+        What it is.
+    labels
+        (N,) int64, 0..C−1.
+    class_names
+        In the order of the labels.
+    """
+
+    about: HubSet
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+    _rows: Any  # a datasets.Dataset
+    _origin: str
+
+    def images(self, rows: NDArray[np.int64]) -> Tensor:
+        """Pictures of these rows as pixels, (N, 3, H, W) uint8.
+
+        Raises
+        ------
+        ValueError
+            If a picture is damaged, or has another size than the set's.
+        """
+        size = self.about.image_size
+        pixels = np.zeros((len(rows), size, size, 3), dtype=np.uint8)
+        pictures = self._rows.select_columns([self.about.inputs])
+        for place, row in enumerate(rows.tolist()):
+            try:
+                picture = pictures[row][self.about.inputs].convert("RGB")
+            except Exception as error:
+                raise ValueError(f"row {row} of {self._origin} holds no image that can be read: {error}") from error
+            if picture.size != (size, size):
+                raise ValueError(
+                    f"row {row} of {self._origin} is {picture.size[0]}×{picture.size[1]} pixels, expected {size}×{size}"
+                )
+            pixels[place] = np.asarray(picture)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+    def texts(self, rows: NDArray[np.int64], part: str = "whole") -> list[str]:
+        """Texts of these rows; with part ``"title"`` their column ``title`` or, without one, their first words.
+
+        The hub's AG News joins title and description by a space, and does not say where. Its titles have 7.1 words in
+        the mean (of the original's 7,600 test rows), so the first 7 words hold 86 % of the titles' words, and 88 % of
+        these words are of the title.
+        """
+        if not len(rows):
+            return []
+        chosen = self._rows.select(rows)
+        if part == "title" and TITLE in self._rows.column_names:
+            return [str(text) for text in chosen[TITLE]]
+        texts = [str(text) for text in chosen[self.about.inputs]]
+        return [" ".join(words(text)[: self.about.title_words]) for text in texts] if part == "title" else texts
+
+    def column(self, name: str) -> list[Any]:
+        """Values of a column, of all rows; of classes their names. ValueError if there is none."""
+        return column_of(self._rows.remove_columns([self.about.inputs]), name, self._origin)
+
+
+def open_set(name: str, data_dir: str = "") -> OpenSet:
+    """Open a data set by its name.
+
+    Parameters
+    ----------
+    name
+        Of ``HUB_SETS``.
+    data_dir
+        Folder with a local copy in ``<data_dir>/<name>``: parquet files with the hub's columns, also in subfolders, or
+        what ``Dataset.save_to_disk`` wrote. Empty: the hub, or what `datasets` has kept of an earlier download.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be had, with how to place a local copy; or its columns or labels are not those of the hub's.
+    """
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    about = HUB_SETS[name]
+    folder = Path(data_dir).expanduser() / name if data_dir else None
+    origin = f"dataset = {name!r}" + (f" in {folder}" if folder else "")
+    rows = _from_folder(folder, name) if folder else _from_hub(name)
+    for column in (about.inputs, about.labels):
+        if column not in rows.column_names:
+            raise ValueError(
+                f"{origin} has no column {column!r}; it has {', '.join(rows.column_names)}. Expected are those of "
+                f"{about.repository} on the hub: {about.inputs} and {about.labels}"
+            )
+    labels, class_names = _labels(rows, about, origin)
+    return OpenSet(about, labels, class_names, _decodable(rows, about), origin)
+
+
+def _from_hub(name: str) -> Any:
+    from datasets import load_dataset
+
+    about = HUB_SETS[name]
+    try:
+        return load_dataset(about.repository, split="+".join(about.splits))
+    except Exception as error:  # of the network, the hub or the cache: many kinds
+        raise ValueError(
+            f"dataset = {name!r} cannot be had from the hub ({type(error).__name__}: {_first_line(error)}). "
+            + _how_to_place(name, "<data-dir>")
+        ) from error
+
+
+def _how_to_place(name: str, data_dir: str) -> str:
+    copy = f"{data_dir}/{name}"
+    return (
+        f"To use a local copy: on a machine with a network run 'hf download {HUB_SETS[name].repository} --repo-type "
+        f"dataset --local-dir {copy}', bring the folder here, and set data-dir = '{data_dir}' (an absolute path)"
+    )
+
+
+def _from_folder(folder: Path, name: str) -> Any:
+    from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+
+    advice = _how_to_place(name, str(folder.parent))
+    if not folder.is_dir():
+        raise ValueError(f"dataset = {name!r}: there is no folder {folder}. {advice}")
+    parquet = sorted(folder.rglob("*.parquet"), key=lambda file: (_place(file, HUB_SETS[name].splits), file))
+    saved = any((folder / marker).is_file() for marker in ("dataset_dict.json", "state.json"))
+    if not saved and not parquet:
+        raise ValueError(f"dataset = {name!r}: {folder} holds no parquet files and no saved data set. {advice}")
+    try:
+        found = load_from_disk(str(folder)) if saved else Dataset.from_parquet([str(file) for file in parquet])
+    except Exception as error:
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"dataset = {name!r} in {folder} cannot be read ({type(reason).__name__}: {reason}). {advice}"
+        ) from error
+    if isinstance(found, DatasetDict):
+        found = concatenate_datasets([found[split] for split in HUB_SETS[name].splits if split in found])
+    return found
+
+
+def _place(file: Path, splits: Sequence[str]) -> int:
+    """Place of a file's split among the splits: the rows of a copy come in the order of the hub's."""
+    return next((k for k, split in enumerate(splits) if file.name.startswith(split)), len(splits))
+
+
+def _labels(rows: Any, about: HubSet, origin: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    from datasets import ClassLabel
+
+    listed = rows[about.labels][:]
+    values = np.asarray(listed)
+    if not len(values):
+        raise ValueError(f"{origin} has no rows")
+    if missing := sum(label is None for label in listed):
+        raise ValueError(f"{origin} has {missing} rows without a label in column {about.labels!r}")
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(
+            f"labels of {origin} must be numbers 0..{about.num_classes - 1}, got {listed[0]!r} in column "
+            f"{about.labels!r}"
+        )
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high >= about.num_classes:
+        withheld = " (-1: the label is withheld)" if low == -1 else ""
+        raise ValueError(
+            f"labels of {origin} are {low}..{high}{withheld}, expected 0..{about.num_classes - 1} in column "
+            f"{about.labels!r}"
+        )
+    feature = rows.features[about.labels]
+    named = isinstance(feature, ClassLabel) and feature.num_classes == about.num_classes
+    names = feature.names if named else map(str, range(about.num_classes))
+    return values.astype(np.int64), tuple(names)
+
+
+def _decodable(rows: Any, about: HubSet) -> Any:
+    """The rows with a column of pictures, where the file does not say that it holds some."""
+    from datasets import Image
+
+    if about.image_size and not isinstance(rows.features[about.inputs], Image):
+        return rows.cast_column(about.inputs, Image())
+    return rows
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
+
+
+def names_of_sets(*, texts: bool) -> Sequence[str]:
+    """Names of the sets that hold texts, or images."""
+    return [name for name, about in HUB_SETS.items() if (about.image_size == 0) == texts]

@@ -1,0 +1,94 @@
+"""The data of clients who bring their own: from the folder that their node names, in the classes of the federation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cafe_flwr.core.random import rng_for
+from cafe_flwr.data.federation import ClientData, Split
+from cafe_flwr.data.local import normalised, read_local
+from cafe_flwr.data.partition import stratified_split
+
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as pillow makes grey of colours
+
+
+def load_own(
+    path: Path,
+    client: int,
+    *,
+    class_names: Sequence[str],
+    shares: tuple[float, float, float],
+    image_size: int,
+    channels: int,
+    image_column: str = "image",
+    label_column: str = "label",
+    validation_share: float = 0.0,
+    seed: int = 0,
+) -> ClientData:
+    """Read one client's own images and split them into train, calibration and test.
+
+    Parameters
+    ----------
+    path
+        A parquet file, a folder of them, or a folder with one subfolder of images per class.
+    client
+        Its number; with the seed it decides on the split.
+    class_names
+        Classes of the federation, in the order of its labels. The client's are found among them by name.
+    shares
+        Of train, calibration and test.
+    image_size, channels
+        What all clients' images are made into: (channels, image_size, image_size); channels is 1 or 3.
+    validation_share
+        As for :func:`cafe_flwr.data.load_federation`.
+
+    Raises
+    ------
+    ValueError
+        If the data cannot be read, or has labels that the federation does not know.
+    """
+    images, labels, names, _ = read_local(path, image_size, image_column, label_column)
+    y = _in_the_federation(labels, names, class_names, path)
+    x = torch.from_numpy(_with_channels(normalised(images), channels))
+    rng = partial(rng_for, seed, 0, client)
+    whole = Split(x, torch.from_numpy(y), torch.arange(len(y))[:, None])
+    train, calibration, test = (whole.take(rows) for rows in stratified_split(y, shares, rng("split")))
+    if validation_share:
+        cut = stratified_split(train.y.numpy(), (1 - validation_share, validation_share), rng("validation"))
+        train, test = map(train.take, cut)
+    return ClientData(train, calibration, test)
+
+
+def _in_the_federation(
+    labels: NDArray[np.int64], names: Sequence[str], class_names: Sequence[str], path: Path
+) -> NDArray[np.int64]:
+    """Labels by their names: those of the federation in the place of the file's own."""
+    number = {name: k for k, name in enumerate(class_names)}
+    present = [names[label] for label in np.unique(labels)]
+    if unknown := [name for name in present if name not in number]:
+        rows = int(np.isin(labels, [names.index(name) for name in unknown]).sum())
+        raise ValueError(
+            f"its data in {path} has labels the federation does not know: {_some(unknown)} ({rows} of {len(labels)} "
+            f"examples); class-names has {_some(class_names)}"
+        )
+    return np.array([number.get(name, -1) for name in names], dtype=np.int64)[labels]
+
+
+def _with_channels(images: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
+    """Images (N, C, H, W) with 1 or 3 channels."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return np.repeat(images, 3, axis=1)
+    return np.tensordot(images, _LUMA, axes=([1], [0]))[:, None].astype(np.float32)
+
+
+def _some(names: Sequence[str], most: int = 10) -> str:
+    text = ", ".join(map(repr, names[:most]))
+    return text + f" and {len(names) - most} more" * (len(names) > most)

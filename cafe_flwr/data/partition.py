@@ -1,0 +1,236 @@
+"""How a data set is dealt out: by its labels, or by the values of a column; and a client's share into its splits."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cafe_flwr.core.random import rng_for
+
+MIN_EXAMPLES = 10
+"""Of the smallest client, all splits together."""
+
+
+def partition_labels(
+    labels: NDArray[np.int64],
+    num_clients: int,
+    partition: str,
+    alpha: float,
+    classes_per_client: int,
+    seed: int,
+    label_groups: int = 0,
+    *,
+    capped: bool = False,
+) -> list[NDArray[np.int64]]:
+    """Positions of ``labels`` that each client gets, by a partitioner of flwr-datasets.
+
+    With ``label_groups`` the partition is one over so many groups, each dealt out evenly to its clients. ``capped``, of
+    the Dirichlet partition: classes are dealt out one after another, in the order of their labels, and a client (or
+    group) that holds more than its fair share, N/n examples, gets nothing of those that are left. So does the code of
+    Yurochkin et al. (arXiv 1905.12022), and PFLlib's after it.
+
+    Raises
+    ------
+    ValueError
+        If the data cannot serve so many clients; the message says what to change.
+    """
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    from datasets import Dataset
+    from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner
+
+    groups = label_groups or num_clients
+    partitioner: Partitioner
+    minimum = MIN_EXAMPLES
+    if partition == "dirichlet":
+        smallest = minimum * -(-num_clients // groups)  # group of clients
+        partitioner = DirichletPartitioner(
+            groups, "label", alpha=alpha, min_partition_size=smallest, self_balancing=capped, seed=seed
+        )
+    elif partition == "pathological":
+        partitioner = PathologicalPartitioner(
+            groups, "label", classes_per_client, class_assignment_mode="first-deterministic", seed=seed
+        )
+    else:
+        raise ValueError(f"partition must be 'dirichlet' or 'pathological', got {partition!r}")
+    if num_clients * minimum > len(labels):
+        raise ValueError(
+            f"{len(labels)} examples cannot serve {num_clients} clients with at least {minimum} each: "
+            "lower num-clients or give more data"
+        )
+    partitioner.dataset = Dataset.from_dict({"label": labels, "position": np.arange(len(labels))})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns at every retry; what counts is whether it succeeds
+        try:
+            shared = [np.asarray(partitioner.load_partition(g)["position"], dtype=np.int64) for g in range(groups)]
+            parts = shared
+            if label_groups:
+                parts = _deal(labels, shared, num_clients, rng_for(seed, 0, -1, "label groups"))
+            smallest = min(len(part) for part in parts)
+            if smallest < minimum:
+                raise ValueError(f"the smallest client would have {smallest} of at least {minimum} examples")
+            return parts
+        except ValueError as error:
+            advice = (
+                "raise dirichlet-alpha or the number of examples, or lower num-clients"
+                if partition == "dirichlet"
+                else "change classes-per-client, lower num-clients or raise the number of examples"
+            )
+            grouped = f" in {label_groups} label groups" if label_groups else ""
+            raise ValueError(
+                f"the {partition} partition of {len(labels)} examples over {num_clients} clients{grouped} failed "
+                f"({error}): {advice}"
+            ) from error
+
+
+def partition_naturally(
+    column: str,
+    values: Sequence[Any],
+    labels: NDArray[np.int64],
+    num_clients: int,
+    *,
+    split: str = "even",
+    alpha: float = 0.1,
+    capped: bool = False,
+    seed: int = 0,
+) -> list[NDArray[np.int64]]:
+    """Positions that each client gets where clients are the values of a column, or several clients share a value.
+
+    With v different values, in sorted order, client i has examples of value i mod v only.
+
+    Parameters
+    ----------
+    column
+        Its name, for messages.
+    values
+        Of every example; names or numbers.
+    labels
+        (N,), 0..C−1.
+    num_clients
+        A multiple of v.
+    split
+        How a value is dealt out to its num_clients/v clients: ``"even"``, at random, in parts of one size; or
+        ``"dirichlet"``, by labels as :func:`partition_labels` does it, with draws of its own for every value.
+    alpha, capped
+        Of the Dirichlet partition.
+
+    Raises
+    ------
+    ValueError
+        If values are missing or do not suit so many clients; the message says what to change.
+
+    Examples
+    --------
+    >>> parts = partition_naturally("style", ["photo", "sketch"] * 20, np.zeros(40, dtype=np.int64), 2)
+    >>> [len(part) for part in parts], parts[1][:3].tolist()
+    ([20, 20], [1, 3, 5])
+    """
+    names, value = _distinct(column, values)
+    counts = np.bincount(value, minlength=len(names))
+    found = f"partition-column = {column!r} has {_counted(names, counts)}"
+    if len(names) < 2:
+        raise ValueError(f"{found}: it must tell two clients apart at least, choose another column or partition")
+    clients, rest = divmod(num_clients, len(names))
+    if rest or not clients:
+        fitting = [len(names) * k for k in (clients, clients + 1) if k]
+        raise ValueError(
+            f"{found}, and num-clients = {num_clients} is no multiple of {len(names)}: set num-clients to "
+            f"{' or '.join(map(str, fitting))}"
+        )
+    if (smallest := int(counts.min())) < clients * MIN_EXAMPLES:
+        raise ValueError(
+            f"{found}: the {smallest} examples of {names[int(counts.argmin())]!r} cannot serve its {clients} of "
+            f"num-clients = {num_clients} clients with at least {MIN_EXAMPLES} each: lower num-clients, or choose "
+            "another column"
+        )
+    dealt: dict[int, NDArray[np.int64]] = {}
+    for place, name in enumerate(names):
+        positions = np.flatnonzero(value == place)
+        own_seed = int(rng_for(seed, 0, -1, f"natural {place}").integers(2**31))
+        try:
+            parts = _split_value(labels[positions], clients, split, alpha, capped, own_seed)
+        except ValueError as error:
+            raise ValueError(f"natural-split of the value {name!r} of {column!r}: {error}") from error
+        dealt |= {k * len(names) + place: positions[part] for k, part in enumerate(parts)}
+    return [dealt[client] for client in range(num_clients)]
+
+
+def _split_value(
+    labels: NDArray[np.int64], num_clients: int, split: str, alpha: float, capped: bool, seed: int
+) -> list[NDArray[np.int64]]:
+    """Positions, among the examples of one value, of each of its clients."""
+    if num_clients == 1:
+        return [np.arange(len(labels))]
+    if split == "dirichlet":
+        return partition_labels(labels, num_clients, "dirichlet", alpha, 1, seed, capped=capped)
+    if split != "even":
+        raise ValueError(f"natural-split must be 'even' or 'dirichlet', got {split!r}")
+    from datasets import Dataset
+    from flwr_datasets.partitioner import IidPartitioner
+
+    partitioner = IidPartitioner(num_clients)
+    partitioner.dataset = Dataset.from_dict({"position": np.random.default_rng(seed).permutation(len(labels))})
+    return [np.asarray(partitioner.load_partition(k)["position"], dtype=np.int64) for k in range(num_clients)]
+
+
+def _distinct(column: str, values: Sequence[Any]) -> tuple[list[Any], NDArray[np.int64]]:
+    """The different values, sorted, and which of them every example has, (N,)."""
+    if missing := sum(value is None or value != value for value in values):  # NaN differs from itself
+        raise ValueError(
+            f"partition-column = {column!r} has {missing} of {len(values)} rows without a value: fill them in, leave "
+            "the rows out, or choose another column"
+        )
+    if kinds := {type(value).__name__ for value in values} - {"str", "int", "bool", "float"}:
+        raise ValueError(
+            f"partition-column = {column!r} must hold names or numbers, got {', '.join(sorted(kinds))}: choose another "
+            "column"
+        )
+    names, value = np.unique(np.asarray(values), return_inverse=True)
+    return names.tolist(), value.astype(np.int64)
+
+
+def _counted(names: Sequence[Any], counts: NDArray[np.int64], most: int = 8) -> str:
+    """'2 values (photo: 1670, sketch: 3929)'."""
+    listed = ", ".join(f"{name}: {count}" for name, count in zip(names[:most], counts, strict=False))
+    return f"{len(names)} value{'s' * (len(names) > 1)} ({listed}{', …' * (len(names) > most)})"
+
+
+def _deal(
+    labels: NDArray[np.int64], shared: list[NDArray[np.int64]], num_clients: int, rng: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """Positions each client gets of what its group shares; client i is in group i mod G."""
+    dealt: dict[int, NDArray[np.int64]] = {}
+    for group, positions in enumerate(shared):
+        members = range(group, num_clients, len(shared))
+        parts = stratified_split(labels[positions], [1 / len(members)] * len(members), rng)
+        dealt |= {client: positions[part] for client, part in zip(members, parts, strict=True)}
+    return [dealt[client] for client in range(num_clients)]
+
+
+def stratified_split(
+    labels: NDArray[np.int64], shares: Sequence[float], rng: np.random.Generator
+) -> list[NDArray[np.int64]]:
+    """Split positions into parts of the given shares with the same label distribution.
+
+    Every class is spread over the parts in proportion; what does not divide evenly is carried over to the next class,
+    so that the parts' sizes come out right too, also when most classes have one or two examples.
+
+    Examples
+    --------
+    >>> parts = stratified_split(np.array([0] * 10 + [1] * 5), (0.6, 0.2, 0.2), np.random.default_rng(0))
+    >>> [len(p) for p in parts]
+    [9, 3, 3]
+    """
+    classes = rng.permutation(np.unique(labels))
+    order = np.concatenate([rng.permutation(np.flatnonzero(labels == c)) for c in classes])
+    deficit = rng.random(len(shares)) * 1e-6  # breaks ties by chance
+    part = np.empty(len(labels), dtype=np.int64)
+    for position in order:
+        deficit += shares
+        part[position] = chosen = int(np.argmax(deficit))
+        deficit[chosen] -= 1.0
+    return [np.flatnonzero(part == k) for k in range(len(shares))]

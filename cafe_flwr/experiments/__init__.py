@@ -1,0 +1,1 @@
+"""Many runs from one YAML, and the table that compares them."""

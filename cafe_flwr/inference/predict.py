@@ -1,0 +1,161 @@
+"""Predictions of an exported network for the inputs of a file or folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cafe_flwr.device import ExitedModel
+
+_IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_ROWS = 256  # computed at a time
+
+
+class FilePrediction(NamedTuple):
+    """What an exported network says about one input of a file or folder.
+
+    Attributes
+    ----------
+    input
+        Name of the image, or number of the array's row, from 0.
+    label
+        0..C−1.
+    class_name
+        Name of that class.
+    exit
+        1..m, counted as in the report and the tables of a run.
+    confidence
+        Largest probability.
+    """
+
+    input: str
+    label: int
+    class_name: str
+    exit: int
+    confidence: float
+
+
+def predict_file(folder: Path, inputs: Path, out: Path | None = None) -> list[FilePrediction]:
+    """Run an exported network on inputs of a file or folder; what ``cafe-flwr predict`` does.
+
+    Parameters
+    ----------
+    folder
+        Of the export.
+    inputs
+        A ``.npy`` file with a batch (or one input), an image, or a folder of images, also in subfolders. Images are
+        brought to the network's size and normalised as in training; they need Pillow.
+    out
+        A ``.csv`` or ``.json`` file to write; None: none.
+
+    Raises
+    ------
+    ValueError
+        If the export or an input cannot be used.
+
+    Examples
+    --------
+    >>> predict_file(Path("net"), Path("x.npy"), Path("out.xlsx"))
+    Traceback (most recent call last):
+    ...
+    ValueError: out.xlsx: predictions are written as .csv or .json
+    """
+    if out is not None and out.suffix not in (".csv", ".json"):
+        raise ValueError(f"{out}: predictions are written as .csv or .json")
+    model = ExitedModel(folder)
+    if not inputs.exists():
+        raise ValueError(f"{inputs} is not there: give a .npy file, an image or a folder of images")
+    array, names = _read_array(inputs, model) if inputs.suffix == ".npy" else (None, _image_names(inputs))
+    found = []
+    for start in range(0, len(names), _ROWS):
+        part = names[start : start + _ROWS]
+        x = _read_images(inputs, part, model) if array is None else array[start : start + _ROWS]
+        rows = zip(part, *(values.tolist() for values in model.predict(x)), strict=True)
+        found += [FilePrediction(name, y, model.class_names[y], k + 1, c) for name, y, k, c in rows]
+    if out is not None:
+        out.write_text(_as_json(found) if out.suffix == ".json" else as_csv(found), encoding="utf-8")
+    return found
+
+
+def as_csv(predictions: Sequence[FilePrediction]) -> str:
+    r"""Predictions as text of a CSV file, with a header.
+
+    Examples
+    --------
+    >>> as_csv([FilePrediction("a.png", 3, "cat", 1, 0.5)])
+    'input,label,class_name,exit,confidence\na.png,3,cat,1,0.5\n'
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([FilePrediction._fields, *predictions])
+    return text.getvalue()
+
+
+def _as_json(predictions: Sequence[FilePrediction]) -> str:
+    return json.dumps([row._asdict() for row in predictions], indent=1, ensure_ascii=False) + "\n"
+
+
+def _read_array(path: Path, model: ExitedModel) -> tuple[NDArray[Any], list[str]]:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as an array of numbers: {error}") from None
+    if array.shape == model.input_shape:
+        array = array[None]
+    model.check_input(array)
+    return array, [str(row) for row in range(len(array))]
+
+
+def _image_names(path: Path) -> list[str]:
+    if path.is_file():
+        return [path.name]
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix.lower() in _IMAGES)
+    if not names:
+        raise ValueError(f"{path} holds no images ({', '.join(_IMAGES)})")
+    return names
+
+
+def _read_images(path: Path, names: Sequence[str], model: ExitedModel) -> NDArray[Any]:
+    """Images as the network wants them, (B, C, H, W): pixels, or normalised."""
+    takes_pixels = model.manifest["input"]["dtype"] == "uint8"
+    pixels: dict[str, float] | None = model.manifest.get("pixels")
+    if (pixels is None and not takes_pixels) or len(model.input_shape) != 3:
+        raise ValueError(
+            "this export does not say how pixels become its inputs: give a .npy file, or export with pixels=(mean, std)"
+        )
+    home = path if path.is_dir() else path.parent
+    images = np.stack([_read_image(home / name, model.input_shape) for name in names])
+    if takes_pixels or pixels is None:
+        return np.rint((images + 1) * 127.5).astype(np.uint8)
+    return (images - np.float32(2 * pixels["mean"] - 1)) / np.float32(2 * pixels["std"])
+
+
+def _read_image(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Pixels in −1..1, (C, H, W), read and resized as images of a local data set are."""
+    try:
+        from PIL import Image
+    except ModuleNotFoundError:
+        raise ValueError("images need Pillow: pip install pillow, or give a .npy file") from None
+    from cafe_flwr.data.local import to_array
+
+    channels, height, width = shape
+    try:
+        with Image.open(path) as image:
+            fits = image.size == (width, height)
+            if not fits and height != width:
+                raise ValueError(f"{path} has {image.width}×{image.height} pixels, the network takes {width}×{height}")
+            array: NDArray[np.float32] = to_array(image, 0 if fits else height)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path} is no image that can be read: {error}") from None
+    if len(array) == 1 and channels == 3:
+        array = np.repeat(array, channels, axis=0)
+    if len(array) != channels:
+        raise ValueError(f"{path} has {len(array)} channels, the network takes {channels}: convert the image")
+    return array

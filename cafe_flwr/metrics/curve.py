@@ -1,0 +1,163 @@
+"""What accuracy a given cost buys: the accuracy–MACs curve of dynamic inference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cafe_flwr.metrics.exits import THRESHOLDS, DynamicCounts, dynamic_counts
+from cafe_flwr.metrics.selective import scale_logits
+
+
+@dataclass(frozen=True)
+class CostCurve:
+    """Accuracy against MACs of dynamic inference with one threshold for all exits: a point per threshold.
+
+    Attributes
+    ----------
+    threshold, accuracy, macs
+        (points,) each, in rising order of threshold; the last is inf: nothing leaves early.
+    pareto
+        (points,) bool: no other point is as cheap and better, or as good and cheaper.
+    """
+
+    threshold: NDArray[np.float64]
+    accuracy: NDArray[np.float64]
+    macs: NDArray[np.float64]
+    pareto: NDArray[np.bool_]
+
+    @property
+    def area(self) -> float:
+        """:func:`area_under_curve`."""
+        return area_under_curve(self.accuracy.tolist(), self.macs.tolist())
+
+    def accuracy_within(self, share: float) -> float:
+        """Best accuracy at no more than this share of the full network's MACs; NaN if nothing is so cheap."""
+        within = self.accuracy[self.macs <= share * self.macs[-1] * (1 + 1e-12)]
+        return float(within.max()) if len(within) else math.nan
+
+    def macs_to_reach(self, accuracy: float) -> float:
+        """Least MACs at which the accuracy is reached; NaN if it is at none."""
+        enough = self.macs[self.accuracy >= accuracy - 1e-12]
+        return float(enough.min()) if len(enough) else math.nan
+
+    def summary(self) -> dict[str, float]:
+        """Area, accuracy within 25, 50, 75 and 100 % of the MACs, and the MACs at (full accuracy − 1 point)."""
+        within = {f"accuracy_at_{p}": self.accuracy_within(p / 100) for p in (25, 50, 75, 100)}
+        return {
+            "area": self.area,
+            **within,
+            "accuracy_full": float(self.accuracy[-1]),
+            "macs_full": float(self.macs[-1]),
+            "macs_one_point_less": self.macs_to_reach(self.accuracy[-1] - 0.01),
+        }
+
+
+def accuracy_macs_curve(
+    logits: Tensor, y: Tensor, macs: Sequence[int], temperatures: Sequence[float] = ()
+) -> CostCurve:
+    """Accuracy and mean MACs when examples leave at the first exit with max-prob ≥ θ, for θ of ``metrics.THRESHOLDS``.
+
+    Parameters
+    ----------
+    logits
+        Of all exits, (m, N, C), N ≥ 1.
+    y
+        Labels, (N,).
+    macs
+        Of leaving at each exit, (m,).
+    temperatures
+        By which the exits' logits are divided, (m,), fitted on other examples; none by default.
+
+    Examples
+    --------
+    >>> import torch
+    >>> z = torch.tensor([[[3.0, 0.0], [0.2, 0.0]], [[3.0, 0.0], [0.0, 3.0]]])  # the second example needs exit 2
+    >>> curve = accuracy_macs_curve(z, torch.tensor([0, 1]), [10, 40])
+    >>> sorted(set(zip(curve.macs.tolist(), curve.accuracy.tolist())))
+    [(10.0, 0.5), (25.0, 1.0), (40.0, 1.0)]
+    >>> curve.accuracy_within(0.75), curve.macs_to_reach(1.0)
+    (1.0, 25.0)
+    """
+    check_examples(logits, y, macs)
+    counts = dynamic_counts(scale_logits(logits, temperatures) if len(temperatures) else logits, y)
+    accuracy, mean_macs = counts.correct / len(y), counts.left / len(y) @ np.asarray(macs, dtype=np.float64)
+    order = np.lexsort((-accuracy, mean_macs))
+    best_before = np.maximum.accumulate(np.concatenate([[-1.0], accuracy[order][:-1]]))
+    pareto = np.zeros(len(accuracy), dtype=bool)
+    pareto[order] = accuracy[order] > best_before
+    return CostCurve(THRESHOLDS.copy(), accuracy, mean_macs, pareto)
+
+
+def area_under_curve(accuracy: Sequence[float], macs: Sequence[float]) -> float:
+    """Mean accuracy over MACs from the cheapest point of the curve to the full network, at the best point within each.
+
+    Parameters
+    ----------
+    accuracy, macs
+        Points of the accuracy–MACs curve, in any order; NaN is returned without any.
+
+    Examples
+    --------
+    >>> area_under_curve([0.5, 1.0, 0.5], [1.0, 2.0, 3.0])  # rises to 1.0 at 2, and need not fall after
+    0.875
+    """
+    if not len(accuracy):
+        return math.nan
+    order = np.argsort(macs, kind="stable")
+    x = np.asarray(macs, dtype=np.float64)[order]
+    y = np.maximum.accumulate(np.asarray(accuracy, dtype=np.float64)[order])
+    if x[-1] == x[0]:
+        return float(y[-1])
+    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
+
+
+def cheapest(counts: DynamicCounts, cost: NDArray[np.number[Any]], loss_allowed: float) -> int:
+    """Position of the cheapest thresholds whose accuracy is, one standard error aside, not below the full network's.
+
+    Without that margin the choice among many thresholds is too lucky to hold on other examples.
+
+    Parameters
+    ----------
+    counts
+        Of calibration examples; the last position is that at which nothing leaves early.
+    cost
+        Of all examples together at each of the thresholds, in MACs.
+    loss_allowed
+        Accuracy that may be lost, 0.01 for a point.
+
+    Examples
+    --------
+    >>> left = np.array([[100, 0], [50, 50], [0, 100]])
+    >>> counts = DynamicCounts(left, np.array([60, 90, 90]), np.array([30, 0, 0]))
+    >>> cheapest(counts, left @ np.array([10.0, 20.0]), 0.0)
+    1
+    """
+    examples = int(counts.left[0].sum())
+    if not examples:
+        return len(counts.left) - 1  # nothing to choose by: never leave early
+    gain = counts.correct - counts.correct[-1]
+    spread = np.sqrt(np.maximum(counts.changed - gain**2 / examples, 0.0))
+    good = gain - spread >= -loss_allowed * examples
+    return int(np.where(good, cost, np.inf).argmin())
+
+
+def check_examples(logits: Tensor, y: Tensor, macs: Sequence[float]) -> None:
+    """ValueError unless logits (m, N, C), N ≥ 1, are finite, labels are known to the network and MACs (m,) rise."""
+    if logits.dim() != 3 or not logits.shape[1] or logits.shape[:2] != (len(macs), len(y)):
+        raise ValueError(
+            f"logits must be (exits, examples, classes) for {len(macs)} exits (as macs has) and {len(y)} labels, with "
+            f"one example at least; not {tuple(logits.shape)}"
+        )
+    if not logits.isfinite().all():
+        raise ValueError(f"{int((~logits.isfinite()).sum())} logits are not finite: look for NaN or infinity")
+    if not 0 <= int(y.min()) <= int(y.max()) < logits.shape[2]:
+        raise ValueError(f"labels must be in 0..{logits.shape[2] - 1}, got {int(y.min())}..{int(y.max())}")
+    if not all(0 < a < b for a, b in zip(macs, [*macs[1:], math.inf], strict=True)):
+        raise ValueError(f"macs must rise from exit to exit (as macs_per_exit gives them), not {list(macs)}")

@@ -1,0 +1,344 @@
+"""What an early-exit network is: stages that can be stepped through, and an exit after each."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, Self, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from cafe_flwr.networks.preprocessing import SYMMETRIC
+
+Statistics = Literal["average", "personal", "drop"]
+
+
+def batch_norm_names(network: nn.Module) -> list[str]:
+    """State-dict names of the running statistics of batch (and instance) norms: means, variances and counters.
+
+    Examples
+    --------
+    >>> batch_norm_names(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    ['1.running_mean', '1.running_var', '1.num_batches_tracked']
+    """
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in network.named_modules()
+        if isinstance(module, _NormBase)
+        for name in ("running_mean", "running_var", "num_batches_tracked")
+        if getattr(module, name) is not None
+    ]
+
+
+def _drop_statistics(network: nn.Module) -> None:
+    """Make batch norms normalise by the statistics of the batch, always; they keep none."""
+    for module in network.modules():
+        if isinstance(module, _NormBase):
+            module.track_running_stats = False
+            module.running_mean = module.running_var = module.num_batches_tracked = None
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; after, every module is in the mode in which it was.
+
+    Examples
+    --------
+    >>> layer = nn.Dropout()
+    >>> with evaluating(layer):
+    ...     layer.training
+    False
+    >>> layer.training
+    True
+    """
+    training = [module for module in _modules(network) if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _modules(network: nn.Module) -> list[nn.Module]:
+    """All modules; ``network.modules()`` takes as long as a small stage."""
+    found = [network]
+    for module in found:
+        found.extend(child for child in module._modules.values() if child is not None)
+    return found
+
+
+class Exit(nn.Module):
+    """An exit: a projection to features, and a linear classifier (the head).
+
+    The projection belongs to the shared backbone, the head is personal (docs/method.md).
+
+    Parameters
+    ----------
+    projection
+        Maps a stage's output to features, (B, …) → (B, width).
+    width
+        Feature width; the same at every exit, if heads of different exits are to be compared.
+    num_classes
+        C.
+    """
+
+    def __init__(self, projection: nn.Module, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.projection = projection
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, width) and logits (B, C) of this exit."""
+        features = self.projection(h)
+        return features, self.head(features)
+
+
+class EarlyExitNetwork(nn.Module):
+    """A network with an exit after every stage.
+
+    What passes from stage to stage is one tensor whose first dimension is the batch, so that rows which have left can
+    be dropped from it.
+
+    ``forward(x)`` computes all exits. To compute no further than needed, step with ``stage(k, h)`` and look with
+    ``exit(k, h)``; k counts from 0 as Python does, so exit k = 1..m of the papers is ``k − 1`` here.
+
+    Parameters
+    ----------
+    stages
+        Modules applied one after the other; the first takes the input.
+    exits
+        One :class:`Exit` per stage, with the same classes. Their widths may differ; what compares heads of different
+        exits then does not work, and says so.
+
+    Attributes
+    ----------
+    offset
+        (C,), added to the logits of every exit, e.g. a client's log-prior; None: nothing. No parameter: it is neither
+        trained nor in the state dict.
+    statistics
+        What happens to the running statistics of batch norms (docs/networks.md): ``"average"`` (the default), they are
+        averaged as the weights are; ``"personal"``, they stay on the client; ``"drop"``, there are none, the
+        statistics of the batch at hand are used, in evaluation too. Setting it to ``"drop"`` cannot be undone. The
+        counters of batches (``num_batches_tracked``, integers) are neither shared nor personal: they start anew.
+    pixels
+        How images that come as pixels (uint8) are normalised; other inputs are taken as they are.
+    autocast
+        What stages and exits compute matrix products and convolutions in, ``torch.bfloat16`` or ``torch.float16``;
+        features and logits come out as float32 all the same. None: as the weights are.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from cafe_flwr.networks import ConvNet
+    >>> network = ConvNet(input_shape=(1, 16, 16), num_classes=10)
+    >>> [tuple(z.shape) for z in network(torch.zeros(4, 1, 16, 16))]
+    [(4, 10), (4, 10), (4, 10)]
+    >>> h = network.stage(0, torch.zeros(4, 1, 16, 16))  # stop after the first stage
+    >>> features, logits = network.exit(0, h)
+    >>> network.personal_names()[:2]
+    ['exits.0.head.weight', 'exits.0.head.bias']
+    """
+
+    def __init__(self, stages: Sequence[nn.Module], exits: Sequence[Exit]) -> None:
+        super().__init__()
+        if not stages or len(stages) != len(exits):
+            raise ValueError(f"one exit per stage is needed, got {len(stages)} stages and {len(exits)} exits")
+        classes = {e.head.out_features for e in exits}
+        if len(classes) != 1:
+            raise ValueError(f"all heads must have the same classes, got {', '.join(map(str, sorted(classes)))}")
+        self.stages = nn.ModuleList(stages)
+        self.exits = nn.ModuleList(exits)
+        self.offset: Tensor | None = None
+        self.pixels = SYMMETRIC
+        self.autocast: torch.dtype | None = None
+        self._statistics: Statistics = "average"
+
+    @property
+    def num_exits(self) -> int:
+        """m, the number of exits."""
+        return len(self.exits)
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return self._head(0).out_features
+
+    @property
+    def feature_widths(self) -> tuple[int, ...]:
+        """Width of the features at every exit, (m,).
+
+        Examples
+        --------
+        >>> from cafe_flwr.networks import ConvNet, PublishedResNet18
+        >>> ConvNet((1, 16, 16), num_classes=10).feature_widths
+        (24, 24, 24)
+        >>> PublishedResNet18((3, 32, 32), num_classes=10).feature_widths
+        (64, 128, 256, 512)
+        """
+        return tuple(self._head(k).in_features for k in range(self.num_exits))
+
+    @property
+    def statistics(self) -> Statistics:
+        """What happens to the running statistics of batch norms."""
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, policy: Statistics) -> None:
+        if policy not in get_args(Statistics):
+            raise ValueError(f"statistics must be one of {', '.join(get_args(Statistics))}; got {policy!r}")
+        if self._statistics == "drop" != policy:
+            raise ValueError(f"the running statistics of this network are dropped: build it anew for {policy!r}")
+        if policy == "drop":
+            _drop_statistics(self)
+        self._statistics = policy
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The inputs as the first stage takes them: pixels (uint8) normalised, others as they are."""
+        return self.pixels(x) if x.dtype == torch.uint8 else x
+
+    def check_inputs(self, x: Tensor) -> None:
+        """Raise ValueError if these inputs, (N, …), are not for this network; what it says is for people."""
+
+    def stage(self, k: int, h: Tensor) -> Tensor:
+        """Output of stage k from that of stage k − 1 (from the input, if k is 0)."""
+        h = h if k else self.inputs(h)
+        if self.autocast is None:
+            return self.stages[k](h)
+        with torch.autocast(h.device.type, self.autocast):
+            return self.stages[k](h)
+
+    def exit(self, k: int, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, width) and logits (B, C) of exit k from the output of stage k."""
+        if self.autocast is None:
+            features, logits = self.exits[k](h)
+        else:
+            with torch.autocast(h.device.type, self.autocast):
+                features, logits = (t.float() for t in self.exits[k](h))
+        return features, logits if self.offset is None else logits + self.offset
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Logits of all exits, (B, C) each."""
+        logits = []
+        for k in range(self.num_exits):
+            x = self.stage(k, x)
+            logits.append(self.exit(k, x)[1])
+        return logits
+
+    def truncated(self, depth: int) -> Self:
+        """The network up to an exit: its first stages and exits, which are this network's own, not copies.
+
+        Tensors keep their names. For a network whose depth is not in ``stages`` and ``exits`` alone, a subclass must
+        say what to leave out.
+
+        Parameters
+        ----------
+        depth
+            Number of exits, 1..m.
+
+        Raises
+        ------
+        ValueError
+            If there is no such exit.
+
+        Examples
+        --------
+        >>> from cafe_flwr.networks import ConvNet
+        >>> network = ConvNet((1, 16, 16), num_classes=10)
+        >>> short = network.truncated(2)
+        >>> short.num_exits, short.head_names(1)[0], short.exits[1] is network.exits[1]
+        (2, 'exits.1.head.weight', True)
+        """
+        if not 1 <= depth <= self.num_exits:
+            raise ValueError(f"this network has exits 1 to {self.num_exits}, there is no exit {depth}")
+        if depth == self.num_exits:
+            return self
+        short = copy.copy(self)
+        short._modules = {
+            **self._modules,
+            "stages": nn.ModuleList(self.stages[:depth]),
+            "exits": nn.ModuleList(self.exits[:depth]),
+        }
+        return short
+
+    def narrowed(self, share: float) -> EarlyExitNetwork:
+        """The network at a share of its width: layers with fewer channels, and features and exits as they are.
+
+        Its tensors have the same names, and are the first rows, columns, … of this network's.
+
+        Parameters
+        ----------
+        share
+            Above 0 and at most 1.
+
+        Raises
+        ------
+        ValueError
+            If it is no such share, or the network does not say what it is at a smaller width (:meth:`at_width`).
+
+        Examples
+        --------
+        >>> from cafe_flwr.networks import ConvNet
+        >>> network = ConvNet((1, 16, 16), num_classes=10)
+        >>> narrow = network.narrowed(0.5)
+        >>> tuple(network.stages[1][0].weight.shape), tuple(narrow.stages[1][0].weight.shape)
+        ((16, 8, 3, 3), (8, 4, 3, 3))
+        >>> torch.equal(narrow.stages[1][0].weight, network.stages[1][0].weight[:8, :4])
+        True
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"a width is a share above 0 and at most 1, got {share:g}")
+        if share == 1:
+            return self
+        with torch.random.fork_rng(devices=[]):
+            narrow = self.at_width(share).truncated(self.num_exits)
+        narrow.pixels, narrow.statistics, narrow.autocast = self.pixels, self.statistics, self.autocast
+        tensors = self.state_dict()
+        leading = {name: tensors[name][tuple(map(slice, t.shape))] for name, t in narrow.state_dict().items()}
+        narrow.load_state_dict(leading)
+        return narrow.to(next(self.parameters()).device)
+
+    def at_width(self, share: float) -> EarlyExitNetwork:
+        """A new network of the same build with about this share of the width; for subclasses to say."""
+        raise ValueError(f"{type(self).__name__} does not say what it is at a share of its width: limit its exits only")
+
+    def _head(self, k: int) -> nn.Linear:
+        return cast(Exit, self.exits[k]).head
+
+    def head_names(self, k: int) -> list[str]:
+        """State-dict names of the classifier of exit k (weight and bias)."""
+        return [f"exits.{k}.head.{name}" for name in self._head(k).state_dict()]
+
+    def classifier_names(self) -> list[str]:
+        """State-dict names of the classifiers of all exits."""
+        return [name for k in range(self.num_exits) for name in self.head_names(k)]
+
+    def personal_names(self) -> list[str]:
+        """State-dict names that stay on the client: the classifiers of all exits.
+
+        And the running statistics of batch norms, if those are ``"personal"``.
+        """
+        return self.classifier_names() + self.statistics_names()
+
+    def shared_names(self) -> list[str]:
+        """State-dict names that are averaged over clients: the stages and the exits' projections."""
+        others = {*self.personal_names(), *batch_norm_names(self)}
+        others -= set(self._running() if self._statistics == "average" else [])
+        return [name for name in self.state_dict() if name not in others]
+
+    def whole_names(self) -> list[str]:
+        """State-dict names that are averaged where the whole network is: all but counters and personal statistics."""
+        counters = (name for name in batch_norm_names(self) if name.endswith("num_batches_tracked"))
+        others = {*counters, *self.statistics_names()}
+        return [name for name in self.state_dict() if name not in others]
+
+    def statistics_names(self) -> list[str]:
+        """State-dict names of the running statistics that stay on the client: none, unless they are ``"personal"``."""
+        return self._running() if self._statistics == "personal" else []
+
+    def _running(self) -> list[str]:
+        return [name for name in batch_norm_names(self) if not name.endswith("num_batches_tracked")]

@@ -1,0 +1,236 @@
+"""Where a network computes, and how precisely: device, autocast, memory format, compilation.
+
+A matter of the node, not of the federation: what travels and what is kept is float32 on the CPU, whatever a node
+computes on (docs/devices.md).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from cafe_flwr.networks.early_exit import EarlyExitNetwork
+
+DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NO_MEMORY = "out of memory|not enough memory|can't allocate memory"
+_ONE_VALUE = "more than 1 value per channel"  # of a batch norm
+_INIT_SCALE = 1024.0  # a round is short: scaling starts where hardly any gradient overflows, and no step is lost
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a node computes.
+
+    Attributes
+    ----------
+    device
+        ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, … or ``"mps"``.
+    precision
+        ``"float32"``; or what matrix products and convolutions are computed in (autocast): ``"bfloat16"``,
+        ``"float16"``. Weights, losses and gradients of weights stay float32.
+    channels_last
+        Keep the weights of convolutions as (out, height, width, in), faster on GPUs with tensor cores.
+    compile
+        Compile every stage and exit by ``torch.compile``.
+    """
+
+    device: str = "auto"
+    precision: str = "float32"
+    channels_last: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.device, str) or not re.match(DEVICE_PATTERN, self.device):
+            raise ValueError(f"device must be auto, cpu, cuda, cuda:<number> or mps, got {self.device!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {self.precision!r}")
+
+    @classmethod
+    def of(cls, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Placement:
+        """What the settings of a run say, and the node's own node-config ``device`` before them.
+
+        Examples
+        --------
+        >>> Placement.of({"device": "cuda", "precision": "bfloat16"}, {"device": "cpu"})
+        Placement(device='cpu', precision='bfloat16', channels_last=False, compile=False)
+        """
+        return cls(
+            device=node_config.get("device", run_config.get("device", cls.device)),
+            precision=run_config.get("precision", cls.precision),
+            channels_last=bool(run_config.get("channels-last", cls.channels_last)),
+            compile=bool(run_config.get("compile", cls.compile)),
+        )
+
+    def place(self, network: EarlyExitNetwork) -> None:
+        """Move a network, and make it compute as said; its weights stay float32.
+
+        Raises
+        ------
+        ValueError
+            If the device is not there, with those that are, or cannot compute so.
+        """
+        device = find_device(self.device)
+        dtype = PRECISIONS[self.precision]
+        if dtype is not None:
+            _check_precision(device, dtype)
+        network.to(device)
+        if network.offset is not None:
+            network.offset = network.offset.to(device)
+        if self.channels_last:
+            for parameter in network.parameters():
+                if parameter.dim() == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        network.autocast = dtype
+        if self.compile:
+            for module in (*network.stages, *network.exits):
+                module.compile()
+
+
+def devices_here() -> list[str]:
+    """Devices that this process can compute on, the CPU first."""
+    gpus = [f"cuda:{k}" for k in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
+
+
+def find_device(name: str) -> torch.device:
+    """The device of a name; ``"auto"`` is the first GPU, or the CPU.
+
+    Raises
+    ------
+    ValueError
+        If it is not there, with what is.
+
+    Examples
+    --------
+    >>> find_device("cpu")
+    device(type='cpu')
+    """
+    here = devices_here()
+    if name == "auto":
+        return torch.device(here[1] if len(here) > 1 else "cpu")
+    wanted = "cuda:0" if name == "cuda" else name
+    if wanted not in here:
+        hint = ""
+        if wanted.startswith("cuda") and torch.version.cuda is None:
+            hint = " (this PyTorch was built without CUDA)"
+        elif wanted.startswith("cuda") and len(here) == 1:
+            hint = " (in a simulation, workers see a GPU only if client-resources-num-gpus is above 0)"
+        raise ValueError(
+            f"device = {name!r} is not there: this process can compute on {', '.join(here)}{hint}; set device to one "
+            "of them, or to 'auto'"
+        )
+    return torch.device(wanted)
+
+
+def _check_precision(device: torch.device, dtype: torch.dtype) -> None:
+    name = str(dtype).removeprefix("torch.")
+    try:
+        with torch.autocast(device.type, dtype):
+            x = torch.ones(2, 2, device=device)
+            ok = (x @ x).dtype == dtype
+        if device.type == "cuda" and dtype == torch.bfloat16:
+            ok = ok and torch.cuda.is_bf16_supported()
+    except RuntimeError:
+        ok = False
+    if not ok:
+        raise ValueError(f"precision = {name!r} cannot be had on {device}: set precision to 'float32'")
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's parameters are; the CPU if it has none."""
+    return next((p.device for p in network.parameters()), torch.device("cpu"))
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device: itself if it is there, and from the CPU to CUDA through pinned memory, without waiting."""
+    if x.device == device:
+        return x
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+class OnDevice(Mapping[str, Tensor]):
+    """Tensors by name, on a device once they are asked for; those that are there already are not copied."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        self._tensors, self._device = tensors, device
+        self._moved: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._moved:
+            self._moved[name] = self._tensors[name].to(self._device)
+        return self._moved[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def gradient_scaler(network: nn.Module) -> torch.amp.GradScaler | None:
+    """What keeps small gradients from vanishing in float16; None where nothing is computed in float16."""
+    if getattr(network, "autocast", None) != torch.float16:
+        return None
+    return torch.amp.GradScaler(device_of(network).type, init_scale=_INIT_SCALE)
+
+
+def reason_of(error: BaseException, device: torch.device) -> str:
+    """An error in words: type and message; where PyTorch's are not for people, what to do.
+
+    Examples
+    --------
+    >>> reason_of(ValueError("no"), torch.device("cpu"))
+    'ValueError: no'
+    """
+    if _ONE_VALUE in str(error):
+        return (
+            "a batch norm cannot normalise one example by its own statistics: give the client more examples, raise "
+            "batch-size, or set norm = 'group'"
+        )
+    if not is_out_of_memory(error):
+        return f"{type(error).__name__}: {error}"
+    first = str(error).strip().split(". ")[0].splitlines()
+    sharing = ", clients-per-gpu" if device.type == "cuda" else ""
+    return (
+        f"out of memory on {device} ({first[0] if first else type(error).__name__}): lower batch-size or "
+        f"network-width{sharing}, or set precision = 'bfloat16'"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory has run out, on a GPU or on the CPU."""
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(re.search(_NO_MEMORY, str(error)))
+
+
+def free_memory(network: nn.Module) -> None:
+    """Let go of gradients, and of what PyTorch keeps for later on a GPU: after memory has run out."""
+    network.zero_grad(set_to_none=True)
+    if device_of(network).type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def simulation_resources(device: str, clients_per_gpu: int) -> list[str]:
+    """Pairs of Flower's federation config by which so many workers share a GPU; none where there is no GPU.
+
+    Workers see no GPU unless they are given a share of one.
+
+    Examples
+    --------
+    >>> simulation_resources("cpu", 4)
+    []
+    """
+    if device in ("cpu", "mps") or not torch.cuda.is_available():
+        return []
+    share = 10_000 // clients_per_gpu / 10_000  # in Ray's units, rounded down: all shares must fit on the GPU
+    return ["client-resources-num-cpus=1", f"client-resources-num-gpus={share}"]

@@ -1,0 +1,193 @@
+"""What is known of single clients, put together: the contents of ``evaluation.json`` and its tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cafe_flwr.metrics.curve import area_under_curve
+from cafe_flwr.metrics.exits import THRESHOLDS, DynamicCounts
+from cafe_flwr.metrics.selective import (
+    OWN,
+    POOLED,
+    RISK_OF,
+    VOID,
+    Outcome,
+    calibration_error,
+    leaving_curve,
+    over_clients,
+    reliability,
+    risk_coverage,
+)
+from cafe_flwr.personal.client_evaluation import CLEAN, PER_EXIT, Certificate, ClientEvaluation, Condition
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def put_together(
+    found: Sequence[ClientEvaluation],
+    pooled: Mapping[float, Certificate],
+    *,
+    guarantee: str,
+    shifted: bool = False,
+) -> dict[str, Any]:
+    """The part of ``evaluation.json`` that is measured: by client, and over clients under every condition.
+
+    Parameters
+    ----------
+    found
+        The clients' evaluations, one at least.
+    pooled
+        Thresholds by risk, as :func:`cafe_flwr.personal.client_evaluation.certify_together` gives them.
+    guarantee
+        What they were calibrated for.
+    shifted
+        Whether the test examples are distributed otherwise than those of calibration even as they are.
+    """
+    clean = [c.measured[CLEAN] for c in found]
+    confidence, correct = np.concatenate([m.confidence for m in clean]), np.concatenate([m.correct for m in clean])
+    bins = [reliability(confidence[:, k], correct[:, k]) for k in range(confidence.shape[1])]
+    curves = [risk_coverage(confidence[:, k], correct[:, k]) for k in range(confidence.shape[1])]
+    curves.append(leaving_curve(confidence, correct))
+    return {
+        "clients": [_client(c) for c in found],
+        "pooled": [{**certificate.to_json(risk), "label": POOLED} for risk, certificate in pooled.items()],
+        "conditions": [_condition(found, pooled, condition, guarantee, shifted) for condition in found[0].measured],
+        "reliability": bins,
+        "ece_of_all_examples": [calibration_error(exit_bins) for exit_bins in bins],
+        "risk_coverage": [
+            {
+                "of": f"exit {k}" if k < len(curves) else "dynamic",
+                "area": curve.area,
+                "coverage": curve.thinned().coverage.tolist(),
+                "risk": curve.thinned().risk.tolist(),
+            }
+            for k, curve in enumerate(curves, start=1)
+        ],
+    }
+
+
+def _client(c: ClientEvaluation) -> dict[str, Any]:
+    clean = c.measured[CLEAN]
+    return {
+        "client": c.client,
+        "calibration": len(c.confidence),
+        "test": len(clean.confidence),
+        "temperatures": c.temperatures,
+        "value_range": None if c.values is None else list(c.values),
+        **clean.exits,
+        "certificates": [
+            {**certificate.to_json(risk), "test": _measures(clean.own.get(risk), c.macs)}
+            for risk, certificate in c.certificates.items()
+        ],
+    }
+
+
+def _measures(outcome: Outcome | None, macs: Sequence[float]) -> dict[str, Any] | None:
+    return None if outcome is None else {**outcome.measures(macs), "exit_shares": outcome.shares()}
+
+
+def _condition(
+    found: Sequence[ClientEvaluation],
+    pooled: Mapping[float, Certificate],
+    condition: Condition,
+    guarantee: str,
+    shifted: bool,
+) -> dict[str, Any]:
+    """Over clients, under one condition."""
+    name, severity = condition
+    void = condition != CLEAN or shifted
+    measured = {c.client: c.measured[condition] for c in found}
+    examples = [len(m.confidence) for m in measured.values()]
+    macs = found[0].macs
+    exits = {
+        measure: _columns([over_clients(v, examples, measure) for v in zip(*rows, strict=True)])
+        for measure in PER_EXIT
+        for rows in [[m.exits[measure] for m in measured.values()]]
+    }
+    dynamic = []
+    for risk in pooled:
+        of_own = {c.client: measured[c.client].own.get(risk) for c in found if c.certificates[risk].certified}
+        of_pooled = {client: pooled[risk].outcome(m.confidence, m.correct) for client, m in measured.items()}
+        for thresholds, outcomes, text in (("own", of_own, OWN), ("pooled", of_pooled, POOLED)):
+            known = {client: outcome for client, outcome in outcomes.items() if outcome is not None}
+            label = VOID if void else text
+            dynamic.append(
+                {"risk": risk, "thresholds": thresholds, "label": label, **_over(known, risk, guarantee, macs)}
+            )
+    by_client = (m.counts for m in measured.values())
+    counts = DynamicCounts(*(np.sum(part, axis=0) for part in zip(*by_client, strict=True)))
+    return {
+        "corruption": name,
+        "severity": severity,
+        "label": VOID if void else "",
+        "examples": sum(examples),
+        "exits": exits,
+        "dynamic": dynamic,
+        "curve": _curve(counts, sum(examples), macs),
+    }
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Statistics over clients, each a list over exits."""
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def _over(outcomes: Mapping[int, Outcome], risk: float, guarantee: str, macs: Sequence[float]) -> dict[str, Any]:
+    """All test examples together and the spread over clients; no measures if there are no thresholds."""
+    each = [outcome.measures(macs) for outcome in outcomes.values()]
+    if not each:
+        return {"clients": 0, "all": None, "over_clients": {}, "clients_above_risk": 0}
+    examples = [sum(outcome.left) for outcome in outcomes.values()]
+    return {
+        "clients": len(each),
+        "all": _measures(Outcome.total(outcomes.values()), macs),
+        "over_clients": {key: over_clients([m[key] for m in each], examples, key) for key in each[0]},
+        "clients_above_risk": sum(m[RISK_OF[guarantee]] > risk for m in each),
+    }
+
+
+def _curve(counts: DynamicCounts, examples: int, macs: Sequence[float]) -> dict[str, Any]:
+    """Accuracy against mean MACs at every threshold that all exits share."""
+    if not examples:
+        return {"threshold": [], "accuracy": [], "macs": [], "area": math.nan}
+    accuracy, cost = counts.correct / examples, (counts.left / examples) @ np.asarray(macs, dtype=np.float64)
+    return {
+        "threshold": THRESHOLDS.tolist(),
+        "accuracy": accuracy.tolist(),
+        "macs": cost.tolist(),
+        "area": area_under_curve(accuracy.tolist(), cost.tolist()),
+    }
+
+
+def long_table(found: Sequence[ClientEvaluation], pooled: Mapping[float, Certificate]) -> pd.DataFrame:
+    """One value a row: client, corruption, severity, thresholds, risk, exit (1..m), measure, value, examples.
+
+    ``exit`` is 0 for what the dynamic network does, and ``thresholds`` empty for what depends on none.
+    """
+    import pandas as pd
+
+    rows: list[tuple[Any, ...]] = []
+    for c in found:
+        for (name, severity), m in c.measured.items():
+            head, n = (c.client, name, severity), len(m.confidence)
+            rows += [
+                (*head, "", math.nan, k, measure, value, n)
+                for measure, values in m.exits.items()
+                for k, value in enumerate(values, start=1)
+            ]
+            of_pooled = {risk: certificate.outcome(m.confidence, m.correct) for risk, certificate in pooled.items()}
+            of_own = {risk: m.own.get(risk) for risk, certificate in c.certificates.items() if certificate.certified}
+            for thresholds, outcomes in (("own", of_own), ("pooled", of_pooled)):
+                for risk, outcome in outcomes.items():
+                    if outcome is None:
+                        continue
+                    at = (*head, thresholds, risk)
+                    rows += [(*at, 0, measure, value, n) for measure, value in outcome.measures(c.macs).items()]
+                    rows += [(*at, k, "exit_share", value, n) for k, value in enumerate(outcome.shares(), start=1)]
+    columns = ("client", "corruption", "severity", "thresholds", "risk", "exit", "measure", "value", "examples")
+    return pd.DataFrame(rows, columns=pd.Index(columns))

@@ -1,0 +1,262 @@
+"""The personal networks that a run leaves behind, loaded again: one network per client, with its facts and its data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cafe_flwr.core.older_settings import of_saved_run
+from cafe_flwr.data import digits
+from cafe_flwr.data.federation import ClientData
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.personal.store import STATE_VERSION
+from cafe_flwr.wire.capacity import Held, Networks, networks_of
+
+_EMBEDDED_PIXELS = (0.3, 0.4)  # as cafe_flwr.data.digits renders them
+_LOCAL_PIXELS = (0.5, 0.5)  # as cafe_flwr.data.local reads them
+
+
+@dataclass(frozen=True)
+class Personal:
+    """A client's personal network.
+
+    Attributes
+    ----------
+    client
+        Whose it is.
+    network
+        Ready to be used, in evaluation mode.
+    facts
+        Contents of ``client-<partition>.json``: round, method, temperatures, accuracy per exit, …
+    """
+
+    client: int
+    network: EarlyExitNetwork
+    facts: Mapping[str, Any]
+
+    @property
+    def temperatures(self) -> list[float]:
+        """Temperature per exit, fitted on the client's calibration split."""
+        return [float(t) for t in self.facts["temperatures"]]
+
+
+def clients_of(folder: Path) -> list[int]:
+    """Clients whose personal networks are in the folder (``results/<name>/personal`` or a node's state folder)."""
+    found = (path.stem.removeprefix("client-") for path in folder.glob("client-*.safetensors"))
+    return sorted(int(name) for name in found if name.isdigit())
+
+
+def read_facts(folder: Path, client: int) -> dict[str, Any]:
+    """Contents of ``client-<partition>.json``: what is known of a client's personal network.
+
+    Raises
+    ------
+    ValueError
+        If the client has no personal network there, or the file is damaged or of another client.
+    """
+    weights, facts_file = (folder / f"client-{client}.{kind}" for kind in ("safetensors", "json"))
+    for path in (weights, facts_file):
+        if not path.is_file():
+            known = ", ".join(map(str, clients_of(folder))) or "none"
+            raise ValueError(f"{path} is not there: {folder} holds the personal networks of clients {known}")
+    try:
+        facts = json.loads(facts_file.read_text())
+        version, owner = facts.get("state-version"), facts.get("client")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"the personal network of client {client} in {folder} is damaged: {error}") from None
+    if version != STATE_VERSION or owner != client:
+        raise ValueError(
+            f"{facts_file} is of client {owner} in format {version}, expected client {client} in format {STATE_VERSION}"
+        )
+    return dict(facts)
+
+
+def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks) -> Personal:
+    """Load a client's personal weights into a network of the same architecture.
+
+    Parameters
+    ----------
+    folder
+        Holds ``client-<partition>.safetensors`` and ``.json``.
+    client
+        Whose.
+    built
+        As the run built it, by modality if there are several; the client's part of it gets the weights, and is set to
+        evaluation mode.
+
+    Raises
+    ------
+    ValueError
+        If there is no such client, a file is damaged, or the weights are those of another network or client.
+    """
+    facts, weights = read_facts(folder, client), folder / f"client-{client}.safetensors"
+    network = _held(networks_of(built), facts)
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"the personal network of client {client} in {folder} is damaged: {error}") from None
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{weights} holds the weights of another network: {error}") from None
+    published = facts.get("fingerprint")  # files of earlier versions have none
+    if published is not None and published != fingerprint_of(tensors):
+        raise ValueError(
+            f"{weights} is damaged, or not the file that client {client} published: its fingerprint is "
+            f"{fingerprint_of(tensors)}, that in client-{client}.json is {published}. Bring both files back together"
+        )
+    network.offset = None  # it is in the biases of a published network
+    network.eval()
+    return Personal(client, network, facts)
+
+
+def _held(networks: Networks, facts: Mapping[str, Any]) -> EarlyExitNetwork:
+    """The network of a client's modality, as deep and wide as the client holds it."""
+    modality = str(facts.get("modality", ""))
+    if modality not in networks:
+        known = ", ".join(networks) or "one modality"
+        raise ValueError(f"the network of client {facts['client']} is of modality {modality!r}, built are {known}")
+    network = networks[modality]
+    exits = min(int(facts.get("num_exits", network.num_exits)), network.num_exits)
+    return Held(exits, float(facts.get("width", 1.0))).of(network)
+
+
+class PersonalNetworks(Protocol):
+    """Personal networks with the data of their clients: of a finished run, or one client's on its own node."""
+
+    @property
+    def name(self) -> str:
+        """What they are called in tables."""
+
+    @property
+    def networks(self) -> Path:
+        """Folder of ``client-<partition>.safetensors`` and thresholds."""
+
+    @property
+    def clients(self) -> list[int]:
+        """Clients that have a personal network."""
+
+    @property
+    def run_config(self) -> Mapping[str, Any]:
+        """Settings of the run, in kebab-case."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels."""
+
+    @property
+    def pixels(self) -> tuple[float, float] | None:
+        """Mean and standard deviation that images in 0..1 were normalised by; None if that is not known."""
+
+    def personal(self, client: int) -> Personal:
+        """A client's personal network."""
+
+    def data(self, client: int) -> ClientData:
+        """The client's data, as in the run."""
+
+    def output(self, name: str) -> Path:
+        """Where a file goes that is made from the networks."""
+
+
+def pixels_of(dataset: str) -> tuple[float, float]:
+    """Mean and standard deviation of pixels, as the embedded sets are rendered or local images are read."""
+    return _EMBEDDED_PIXELS if dataset in digits.NUM_CLASSES else _LOCAL_PIXELS
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A results folder whose networks and data can be built again from its settings."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        if not (self.folder / "settings.json").is_file():
+            raise ValueError(f"{self.folder} is no results folder of a run: it has no settings.json")
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.folder.name
+
+    @property
+    def networks(self) -> Path:
+        """Folder of the personal networks."""
+        return self.folder / "personal"
+
+    @property
+    def clients(self) -> list[int]:
+        """Clients that have a personal network."""
+        return clients_of(self.networks)
+
+    @property
+    def run_config(self) -> Mapping[str, Any]:
+        """Settings of the run, in kebab-case."""
+        return of_saved_run(json.loads((self.folder / "settings.json").read_text()))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the labels."""
+        from cafe_flwr.app.build import federation
+
+        return federation(self._settings).class_names
+
+    @property
+    def pixels(self) -> tuple[float, float]:
+        """Mean and standard deviation that images were normalised by."""
+        return pixels_of(self.run_config.get("dataset", ""))
+
+    def personal(self, client: int) -> Personal:
+        """A client's personal network."""
+        from cafe_flwr.app.build import build_networks
+
+        return read_personal(self.networks, client, build_networks(self._settings))
+
+    def data(self, client: int) -> ClientData:
+        """The client's data, as in the run."""
+        from cafe_flwr.app.build import federation
+
+        return federation(self._settings).load(client)
+
+    def output(self, name: str) -> Path:
+        """In the results folder."""
+        return self.folder / name
+
+    @property
+    def _settings(self) -> Any:
+        from cafe_flwr.settings import Settings
+
+        return Settings.from_run_config(self.run_config)
+
+
+def fingerprint(network: EarlyExitNetwork) -> str:
+    """Of a network's weights: what was calibrated or exported for one network must not be used with another.
+
+    Examples
+    --------
+    >>> from cafe_flwr.networks import ConvNet
+    >>> network = ConvNet((1, 16, 16), num_classes=10)
+    >>> before = fingerprint(network)
+    >>> _ = torch.nn.init.zeros_(network.exits[0].head.bias)
+    >>> fingerprint(network) == before
+    False
+    """
+    return fingerprint_of(network.state_dict())
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """The fingerprint of the network that has these tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(plain.shape)} {plain.dtype};".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

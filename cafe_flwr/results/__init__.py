@@ -1,0 +1,1 @@
+"""What a run leaves: its records, its summary and its report."""

@@ -1,0 +1,250 @@
+"""The figures of a finished run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cafe_flwr import __version__
+from cafe_flwr.methods.base import RoundPlan
+from cafe_flwr.metrics.curve import area_under_curve, cheapest
+from cafe_flwr.metrics.exits import THRESHOLDS, DynamicCounts, worst_share
+from cafe_flwr.settings import Settings
+from cafe_flwr.wire.messages import FinalReport
+
+if TYPE_CHECKING:
+    from cafe_flwr.results.recorder import RunInfo
+
+LAST_ROUNDS = 5
+
+
+def summarise(
+    settings: Settings,
+    run: RunInfo,
+    reports: Sequence[FinalReport],
+    rounds: Sequence[Mapping[str, Any]],
+    plan: RoundPlan | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Contents of ``summary.json``.
+
+    Parameters
+    ----------
+    settings, run
+        What was asked for, and the run when it started.
+    reports
+        Evaluation of every personal network after the last round.
+    rounds
+        The lines of ``rounds.jsonl``.
+    plan
+        Of the last round in which anything was mixed, for who learns from whom.
+    seconds
+        Wall clock.
+    """
+    messages = sum(len(line["participants"]) for line in rounds) or 1
+    per_client = [mean(f.exits.accuracy) for f in reports]
+    known = [value for value in per_client if not math.isnan(value)]
+    accuracy = mean_rows(f.exits.accuracy for f in reports)
+    num_clients = len({*run.clients, *(f.client for f in reports)})
+    after = list(rounds[-1]["accuracy_per_exit_after"]) if rounds else []
+    adapted = mean_rows(f.adapted.accuracy for f in reports)
+    dynamic, curve = _dynamic(reports, {f.client: _macs_of(run, f.client) for f in reports})
+    kinds = _kinds(run, reports, plan)
+    return {
+        "name": settings.run_name,
+        "method": settings.method,
+        "dataset": settings.dataset,
+        "seed": settings.seed,
+        "num_rounds": run.num_rounds,
+        "num_clients": num_clients,
+        "accuracy": mean(accuracy),
+        "accuracy_per_exit": accuracy,
+        "accuracy_last_exit": accuracy[-1] if accuracy else math.nan,
+        "last_five": last_five(rounds, accuracy, run.num_rounds),
+        "accuracy_ensemble": mean(f.ensemble for f in reports),
+        "accuracy_after_training": mean(_numbers(after)),
+        "accuracy_per_exit_after_training": after,
+        "accuracy_adapted": mean(adapted),
+        "accuracy_per_exit_adapted": adapted,
+        "accuracy_macs_area": area_under_curve(curve["accuracy"], curve["macs"]),
+        "accuracy_std_over_clients": float(np.std(known)) if known else math.nan,
+        "accuracy_worst_tenth": worst_share(per_client),
+        "ece_per_exit": mean_rows(f.exits.ece for f in reports),
+        "loss_per_exit": mean_rows(f.exits.loss for f in reports),
+        "num_parameters": run.num_parameters,
+        "macs_per_exit": list(run.macs_per_exit),
+        "macs_reduction_at_equal_accuracy": dynamic["macs_reduction"],
+        "dynamic": dynamic,
+        "curve": curve,
+        "bytes_up_per_client_round": round(sum(line["bytes_up"] for line in rounds) / messages),
+        "bytes_down_per_client_round": round(sum(line["bytes_down"] for line in rounds) / messages),
+        "bytes_fedavg_per_client_round": 4 * run.num_parameters,
+        "local_steps_per_client": _local_steps(rounds, reports, num_clients),
+        "seconds": seconds,
+        "teacher_weights": None
+        if plan is None or plan.weights is None
+        else {
+            "rows": list(plan.weight_rows),
+            "clients": list(plan.weight_columns),
+            "weights": plan.weights.round(4).tolist(),
+        },
+        "clients": [
+            {
+                "client": f.client,
+                "train": f.train_examples,
+                "calibration": f.calibration_examples,
+                "test": f.test_examples,
+                "classes": f.classes,
+                "accuracy_per_exit": f.exits.accuracy,
+            }
+            for f in reports
+        ],
+        **({"kinds": kinds} if len(kinds) > 1 else {}),
+        "versions": _versions(),
+    }
+
+
+def last_five(rounds: Sequence[Mapping[str, Any]], final: Sequence[float], num_rounds: int) -> dict[str, Any]:
+    """Accuracy of what clients hold, mean over the last five rounds after which it was evaluated, or those there are.
+
+    What clients hold after round t is evaluated before they train in round t + 1, and after the last round in the final
+    evaluation, ``final``, of all clients (with fine-tuning, where a method does that). Before round 1 nothing is
+    learned: that does not count.
+
+    Returns
+    -------
+    ``accuracy`` (mean over exits), ``accuracy_per_exit``, ``rounds`` (those t) and ``count``.
+
+    Examples
+    --------
+    >>> rounds = [{"round": t, "accuracy_per_exit": [t / 10, t / 10]} for t in (1, 2, 3)]
+    >>> last_five(rounds, [0.4, 0.4], 3)
+    {'accuracy': 0.3, 'accuracy_per_exit': [0.3, 0.3], 'rounds': [1, 2, 3], 'count': 3}
+    """
+    held = [(line["round"] - 1, _numbers(line["accuracy_per_exit"])) for line in rounds if line["round"] > 1]
+    held.append((num_rounds, list(final)))
+    known = [(after, exits) for after, exits in held if not math.isnan(mean(exits))][-LAST_ROUNDS:]
+    return {
+        "accuracy": mean(mean(exits) for _, exits in known),
+        "accuracy_per_exit": mean_rows(exits for _, exits in known),
+        "rounds": [after for after, _ in known],
+        "count": len(known),
+    }
+
+
+def _macs_of(run: RunInfo, client: int) -> NDArray[np.float64]:
+    """MACs of leaving at each exit, (m,); for exits that the client does not hold those of its last."""
+    held = run.kinds[client].macs if client in run.kinds else run.macs_per_exit
+    return np.pad(np.asarray(held, dtype=np.float64), (0, run.num_exits - len(held)), mode="edge")
+
+
+def _kinds(run: RunInfo, reports: Sequence[FinalReport], plan: RoundPlan | None) -> list[dict[str, Any]]:
+    """Accuracy and cost by what clients hold, and how much of their mixtures is of their own kind."""
+    found = []
+    for kind in {kind.name: kind for kind in run.kinds.values()}.values():
+        clients = [client for client, other in run.kinds.items() if other.name == kind.name]
+        of_kind = [f for f in reports if f.client in clients]
+        accuracy = mean_rows(f.exits.accuracy[: kind.num_exits] for f in of_kind)
+        found.append(
+            {
+                "name": kind.name or f"all {kind.num_exits} exits",
+                "clients": clients,
+                "num_exits": kind.num_exits,
+                "num_parameters": kind.num_parameters,
+                "macs_per_exit": list(kind.macs),
+                "accuracy": mean(accuracy),
+                "accuracy_per_exit": accuracy,
+                "bytes_up_per_client_round": 4 * (kind.shared.size + kind.upload.size),
+                "weight_of_own_kind": _weight_within(plan, clients),
+            }
+        )
+    return sorted(found, key=lambda line: (line["num_exits"], line["name"]))
+
+
+def _weight_within(plan: RoundPlan | None, clients: Sequence[int]) -> float:
+    """Mean weight of these clients in the mixtures made for them; NaN if there were none."""
+    if plan is None or plan.weights is None:
+        return math.nan
+    rows, columns = np.isin(plan.weight_rows, clients), np.isin(plan.weight_columns, clients)
+    return mean(plan.weights[np.ix_(rows, columns)].sum(axis=1))
+
+
+def _dynamic(
+    reports: Sequence[FinalReport], macs: Mapping[int, NDArray[np.float64]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inference that leaves at the first exit with max-prob ≥ θ, one θ for all clients.
+
+    Every client's exits are temperature-scaled on its own calibration split. θ is chosen on the calibration splits: the
+    cheapest whose accuracy exceeds that of the full network by at least one standard error of the difference (without
+    this margin the choice among many thresholds is too lucky to hold), or never to leave; and once more with one point
+    of accuracy less allowed. What is reported for them is measured on the test splits.
+    """
+    examples = sum(f.test_examples for f in reports)
+    if not examples:
+        nothing = {"threshold": None, "accuracy": math.nan, "accuracy_full": math.nan, "macs_reduction": math.nan}
+        return {**nothing, "exit_shares": []}, {"threshold": [], "accuracy": [], "macs": [], "exit_shares": []}
+    (calibration, cost), (test, test_cost) = (
+        (
+            DynamicCounts(*(np.sum(counts, axis=0) for counts in zip(*(getattr(f, s) for f in reports), strict=True))),
+            np.sum([getattr(f, s).left @ macs[f.client] for f in reports], axis=0),
+        )
+        for s in ("calibration", "test")
+    )
+    shares = test.left / examples
+    accuracy = test.correct / examples
+    mean_macs = test_cost / examples
+
+    def point(loss_allowed: float) -> dict[str, Any]:
+        chosen = cheapest(calibration, cost, loss_allowed)
+        return {
+            "threshold": float(THRESHOLDS[chosen]) if np.isfinite(THRESHOLDS[chosen]) else None,
+            "accuracy": float(accuracy[chosen]),
+            "accuracy_full": float(accuracy[-1]),
+            "macs_reduction": float(1 - mean_macs[chosen] / mean_macs[-1]),
+            "exit_shares": shares[chosen].tolist(),
+        }
+
+    dynamic = {**point(0.0), "one_point_less": point(0.01)}
+    curve = {
+        "threshold": [float(t) if np.isfinite(t) else None for t in THRESHOLDS],
+        "accuracy": accuracy.tolist(),
+        "macs": mean_macs.tolist(),
+        "exit_shares": shares.tolist(),
+    }
+    return dynamic, curve
+
+
+def _local_steps(rounds: Sequence[Mapping[str, Any]], reports: Sequence[FinalReport], num_clients: int) -> float:
+    """Gradient steps of a client, mean over all clients, fine-tuning at the end included."""
+    in_rounds = sum(line["local_steps"] * (len(line["participants"]) - len(line["left_out"])) for line in rounds)
+    return (in_rounds + sum(f.local_steps for f in reports)) / max(num_clients, 1)
+
+
+def _numbers(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if v is None else v for v in values]
+
+
+def mean(values: Iterable[float]) -> float:
+    """Mean of the values that are not NaN; NaN if there are none."""
+    known = [v for v in values if not math.isnan(v)]
+    return float(np.mean(known)) if known else math.nan
+
+
+def mean_rows(rows: Iterable[Sequence[float]]) -> list[float]:
+    """Column means of the values that are not NaN."""
+    return [mean(column) for column in zip(*rows, strict=True)]
+
+
+def _versions() -> dict[str, str]:
+    found = {"cafe-flwr": __version__}
+    for package in ("flwr", "torch", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,37 @@
+"""Thresholds with guarantees: exits stop only where the errors they may make stay below a risk."""
+
+from typing import TYPE_CHECKING
+
+from cafe_flwr.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from cafe_flwr.risk.report import RiskReport as RiskReport
+    from cafe_flwr.risk.report import risk_report as risk_report
+    from cafe_flwr.risk.selective import calibrate as calibrate
+    from cafe_flwr.risk.selective import conformal_thresholds as conformal_thresholds
+    from cafe_flwr.risk.selective import folds as folds
+    from cafe_flwr.risk.selective import required_examples as required_examples
+    from cafe_flwr.risk.thresholds import ExitThresholds as ExitThresholds
+
+__all__ = [
+    "ExitThresholds",
+    "RiskReport",
+    "calibrate",
+    "conformal_thresholds",
+    "folds",
+    "required_examples",
+    "risk_report",
+]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "ExitThresholds": "cafe_flwr.risk.thresholds",
+        "RiskReport": "cafe_flwr.risk.report",
+        "calibrate": "cafe_flwr.risk.selective",
+        "conformal_thresholds": "cafe_flwr.risk.selective",
+        "folds": "cafe_flwr.risk.selective",
+        "required_examples": "cafe_flwr.risk.selective",
+        "risk_report": "cafe_flwr.risk.report",
+    },
+)

@@ -1,0 +1,1 @@
+"""The strategy: what the server decides, asks and averages."""

@@ -1,0 +1,235 @@
+"""Which node hosts which client: asked of the nodes, since Flower's server does not know."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from cafe_flwr import __version__
+from cafe_flwr.core.log import logger
+from cafe_flwr.server.replies import last_line
+from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.messages import Keys, NodeInfo
+
+_POLL_SECONDS = 1.0
+_GRACE_SECONDS = 5.0  # how long to wait for a sound node when all that are there failed
+_LATE_SECONDS = 10.0  # how long a round waits for the answer of a node that has just come
+_RETRY_SECONDS = 30.0  # a node that failed to answer is asked again after so long
+
+
+class Directory:
+    """The nodes of a federation, and whom they host.
+
+    Parameters
+    ----------
+    keys
+        Names of the records in messages.
+    question
+        What every node is asked: seed, method and its settings, and the number of clients where it is known.
+    """
+
+    def __init__(self, keys: Keys, question: Mapping[str, Any]) -> None:
+        self.keys = keys
+        self.question = question
+        self.nodes: dict[int, NodeInfo] = {}
+        self.hosts: dict[int, int] = {}
+        self.kinds: dict[str, Kind] = {}  # what clients hold, by name; also of nodes that are gone
+        self.names: dict[int, str] = {}  # of clients' nodes, where they have one; also of nodes that are gone
+        self.problems: list[str] = []
+        self._refused: set[int] = set()
+        self._asked_at: dict[int, float] = {}
+        self._unanswered: dict[str, int] = {}  # questions under way: message → node
+        self._suspects: set[int] = set()
+
+    @property
+    def reference(self) -> NodeInfo:
+        """The node all others must agree with: the one that hosts the first client."""
+        return self.nodes[self.hosts[min(self.hosts)]]
+
+    def by_node(self, clients: Sequence[int]) -> dict[int, list[int]]:
+        """The clients' nodes, each with its clients, in the order of the first client."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for client in sorted(clients):
+            groups[self.hosts[client]].append(client)
+        return dict(groups)
+
+    def kind(self, client: int) -> Kind:
+        """What a client holds."""
+        return self.nodes[self.hosts[client]].kind(client)
+
+    def label(self, client: int) -> str:
+        """A client for people: its number, and its node's name if it has one."""
+        name = self.names.get(client)
+        return f"client {client} ({name})" if name else f"client {client}"
+
+    def gather(self, grid: Grid, clients: Sequence[int] | None, minimum: int, seconds: float) -> list[int]:
+        """Clients that are there, of those named or of all; waits for so many of them, but not longer than that."""
+        deadline = time.monotonic() + seconds
+        while True:
+            there = sorted(self.hosts) if clients is None else [c for c in clients if c in self.hosts]
+            if len(there) >= minimum or time.monotonic() >= deadline:
+                return there
+            time.sleep(_POLL_SECONDS)
+            self.refresh(grid)
+
+    def wait(self, grid: Grid, *, min_nodes: int, num_clients: int | None, seconds: float) -> None:
+        """Wait until the clients are there; go on without some of them when the time is up.
+
+        In simulation a node says how many nodes there will be; elsewhere the wait is for ``num_clients``, or for
+        ``min_nodes`` where that is not known.
+
+        Raises
+        ------
+        RuntimeError
+            If no client can take part, with all reasons.
+        """
+        deadline = time.monotonic() + seconds
+        told = False
+        while True:
+            present = self.refresh(grid, timeout=max(seconds, _POLL_SECONDS))
+            expected = max((info.num_nodes for info in self.nodes.values()), default=0)
+            answered = len(self.nodes) + len(self._refused)
+            if not self.nodes and present >= min_nodes and self.problems:
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)  # all that are here failed
+            complete = answered >= max(min_nodes, expected) and (
+                bool(expected)
+                or (num_clients is not None and len(self.hosts) >= num_clients)
+                or (num_clients is None and bool(self.nodes))
+            )
+            if complete or time.monotonic() > deadline:
+                break
+            if not told:
+                logger.info("Waiting for nodes: %d here, %s", present, self._wanted(min_nodes, expected, num_clients))
+                told = True
+            time.sleep(_POLL_SECONDS)
+        if not self.hosts:
+            reasons = "\n  ".join(self.problems) or f"no node was there within {seconds:.0f} s"
+            raise RuntimeError(f"no client can take part:\n  {reasons}")
+        if not complete and answered < min_nodes:
+            raise RuntimeError(
+                f"only {answered} of the {min_nodes} nodes asked for (min-available-nodes) were there within "
+                f"{seconds:.0f} s: start more nodes, or raise wait-seconds"
+            )
+        if num_clients is not None and len(self.hosts) < num_clients:
+            absent = sorted(set(range(num_clients)) - set(self.hosts))
+            logger.warning("Starting without clients %s", ", ".join(map(str, absent)))
+
+    def refresh(self, grid: Grid, timeout: float = _LATE_SECONDS) -> int:
+        """Ask nodes that are new, forget nodes that are gone; the number of nodes there are.
+
+        An answer that comes after the timeout is read the next time: a small device may take longer to start than a
+        round should wait.
+        """
+        present = sorted(grid.get_node_ids())
+        for node in set(self.nodes) - set(present):
+            info = self.nodes.pop(node)
+            logger.warning("The node of %s is gone", _clients(info))
+        self._unanswered = {message: node for message, node in self._unanswered.items() if node in present}
+        if self._unanswered:
+            self._take(grid.pull_messages(list(self._unanswered)))
+        now = time.monotonic()
+        known = self._refused | set(self.nodes)
+        new = [n for n in present if n not in known and now - self._asked_at.get(n, -_RETRY_SECONDS) >= _RETRY_SECONDS]
+        if new:
+            self._asked_at |= dict.fromkeys(new, now)
+            asked = {
+                node: Message(
+                    RecordDict({self.keys.config: ConfigRecord(dict(self.question))}), node, MessageType.QUERY
+                )
+                for node in new
+            }
+            replies = grid.send_and_receive(list(asked.values()), timeout=timeout)
+            self._unanswered |= {message.metadata.message_id: node for node, message in asked.items()}
+            self._take(replies)
+        self._assign()
+        return len(present)
+
+    def _take(self, replies: Iterable[Message]) -> None:
+        """Read answers, and admit or refuse the nodes they are from."""
+        answers = {}
+        for reply in replies:
+            node = self._unanswered.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None and node not in self.nodes:
+                answers[node] = reply
+        infos = self._read(answers)
+        # In the order of the clients: node ids are random, and the first node is the reference.
+        for node in sorted(infos, key=lambda node: min(infos[node].clients, default=math.inf)):
+            self._admit(node, infos[node])
+
+    def suspect(self, node: int, failed: bool) -> None:
+        """Note that a node failed, or that it is well again: where two host a client, the sound one is asked."""
+        if failed:
+            self._suspects.add(node)
+        else:
+            self._suspects.discard(node)
+
+    def _assign(self) -> None:
+        """Who is asked for a client: the first node that hosts it, those that failed last coming last."""
+        self.hosts = {}
+        for node in sorted(self.nodes, key=lambda node: node in self._suspects):  # stable: in the order of arrival
+            for client in self.nodes[node].clients:
+                self.hosts.setdefault(client, node)
+
+    def _problem(self, text: str) -> None:
+        if text not in self.problems:
+            self.problems.append(text)
+            logger.warning("%s", text)
+
+    def _read(self, answers: Mapping[int, Message]) -> dict[int, NodeInfo]:
+        infos = {}
+        for node, reply in answers.items():
+            if reply.has_error():
+                self._problem(f"a node failed to start: {last_line(reply.error.reason)}")
+                continue
+            try:
+                infos[node] = NodeInfo.from_message(reply, self.keys)
+            except (ValueError, KeyError) as error:
+                self._refuse(node, f"a node was refused: it {error}")
+        return infos
+
+    def _admit(self, node: int, info: NodeInfo) -> None:
+        who = f"the node of {_clients(info)}"
+        if info.version and info.version != __version__:
+            self._refuse(node, f"{who} was refused: it runs cafe-flwr {info.version}, the server {__version__}")
+            return
+        serving = [other for other in self.nodes.values() if other.clients]
+        if info.clients and serving and info.digest != serving[0].digest:
+            self._refuse(node, f"{who} was refused: its network or method differs from that of the nodes before it")
+            return
+        kinds = info.kinds or ([info.whole] if info.clients else [])
+        for kind in kinds:
+            if not kind.like(self.kinds.get(kind.name, kind)):
+                what = f"clients with {kind.name}" if kind.name else "clients with the whole network"
+                self._refuse(node, f"{who} was refused: what it says of {what} differs from the nodes before it")
+                return
+        for problem in info.problems:
+            self._problem(f"{info.name}: {problem}" if info.name else problem)
+        hosted = {client for other in self.nodes.values() for client in other.clients}
+        taken = [client for client in info.clients if client in hosted]
+        if taken:
+            self._problem(f"{who}: clients {', '.join(map(str, taken))} are hosted by another node already")
+        self.nodes[node] = info
+        self.kinds |= {kind.name: kind for kind in kinds}
+        if info.name:
+            self.names |= dict.fromkeys(set(info.clients) - set(taken), info.name)
+
+    def _refuse(self, node: int, problem: str) -> None:
+        self._refused.add(node)
+        self._problem(problem)
+
+    def _wanted(self, min_nodes: int, expected: int, num_clients: int | None) -> str:
+        if expected or num_clients is None:
+            return f"{max(min_nodes, expected)} wanted"
+        return f"{len(self.hosts)} of {num_clients} clients"
+
+
+def _clients(info: NodeInfo) -> str:
+    """The clients of a node, and its name if it has one."""
+    name = f" ({info.name})" if info.name else ""
+    return f"clients {', '.join(map(str, info.clients)) or '(none)'}{name}"

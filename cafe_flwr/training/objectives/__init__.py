@@ -1,0 +1,1 @@
+"""What every exit minimises."""

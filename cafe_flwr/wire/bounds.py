@@ -1,0 +1,101 @@
+"""Bounds on what is received: values that no honest sender sends are refused before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+MAX_NORM = 1e6
+_FEWEST = 3  # of two that differ nobody can say which one is wrong
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """How long a client's update, or what it sends of its own, may be.
+
+    Attributes
+    ----------
+    max_norm
+        Euclidean norm that neither may exceed; 0: no bound.
+    max_ratio
+        How many times the median of the round's replies either may be; 0: no bound. Rough on purpose: it stops what is
+        absurd, and leaves the merely unusual to the method (:mod:`cafe_flwr.methods.robust_teachers`).
+    """
+
+    max_norm: float = MAX_NORM
+    max_ratio: float = 100.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_norm", "max_ratio"):
+            value = getattr(self, name)
+            if not (np.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a number of 0 (no bound) or more, got {value}")
+        if 0 < self.max_ratio <= 1:
+            raise ValueError(f"max_ratio must be greater than 1, or 0 for no bound, got {self.max_ratio}")
+
+
+def norm(values: NDArray[Any]) -> float:
+    """Euclidean norm in float64, whatever the precision of the values.
+
+    Examples
+    --------
+    >>> norm(np.array([300, 400], dtype=np.float16))  # whose squares float16 does not hold
+    500.0
+    """
+    return float(np.linalg.norm(values.astype(np.float64)))
+
+
+def check_norm(values: NDArray[Any], limit: float, what: str) -> None:
+    """Raise ValueError if the norm is beyond the limit, or not a number; a limit of 0 allows all that is finite.
+
+    Examples
+    --------
+    >>> check_norm(np.array([30.0, 40.0]), 10.0, "its update")
+    Traceback (most recent call last):
+        ...
+    ValueError: its update has norm 50, at most 10 is allowed
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(f"{what} has values that are NaN or infinite")
+    if limit and (length := norm(values)) > limit:
+        raise ValueError(f"{what} has norm {length:.4g}, at most {limit:.4g} is allowed")
+
+
+def far_longer(norms: ArrayLike, examples: ArrayLike, max_ratio: float) -> list[int]:
+    """Positions of norms beyond ``max_ratio`` times the median; nobody's where there are fewer than three.
+
+    Who has k times the median number of examples takes up to k times the steps, and counts k times the labels: it may
+    be k times as long.
+
+    Parameters
+    ----------
+    norms
+        (n,), 0 or more.
+    examples
+        (n,), training examples behind each.
+    max_ratio
+        Greater than 1; 0: no bound.
+
+    Examples
+    --------
+    >>> far_longer([1.0, 1.2, 0.8, 900.0], [50, 50, 50, 50], 100.0)
+    [3]
+    >>> far_longer([1.0, 1.2, 0.8, 900.0], [50, 50, 50, 5000], 100.0)
+    []
+    """
+    lengths, sizes = np.asarray(norms, dtype=np.float64), np.asarray(examples, dtype=np.float64)
+    typical = np.median(lengths) if len(lengths) else 0.0
+    if not max_ratio or len(lengths) < _FEWEST or typical == 0:
+        return []
+    allowed = max_ratio * typical * np.maximum(1.0, sizes / np.median(sizes))
+    return [int(i) for i in np.flatnonzero(lengths > allowed)]
+
+
+def times_median(norms: Sequence[float], position: int) -> str:
+    """How a norm compares with the median of all, in words."""
+    typical = float(np.median(norms))
+    return f"norm {norms[position]:.4g}, {norms[position] / typical:.4g} times the median of the round, {typical:.4g}"
