@@ -28,6 +28,7 @@ lint: .venv/.installed ## Lint and types only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: .venv/.installed ## Every benchmark in turn (the better part of an hour)
 	$(BIN)/python -m benchmarks

@@ -4,7 +4,7 @@ import torch
 from flwr.app import Context
 
 from cafe_flwr import EarlyExitNetwork, make_client_app
-from cafe_flwr.app.build import build_networks, federation, modality_of, state_dir
+from cafe_flwr.app.parts import build_networks, federation, modality_of, state_dir
 from cafe_flwr.data import ClientData
 from cafe_flwr.settings import Settings
 

@@ -3,7 +3,7 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from cafe_flwr.app.build import run
+from cafe_flwr.app.run import run
 from cafe_flwr.server.calibration import calibrate_federation
 from cafe_flwr.settings import Settings
 

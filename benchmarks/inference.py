@@ -11,9 +11,10 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from cafe_flwr.cost import latency_per_exit, macs_per_exit
+from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.inference import EarlyExitRunner, MaxProb, PerExit
 from cafe_flwr.inference.budgets import thresholds_for_shares
+from cafe_flwr.inference.latency import latency_per_exit
 from cafe_flwr.metrics import exit_logits
 from cafe_flwr.networks import EarlyExitNetwork, Exit
 

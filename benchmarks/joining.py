@@ -40,7 +40,7 @@ def settings_of(method: str, job: dict[str, Any]) -> dict[str, Any]:
 def federate(job: dict[str, Any], seed: int, folder: str) -> Path:
     """Run a federation on all but the last clients of a partition; its results folder."""
     sys.path.insert(0, str(ROOT))
-    from cafe_flwr.app.build import run
+    from cafe_flwr.app.run import run
     from cafe_flwr.engine import InProcessGrid
     from cafe_flwr.settings import Settings
     from client_app import app
@@ -61,8 +61,8 @@ def federate(job: dict[str, Any], seed: int, folder: str) -> Path:
 
 def measure(results: Path, epochs: int) -> dict[str, float]:
     """Mean test accuracy over exits and newcomers, by way of getting a network."""
-    from cafe_flwr.app.build import build_network, federation
     from cafe_flwr.app.joining import package_run, train_newcomer
+    from cafe_flwr.app.parts import build_network, federation
     from cafe_flwr.client.app import Workplace, seeded
     from cafe_flwr.metrics import evaluate
     from cafe_flwr.personal import FinishedRun

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.runs import run_in_process
-from cafe_flwr.app.build import build_network, federation
+from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.data import Split
 from cafe_flwr.methods import METHODS, LocalTask

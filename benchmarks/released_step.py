@@ -18,9 +18,9 @@ import numpy as np
 
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.methods import CafeDistillMethod, ClientRecord, ServerRound
-from cafe_flwr.methods.base import Conclusion
 from cafe_flwr.methods.pairs import Pairs
-from cafe_flwr.personal.store import Checkpoints, ServerState
+from cafe_flwr.methods.server import Conclusion
+from cafe_flwr.server.checkpoints import Checkpoints, ServerState
 
 CLIENTS, PARTICIPANTS, CLASSES, FEATURES, EXITS, BEFORE = 10_000, 1_000, 10, 512, 4, 400
 SECONDS, PEAK, ADDED = 5.0, 2 * 1024**3, 50e6

@@ -40,12 +40,12 @@ def run(job: tuple[int, str, int, int]) -> Outcome:
     import torch
 
     sys.path.insert(0, str(ROOT))
-    from cafe_flwr.app.build import build_strategy
+    from cafe_flwr.app.run import build_strategy
     from cafe_flwr.engine import InProcessGrid
-    from cafe_flwr.personal.store import ServerState
-    from cafe_flwr.results.recorder import RoundRecord, RunInfo
+    from cafe_flwr.server.callbacks import RoundRecord, RunInfo
+    from cafe_flwr.server.checkpoints import ServerState
     from cafe_flwr.settings import Settings
-    from cafe_flwr.wire.messages import FinalReport
+    from cafe_flwr.wire.evaluate import FinalReport
     from client_app import app
 
     torch.set_num_threads(1)

@@ -46,7 +46,7 @@ class Predictions(NamedTuple):
 
 
 class ExitedModel:
-    """A network that :func:`cafe_flwr.personal.export.export` wrote as ONNX, ready to run.
+    """A network that :func:`cafe_flwr.inference.export.export` wrote as ONNX, ready to run.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class ExitedModel:
     Examples
     --------
     >>> import tempfile, torch
-    >>> from cafe_flwr.personal.export import export
+    >>> from cafe_flwr.inference.export import export
     >>> from cafe_flwr.networks import ConvNet
     >>> network, x = ConvNet((1, 8, 8), 10, widths=(8, 16)), torch.zeros(3, 1, 8, 8)
     >>> with tempfile.TemporaryDirectory() as home:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,16 +11,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.alias_generators import to_snake
 
 from cafe_flwr.core.older_settings import renamed
+from cafe_flwr.core.text import closest, kebab
 from cafe_flwr.data import digits
 from cafe_flwr.data.hub import names_of_sets
 from cafe_flwr.data.modalities import MODALITIES
 from cafe_flwr.methods import METHODS
 from cafe_flwr.methods.base import Method
+from cafe_flwr.networks.capacity import read_shares
 from cafe_flwr.networks.placement import DEVICE_PATTERN
-from cafe_flwr.training.loop import DEFAULT_BUDGET, LocalBudget, learning_rate_at
 from cafe_flwr.training.objectives.base import READS
+from cafe_flwr.training.options import DEFAULT_BUDGET, LocalBudget, learning_rate_at
 from cafe_flwr.wire.bounds import Bounds
-from cafe_flwr.wire.capacity import read_shares
 from cafe_flwr.wire.privacy import Privacy
 
 IMAGE_SETS = (*digits.NUM_CLASSES, *names_of_sets(texts=False))
@@ -44,11 +44,6 @@ PUBLISHED: Mapping[str, Mapping[str, int | str]] = {
 _OF_NETWORKS = ("network_width", "network_depth", "feature_width", "norm", "stem_stride", "attention_heads", "dropout")
 
 
-def kebab(name: str) -> str:
-    """``num_clients`` → ``num-clients``."""
-    return name.replace("_", "-")
-
-
 # Of everything that people write by hand: kebab-case names, no unknown ones, no conversion of types.
 STRICT = ConfigDict(
     alias_generator=kebab,
@@ -60,11 +55,6 @@ STRICT = ConfigDict(
     use_attribute_docstrings=True,
     allow_inf_nan=False,
 )
-
-
-def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like this one, if any is."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def setting_key(method: type[Method], field: str) -> str:

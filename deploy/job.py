@@ -67,10 +67,11 @@ def run_reference(folder: Path) -> None:
 
     The clients' state is in ``state/reference``, that of the last of these rounds the newest.
     """
-    from cafe_flwr.app.build import build_strategy
+    from cafe_flwr.app.run import build_strategy
     from cafe_flwr.engine import InProcessGrid
-    from cafe_flwr.personal.store import ServerState
-    from cafe_flwr.results.recorder import Recorder, RoundRecord
+    from cafe_flwr.results.recorder import Recorder
+    from cafe_flwr.server.callbacks import RoundRecord
+    from cafe_flwr.server.checkpoints import ServerState
     from cafe_flwr.settings import Settings
 
     class Enough(Exception):

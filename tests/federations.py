@@ -19,12 +19,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cafe_flwr import EarlyExitNetwork, make_client_app
-from cafe_flwr.app.build import build_networks, build_strategy, federation, modality_of
-from cafe_flwr.app.build import run as run_federation
+from cafe_flwr.app.parts import build_networks, federation, modality_of
+from cafe_flwr.app.run import build_strategy
+from cafe_flwr.app.run import run as run_federation
 from cafe_flwr.data import ClientData, Split
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.networks import Exit
-from cafe_flwr.results.recorder import Recorder, Results, open_results
+from cafe_flwr.results.folder import Results, open_results
+from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.settings import Settings
 
 SMALL = {

@@ -31,8 +31,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cafe_flwr import EarlyExitNetwork, __version__
-from cafe_flwr.app.build import build_network, federation
 from cafe_flwr.app.joining import Package, join, mean_head, mean_heads, package, package_run
+from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.app.source import NodeNetwork, parts_of
 from cafe_flwr.cli import app
 from cafe_flwr.client.app import Workplace, seeded
@@ -41,13 +41,13 @@ from cafe_flwr.data import Split
 from cafe_flwr.device import load
 from cafe_flwr.inference import EarlyExitRunner
 from cafe_flwr.methods import METHODS, CafeDistillMethod, LocalResult, LocalTask
-from cafe_flwr.methods.base import ClientRecord
+from cafe_flwr.methods.server import ClientRecord
 from cafe_flwr.metrics import evaluate
 from cafe_flwr.networks import Exit
 from cafe_flwr.personal import FinishedRun, fingerprint
 from cafe_flwr.personal.calibration import read_thresholds
 from cafe_flwr.personal.evaluation import evaluate_run
-from cafe_flwr.personal.store import Checkpoints
+from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.settings import Settings
 from cafe_flwr.training import LocalBudget, snapshot

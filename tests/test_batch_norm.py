@@ -14,10 +14,11 @@ from torch import nn
 from cafe_flwr import EarlyExitNetwork
 from cafe_flwr.methods import METHODS
 from cafe_flwr.networks import Exit, batch_norm_names
-from cafe_flwr.personal.store import Checkpoints
+from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
-from cafe_flwr.wire.messages import Keys, NodeInfo
+from cafe_flwr.wire.describe import NodeInfo
+from cafe_flwr.wire.keys import Keys
 
 N, T = 3, 4
 POLICIES = ("average", "personal", "drop")

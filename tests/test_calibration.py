@@ -16,24 +16,21 @@ from cafe_flwr.data import Split
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.inference import EarlyExitRunner
 from cafe_flwr.personal import FinishedRun, fingerprint
-from cafe_flwr.personal.calibration import (
-    ClientCalibration,
-    Request,
-    calibrate_run,
+from cafe_flwr.personal.calibration import calibrate_run, read_thresholds
+from cafe_flwr.risk.client_calibration import ClientCalibration, Request, decide
+from cafe_flwr.risk.counts import pooled_path
+from cafe_flwr.server.calibration import calibrate_federation
+from cafe_flwr.settings import Settings
+from cafe_flwr.wire.calibration import (
     certificate_from_json,
     certificate_to_json,
     counts_from_json,
     counts_to_json,
-    decide,
     histogram_from_json,
     histogram_to_json,
     path_from_json,
     path_to_json,
-    read_thresholds,
 )
-from cafe_flwr.risk.counts import pooled_path
-from cafe_flwr.server.calibration import calibrate_federation
-from cafe_flwr.settings import Settings
 
 
 @pytest.fixture(scope="module")

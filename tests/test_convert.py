@@ -12,10 +12,10 @@ from torch.utils.data import TensorDataset
 
 from cafe_flwr import CafeDistill, make_client_app
 from cafe_flwr.data import ClientData, Split
+from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.convert import divide, split_from_datasets, split_from_torch
 from cafe_flwr.data.tokenizer import Tokenizer
 from cafe_flwr.networks import ConvNet, ResNet18, TextTransformer
-from cafe_flwr.networks.preprocessing import Augmentation
 from cafe_flwr.training import LocalBudget
 
 TOKENIZER = Tokenizer(max_tokens=5, vocabulary=200)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from cafe_flwr.cost import expected_macs, latency_per_exit, macs_per_exit, macs_without_early_exits, policy_latency
+from cafe_flwr.cost import expected_macs, macs_per_exit, macs_without_early_exits
 from cafe_flwr.inference import EarlyExitRunner, MaxProb
+from cafe_flwr.inference.latency import latency_per_exit, policy_latency
 from cafe_flwr.metrics.curve import accuracy_macs_curve, area_under_curve
 from cafe_flwr.networks import EarlyExitNetwork, Exit
 

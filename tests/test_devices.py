@@ -12,14 +12,15 @@ import torch
 from federations import INPUTS, Recorded, run_small, small_settings, toy_app, toy_network
 from torch import nn
 
-from cafe_flwr.app.launch import with_resources
+from cafe_flwr.app.launch import simulation_resources, with_resources
 from cafe_flwr.client.app import Workplace
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.data import Split
 from cafe_flwr.methods import METHODS, LocalTask
 from cafe_flwr.metrics import exit_features, exit_logits
 from cafe_flwr.networks import ConvNet
-from cafe_flwr.networks.placement import OnDevice, Placement, find_device, moved, reason_of, simulation_resources
+from cafe_flwr.networks.memory import reason_of
+from cafe_flwr.networks.placement import OnDevice, Placement, find_device, moved
 from cafe_flwr.settings import Settings
 from cafe_flwr.training import LocalBudget, snapshot, train
 

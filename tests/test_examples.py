@@ -21,12 +21,13 @@ from safetensors.numpy import load_file
 
 from cafe_flwr import CafeDistill
 from cafe_flwr.app.launch import private_superlink, run_app
+from cafe_flwr.core.text import kebab
 from cafe_flwr.methods import CafeDistillMethod, settings_of
 from cafe_flwr.metrics import THRESHOLDS
 from cafe_flwr.server.calibration import calibrate_federation
-from cafe_flwr.settings import Settings, kebab
+from cafe_flwr.settings import Settings
 from cafe_flwr.training import LocalBudget
-from cafe_flwr.wire.messages import PROTOCOL
+from cafe_flwr.wire.keys import PROTOCOL
 from cafe_flwr.wire.privacy import Privacy
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -26,10 +26,11 @@ from cafe_flwr.data.digits import BACKGROUND
 from cafe_flwr.data.local import normalised, read_local
 from cafe_flwr.device import ExitedModel, load
 from cafe_flwr.inference import EarlyExitRunner, MaxProb, Patience, PerExit
+from cafe_flwr.inference.export import export
 from cafe_flwr.inference.predict import predict_file
 from cafe_flwr.networks import ConvNet, Exit
 from cafe_flwr.personal import FinishedRun, fingerprint
-from cafe_flwr.personal.export import export, export_client
+from cafe_flwr.personal.export import export_client
 from cafe_flwr.risk.thresholds import ExitThresholds
 
 ROOT = Path(__file__).parent.parent

@@ -27,8 +27,8 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from cafe_flwr.data import ClientData
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.personal.store import Checkpoints
 from cafe_flwr.server import strategy as strategy_module
+from cafe_flwr.server.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("no_report")
 

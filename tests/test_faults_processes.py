@@ -18,7 +18,7 @@ import pytest
 from federations import FaultyApp, asked, facts_and_tensors, same_tensors, small_settings, strict_json
 from sklearn.datasets import load_digits
 
-from cafe_flwr.app.build import run as run_federation
+from cafe_flwr.app.run import run as run_federation
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.server import strategy as strategy_module
 from deploy.loopback import Loopback, wait_for

@@ -30,13 +30,14 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from cafe_flwr import make_client_app
-from cafe_flwr.app.build import build_network, build_strategy, federation
+from cafe_flwr.app.parts import build_network, federation
+from cafe_flwr.app.run import build_strategy
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.methods import METHODS
-from cafe_flwr.personal.store import Checkpoints
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.results.run import final_table
+from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.wire.privacy import Privacy
 
 EXITS = 3
@@ -526,7 +527,7 @@ def test_every_setting_of_the_data_set_reaches_it(tmp_path, monkeypatch):
     def watch(dataset, num_clients, **settings):
         seen.update(settings, dataset=dataset, num_clients=num_clients)
 
-    monkeypatch.setattr("cafe_flwr.app.build.load_federation", watch)
+    monkeypatch.setattr("cafe_flwr.app.parts.load_federation", watch)
     given = {
         "dataset": "local:/some/where",
         "num_clients": 7,

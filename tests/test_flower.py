@@ -13,8 +13,8 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from cafe_flwr.app.build import run
 from cafe_flwr.app.launch import private_superlink, run_app
+from cafe_flwr.app.run import run
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.settings import Settings
 

@@ -14,11 +14,11 @@ from federations import run_small, small_settings
 from hub_copies import CLASSES, TOPICS, label_of, picture, text, write_copy, write_plain
 
 from cafe_flwr import EarlyExitNetwork
-from cafe_flwr.app.build import build_network, federation
+from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.data import Split, load_federation
+from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.hub import HUB_SETS
 from cafe_flwr.data.tokenizer import Tokenizer
-from cafe_flwr.networks.preprocessing import Augmentation
 from cafe_flwr.personal import FinishedRun
 from cafe_flwr.training import LocalBudget, train
 

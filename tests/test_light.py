@@ -21,7 +21,7 @@ from cafe_flwr import EarlyExitNetwork, coordination, cost, data, metrics, teach
 from cafe_flwr.core import schema
 from cafe_flwr.training import losses
 from cafe_flwr.wire import averaging
-from cafe_flwr.methods import METHODS, CafeDistillMethod, LocalTask, exit_agreement
+from cafe_flwr.methods import CafeDistillMethod, LocalTask, METHODS, exit_agreement
 from cafe_flwr.networks import ConvNet
 from cafe_flwr.core.random import rng_for
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from cafe_flwr.core.locks import InUse, locked
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.personal import store as state
-from cafe_flwr.personal.store import Checkpoints, PersonalStore, ServerState
+from cafe_flwr.personal.store import PersonalStore
+from cafe_flwr.server.checkpoints import Checkpoints, ServerState
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -235,7 +236,8 @@ CLIENT = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from cafe_flwr.personal.store import PersonalStore, write_atomically
+from cafe_flwr.core.files import write_atomically
+from cafe_flwr.personal.store import PersonalStore
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 try:

@@ -13,22 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cafe_flwr.core.schema import Schema, digest
+from cafe_flwr.core.text import kebab
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.metrics import DynamicCounts, ExitMetrics
-from cafe_flwr.settings import kebab
 from cafe_flwr.training import LocalBudget
 from cafe_flwr.wire.averaging import weighted
-from cafe_flwr.wire.messages import (
-    PHASES,
-    ClientReport,
-    FinalReport,
-    Keys,
-    NodeInfo,
-    TrainReply,
-    TrainRequest,
-    method_config,
-    prefixed,
-)
+from cafe_flwr.wire.codec import method_config, prefixed
+from cafe_flwr.wire.describe import NodeInfo
+from cafe_flwr.wire.evaluate import FinalReport
+from cafe_flwr.wire.keys import PHASES, Keys
+from cafe_flwr.wire.train import ClientReport, TrainReply, TrainRequest
 
 
 @pytest.fixture(autouse=True, scope="module")

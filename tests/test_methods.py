@@ -30,19 +30,22 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from safetensors.torch import load_file
 
+from cafe_flwr.core.files import to_json
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.data import ClientData, Split
 from cafe_flwr.methods import METHODS, ClientRecord, LocalTask, ServerRound, settings_of
 from cafe_flwr.methods.starts import classifier_start
 from cafe_flwr.metrics import evaluate
-from cafe_flwr.personal.store import Checkpoints, PersonalStore, to_json
+from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.server import strategy as strategy_module
+from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.settings import Settings, setting_key
 from cafe_flwr.training import LocalBudget
 from cafe_flwr.training.objectives.base import Objective
-from cafe_flwr.wire.messages import Keys, NodeInfo
+from cafe_flwr.wire.describe import NodeInfo
+from cafe_flwr.wire.keys import Keys
 
 N, T = 4, 4
 BUDGET = LocalBudget(batch_size=8, steps=3, learning_rate=0.1)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from cafe_flwr.core.numbers import mean, mean_rows
 from cafe_flwr.data import Split
 from cafe_flwr.metrics import (
     THRESHOLDS,
@@ -24,7 +25,6 @@ from cafe_flwr.metrics import (
 )
 from cafe_flwr.metrics.curve import area_under_curve
 from cafe_flwr.networks import EarlyExitNetwork, Exit
-from cafe_flwr.results.summary import mean, mean_rows
 
 
 def draw(exits, n, classes, seed, scale=3.0):

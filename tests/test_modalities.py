@@ -23,19 +23,19 @@ from federations import (
 from torch import nn
 
 from cafe_flwr import EarlyExitNetwork, make_client_app
-from cafe_flwr.app.build import build_networks, federation, modality_of
 from cafe_flwr.app.joining import package_run
+from cafe_flwr.app.parts import build_networks, federation, modality_of
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.data import ClientData, Split
 from cafe_flwr.data.modalities import in_rows
 from cafe_flwr.methods import METHODS
 from cafe_flwr.networks import ConvNet, Exit, SequenceNet
+from cafe_flwr.networks.capacity import networks_of, start_alike
 from cafe_flwr.personal import FinishedRun
 from cafe_flwr.personal.evaluation import evaluate_run
 from cafe_flwr.personal.export import export_client
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
-from cafe_flwr.wire.capacity import networks_of, start_alike
 
 BOTH = {"modalities": "image,rows"}
 N = 5

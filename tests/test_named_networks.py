@@ -3,7 +3,7 @@
 import pytest
 from federations import run_small, small_settings
 
-from cafe_flwr.app.build import build_network
+from cafe_flwr.app.parts import build_network
 from cafe_flwr.networks import ConvNet, ResNet18, TextTransformer, batch_norm_names
 from cafe_flwr.personal import FinishedRun
 from cafe_flwr.settings import Settings

@@ -11,8 +11,8 @@ from torch import nn
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.methods import METHODS, LocalTask
 from cafe_flwr.networks import EarlyExitNetwork, Exit
-from cafe_flwr.networks.early_exit import evaluating
 from cafe_flwr.networks.safe_kd import safe_kd_exit
+from cafe_flwr.networks.statistics import evaluating
 from cafe_flwr.training import LocalBudget, train
 from cafe_flwr.training.losses import (
     consistency,

@@ -9,7 +9,7 @@ from cafe_flwr.core.older_settings import METHODS_THEN, RENAMED, of_saved_run, r
 from cafe_flwr.experiments.file import check_experiment, read_experiment
 from cafe_flwr.methods import METHODS
 from cafe_flwr.personal import FinishedRun
-from cafe_flwr.results.recorder import open_results
+from cafe_flwr.results.folder import open_results
 from cafe_flwr.settings import Settings
 
 TODAY = set(Settings().to_run_config())

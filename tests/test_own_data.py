@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cafe_flwr import make_client_app
-from cafe_flwr.app.build import build_network, federation, state_dir
+from cafe_flwr.app.parts import build_network, federation, state_dir
 from cafe_flwr.client.node_config import data_folder, hosted, is_device, name_of
 from cafe_flwr.data.own import load_own
 from cafe_flwr.engine import InProcessGrid

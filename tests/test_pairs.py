@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cafe_flwr.methods.pairs import Pairs
-from cafe_flwr.personal.store import Checkpoints, ServerState
+from cafe_flwr.server.checkpoints import Checkpoints, ServerState
 
 
 def cosines(n, seed=0):

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe_flwr.core.random import hosted_clients, rng_for, sample_clients
+from cafe_flwr.client.node_config import hosted_clients
+from cafe_flwr.core.random import rng_for
+from cafe_flwr.server.sampling import sample_clients
 
 
 def test_rng_is_reproducible_and_every_coordinate_gives_another_stream():

@@ -12,13 +12,14 @@ from federations import run_small, small_settings
 from hub_copies import write_copy, write_plain
 from PIL import Image
 
-from cafe_flwr.app.build import federation
+from cafe_flwr.app.parts import federation
 from cafe_flwr.data import load_federation
 from cafe_flwr.data.hub import open_set
 from cafe_flwr.data.partition import partition_labels, partition_naturally
 from cafe_flwr.data.tokenizer import Tokenizer, words
 from cafe_flwr.personal import FinishedRun
-from cafe_flwr.personal.calibration import Request, calibrate_run
+from cafe_flwr.personal.calibration import calibrate_run
+from cafe_flwr.risk.client_calibration import Request
 from cafe_flwr.settings import Settings
 
 STYLES = ("art", "photo", "sketch")

@@ -17,14 +17,18 @@ from federations import (
     toy_network,
 )
 
-from cafe_flwr.app.build import build_strategy
+from cafe_flwr.app.run import build_strategy
+from cafe_flwr.client.privacy import stricter
+from cafe_flwr.core.text import kebab
 from cafe_flwr.methods import CafeDistillMethod
 from cafe_flwr.personal.store import PersonalStore
-from cafe_flwr.results.recorder import Recorder, open_results
+from cafe_flwr.results.folder import open_results
+from cafe_flwr.results.recorder import Recorder
+from cafe_flwr.server.accounting import epsilon
 from cafe_flwr.server.strategy import FederatedStrategy
-from cafe_flwr.settings import kebab
-from cafe_flwr.wire.messages import Keys, TrainReply, TrainRequest
-from cafe_flwr.wire.privacy import Privacy, clipped, epsilon, release, stricter
+from cafe_flwr.wire.keys import Keys
+from cafe_flwr.wire.privacy import Privacy, clipped, release
+from cafe_flwr.wire.train import TrainReply, TrainRequest
 
 N, T = 4, 3
 

@@ -9,16 +9,16 @@ from federations import run_small, small_settings, toy_app, toy_network
 from hub_copies import write_copy
 from torch import nn
 
-from cafe_flwr.app.build import build_network
+from cafe_flwr.app.parts import build_network
 from cafe_flwr.cost import macs_per_exit
+from cafe_flwr.inference.export import export
 from cafe_flwr.methods import METHODS
 from cafe_flwr.methods.exit_agreement import classifier_similarity
 from cafe_flwr.networks import EarlyExitNetwork, Exit, PublishedConvNet, PublishedResNet18, PublishedTransformer
+from cafe_flwr.networks.capacity import networks_of
 from cafe_flwr.networks.preprocessing import SYMMETRIC
 from cafe_flwr.personal import FinishedRun
-from cafe_flwr.personal.export import export
 from cafe_flwr.settings import Settings
-from cafe_flwr.wire.capacity import networks_of
 
 
 def parameters(network):

@@ -41,11 +41,12 @@ from cafe_flwr.networks import (
     attach_exits,
 )
 from cafe_flwr.networks.safe_kd import safe_kd_exit
-from cafe_flwr.personal.store import Checkpoints
 from cafe_flwr.server import strategy as strategy_module
+from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
-from cafe_flwr.wire.messages import Keys, NodeInfo
+from cafe_flwr.wire.describe import NodeInfo
+from cafe_flwr.wire.keys import Keys
 
 N, EXITS, T, SEED = 4, 3, 3, 2
 RATE, DECAY = 0.2, 0.9

@@ -17,7 +17,8 @@ from federations import (
 from flwr.app import ConfigRecord
 
 from cafe_flwr import CafeDistill
-from cafe_flwr.personal.store import Checkpoints, PersonalStore
+from cafe_flwr.personal.store import PersonalStore
+from cafe_flwr.server.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("no_report")
 

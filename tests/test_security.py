@@ -7,14 +7,16 @@ import pytest
 from federations import CLASSES, FaultyApp, WatchedGrid, asked, small_settings, strict_json, toy_app
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from cafe_flwr.app.build import build_strategy
+from cafe_flwr.app.run import build_strategy
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.methods import CafeDistillMethod
-from cafe_flwr.results.recorder import Recorder, open_results
+from cafe_flwr.results.folder import open_results
+from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.wire.bounds import MAX_NORM, Bounds, check_norm, far_longer
-from cafe_flwr.wire.messages import Keys, TrainReply, TrainRequest
+from cafe_flwr.wire.keys import Keys
 from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.train import TrainReply, TrainRequest
 
 N, T, BAD = 6, 4, 2
 HEAD = CLASSES * 4 + CLASSES  # of the last exit, at the end of what a client sends

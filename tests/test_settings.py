@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from cafe_flwr import CafeDistill
 from cafe_flwr.coordination import SELECTIONS
+from cafe_flwr.core.text import kebab
 from cafe_flwr.methods import METHODS, CafeDistillMethod, Method, settings_of
 from cafe_flwr.methods.exit_agreement import PROXIES
 from cafe_flwr.methods.starts import STARTS
-from cafe_flwr.settings import Settings, kebab, keys_of_other_methods
+from cafe_flwr.settings import Settings, keys_of_other_methods
 from cafe_flwr.teaching import TEACHERS
 
 ROOT = Path(__file__).parents[1]

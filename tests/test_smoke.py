@@ -11,7 +11,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from cafe_flwr.app.build import build_network, federation
+from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.cli import app
 from cafe_flwr.data.hub import HUB_SETS, open_set
 from cafe_flwr.data.stand_ins import write_stand_in

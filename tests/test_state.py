@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from cafe_flwr.core.files import write_atomically
 from cafe_flwr.methods import ClientRecord
 from cafe_flwr.methods.pairs import Pairs
-from cafe_flwr.personal.store import Checkpoints, PersonalStore, ServerState, personal_folder, write_atomically
+from cafe_flwr.personal.store import PersonalStore, personal_folder
+from cafe_flwr.server.checkpoints import Checkpoints, ServerState
 
 RUN = "0123456789abcdef"
 
@@ -455,7 +457,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, f
 
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("cafe_flwr.personal.store.STATE_VERSION", 99)
+    monkeypatch.setattr("cafe_flwr.server.checkpoints.STATE_VERSION", 99)
     Checkpoints(tmp_path).save(server_state(1))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="has format 99, this version reads 1"):

@@ -31,11 +31,11 @@ from cafe_flwr.methods import METHODS
 from cafe_flwr.methods.cafedistill_text import CafeDistillText
 from cafe_flwr.methods.pfedgraph import PFedGraph
 from cafe_flwr.metrics import THRESHOLDS
-from cafe_flwr.personal.store import Checkpoints
 from cafe_flwr.server import strategy as strategy_module
+from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
-from cafe_flwr.wire.messages import Keys
+from cafe_flwr.wire.keys import Keys
 
 FULL_BATCH = LocalBudget(batch_size=1000, steps=2, learning_rate=0.2)  # the order of examples does not matter
 N = 3

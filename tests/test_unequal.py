@@ -23,8 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cafe_flwr import make_client_app
-from cafe_flwr.app.build import build_strategy
 from cafe_flwr.app.joining import package_run
+from cafe_flwr.app.run import build_strategy
 from cafe_flwr.coordination import active_exits, student_budget
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.cost import macs_per_exit
@@ -33,18 +33,19 @@ from cafe_flwr.inference import EarlyExitRunner
 from cafe_flwr.inference.policies import MaxProb
 from cafe_flwr.methods import METHODS
 from cafe_flwr.networks import ConvNet, ResNet18, SequenceNet
+from cafe_flwr.networks.capacity import Held, drawn
 from cafe_flwr.networks.preprocessing import Normalisation
 from cafe_flwr.personal import FinishedRun
-from cafe_flwr.personal.calibration import Request, calibrate_run
+from cafe_flwr.personal.calibration import calibrate_run
 from cafe_flwr.personal.evaluation import evaluate_run
 from cafe_flwr.personal.export import export_client
 from cafe_flwr.results.figures import pooled_accuracy
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.results.run import read_run
+from cafe_flwr.risk.client_calibration import Request
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
 from cafe_flwr.wire.averaging import weighted
-from cafe_flwr.wire.capacity import Held, drawn
 from cafe_flwr.wire.slices import View, mean_of_holders
 
 DEPTHS = [1, 2, 3, 3, 2]  # of the toys' clients

@@ -13,21 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cafe_flwr.app.build import build_network, federation
+from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.client.app import final_report, seeded
+from cafe_flwr.core.files import to_json, write_atomically
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.core.schema import Schema, digest
 from cafe_flwr.cost import macs_per_exit
-from cafe_flwr.data.federation import Split
+from cafe_flwr.data.augmentation import Augmentation
+from cafe_flwr.data.split import Split
 from cafe_flwr.metrics.exits import evaluate
-from cafe_flwr.networks.early_exit import EarlyExitNetwork, evaluating
-from cafe_flwr.networks.preprocessing import Augmentation
-from cafe_flwr.personal.store import PersonalStore, to_json, write_atomically
-from cafe_flwr.results.recorder import RunInfo
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.statistics import evaluating
+from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.results.summary import summarise
+from cafe_flwr.server.callbacks import RunInfo
 from cafe_flwr.settings import Settings
-from cafe_flwr.training.loop import LocalBudget, snapshot, train
+from cafe_flwr.training.loop import snapshot, train
 from cafe_flwr.training.objectives.base import Objective
+from cafe_flwr.training.options import LocalBudget
 
 # What a run in one place begins with where nothing else is said: SAFE-KD's recipe (arXiv 2602.03043).
 DEFAULTS: Mapping[str, Any] = {

@@ -23,23 +23,30 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from cafe_flwr import __version__
+from cafe_flwr.app.finished_run import FinishedRun
 from cafe_flwr.app.source import Source, check_fits
 from cafe_flwr.client.app import Parts, Workplace, facts_of, final_report, seeded, with_offset
+from cafe_flwr.core.files import to_json, write_atomically
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.core.schema import Schema
-from cafe_flwr.data.federation import ClientData, FederatedData
+from cafe_flwr.data.federation import FederatedData
+from cafe_flwr.data.split import ClientData
 from cafe_flwr.methods import METHODS
-from cafe_flwr.methods.base import ClientRecord, LocalTask, Method, settings_of
+from cafe_flwr.methods.base import Method, settings_of
 from cafe_flwr.methods.cafedistill import CafeDistillMethod
 from cafe_flwr.methods.cafedistill_text import CafeDistillText
+from cafe_flwr.methods.client import LocalTask
 from cafe_flwr.methods.robust_teachers import suspicious_heads
+from cafe_flwr.methods.server import ClientRecord
 from cafe_flwr.metrics.exits import ExitMetrics, evaluate
+from cafe_flwr.networks.capacity import Networks, networks_of
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
-from cafe_flwr.personal.published import FinishedRun, fingerprint_of
-from cafe_flwr.personal.store import Checkpoints, PersonalStore, ServerState, to_json, write_atomically
-from cafe_flwr.training.loop import LocalBudget, frozen, learning_rate_at, snapshot
-from cafe_flwr.wire.capacity import Networks, networks_of
-from cafe_flwr.wire.messages import FinalReport
+from cafe_flwr.networks.fingerprint import fingerprint_of
+from cafe_flwr.personal.store import PersonalStore
+from cafe_flwr.server.checkpoints import Checkpoints, ServerState
+from cafe_flwr.training.loop import frozen, snapshot
+from cafe_flwr.training.options import LocalBudget, learning_rate_at
+from cafe_flwr.wire.evaluate import FinalReport
 
 FORMAT, FORMAT_VERSION = "cafe-flwr-joining", 1
 JOINABLE = (CafeDistillMethod, CafeDistillText)
@@ -125,7 +132,7 @@ def package_run(results: Path, *, head: bool = True) -> Package:
     ValueError
         If the run has not finished, or newcomers cannot join its method.
     """
-    from cafe_flwr.app.build import build_networks, federation
+    from cafe_flwr.app.parts import build_networks, federation
     from cafe_flwr.settings import Settings
 
     settings = Settings.from_run_config(FinishedRun(results).run_config)

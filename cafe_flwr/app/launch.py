@@ -19,7 +19,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
-from cafe_flwr.networks.placement import simulation_resources
+import torch
+
+if TYPE_CHECKING:
+    pass
+
 
 if TYPE_CHECKING:
     from cafe_flwr.settings import Settings
@@ -192,3 +196,19 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def simulation_resources(device: str, clients_per_gpu: int) -> list[str]:
+    """Pairs of Flower's federation config by which so many workers share a GPU; none where there is no GPU.
+
+    Workers see no GPU unless they are given a share of one.
+
+    Examples
+    --------
+    >>> simulation_resources("cpu", 4)
+    []
+    """
+    if device in ("cpu", "mps") or not torch.cuda.is_available():
+        return []
+    share = 10_000 // clients_per_gpu / 10_000  # in Ray's units, rounded down: all shares must fit on the GPU
+    return ["client-resources-num-cpus=1", f"client-resources-num-gpus={share}"]

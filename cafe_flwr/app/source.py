@@ -20,11 +20,12 @@ from flwr.app import Context, RecordDict
 from cafe_flwr.client.app import PARTS, Parts, check_data, seeded
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.data import digits
-from cafe_flwr.data.federation import ClientData, FederatedData
+from cafe_flwr.data.federation import FederatedData
 from cafe_flwr.data.own import load_own
+from cafe_flwr.data.split import ClientData
+from cafe_flwr.networks.capacity import Networks
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.personal.published import Personal, clients_of, pixels_of, read_facts, read_personal
-from cafe_flwr.wire.capacity import Networks
 
 
 def parts_of(name: str) -> Parts:
@@ -78,7 +79,7 @@ class Source:
 
     def network(self) -> EarlyExitNetwork | Networks:
         """The network, by modality if there are several, with the weights that all of the run start from."""
-        from cafe_flwr.app.build import build_networks
+        from cafe_flwr.app.parts import build_networks
 
         moved = self._moved
         with seeded(self.seed):
@@ -116,7 +117,7 @@ class Source:
         )
 
     def _federation(self, client: int) -> FederatedData:
-        from cafe_flwr.app.build import federation
+        from cafe_flwr.app.parts import federation
 
         settings = self._settings
         if settings.dataset != "local" and client >= settings.num_clients:
@@ -132,7 +133,7 @@ class Source:
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes, in the order of the labels; none for a project of one's own."""
-        from cafe_flwr.app.build import federation
+        from cafe_flwr.app.parts import federation
 
         return () if self.parts else federation(self._moved._settings, self._moved.node_config).class_names
 

@@ -88,7 +88,8 @@ def calibrate(
     seed: FoldsSeedOption = 0,
 ) -> None:
     """Find thresholds from the client's own calibration data alone; they replace those of an earlier calibration."""
-    from cafe_flwr.personal.calibration import Request, calibrate_run, thresholds_file
+    from cafe_flwr.personal.calibration import calibrate_run, thresholds_file
+    from cafe_flwr.risk.client_calibration import Request
 
     with _network(state_dir, client, data, app, node_config) as own:
         with bar("calibrating") as progress:

@@ -17,7 +17,7 @@ from rich.table import Table
 from cafe_flwr.core.locks import InUse
 
 if TYPE_CHECKING:
-    from cafe_flwr.personal.export import Exported
+    from cafe_flwr.inference.export import Exported
 
 console = Console()
 
@@ -55,8 +55,9 @@ def calibrate(
     seed: FoldsSeedOption = 0,
 ) -> None:
     """Find, for every client, thresholds to leave early at a risk you state, and say what is certified of whom."""
-    from cafe_flwr.personal.calibration import Request, calibrate_run
-    from cafe_flwr.personal.published import FinishedRun
+    from cafe_flwr.app.finished_run import FinishedRun
+    from cafe_flwr.personal.calibration import calibrate_run
+    from cafe_flwr.risk.client_calibration import Request
 
     with errors(), bar("calibrating") as progress:
         request = Request(risk, confidence_level, simultaneous, seed)
@@ -89,9 +90,9 @@ def evaluate(
     clients: Annotated[str | None, typer.Option(help="Only these, such as 0,3,5.")] = None,
 ) -> None:
     """Accuracy, calibration, risk and coverage of every client's personal network, also under corrupted inputs."""
+    from cafe_flwr.app.finished_run import FinishedRun
     from cafe_flwr.data.corruptions import CORRUPTIONS
     from cafe_flwr.personal.evaluation import RISKS, evaluate_run
-    from cafe_flwr.personal.published import FinishedRun
     from cafe_flwr.results.inference import evaluation_table
     from cafe_flwr.results.run import write_report
 
@@ -119,8 +120,8 @@ def export(
     format: FormatOption = Format.onnx,
 ) -> None:
     """Write a client's network as one graph per stage with its exit, for devices that have onnxruntime and numpy."""
+    from cafe_flwr.app.finished_run import FinishedRun
     from cafe_flwr.personal.export import export_client
-    from cafe_flwr.personal.published import FinishedRun
 
     target = to or folder / "exported" / f"client-{client}"
     with errors():

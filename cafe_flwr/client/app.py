@@ -20,49 +20,39 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cafe_flwr import __version__
+from cafe_flwr.client.capacity import held_by
 from cafe_flwr.client.node_config import hosted, name_of
+from cafe_flwr.client.privacy import stricter
 from cafe_flwr.core.log import logger
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.core.schema import Schema, digest
-from cafe_flwr.data.federation import ClientData
+from cafe_flwr.data.split import ClientData
 from cafe_flwr.methods import METHODS
-from cafe_flwr.methods.base import LocalTask, Method, without_prefix
+from cafe_flwr.methods.base import Method
+from cafe_flwr.methods.client import LocalTask, without_prefix
 from cafe_flwr.methods.exit_agreement import classifier_similarity
 from cafe_flwr.methods.starts import classifier_start
 from cafe_flwr.methods.whole_model import UPDATE
-from cafe_flwr.metrics.exits import (
-    ExitMetrics,
-    dynamic_counts,
-    ensemble_accuracy,
-    evaluate,
-    exit_logits,
-    exit_metrics,
-    fit_temperatures,
-)
+from cafe_flwr.metrics.early_exit import dynamic_counts
+from cafe_flwr.metrics.exits import ExitMetrics, ensemble_accuracy, evaluate, exit_logits, exit_metrics
+from cafe_flwr.metrics.temperature import fit_temperatures
+from cafe_flwr.networks.capacity import Held, Networks, networks_of, start_alike
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
-from cafe_flwr.networks.placement import OnDevice, Placement, device_of, free_memory, is_out_of_memory, reason_of
-from cafe_flwr.personal.published import fingerprint_of
+from cafe_flwr.networks.fingerprint import fingerprint_of
+from cafe_flwr.networks.memory import free_memory, is_out_of_memory, reason_of
+from cafe_flwr.networks.placement import OnDevice, Placement, device_of
 from cafe_flwr.personal.store import PersonalStore, personal_folder
 from cafe_flwr.training.class_prior import adapt_to_label_shift
 from cafe_flwr.training.loop import snapshot
 from cafe_flwr.wire.averaging import weighted
-from cafe_flwr.wire.capacity import Held, Kind, Networks, held_by, networks_of, start_alike
-from cafe_flwr.wire.messages import (
-    FLAT,
-    ClientReport,
-    EvaluationReply,
-    FinalReport,
-    Keys,
-    NodeInfo,
-    TrainReply,
-    TrainRequest,
-    check_server,
-    clients_in,
-    prefixed,
-    record_of,
-)
-from cafe_flwr.wire.privacy import release, stricter
+from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.codec import check_server, clients_in, prefixed, record_of
+from cafe_flwr.wire.describe import NodeInfo
+from cafe_flwr.wire.evaluate import EvaluationReply, FinalReport
+from cafe_flwr.wire.keys import FLAT, Keys
+from cafe_flwr.wire.privacy import release
 from cafe_flwr.wire.slices import View
+from cafe_flwr.wire.train import ClientReport, TrainReply, TrainRequest
 
 BuildNetwork = Callable[[Context], EarlyExitNetwork | Networks]
 LoadData = Callable[[int, Context], ClientData]

@@ -9,19 +9,15 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from cafe_flwr.core.log import logger
-from cafe_flwr.data.federation import Split
+from cafe_flwr.data.split import Split
+from cafe_flwr.networks.capacity import Networks
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
-from cafe_flwr.personal.calibration import (
-    ClientCalibration,
-    certificate_from_json,
-    counts_to_json,
-    histogram_to_json,
-    keep,
-    path_from_json,
-)
+from cafe_flwr.personal.calibration import keep
 from cafe_flwr.personal.published import read_personal
-from cafe_flwr.wire.capacity import Networks
-from cafe_flwr.wire.messages import Keys, failed, prefixed, record_of
+from cafe_flwr.risk.client_calibration import ClientCalibration
+from cafe_flwr.wire.calibration import certificate_from_json, counts_to_json, histogram_to_json, path_from_json
+from cafe_flwr.wire.codec import failed, prefixed, record_of
+from cafe_flwr.wire.keys import Keys
 
 STEPS = ("histogram", "counts", "certificate")
 

@@ -17,10 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cafe_flwr.core.random import hosted_clients
+from cafe_flwr.core.text import check_name
 
 NodeConfig = Mapping[str, Any]
-MAX_NAME = 60
 
 
 def is_device(node: NodeConfig) -> bool:
@@ -116,12 +115,6 @@ def name_of(node: NodeConfig) -> str:
     return name
 
 
-def check_name(name: str) -> None:
-    """ValueError unless it can stand in a line of a log."""
-    if len(name) > MAX_NAME or not name.isprintable():
-        raise ValueError(f"a node's name must be at most {MAX_NAME} printable characters, got {name[:80]!r}")
-
-
 def data_folder(node: NodeConfig, client: int, clients: list[int]) -> Path:
     """Folder (or parquet file) of a client's own data.
 
@@ -152,3 +145,20 @@ def data_folder(node: NodeConfig, client: int, clients: list[int]) -> Path:
             "client-<number>, or a file client-<number>.parquet, for each"
         )
     return folder
+
+
+def hosted_clients(partition: int, num_partitions: int, num_clients: int) -> list[int]:
+    """Clients that simulated node ``partition`` of ``num_partitions`` hosts: p, p+P, p+2P, …
+
+    Examples
+    --------
+    >>> hosted_clients(1, 2, 5)
+    [1, 3]
+    >>> hosted_clients(4, 8, 3)
+    []
+    """
+    if not 0 <= partition < num_partitions:
+        raise ValueError(
+            f"partition-id must be in 0..{num_partitions - 1} (num-partitions is {num_partitions}), got {partition}"
+        )
+    return list(range(partition, num_clients, num_partitions))

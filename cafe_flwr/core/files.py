@@ -1,13 +1,22 @@
-"""A folder of several files that is there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 
 @contextmanager
@@ -75,3 +84,79 @@ def check_replaceable(folder: Path, manifest: str, kind: str) -> None:
         raise ValueError(
             f"{folder} also holds {', '.join(other)}, which would be lost: move it, or choose another folder"
         )
+
+
+STATE_VERSION = 1
+"""Format of what clients and the server keep."""
+_VERSION_FILE = re.compile(r"round-(\d+)\.safetensors")
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader, or a crash at any moment, finds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno:  # of a write to a full disk, which does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the folder's list of names on disk; not every system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text that ends with a line; NaN and infinity, which JSON has not, become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def versions_in(folder: Path) -> list[tuple[int, Path]]:
+    """(round, file) of the versions in a folder, newest first."""
+    found = []
+    for path in folder.glob("round-*.safetensors"):
+        match = _VERSION_FILE.fullmatch(path.name)
+        if match:
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+class Damaged(Exception):
+    """A file that is not whole, or not what was written."""
+
+
+def checksum(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """CRC-32 of names and bytes: safetensors has none, and a flipped bit would pass for a weight."""
+    value = 0
+    for name in sorted(arrays):
+        value = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
+
+
+def version_path(folder: Path, server_round: int) -> Path:
+    """File of the version of a round."""
+    return folder / f"round-{server_round:06d}.safetensors"

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cafe_flwr.core.random import rng_for
-from cafe_flwr.data.federation import ClientData, Split
+from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.partition import stratified_split
+from cafe_flwr.data.split import ClientData, Split
 from cafe_flwr.data.tokenizer import Tokenizer
-from cafe_flwr.networks.preprocessing import Augmentation
 
 
 def split_from_datasets(
@@ -110,7 +110,7 @@ def divide(
     seed
         Of the division; the same seed must give the same in every process of a run.
     augment
-        How training varies images, such as ``cafe_flwr.networks.preprocessing.Augmentation(4)``.
+        How training varies images, such as ``cafe_flwr.data.augmentation.Augmentation(4)``.
 
     Examples
     --------

@@ -11,7 +11,6 @@ place of the test. Sets of the hub (:mod:`cafe_flwr.data.hub`) are decoded when 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -25,52 +24,14 @@ from torch import Tensor
 
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.data import digits, docstrings
+from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.hub import HUB_SETS, open_set
 from cafe_flwr.data.local import read_local
 from cafe_flwr.data.partition import partition_labels, partition_naturally, stratified_split
+from cafe_flwr.data.shifts import check_rotations, check_shifts, rotate, shift_labels
+from cafe_flwr.data.split import ClientData, Split
 from cafe_flwr.data.tokenizer import Tokenizer
-from cafe_flwr.networks.preprocessing import SYMMETRIC, Augmentation, Normalisation
-
-
-class Split(NamedTuple):
-    """Examples of one client for one use.
-
-    Attributes
-    ----------
-    x
-        Inputs, (N, …) float32; or pixels of images, (N, C, H, W) uint8; or tokens of texts, (N, L) int64.
-    y
-        Labels 0..C−1, (N,) int64.
-    source
-        (N, s) int64: rows of the underlying data set each example was made from, where that is known.
-    """
-
-    x: Tensor
-    y: Tensor
-    source: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def take(self, positions: NDArray[np.int64]) -> Split:
-        """The examples at these positions."""
-        rows = torch.from_numpy(positions)
-        return Split(self.x[rows], self.y[rows], None if self.source is None else self.source[rows])
-
-
-@dataclass(frozen=True)
-class ClientData:
-    """What one client holds: three disjoint splits, all rotated alike.
-
-    Their label distribution is the same, except that of ``test`` under a test shift. With a validation share ``test``
-    holds validation examples: they come from the training data, and no test data is in any split. ``augment`` says how
-    training varies the inputs of a batch; None: not at all.
-    """
-
-    train: Split
-    calibration: Split
-    test: Split
-    augment: Augmentation | None = None
+from cafe_flwr.networks.preprocessing import SYMMETRIC, Normalisation
 
 
 @dataclass(frozen=True)
@@ -224,7 +185,7 @@ def load_federation(
         raise ValueError(f"shares of train, calibration and test must be 0 or more and sum to 1, got {shares}")
     if min(num_clients, examples_per_client, classes_per_client) < 1:
         raise ValueError("num-clients, examples-per-client and classes-per-client must be at least 1")
-    _check_shifts(dataset, num_clients, label_groups, validation_share, test_shift)
+    check_shifts(dataset, num_clients, label_groups, validation_share, test_shift)
     if partition == "natural" and label_groups:
         raise ValueError(f"label-groups = {label_groups} is not for partition = 'natural': set it to 0")
     tokenizer = Tokenizer(max_tokens, vocabulary, cut=long_texts == "cut")
@@ -236,7 +197,7 @@ def load_federation(
         source = _of_the_hub(dataset, data_dir, augmentation, text_part, tokenizer)
     else:
         source = _local(dataset, image_size, image_column, label_column)
-    _check_rotations(rotations, source.input_shape)
+    check_rotations(rotations, source.input_shape)
     groups = 0 if source.read is None else label_groups  # labels that are rendered need not be dealt out
     if partition == "natural":
         if source.column is None:
@@ -306,35 +267,6 @@ def load_federation(
     )
 
 
-def _check_shifts(
-    dataset: str, num_clients: int, label_groups: int, validation_share: float, test_shift: float
-) -> None:
-    if not 0 <= label_groups <= num_clients:
-        raise ValueError(
-            f"label-groups must be from 0 (every client has its own labels) to num-clients = {num_clients}, "
-            f"got {label_groups}: lower label-groups or raise num-clients"
-        )
-    if not 0 <= validation_share < 1:
-        raise ValueError(f"validation-share must be 0 (none) or more and less than 1, got {validation_share}")
-    if not 0 <= test_shift <= 1:
-        raise ValueError(f"test-shift must be from 0 (none) to 1 (all test labels redrawn), got {test_shift}")
-    if test_shift and dataset not in digits.NUM_CLASSES:
-        known = " and ".join(map(repr, digits.NUM_CLASSES))
-        raise ValueError(f"test-shift works for the embedded sets only, {known}, not {dataset!r}: set test-shift to 0")
-
-
-def _check_rotations(rotations: int, shape: tuple[int, ...]) -> None:
-    if rotations < 1:
-        raise ValueError(f"rotations must be at least 1 (images as they are), got {rotations}")
-    if rotations > 1 and len(shape) != 3:
-        raise ValueError(f"rotations need images (channels, height, width), got inputs {shape}: set rotations to 1")
-    if rotations % 4 == 0 and shape[1] != shape[2]:
-        raise ValueError(
-            f"rotations = {rotations} has quarter turns, which need square images, got {shape[1]}×{shape[2]}: "
-            "set image-size, or choose rotations that 4 does not divide"
-        )
-
-
 def _embedded(dataset: str, num_examples: int) -> _Source:
     """An embedded set of at least so many examples, all classes alike."""
     names = digits.class_names(dataset)
@@ -378,52 +310,3 @@ def _of_the_hub(dataset: str, data_dir: str, augmentation: str, text_part: str, 
         return source._replace(read=read, input_shape=shape, vocabulary=tokenizer.vocabulary)
     augment = about.augmentation if augmentation == "usual" else None
     return source._replace(pixels=about.pixels, augment=augment)
-
-
-def shift_labels(
-    labels: NDArray[np.int64], train_labels: NDArray[np.int64], share: float, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Labels of which a share, chosen at random, is redrawn uniformly from the training labels' classes.
-
-    Examples
-    --------
-    >>> shift_labels(np.array([5, 5, 5, 5]), np.array([0, 0, 0, 1]), 0.5, np.random.default_rng(0))
-    array([0, 5, 0, 5])
-    """
-    redrawn = rng.permutation(len(labels))[: round(share * len(labels))]
-    if not len(redrawn):
-        return labels
-    if not len(train_labels):
-        raise ValueError(
-            "test-shift draws from the classes of a client's training split, and one has no examples there"
-        )
-    shifted = labels.copy()
-    shifted[redrawn] = rng.choice(np.unique(train_labels), size=len(redrawn))
-    return shifted
-
-
-def rotate(x: Tensor, turn: int, turns: int, background: float | None = None) -> Tensor:
-    """Images (N, C, H, W) rotated counter-clockwise by ``turn`` of ``turns`` equal parts of a full turn.
-
-    Multiples of 90° only move pixels. Other angles are interpolated bilinearly, with ``background`` beyond the edges,
-    by default each image's minimum.
-
-    Examples
-    --------
-    >>> rotate(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), 1, 4).tolist()
-    [[[[2.0, 4.0], [1.0, 3.0]]]]
-    """
-    quarters, rest = divmod(4 * turn, turns)
-    if not rest:
-        return torch.rot90(x, quarters, (-2, -1)).contiguous() if quarters % 4 else x
-    angle, aspect = 2 * math.pi * turn / turns, x.shape[-1] / x.shape[-2]
-    cos, sin = math.cos(angle), math.sin(angle)
-    # affine_grid wants the map from the rotated image back to the given one, its axes in units of half the image.
-    pixels, x = x.dtype == torch.uint8, x if x.is_floating_point() else x.float()
-    inverse = torch.tensor([[[cos, -sin / aspect, 0.0], [sin * aspect, cos, 0.0]]], dtype=x.dtype)
-    grid = torch.nn.functional.affine_grid(inverse, [1, *x.shape[1:]], align_corners=False)
-    fill = x.amin((1, 2, 3), keepdim=True) if background is None else background
-    # Beyond the edges grid_sample takes 0, so that is what the background is moved to.
-    moved = torch.nn.functional.grid_sample(x - fill, grid.expand(len(x), -1, -1, -1), align_corners=False)
-    turned = moved + fill
-    return turned.round().clamp(0, 255).to(torch.uint8) if pixels else turned

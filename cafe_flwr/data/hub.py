@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.local import column_of
 from cafe_flwr.data.tokenizer import words
-from cafe_flwr.networks.preprocessing import SYMMETRIC, Augmentation, Normalisation
+from cafe_flwr.networks.preprocessing import SYMMETRIC, Normalisation
 
 TITLE = "title"
 """Column of titles, where a copy of a set has one."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cafe_flwr.data.federation import ClientData, Split
+    from cafe_flwr.data.split import ClientData, Split
 
 IMAGE, ROWS = "image", "rows"
 MODALITIES = (IMAGE, ROWS)

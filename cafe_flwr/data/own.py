@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from cafe_flwr.core.random import rng_for
-from cafe_flwr.data.federation import ClientData, Split
 from cafe_flwr.data.local import normalised, read_local
 from cafe_flwr.data.partition import stratified_split
+from cafe_flwr.data.split import ClientData, Split
 
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as pillow makes grey of colours
 

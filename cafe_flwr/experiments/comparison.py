@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cafe_flwr.core.files import to_json, write_atomically
 from cafe_flwr.experiments.file import (
     Chosen,
     Condition,
@@ -27,7 +28,6 @@ from cafe_flwr.experiments.file import (
     read_summary,
     settings_words,
 )
-from cafe_flwr.personal.store import to_json, write_atomically
 from cafe_flwr.results.run import number, numbers
 
 EQUAL_MACS = "macs_at_equal_accuracy"

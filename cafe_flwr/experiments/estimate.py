@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafe_flwr.data.federation import ClientData, FederatedData
+from cafe_flwr.data.federation import FederatedData
+from cafe_flwr.data.split import ClientData
 from cafe_flwr.experiments.file import PlannedRun
-from cafe_flwr.networks.early_exit import EarlyExitNetwork, evaluating
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.statistics import evaluating
 from cafe_flwr.results.run import duration, scaled
 from cafe_flwr.settings import Settings
 
@@ -82,7 +84,7 @@ def measure(settings: Settings) -> Measured:
 
     The step is on the sum of all exits' cross-entropies. Of two steps the second counts.
     """
-    from cafe_flwr.app.build import build_network, federation
+    from cafe_flwr.app.parts import build_network, federation
 
     data, network = federation(settings), build_network(settings)
     client = data.load(0)

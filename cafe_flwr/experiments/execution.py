@@ -136,7 +136,8 @@ def run_one(run: PlannedRun) -> str | None:
     -------
     None, or the reason why it failed: the last line of the exception. The whole is in the run's log.
     """
-    from cafe_flwr.app import build
+    from cafe_flwr.app.parts import build_networks, federation, modality_of
+    from cafe_flwr.app.run import run as run_federation
     from cafe_flwr.client.app import make_client_app
     from cafe_flwr.engine import InProcessGrid
 
@@ -144,12 +145,12 @@ def run_one(run: PlannedRun) -> str | None:
         try:
             settings = run.settings.model_copy(update={"resume": state_of(run) == "resumable"})
             app = make_client_app(
-                lambda context: build.build_networks(settings),
-                lambda client, context: build.federation(settings).load(client),
-                modality_of=lambda client, context: build.modality_of(settings, client),
+                lambda context: build_networks(settings),
+                lambda client, context: federation(settings).load(client),
+                modality_of=lambda client, context: modality_of(settings, client),
                 state_dir=lambda context: str(settings.results / "personal"),
             )
-            build.run(InProcessGrid(app, 1, settings.to_run_config()), settings)
+            run_federation(InProcessGrid(app, 1, settings.to_run_config()), settings)
         except Exception as error:
             logger.exception("The run failed")
             return _last_line(error)

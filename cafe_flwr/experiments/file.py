@@ -20,10 +20,11 @@ from typing import Annotated, Any, ClassVar, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
+from cafe_flwr.core.text import closest, kebab
 from cafe_flwr.methods import METHODS
-from cafe_flwr.personal.store import Checkpoints
-from cafe_flwr.results.recorder import is_bare
-from cafe_flwr.settings import STRICT, Settings, closest, kebab, keys_of_other_methods
+from cafe_flwr.results.folder import is_bare
+from cafe_flwr.server.checkpoints import Checkpoints
+from cafe_flwr.settings import STRICT, Settings, keys_of_other_methods
 
 Condition = tuple[tuple[str, Any], ...]
 """What is varied between tables, as (setting, value) pairs; empty if nothing is."""
@@ -602,8 +603,8 @@ def check_experiment(experiment: Experiment, folder: Path) -> None:
 
 def _check_run(run: PlannedRun) -> None:
     """Raise ValueError if the run cannot start."""
-    from cafe_flwr.app.build import build_networks
-    from cafe_flwr.wire.capacity import networks_of, read_shares
+    from cafe_flwr.app.parts import build_networks
+    from cafe_flwr.networks.capacity import networks_of, read_shares
 
     method = run.settings.build_method()
     for network in networks_of(build_networks(run.settings)).values():

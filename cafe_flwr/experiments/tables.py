@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cafe_flwr.core.files import write_atomically
 from cafe_flwr.experiments.comparison import EQUAL_MACS, Comparison, ConditionTable, RowResult, Statistic, statistic
 from cafe_flwr.experiments.file import settings_words, words
-from cafe_flwr.personal.store import write_atomically
 from cafe_flwr.results.run import scaled
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from cafe_flwr.inference.policies import PerExit
 from cafe_flwr.metrics.curve import cheapest, check_examples
-from cafe_flwr.metrics.exits import THRESHOLDS, DynamicCounts, fit_temperatures
+from cafe_flwr.metrics.early_exit import THRESHOLDS, DynamicCounts
 from cafe_flwr.metrics.selective import confidence_and_correct, scale_logits
+from cafe_flwr.metrics.temperature import fit_temperatures
 
 _DECAYS = np.geomspace(1e-3, 1e3, 121)
 

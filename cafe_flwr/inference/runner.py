@@ -15,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cafe_flwr.inference.batches import available, batches_of, progress_bar, rows_of
 from cafe_flwr.inference.policies import PerExit, Policy, check_temperatures
-from cafe_flwr.networks.early_exit import EarlyExitNetwork, evaluating
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import device_of
+from cafe_flwr.networks.statistics import evaluating
 from cafe_flwr.risk.thresholds import ExitThresholds
 
 _Part = tuple[Tensor, Tensor, Tensor]
@@ -87,6 +88,7 @@ class EarlyExitRunner:
 
     Examples
     --------
+    >>> from cafe_flwr.inference import MaxProb
     >>> from cafe_flwr.networks import ConvNet
     >>> network = ConvNet((1, 16, 16), num_classes=10)
     >>> EarlyExitRunner(network, MaxProb(0.0)).predict(torch.zeros(3, 1, 16, 16)).exits
@@ -222,7 +224,7 @@ def _fitting(policy: PerExit, network: EarlyExitNetwork, temperatures: Sequence[
             "leave the temperatures out"
         )
     if policy.fingerprint:
-        from cafe_flwr.personal.published import fingerprint
+        from cafe_flwr.networks.fingerprint import fingerprint
 
         if (own := fingerprint(network)) != policy.fingerprint:
             raise ValueError(

@@ -7,18 +7,10 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from cafe_flwr.core.options import setting
-from cafe_flwr.methods.base import (
-    ClientRecord,
-    Conclusion,
-    LocalResult,
-    LocalTask,
-    Method,
-    RoundPlan,
-    ServerRound,
-    joined_plans,
-    settings_of,
-)
+from cafe_flwr.methods.base import Method, settings_of
 from cafe_flwr.methods.cafedistill import CafeDistillMethod
+from cafe_flwr.methods.client import LocalResult, LocalTask
+from cafe_flwr.methods.server import ClientRecord, Conclusion, RoundPlan, ServerRound, joined_plans
 
 METHODS: dict[str, type[Method]] = {CafeDistillMethod.name: CafeDistillMethod}
 """Mapping from method name to method."""

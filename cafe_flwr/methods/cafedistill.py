@@ -30,18 +30,11 @@ from torch.nn import functional as F
 from cafe_flwr.coordination import conflict_ramp, student_levels
 from cafe_flwr.core.options import setting
 from cafe_flwr.core.schema import Schema
-from cafe_flwr.data.federation import Split
-from cafe_flwr.methods.base import (
-    ClientRecord,
-    Conclusion,
-    LocalTask,
-    Method,
-    RoundPlan,
-    ServerRound,
-    Tensors,
-    check_equal_exits,
-)
+from cafe_flwr.data.split import Split
+from cafe_flwr.methods.base import Method, check_equal_exits
+from cafe_flwr.methods.client import LocalTask, Tensors
 from cafe_flwr.methods.robust_teachers import guarded_weights
+from cafe_flwr.methods.server import ClientRecord, Conclusion, RoundPlan, ServerRound
 from cafe_flwr.methods.starts import classifier_start
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.teaching import check_solver, cosine_similarity, teacher_weights

@@ -18,9 +18,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from cafe_flwr.core.options import setting
-from cafe_flwr.data.federation import Split
-from cafe_flwr.methods.base import Tensors
+from cafe_flwr.data.split import Split
 from cafe_flwr.methods.cafedistill import CafeDistillMethod
+from cafe_flwr.methods.client import Tensors
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.training.class_prior import class_counts
 

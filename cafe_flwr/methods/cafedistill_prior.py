@@ -26,19 +26,11 @@ from torch import Tensor
 
 from cafe_flwr.coordination import SELECTIONS, active_exits
 from cafe_flwr.core.options import setting
-from cafe_flwr.data.federation import Split
-from cafe_flwr.methods.base import (
-    LocalResult,
-    LocalTask,
-    Method,
-    RoundPlan,
-    ServerRound,
-    Tensors,
-    check_equal_exits,
-    check_selection,
-    without_prefix,
-)
+from cafe_flwr.data.split import Split
+from cafe_flwr.methods.base import Method, check_equal_exits, check_selection
+from cafe_flwr.methods.client import LocalResult, LocalTask, Tensors, without_prefix
 from cafe_flwr.methods.exit_agreement import classifier_similarity
+from cafe_flwr.methods.server import RoundPlan, ServerRound
 from cafe_flwr.methods.whole_model import UPDATE, add_updates, updates
 from cafe_flwr.metrics.exits import exit_features
 from cafe_flwr.networks.early_exit import EarlyExitNetwork

@@ -28,18 +28,11 @@ from torch.nn import functional as F
 
 from cafe_flwr.coordination import SELECTIONS, active_exits
 from cafe_flwr.core.options import setting
-from cafe_flwr.methods.base import (
-    ClientRecord,
-    LocalResult,
-    LocalTask,
-    Method,
-    RoundPlan,
-    ServerRound,
-    check_equal_exits,
-    check_selection,
-)
+from cafe_flwr.methods.base import Method, check_equal_exits, check_selection
+from cafe_flwr.methods.client import LocalResult, LocalTask
 from cafe_flwr.methods.exit_agreement import PROXIES, classifier_similarity, gradient_similarity
 from cafe_flwr.methods.robust_teachers import guarded_weights
+from cafe_flwr.methods.server import ClientRecord, RoundPlan, ServerRound
 from cafe_flwr.methods.starts import STARTS
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import device_of, moved

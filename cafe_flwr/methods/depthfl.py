@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafe_flwr.core.options import setting
-from cafe_flwr.methods.base import LocalTask
+from cafe_flwr.methods.client import LocalTask
 from cafe_flwr.methods.fedavg import FedAvg
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 

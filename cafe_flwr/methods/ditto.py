@@ -13,7 +13,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from cafe_flwr.core.options import setting
-from cafe_flwr.methods.base import LocalResult, LocalTask, Tensors, phase, without_prefix
+from cafe_flwr.methods.base import phase
+from cafe_flwr.methods.client import LocalResult, LocalTask, Tensors, without_prefix
 from cafe_flwr.methods.fedavg import FedAvg
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.training.loop import pull, snapshot

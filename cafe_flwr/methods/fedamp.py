@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cafe_flwr.core.options import setting
-from cafe_flwr.methods.base import LocalResult, LocalTask, RoundPlan, ServerRound
+from cafe_flwr.methods.client import LocalResult, LocalTask
+from cafe_flwr.methods.server import RoundPlan, ServerRound
 from cafe_flwr.methods.whole_model import WholeModel
 from cafe_flwr.teaching import cosine_similarity
 from cafe_flwr.training.loop import pull

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cafe_flwr.core.options import setting
-from cafe_flwr.methods.base import LocalResult, LocalTask, Method
+from cafe_flwr.methods.base import Method
+from cafe_flwr.methods.client import LocalResult, LocalTask
 from cafe_flwr.methods.starts import STARTS
 
 

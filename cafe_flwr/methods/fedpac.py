@@ -23,17 +23,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cafe_flwr.core.options import setting
-from cafe_flwr.data.federation import Split
-from cafe_flwr.methods.base import (
-    LocalResult,
-    LocalTask,
-    Method,
-    RoundPlan,
-    ServerRound,
-    Tensors,
-    check_equal_exits,
-    phase,
-)
+from cafe_flwr.data.split import Split
+from cafe_flwr.methods.base import Method, check_equal_exits, phase
+from cafe_flwr.methods.client import LocalResult, LocalTask, Tensors
+from cafe_flwr.methods.server import RoundPlan, ServerRound
 from cafe_flwr.metrics.exits import exit_features
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.teaching import simplex_qp

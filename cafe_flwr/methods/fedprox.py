@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from cafe_flwr.core.options import setting
-from cafe_flwr.methods.base import LocalResult, LocalTask
+from cafe_flwr.methods.client import LocalResult, LocalTask
 from cafe_flwr.methods.fedavg import FedAvg
 from cafe_flwr.training.loop import pull, snapshot
 

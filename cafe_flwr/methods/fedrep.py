@@ -12,7 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from cafe_flwr.methods.base import LocalResult, LocalTask, Method, phase
+from cafe_flwr.methods.base import Method, phase
+from cafe_flwr.methods.client import LocalResult, LocalTask
 
 
 @dataclass(frozen=True, kw_only=True)

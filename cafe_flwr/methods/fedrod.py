@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafe_flwr.methods.base import LocalResult, LocalTask, Tensors, without_prefix
+from cafe_flwr.methods.client import LocalResult, LocalTask, Tensors, without_prefix
 from cafe_flwr.methods.fedavg import FedAvg
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import device_of

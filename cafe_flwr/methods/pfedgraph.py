@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafe_flwr.core.options import setting
-from cafe_flwr.data.federation import Split
-from cafe_flwr.methods.base import LocalResult, LocalTask, RoundPlan, ServerRound, Tensors
+from cafe_flwr.data.split import Split
+from cafe_flwr.methods.client import LocalResult, LocalTask, Tensors
+from cafe_flwr.methods.server import RoundPlan, ServerRound
 from cafe_flwr.methods.whole_model import WholeModel, add_updates
 from cafe_flwr.teaching import cosine_similarity, teacher_weights
 

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from cafe_flwr.core.options import setting
-from cafe_flwr.methods.base import LocalTask
+from cafe_flwr.methods.client import LocalTask
 from cafe_flwr.methods.fedavg import FedAvg
 from cafe_flwr.training.losses import distillation
 

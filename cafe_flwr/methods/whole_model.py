@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cafe_flwr.methods.base import LocalTask, Method, Tensors, without_prefix
+from cafe_flwr.methods.base import Method
+from cafe_flwr.methods.client import LocalTask, Tensors, without_prefix
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 
 UPDATE = "update."  # before the names of tensors that are sent as what has changed since the initial model

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cafe_flwr.metrics.exits import THRESHOLDS, DynamicCounts, dynamic_counts
+from cafe_flwr.metrics.early_exit import THRESHOLDS, DynamicCounts, dynamic_counts
 from cafe_flwr.metrics.selective import scale_logits
 
 

@@ -14,7 +14,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from cafe_flwr.metrics.exits import ECE_BINS, THRESHOLDS, worst_share
+from cafe_flwr.metrics.clients import worst_share
+from cafe_flwr.metrics.early_exit import THRESHOLDS
+from cafe_flwr.metrics.exits import ECE_BINS
 
 LOWER_IS_WORSE = frozenset({"accuracy", "accuracy_full", "coverage", "macs_reduction"})
 VOID = "guarantee void under shift"

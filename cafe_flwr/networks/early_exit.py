@@ -3,73 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal, Self, cast, get_args
+from collections.abc import Sequence
+from typing import Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from cafe_flwr.networks.preprocessing import SYMMETRIC
-
-Statistics = Literal["average", "personal", "drop"]
-
-
-def batch_norm_names(network: nn.Module) -> list[str]:
-    """State-dict names of the running statistics of batch (and instance) norms: means, variances and counters.
-
-    Examples
-    --------
-    >>> batch_norm_names(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
-    ['1.running_mean', '1.running_var', '1.num_batches_tracked']
-    """
-    return [
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in network.named_modules()
-        if isinstance(module, _NormBase)
-        for name in ("running_mean", "running_var", "num_batches_tracked")
-        if getattr(module, name) is not None
-    ]
-
-
-def _drop_statistics(network: nn.Module) -> None:
-    """Make batch norms normalise by the statistics of the batch, always; they keep none."""
-    for module in network.modules():
-        if isinstance(module, _NormBase):
-            module.track_running_stats = False
-            module.running_mean = module.running_var = module.num_batches_tracked = None
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode; after, every module is in the mode in which it was.
-
-    Examples
-    --------
-    >>> layer = nn.Dropout()
-    >>> with evaluating(layer):
-    ...     layer.training
-    False
-    >>> layer.training
-    True
-    """
-    training = [module for module in _modules(network) if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _modules(network: nn.Module) -> list[nn.Module]:
-    """All modules; ``network.modules()`` takes as long as a small stage."""
-    found = [network]
-    for module in found:
-        found.extend(child for child in module._modules.values() if child is not None)
-    return found
+from cafe_flwr.networks.statistics import Statistics, batch_norm_names, drop_statistics
 
 
 class Exit(nn.Module):
@@ -194,7 +135,7 @@ class EarlyExitNetwork(nn.Module):
         if self._statistics == "drop" != policy:
             raise ValueError(f"the running statistics of this network are dropped: build it anew for {policy!r}")
         if policy == "drop":
-            _drop_statistics(self)
+            drop_statistics(self)
         self._statistics = policy
 
     def inputs(self, x: Tensor) -> Tensor:

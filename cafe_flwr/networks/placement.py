@@ -17,10 +17,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from cafe_flwr.networks.early_exit import EarlyExitNetwork
 
+
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_NO_MEMORY = "out of memory|not enough memory|can't allocate memory"
-_ONE_VALUE = "more than 1 value per channel"  # of a batch norm
 _INIT_SCALE = 1024.0  # a round is short: scaling starts where hardly any gradient overflows, and no step is lost
 
 
@@ -181,56 +180,3 @@ def gradient_scaler(network: nn.Module) -> torch.amp.GradScaler | None:
     if getattr(network, "autocast", None) != torch.float16:
         return None
     return torch.amp.GradScaler(device_of(network).type, init_scale=_INIT_SCALE)
-
-
-def reason_of(error: BaseException, device: torch.device) -> str:
-    """An error in words: type and message; where PyTorch's are not for people, what to do.
-
-    Examples
-    --------
-    >>> reason_of(ValueError("no"), torch.device("cpu"))
-    'ValueError: no'
-    """
-    if _ONE_VALUE in str(error):
-        return (
-            "a batch norm cannot normalise one example by its own statistics: give the client more examples, raise "
-            "batch-size, or set norm = 'group'"
-        )
-    if not is_out_of_memory(error):
-        return f"{type(error).__name__}: {error}"
-    first = str(error).strip().split(". ")[0].splitlines()
-    sharing = ", clients-per-gpu" if device.type == "cuda" else ""
-    return (
-        f"out of memory on {device} ({first[0] if first else type(error).__name__}): lower batch-size or "
-        f"network-width{sharing}, or set precision = 'bfloat16'"
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory has run out, on a GPU or on the CPU."""
-    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and bool(re.search(_NO_MEMORY, str(error)))
-
-
-def free_memory(network: nn.Module) -> None:
-    """Let go of gradients, and of what PyTorch keeps for later on a GPU: after memory has run out."""
-    network.zero_grad(set_to_none=True)
-    if device_of(network).type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def simulation_resources(device: str, clients_per_gpu: int) -> list[str]:
-    """Pairs of Flower's federation config by which so many workers share a GPU; none where there is no GPU.
-
-    Workers see no GPU unless they are given a share of one.
-
-    Examples
-    --------
-    >>> simulation_resources("cpu", 4)
-    []
-    """
-    if device in ("cpu", "mps") or not torch.cuda.is_available():
-        return []
-    share = 10_000 // clients_per_gpu / 10_000  # in Ray's units, rounded down: all shares must fit on the GPU
-    return ["client-resources-num-cpus=1", f"client-resources-num-gpus={share}"]

@@ -1,10 +1,9 @@
-"""Images as pixels (uint8), a quarter of the memory: how they are normalised, and how training varies them."""
+"""Images as pixels (uint8), a quarter of the memory, and how they are normalised."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,37 +33,3 @@ class Normalisation(NamedTuple):
 
 SYMMETRIC = Normalisation()
 """Pixels as −1..1."""
-
-
-class Augmentation(NamedTuple):
-    """Random crops of an image with a border, and mirror images: what is usual for CIFAR and Tiny-ImageNet.
-
-    Attributes
-    ----------
-    padding
-        Width of the border, of value 0 (in pixels: black); the crop has the size of the image.
-    flip
-        Mirror every other image, left to right.
-
-    Examples
-    --------
-    >>> x = torch.arange(1, 7, dtype=torch.uint8).reshape(1, 1, 2, 3)
-    >>> Augmentation(1)(x, np.random.default_rng(3)).tolist()
-    [[[[5, 4, 0], [0, 0, 0]]]]
-    """
-
-    padding: int
-    flip: bool = True
-
-    def __call__(self, x: Tensor, rng: np.random.Generator) -> Tensor:
-        """Images (N, C, H, W) of any type, varied one by one."""
-        n, _, height, width = x.shape
-        top, left = (torch.from_numpy(rng.integers(2 * self.padding + 1, size=(2, n, 1))).to(x.device)).unbind()
-        rows = top + torch.arange(height, device=x.device)
-        columns = left + torch.arange(width, device=x.device)
-        if self.flip:
-            mirrored = torch.from_numpy(rng.random((n, 1)) < 0.5).to(x.device)
-            columns = torch.where(mirrored, columns.flip(1), columns)
-        padded = torch.nn.functional.pad(x, [self.padding] * 4)
-        image = torch.arange(n, device=x.device)[:, None, None]
-        return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -10,136 +10,17 @@ example leaves a client.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from cafe_flwr.core.random import rng_for
-from cafe_flwr.data.federation import Split
-from cafe_flwr.metrics.exits import exit_logits
-from cafe_flwr.metrics.selective import confidence_and_correct
-from cafe_flwr.networks.early_exit import EarlyExitNetwork
-from cafe_flwr.personal.published import PersonalNetworks, fingerprint
-from cafe_flwr.personal.store import to_json, write_atomically
-from cafe_flwr.risk.counts import ClientCounts, client_histogram, count, pooled_path
-from cafe_flwr.risk.path import Histogram, ThresholdPath
-from cafe_flwr.risk.pooled import ClientCertificate, certify
-from cafe_flwr.risk.selective import folds
+from cafe_flwr.core.files import to_json, write_atomically
+from cafe_flwr.personal.published import PersonalNetworks
+from cafe_flwr.risk.client_calibration import ClientCalibration, Request, decide, in_groups
+from cafe_flwr.risk.counts import pooled_path
+from cafe_flwr.risk.pooled import ClientCertificate
 from cafe_flwr.risk.thresholds import ExitThresholds
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a calibration asks for.
-
-    Attributes
-    ----------
-    risk, confidence_level
-        α and 1 − δ, in (0, 1).
-    simultaneous
-        Whether clients that are certified by themselves shall all be right at once.
-    seed
-        Of the clients' folds.
-    """
-
-    risk: float = 0.05
-    confidence_level: float = 0.9
-    simultaneous: bool = False
-    seed: int = 0
-
-
-class FoldCounts(NamedTuple):
-    """A client's counts along the path: where its walk begins (proposal), and how far it may go (certification)."""
-
-    proposal: ClientCounts
-    certification: ClientCounts
-
-
-class ClientCalibration:
-    """One client's side: its network on its own calibration examples, in two folds that never meet.
-
-    Parameters
-    ----------
-    client
-        Which it is; its folds are drawn for it.
-    network
-        Its personal network.
-    examples
-        Its calibration split.
-    seed
-        Of the folds.
-
-    Raises
-    ------
-    ValueError
-        If there are labels that the network does not know.
-    """
-
-    def __init__(self, client: int, network: EarlyExitNetwork, examples: Split, seed: int) -> None:
-        y = examples.y
-        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < network.num_classes:
-            raise ValueError(
-                f"client {client} has calibration labels {int(y.min())}..{int(y.max())}, its network knows "
-                f"0..{network.num_classes - 1}"
-            )
-        self.confidence, self.correct = confidence_and_correct(exit_logits(network, examples.x), y)
-        self.fingerprint = fingerprint(network)
-        self.proposal, self.certification = folds(len(y), int(rng_for(seed, 0, client, "folds").integers(2**31)))
-
-    def histogram(self) -> Histogram:
-        """Of the proposal fold; without rows where a single exit leaves nothing to calibrate."""
-        if self.confidence.shape[1] == 1:
-            return Histogram(np.zeros((0, 0)), *(np.zeros((0, 0), dtype=np.int64) for _ in range(2)))
-        return client_histogram(self.confidence[self.proposal], self.correct[self.proposal])
-
-    def counts(self, path: ThresholdPath) -> FoldCounts:
-        """Of both folds, along a path."""
-        proposal, certification = (
-            count(self.confidence[rows], self.correct[rows], path) for rows in (self.proposal, self.certification)
-        )
-        return FoldCounts(proposal, certification)
-
-
-def decide(counts: Mapping[int, FoldCounts], path: ThresholdPath, request: Request) -> dict[int, ClientCertificate]:
-    """The certificate of every client, from all clients' counts."""
-    clients = sorted(counts)
-    certificates = certify(
-        [counts[c].certification for c in clients],
-        request.risk,
-        request.confidence_level,
-        path=path,
-        simultaneous=request.simultaneous,
-        proposals=[counts[c].proposal for c in clients],
-    )
-    return dict(zip(clients, certificates, strict=True))
-
-
-def in_groups(histograms: Mapping[int, Histogram], request: Request) -> list[tuple[list[int], Request]]:
-    """Clients whose networks have equally many exits, who can be calibrated together, and what each group is asked for.
-
-    Where all claims shall hold at once, the groups share δ by their sizes. Who has a single exit never leaves early: it
-    is in no group.
-
-    Raises
-    ------
-    ValueError
-        If that is true of all.
-    """
-    groups: dict[int, list[int]] = {}
-    for client in sorted(histograms):
-        groups.setdefault(len(histograms[client].examples), []).append(client)
-    groups.pop(0, None)
-    if not groups:
-        raise ValueError("a network with one exit has no thresholds to calibrate")
-    if not request.simultaneous or len(groups) == 1:
-        return [(clients, request) for clients in groups.values()]
-    share = (1 - request.confidence_level) / sum(map(len, groups.values()))  # of δ, for one client
-    return [(clients, replace(request, confidence_level=1 - share * len(clients))) for clients in groups.values()]
 
 
 def keep(folder: Path, client: int, certificate: ClientCertificate, of: str) -> None:
@@ -229,60 +110,3 @@ def record(path: Path, certificates: Mapping[int, ClientCertificate], request: R
     }
     write_atomically(path, to_json(found, indent=2))
     return found
-
-
-# --- what travels: counts as JSON ---
-
-
-def histogram_to_json(h: Histogram) -> str:
-    """Counts by bin; the bins are common to all."""
-    return json.dumps({"examples": h.examples.tolist(), "harmed": h.harmed.tolist(), "edges": h.edges.tolist()})
-
-
-def histogram_from_json(text: str) -> Histogram:
-    """What :func:`histogram_to_json` wrote."""
-    values = json.loads(text)
-    return Histogram(
-        np.array(values["edges"], dtype=np.float64), _counts(values["examples"]), _counts(values["harmed"])
-    )
-
-
-def counts_to_json(counts: FoldCounts) -> str:
-    """Counts of both folds along the path."""
-    return json.dumps(
-        [{"n": c.n, **{k: getattr(c, k).tolist() for k in ("left", "wrong", "ever_wrong")}} for c in counts]
-    )
-
-
-def counts_from_json(text: str) -> FoldCounts:
-    """What :func:`counts_to_json` wrote."""
-    both = (
-        ClientCounts(int(v["n"]), _counts(v["left"]), _counts(v["wrong"]), _counts(v["ever_wrong"]))
-        for v in json.loads(text)
-    )
-    return FoldCounts(*both)
-
-
-def path_to_json(path: ThresholdPath) -> str:
-    """Thresholds, null where an exit is closed."""
-    return json.dumps([[t if math.isfinite(t) else None for t in row] for row in path.thresholds.tolist()])
-
-
-def path_from_json(text: str) -> ThresholdPath:
-    """What :func:`path_to_json` wrote."""
-    return ThresholdPath(np.array([[math.inf if t is None else t for t in row] for row in json.loads(text)]))
-
-
-def certificate_to_json(c: ClientCertificate) -> str:
-    """A certificate with its thresholds."""
-    return json.dumps({"basis": c.basis, "reason": c.reason, "thresholds": c.thresholds.to_dict()})
-
-
-def certificate_from_json(text: str) -> ClientCertificate:
-    """What :func:`certificate_to_json` wrote."""
-    values = json.loads(text)
-    return ClientCertificate(values["basis"], ExitThresholds.from_dict(values["thresholds"]), values["reason"])
-
-
-def _counts(values: Sequence[Any]) -> NDArray[np.int64]:
-    return np.array(values, dtype=np.int64)

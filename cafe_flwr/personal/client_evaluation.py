@@ -15,9 +15,11 @@ from torch import Tensor
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.data.corruptions import ValueRange, corrupt, value_range
-from cafe_flwr.data.federation import ClientData
-from cafe_flwr.metrics.exits import DynamicCounts, dynamic_counts, exit_logits, exit_metrics, fit_temperatures
+from cafe_flwr.data.split import ClientData
+from cafe_flwr.metrics.early_exit import DynamicCounts, dynamic_counts
+from cafe_flwr.metrics.exits import exit_logits, exit_metrics
 from cafe_flwr.metrics.selective import Outcome, confidence_and_correct, scale_logits
+from cafe_flwr.metrics.temperature import fit_temperatures
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.risk.selective import calibrate, folds
 from cafe_flwr.risk.thresholds import ExitThresholds

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cafe_flwr.core.files import to_json, write_atomically
 from cafe_flwr.data.corruptions import CORRUPTIONS
 from cafe_flwr.metrics.exits import ECE_BINS
 from cafe_flwr.metrics.selective import VOID
 from cafe_flwr.personal.client_evaluation import CLEAN, ClientEvaluation, certify_together, evaluate_client
 from cafe_flwr.personal.evaluation_tables import long_table, put_together
 from cafe_flwr.personal.published import PersonalNetworks, read_facts
-from cafe_flwr.personal.store import to_json, write_atomically
 from cafe_flwr.risk.thresholds import GUARANTEES
 
 RISKS = (0.01, 0.05, 0.10)

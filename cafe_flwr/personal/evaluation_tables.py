@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cafe_flwr.metrics.curve import area_under_curve
-from cafe_flwr.metrics.exits import THRESHOLDS, DynamicCounts
+from cafe_flwr.metrics.early_exit import THRESHOLDS, DynamicCounts
 from cafe_flwr.metrics.selective import (
     OWN,
     POOLED,

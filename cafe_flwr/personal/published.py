@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
 
-from cafe_flwr.core.older_settings import of_saved_run
+from cafe_flwr.core.files import STATE_VERSION
 from cafe_flwr.data import digits
-from cafe_flwr.data.federation import ClientData
+from cafe_flwr.data.split import ClientData
+from cafe_flwr.networks.capacity import Held, Networks, networks_of
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
-from cafe_flwr.personal.store import STATE_VERSION
-from cafe_flwr.wire.capacity import Held, Networks, networks_of
+from cafe_flwr.networks.fingerprint import fingerprint_of
 
 _EMBEDDED_PIXELS = (0.3, 0.4)  # as cafe_flwr.data.digits renders them
 _LOCAL_PIXELS = (0.5, 0.5)  # as cafe_flwr.data.local reads them
@@ -170,93 +167,3 @@ class PersonalNetworks(Protocol):
 def pixels_of(dataset: str) -> tuple[float, float]:
     """Mean and standard deviation of pixels, as the embedded sets are rendered or local images are read."""
     return _EMBEDDED_PIXELS if dataset in digits.NUM_CLASSES else _LOCAL_PIXELS
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A results folder whose networks and data can be built again from its settings."""
-
-    folder: Path
-
-    def __post_init__(self) -> None:
-        if not (self.folder / "settings.json").is_file():
-            raise ValueError(f"{self.folder} is no results folder of a run: it has no settings.json")
-
-    @property
-    def name(self) -> str:
-        """Name of the run."""
-        return self.folder.name
-
-    @property
-    def networks(self) -> Path:
-        """Folder of the personal networks."""
-        return self.folder / "personal"
-
-    @property
-    def clients(self) -> list[int]:
-        """Clients that have a personal network."""
-        return clients_of(self.networks)
-
-    @property
-    def run_config(self) -> Mapping[str, Any]:
-        """Settings of the run, in kebab-case."""
-        return of_saved_run(json.loads((self.folder / "settings.json").read_text()))
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the labels."""
-        from cafe_flwr.app.build import federation
-
-        return federation(self._settings).class_names
-
-    @property
-    def pixels(self) -> tuple[float, float]:
-        """Mean and standard deviation that images were normalised by."""
-        return pixels_of(self.run_config.get("dataset", ""))
-
-    def personal(self, client: int) -> Personal:
-        """A client's personal network."""
-        from cafe_flwr.app.build import build_networks
-
-        return read_personal(self.networks, client, build_networks(self._settings))
-
-    def data(self, client: int) -> ClientData:
-        """The client's data, as in the run."""
-        from cafe_flwr.app.build import federation
-
-        return federation(self._settings).load(client)
-
-    def output(self, name: str) -> Path:
-        """In the results folder."""
-        return self.folder / name
-
-    @property
-    def _settings(self) -> Any:
-        from cafe_flwr.settings import Settings
-
-        return Settings.from_run_config(self.run_config)
-
-
-def fingerprint(network: EarlyExitNetwork) -> str:
-    """Of a network's weights: what was calibrated or exported for one network must not be used with another.
-
-    Examples
-    --------
-    >>> from cafe_flwr.networks import ConvNet
-    >>> network = ConvNet((1, 16, 16), num_classes=10)
-    >>> before = fingerprint(network)
-    >>> _ = torch.nn.init.zeros_(network.exits[0].head.bias)
-    >>> fingerprint(network) == before
-    False
-    """
-    return fingerprint_of(network.state_dict())
-
-
-def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
-    """The fingerprint of the network that has these tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(plain.shape)} {plain.dtype};".encode())
-        digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""State that survives: personal parameters on the client's disk, checkpoints on the server's.
+"""State that survives: personal parameters on the client's disk.
 
 Files are safetensors with their facts as JSON in the header, written to a temporary name and then renamed, so a file is
 either whole or not there. A damaged one is reported and the version before it is used.
@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
-import math
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,88 +20,24 @@ import torch
 from flwr.app import Context
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from cafe_flwr.core.files import (
+    STATE_VERSION,
+    Damaged,
+    checksum,
+    to_json,
+    version_path,
+    versions_in,
+    write_atomically,
+)
 from cafe_flwr.core.locks import locked
 from cafe_flwr.core.log import logger
-from cafe_flwr.methods.base import ClientRecord, RoundPlan
-from cafe_flwr.methods.pairs import Pairs
-from cafe_flwr.wire.capacity import Kind
-
-STATE_VERSION = 1
-_VERSION_FILE = re.compile(r"round-(\d+)\.safetensors")
-
-
-def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that a reader, or a crash at any moment, finds the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.filename is None and error.errno:  # of a write to a full disk, which does not say where
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the folder's list of names on disk; not every system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text that ends with a line; NaN and infinity, which JSON has not, become null."""
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
-
-
-def _versions(folder: Path) -> list[tuple[int, Path]]:
-    """(round, file) of the versions in a folder, newest first."""
-    found = []
-    for path in folder.glob("round-*.safetensors"):
-        match = _VERSION_FILE.fullmatch(path.name)
-        if match:
-            found.append((int(match[1]), path))
-    return sorted(found, reverse=True)
-
-
-class Damaged(Exception):
-    """A file that is not whole, or not what was written."""
 
 
 class Late(RuntimeError):
     """Work that the server no longer waits for."""
-
-
-def _checksum(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """CRC-32 of names and bytes: safetensors has none, and a flipped bit would pass for a weight."""
-    value = 0
-    for name in sorted(arrays):
-        value = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), zlib.crc32(name.encode(), value))
-    return f"{value:08x}"
 
 
 def _bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
@@ -119,10 +51,6 @@ _LOCK_SECONDS = 10.0  # how long a client waits for another process that works o
 
 def _only_for_me(path: str, flags: int) -> int:
     return os.open(path, flags, mode=0o600)
-
-
-def _version_path(folder: Path, server_round: int) -> Path:
-    return folder / f"round-{server_round:06d}.safetensors"
 
 
 class PersonalStore:
@@ -187,7 +115,7 @@ class PersonalStore:
         if version == 0:
             return None
         folder = self._of(client)
-        versions = _versions(folder)
+        versions = versions_in(folder)
         if version not in dict(versions):
             raise ValueError(self._missing(client, version, [r for r, _ in versions]))
         for server_round, path in versions:
@@ -246,7 +174,7 @@ class PersonalStore:
         Late
             If there is a version of this round or a later one, asked for later.
         """
-        for number, path in _versions(self._of(client)):
+        for number, path in versions_in(self._of(client)):
             if number >= server_round and _asked_at(path) > self.asked_at:
                 raise Late(
                     f"too late: the server has asked for round {number} since it asked for this round {server_round}; "
@@ -286,11 +214,11 @@ class PersonalStore:
             "client": str(client),
             "round": str(server_round),
             "asked-at": repr(self.asked_at),
-            "checksum": _checksum(_bytes_of(tensors)),
+            "checksum": checksum(_bytes_of(tensors)),
         }
         content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, facts)
-        write_atomically(_version_path(self._of(client), server_round), content)
-        versions = _versions(self._of(client))
+        write_atomically(version_path(self._of(client), server_round), content)
+        versions = versions_in(self._of(client))
         lost = [path for r, path in versions if base < r < server_round]
         old = [path for r, path in versions if r <= min(base, resumable_from)]
         for path in lost + old[1:]:
@@ -331,7 +259,7 @@ def _read_version(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise Damaged(str(error)) from error
-    if "checksum" in facts and facts["checksum"] != _checksum(_bytes_of(tensors)):
+    if "checksum" in facts and facts["checksum"] != checksum(_bytes_of(tensors)):
         raise Damaged("its checksum differs")
     return facts, tensors
 
@@ -364,117 +292,3 @@ def personal_folder(context: Context, chosen: str = "") -> Path:
     if not folder.is_absolute():
         raise ValueError(f"state-dir must be an absolute path or start with '~', got {path!r}")
     return folder
-
-
-@dataclass
-class ServerState:
-    """All that the server carries from round to round.
-
-    Attributes
-    ----------
-    run
-        Token of the run.
-    round
-        Last finished round.
-    digest
-        Fingerprint of the network and of what travels.
-    shared
-        Shared parameters, flat.
-    known
-        Last report of every client that has taken part.
-    plan
-        Of the last round in which clients taught each other.
-    kinds
-        What clients hold, by name, where they are not alike; also those that are away.
-    pairs
-        Similarities of clients that have met in a round, where the method keeps them.
-    """
-
-    run: str
-    round: int
-    digest: str
-    shared: NDArray[np.float32]
-    known: dict[int, ClientRecord] = field(default_factory=dict)
-    plan: RoundPlan | None = None
-    kinds: dict[str, Kind] = field(default_factory=dict)
-    pairs: Pairs = field(default_factory=Pairs)
-
-
-class Checkpoints:
-    """The last two states of the server, in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def save(self, state: ServerState) -> None:
-        """Write the state of a round; the one before it stays."""
-        clients = sorted(state.known)
-        records = [state.known[c] for c in clients]
-        facts: dict[str, Any] = {
-            "state-version": STATE_VERSION,
-            "run": state.run,
-            "round": state.round,
-            "digest": state.digest,
-            "clients": clients,
-            "num-examples": [r.num_examples for r in records],
-            "seen": [r.seen for r in records],
-        }
-        if any(state.kinds):
-            facts["kinds"] = [kind.to_json() for kind in state.kinds.values()]
-            facts["kind-of"] = [record.kind for record in records]
-        if any(record.level for record in records):
-            facts["levels"] = [record.level for record in records]
-        arrays: dict[str, NDArray[Any]] = {"shared": state.shared}
-        if len(state.pairs):
-            arrays |= {"pair-keys": state.pairs.keys, "pair-values": state.pairs.values}
-        if state.plan is not None and state.plan.weights is not None:
-            arrays |= {"active": state.plan.active, "weights": state.plan.weights}
-            facts |= {"rows": list(state.plan.weight_rows), "columns": list(state.plan.weight_columns)}
-        if records:
-            sizes = [len(r.upload) for r in records]
-            arrays["uploads"] = np.concatenate([r.upload for r in records])
-            if len(set(sizes)) == 1:
-                arrays["uploads"] = arrays["uploads"].reshape(len(records), -1)
-            else:
-                facts["upload-sizes"] = sizes
-            arrays["similarity"] = np.stack([r.similarity for r in records])
-        header = {"facts": json.dumps(facts), "checksum": _checksum(arrays)}
-        write_atomically(_version_path(self.folder, state.round), save(arrays, header))
-        for _, path in _versions(self.folder)[2:]:
-            path.unlink(missing_ok=True)
-
-    def load(self) -> ServerState | None:
-        """The newest whole checkpoint, None if there is none."""
-        for server_round, path in _versions(self.folder):
-            try:
-                with safe_open(path, framework="np") as file:
-                    header = file.metadata() or {}
-                    facts = json.loads(header["facts"])
-                    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                if header.get("checksum", _checksum(arrays)) != _checksum(arrays):
-                    raise Damaged("its checksum differs")
-            except (SafetensorError, OSError, KeyError, ValueError, Damaged) as error:
-                logger.warning("checkpoint of round %d is damaged (%s), using the one before", server_round, error)
-                continue
-            if facts["state-version"] != STATE_VERSION:
-                raise ValueError(f"{path} has format {facts['state-version']}, this version reads {STATE_VERSION}")
-            known = {}
-            if facts["clients"]:
-                uploads = list(arrays["uploads"])
-                if "upload-sizes" in facts:
-                    uploads = np.split(arrays["uploads"], np.cumsum(facts["upload-sizes"])[:-1])
-                columns = (facts["num-examples"], facts["seen"], uploads, arrays["similarity"])
-                number = len(uploads)
-                kinds_of, levels = facts.get("kind-of", [""] * number), facts.get("levels", [0] * number)
-                records = map(ClientRecord, *columns, kinds_of, levels)
-                known = dict(zip(facts["clients"], records, strict=True))
-            plan = None
-            if "weights" in arrays:
-                rows, columns = facts["rows"], facts["columns"]
-                plan = RoundPlan(arrays["active"], {}, arrays["weights"], rows, columns)
-            kinds = {kind.name: kind for kind in map(Kind.from_json, facts.get("kinds", []))}
-            pairs = Pairs(arrays["pair-keys"], arrays["pair-values"]) if "pair-keys" in arrays else Pairs()
-            return ServerState(
-                facts["run"], facts["round"], facts["digest"], arrays["shared"], known, plan, kinds, pairs
-            )
-        return None

@@ -224,7 +224,7 @@ def _derive(rounds: list[dict[str, Any]], accuracy: pd.DataFrame, measured: dict
 
 def spread(run: Run) -> list[tuple[float, float, float]]:
     """Mean, standard deviation and worst tenth over clients: for exits 1..m, then for the mean over exits."""
-    from cafe_flwr.metrics.exits import worst_share
+    from cafe_flwr.metrics.clients import worst_share
 
     columns = [*(run.accuracy[k] for k in run.accuracy), run.accuracy.mean(axis=1)]
     means = [*run.per_exit("accuracy_per_exit"), run.number("accuracy")]

@@ -11,14 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cafe_flwr import __version__
-from cafe_flwr.methods.base import RoundPlan
+from cafe_flwr.methods.server import RoundPlan
+from cafe_flwr.metrics.clients import worst_share
 from cafe_flwr.metrics.curve import area_under_curve, cheapest
-from cafe_flwr.metrics.exits import THRESHOLDS, DynamicCounts, worst_share
+from cafe_flwr.metrics.early_exit import THRESHOLDS, DynamicCounts
 from cafe_flwr.settings import Settings
-from cafe_flwr.wire.messages import FinalReport
+from cafe_flwr.wire.evaluate import FinalReport
 
 if TYPE_CHECKING:
-    from cafe_flwr.results.recorder import RunInfo
+    from cafe_flwr.server.callbacks import RunInfo
+
+from cafe_flwr.core.numbers import mean, mean_rows
 
 LAST_ROUNDS = 5
 
@@ -227,17 +230,6 @@ def _local_steps(rounds: Sequence[Mapping[str, Any]], reports: Sequence[FinalRep
 
 def _numbers(values: Iterable[float | None]) -> list[float]:
     return [math.nan if v is None else v for v in values]
-
-
-def mean(values: Iterable[float]) -> float:
-    """Mean of the values that are not NaN; NaN if there are none."""
-    known = [v for v in values if not math.isnan(v)]
-    return float(np.mean(known)) if known else math.nan
-
-
-def mean_rows(rows: Iterable[Sequence[float]]) -> list[float]:
-    """Column means of the values that are not NaN."""
-    return [mean(column) for column in zip(*rows, strict=True)]
 
 
 def _versions() -> dict[str, str]:

@@ -10,22 +10,16 @@ from flwr.serverapp import Grid
 
 from cafe_flwr.core.log import logger
 from cafe_flwr.methods.base import settings_of
-from cafe_flwr.personal.calibration import (
-    Request,
-    certificate_to_json,
-    counts_from_json,
-    decide,
-    histogram_from_json,
-    in_groups,
-    path_to_json,
-    record,
-)
+from cafe_flwr.personal.calibration import record
+from cafe_flwr.risk.client_calibration import Request, decide, in_groups
 from cafe_flwr.risk.counts import pooled_path
 from cafe_flwr.risk.pooled import ClientCertificate
 from cafe_flwr.server.directory import Directory
 from cafe_flwr.server.replies import last_line
 from cafe_flwr.settings import Settings
-from cafe_flwr.wire.messages import PROTOCOL, Keys, failures_of, method_config, prefixed, record_of
+from cafe_flwr.wire.calibration import certificate_to_json, counts_from_json, histogram_from_json, path_to_json
+from cafe_flwr.wire.codec import failures_of, method_config, prefixed, record_of
+from cafe_flwr.wire.keys import PROTOCOL, Keys
 
 MESSAGE = "query.calibrate"
 STEPS = ("histogram", "counts", "certificate")

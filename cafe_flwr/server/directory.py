@@ -15,7 +15,8 @@ from cafe_flwr import __version__
 from cafe_flwr.core.log import logger
 from cafe_flwr.server.replies import last_line
 from cafe_flwr.wire.capacity import Kind
-from cafe_flwr.wire.messages import Keys, NodeInfo
+from cafe_flwr.wire.describe import NodeInfo
+from cafe_flwr.wire.keys import Keys
 
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 5.0  # how long to wait for a sound node when all that are there failed

@@ -17,39 +17,30 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
 from cafe_flwr.core.log import logger
-from cafe_flwr.core.random import rng_for, sample_clients
-from cafe_flwr.methods.base import ClientRecord, Method, RoundPlan, ServerRound, joined_plans, settings_of
+from cafe_flwr.core.random import rng_for
+from cafe_flwr.core.text import kebab
+from cafe_flwr.methods.base import Method, settings_of
 from cafe_flwr.methods.cafedistill import CafeDistillMethod
-from cafe_flwr.personal.store import ServerState
-from cafe_flwr.results.recorder import RoundCallback, RoundRecord, RunInfo
+from cafe_flwr.methods.server import ClientRecord, RoundPlan, ServerRound, joined_plans
+from cafe_flwr.server.accounting import epsilon
+from cafe_flwr.server.callbacks import RoundCallback, RoundRecord, RunInfo
+from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.directory import Directory
 from cafe_flwr.server.replies import Asked, notes_in, sort_out
-from cafe_flwr.settings import Settings, kebab
-from cafe_flwr.training.loop import DEFAULT_BUDGET, LocalBudget, learning_rate_at
+from cafe_flwr.server.sampling import sample_clients
+from cafe_flwr.settings import Settings
 from cafe_flwr.training.objectives.base import READS
+from cafe_flwr.training.options import DEFAULT_BUDGET, LocalBudget, learning_rate_at
 from cafe_flwr.wire.averaging import weighted, weighted_mean
 from cafe_flwr.wire.bounds import Bounds, check_norm, far_longer, norm, times_median
 from cafe_flwr.wire.capacity import Kind, are_unequal
-from cafe_flwr.wire.messages import (
-    FLAT,
-    METRICS,
-    PHASES,
-    PROTOCOL,
-    RESERVED,
-    RESERVED_PREFIXES,
-    WIRES,
-    ClientReport,
-    EvaluationReply,
-    FinalReport,
-    Keys,
-    NodeInfo,
-    TrainReply,
-    TrainRequest,
-    clients_in,
-    method_config,
-)
-from cafe_flwr.wire.privacy import Privacy, epsilon
+from cafe_flwr.wire.codec import clients_in, method_config
+from cafe_flwr.wire.describe import NodeInfo
+from cafe_flwr.wire.evaluate import EvaluationReply, FinalReport
+from cafe_flwr.wire.keys import FLAT, METRICS, PHASES, PROTOCOL, RESERVED, RESERVED_PREFIXES, WIRES, Keys
+from cafe_flwr.wire.privacy import Privacy
 from cafe_flwr.wire.slices import View, mean_of_holders
+from cafe_flwr.wire.train import ClientReport, TrainReply, TrainRequest
 
 DEFAULT_ROUNDS = 100
 
@@ -127,7 +118,7 @@ class FederatedStrategy(FedAvg):
     callbacks
         Called after every round, see :mod:`cafe_flwr.results.recorder`.
     resume_from
-        State of an earlier run to go on from, see :class:`cafe_flwr.personal.store.Checkpoints`.
+        State of an earlier run to go on from, see :class:`cafe_flwr.server.checkpoints.Checkpoints`.
     """
 
     def __init__(

@@ -7,21 +7,12 @@ tensor once; a client of a kind sends, receives and averages those of its kind o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from cafe_flwr.client.node_config import is_limited, max_exit, max_width
-from cafe_flwr.core.random import rng_for
 from cafe_flwr.core.schema import Schema
-from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.wire.slices import is_part
-
-Networks = Mapping[str, EarlyExitNetwork]
-"""By modality; the one of ``""`` where there is one only."""
 
 
 @dataclass(frozen=True)
@@ -94,134 +85,5 @@ def are_unequal(kinds: Iterable[Kind]) -> bool:
     return any(one != other and is_part(one, other) for one in held for other in held)
 
 
-def networks_of(built: EarlyExitNetwork | Networks) -> Networks:
-    """Networks by modality, from what builds them; where there is one only, under no name.
-
-    Raises
-    ------
-    ValueError
-        If there are none, or their classifiers differ in shape: clients of one modality could not teach another's.
-    """
-    if isinstance(built, EarlyExitNetwork):
-        return {"": built}
-    if not built or (len(built) > 1 and "" in built) or any("/" in name for name in built):
-        raise ValueError(f"networks of modalities need names without '/'; got {list(built) or 'none'}")
-    shapes = {name: [(n.num_classes, width) for width in n.feature_widths] for name, n in built.items()}
-    if len(built) > 1 and len({shape for found in shapes.values() for shape in found}) > 1:
-        each = ", ".join(f"{name}: {' '.join(map(str, dict.fromkeys(found)))}" for name, found in shapes.items())
-        raise ValueError(f"the classifiers of all modalities must have the same (classes, width), got {each}")
-    return dict(built) if len(built) > 1 else {"": next(iter(built.values()))}
-
-
-def start_alike(networks: Networks) -> None:
-    """Give all modalities the classifiers of the first, the last exits the last exit's, and so on.
-
-    Classifiers that start alike can be compared: a direction of the features means the same in all of them.
-    """
-    first, *others = networks.values()
-    tensors = first.state_dict()
-    for network in others:
-        for k in range(1, min(first.num_exits, network.num_exits) + 1):
-            pairs = zip(network.head_names(network.num_exits - k), first.head_names(first.num_exits - k), strict=True)
-            network.load_state_dict({mine: tensors[theirs] for mine, theirs in pairs}, strict=False)
-
-
 def _plain(value: Any) -> Any:
     return value.to_json() if isinstance(value, Schema) else value
-
-
-class Held(NamedTuple):
-    """How much of a network a client holds: its first exits, and a share of the width of all its layers."""
-
-    exits: int
-    width: float = 1.0
-
-    def check(self, num_exits: int, setting: str) -> Held:
-        """The same; ValueError, naming who asks for it, if a network is not so deep."""
-        if self.exits > num_exits:
-            raise ValueError(f"{setting} asks for {self.exits} exits, and this network has {num_exits}")
-        return self
-
-    def of(self, network: EarlyExitNetwork) -> EarlyExitNetwork:
-        """That part of a network."""
-        return network.narrowed(self.width).truncated(self.exits)
-
-
-_SHARES = "'1:0.3,2:0.3' (exits:share of the clients) or '1x0.5:0.3' (exits x share of the width:share of the clients)"
-
-
-def read_shares(text: str) -> dict[Held, float]:
-    """Shares of the clients by what they hold, from ``"1:0.3,2x0.5:0.3"``; the others hold all.
-
-    Raises
-    ------
-    ValueError
-        If it is not such a text, something is named twice, or a number is not in its range.
-
-    Examples
-    --------
-    >>> read_shares("1:0.3, 2x0.75:0.5")
-    {Held(exits=1, width=1.0): 0.3, Held(exits=2, width=0.75): 0.5}
-    """
-    shares: dict[Held, float] = {}
-    for pair in filter(None, (part.strip() for part in text.split(","))):
-        what, _, share_text = pair.partition(":")
-        exits_text, _, width_text = what.partition("x")
-        try:
-            held, share = Held(int(exits_text), float(width_text or 1.0)), float(share_text)
-        except ValueError:
-            raise ValueError(f"depth-shares must look like {_SHARES}, got {text!r}") from None
-        if held.exits < 1:
-            raise ValueError(f"depth-shares: a client holds one exit at least, got {held.exits}")
-        if held in shares:
-            raise ValueError(f"depth-shares names {what} twice")
-        if not (0 < share <= 1 and 0 < held.width <= 1):
-            raise ValueError(f"depth-shares: shares lie above 0 and at most at 1, got {pair!r}")
-        shares[held] = share
-    if sum(shares.values()) > 1 + 1e-9:
-        raise ValueError(f"depth-shares must sum to 1 at most, got {sum(shares.values()):g}")
-    return shares
-
-
-def held_by(
-    client: int,
-    node_config: Mapping[str, Any],
-    run_config: Mapping[str, Any],
-    num_clients: int | None,
-    num_exits: int,
-    seed: int,
-) -> Held:
-    """How much of a network a client holds: what its node says, else its share in a simulation, else all.
-
-    Raises
-    ------
-    ValueError
-        If that is less than one exit or more than there are, or a width that is none.
-    """
-    shares = read_shares(str(run_config.get("depth-shares", "")))
-    if is_limited(node_config) or not shares:
-        return Held(max_exit(node_config) or num_exits, max_width(node_config)).check(num_exits, "node-config max-exit")
-    if num_clients is None:
-        raise ValueError("depth-shares is for runs with num-clients: give every node a max-exit in its node-config")
-    for held in shares:
-        held.check(num_exits, "depth-shares")
-    return drawn(client, num_clients, shares, num_exits, seed)
-
-
-def drawn(client: int, num_clients: int, shares: Mapping[Held, float], num_exits: int, seed: int) -> Held:
-    """What a simulated client holds: clients are dealt to the parts by the seed, all others hold all.
-
-    Examples
-    --------
-    >>> [drawn(client, 6, {Held(1): 0.5}, 3, seed=0).exits for client in range(6)]
-    [1, 3, 1, 3, 3, 1]
-    """
-    place = _places(num_clients, seed)[client]
-    ends = np.cumsum(list(shares.values())) * num_clients
-    return next((held for held, end in zip(shares, ends, strict=True) if place < round(end)), Held(num_exits))
-
-
-@lru_cache(maxsize=4)
-def _places(num_clients: int, seed: int) -> list[int]:
-    """Places of the clients in the order in which parts are dealt out."""
-    return [int(place) for place in np.argsort(rng_for(seed, 0, -1, "depths").permutation(num_clients))]

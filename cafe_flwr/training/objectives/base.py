@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cafe_flwr.core.options import check_settings, setting
-from cafe_flwr.networks.early_exit import EarlyExitNetwork, evaluating
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.statistics import evaluating
 from cafe_flwr.training.losses import (
     consistency,
     cross_entropies,

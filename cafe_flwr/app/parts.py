@@ -1,4 +1,4 @@
-"""From settings to the parts of a run: data, network, strategy, results."""
+"""From settings to what a client needs: data, networks, folders."""
 
 from __future__ import annotations
 
@@ -7,21 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result
-
 from cafe_flwr.client.node_config import data_folder, hosted, is_device
-from cafe_flwr.core.log import logger
-from cafe_flwr.data.federation import ClientData, FederatedData, load_federation
+from cafe_flwr.data.federation import FederatedData, load_federation
 from cafe_flwr.data.modalities import ROWS, in_rows, rows_shape
+from cafe_flwr.data.split import ClientData
 from cafe_flwr.networks.conv import ConvNet, SequenceNet
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.published import PublishedConvNet, PublishedResNet18, PublishedTransformer
 from cafe_flwr.networks.resnet import ResNet18
 from cafe_flwr.networks.transformer import TextTransformer
-from cafe_flwr.personal.store import ServerState
-from cafe_flwr.results.recorder import Recorder, open_results
-from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.settings import PUBLISHED, Settings
 
 
@@ -199,51 +193,3 @@ def _published(name: str, data: FederatedData) -> EarlyExitNetwork:
         return PublishedTransformer(data.num_classes, data.vocabulary, data.input_shape[0])
     build = PublishedResNet18 if name == "published-resnet18" else PublishedConvNet
     return build(data.input_shape, data.num_classes)
-
-
-def build_strategy(
-    settings: Settings, recorder: Recorder | None = None, resume_from: ServerState | None = None
-) -> FederatedStrategy:
-    """The strategy of the settings."""
-    return FederatedStrategy(
-        method=settings.build_method(),
-        fraction_train=settings.fraction_train,
-        min_train_nodes=settings.min_train_nodes,
-        min_available_nodes=settings.min_available_nodes,
-        num_rounds=settings.num_server_rounds,
-        local=settings.build_budget(),
-        learning_rate_schedule=settings.learning_rate_schedule,
-        learning_rate_decay=settings.learning_rate_decay,
-        bounds=settings.build_bounds(),
-        privacy=settings.build_privacy(),
-        wire=settings.wire_dtype,
-        num_clients=settings.num_clients,
-        seed=settings.seed,
-        evaluate_every=settings.evaluate_every,
-        wait_seconds=settings.wait_seconds,
-        round_timeout=settings.round_timeout,
-        round_retries=settings.round_retries,
-        callbacks=[recorder] if recorder else [],
-        resume_from=resume_from,
-    )
-
-
-def run(grid: Grid, settings: Settings) -> Result:
-    """Run a federation from its settings and leave the results folder behind.
-
-    Raises
-    ------
-    ValueError
-        Before the first round, if the settings cannot be used.
-    RuntimeError
-        If no client can take part, or all fail in a round. What was recorded until then is kept.
-    """
-    if unread := settings.unread():
-        logger.warning("%s does not read %s", settings.method, ", ".join(unread))
-    results = open_results(settings)
-    recorder = Recorder(results.folder, settings, results.state)
-    try:
-        return build_strategy(settings, recorder, results.state).start(grid)
-    finally:
-        recorder.close()
-        results.lock.close()

@@ -1,0 +1,34 @@
+"""How much of the network a client of this node holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cafe_flwr.client.node_config import is_limited, max_exit, max_width
+from cafe_flwr.networks.capacity import Held, drawn, read_shares
+
+
+def held_by(
+    client: int,
+    node_config: Mapping[str, Any],
+    run_config: Mapping[str, Any],
+    num_clients: int | None,
+    num_exits: int,
+    seed: int,
+) -> Held:
+    """How much of a network a client holds: what its node says, else its share in a simulation, else all.
+
+    Raises
+    ------
+    ValueError
+        If that is less than one exit or more than there are, or a width that is none.
+    """
+    shares = read_shares(str(run_config.get("depth-shares", "")))
+    if is_limited(node_config) or not shares:
+        return Held(max_exit(node_config) or num_exits, max_width(node_config)).check(num_exits, "node-config max-exit")
+    if num_clients is None:
+        raise ValueError("depth-shares is for runs with num-clients: give every node a max-exit in its node-config")
+    for held in shares:
+        held.check(num_exits, "depth-shares")
+    return drawn(client, num_clients, shares, num_exits, seed)

@@ -1,0 +1,49 @@
+"""What a node demands before anything leaves it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from cafe_flwr.wire.privacy import Privacy
+
+
+def stricter(asked: Privacy, node_config: Mapping[str, Any]) -> Privacy:
+    """What a node does: what the server asks for, if that is no less than the node's own node-config demands.
+
+    ``clip-norm`` is the largest and ``noise-multiplier`` the smallest the node accepts; ``report-metrics = false``
+    withholds metrics whatever the server says.
+
+    Raises
+    ------
+    ValueError
+        If the server asks for less protection than the node demands, with both values.
+
+    Examples
+    --------
+    >>> stricter(Privacy(clip_norm=1.0), {"noise-multiplier": 2.0})
+    Traceback (most recent call last):
+        ...
+    ValueError: this node sends nothing with a noise-multiplier below 2, and the server asks for 0
+    """
+    try:
+        least_noise = float(node_config.get("noise-multiplier", 0.0))
+        largest_clip = float(node_config.get("clip-norm", math.inf))
+    except ValueError as error:
+        raise ValueError(f"node-config clip-norm and noise-multiplier must be numbers: {error}") from None
+    withhold = str(node_config.get("report-metrics", "true")).lower()
+    if withhold not in ("true", "false"):
+        raise ValueError(f"node-config report-metrics must be true or false, got {withhold!r}")
+    if asked.noise_multiplier < least_noise:
+        raise ValueError(
+            f"this node sends nothing with a noise-multiplier below {least_noise:g}, and the server asks for "
+            f"{asked.noise_multiplier:g}"
+        )
+    longest = max(asked.clip_norm, asked.upload_clip_norm) or math.inf
+    if longest > largest_clip:
+        raise ValueError(
+            f"this node sends nothing with a clip-norm beyond {largest_clip:g}, and the server asks for "
+            f"{longest if asked.on else 'no clipping'}"
+        )
+    return asked if withhold == "true" else Privacy(**{**vars(asked), "report_metrics": False})

@@ -1,0 +1,162 @@
+"""What a method gets of a client in a round, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from cafe_flwr.core.options import setting as setting  # methods declare their settings with it
+from cafe_flwr.data.augmentation import Augmentation
+from cafe_flwr.data.split import Split
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.training.loop import train
+from cafe_flwr.training.objectives.base import Lesson
+from cafe_flwr.training.options import LocalBudget
+
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass
+class LocalTask:
+    """One client's work in one round.
+
+    Attributes
+    ----------
+    network
+        Holds what the client starts from; trained in place.
+    data
+        Training split.
+    active
+        (m−1,): whether student exit k trains.
+    download
+        What the server sent to this client alone, by name; empty if nothing.
+    budget
+        Steps, batch size and optimiser settings.
+    rng
+        The client's random generator of this round for a purpose.
+    private_rng
+        A random generator for a purpose, always the same one, from a secret that never leaves the client's disk; what
+        the server must not foresee, such as noise, comes from it.
+    server_round, num_rounds
+        t and T.
+    state
+        The client's tensors beside the network's (``Method.extra_tensors``), by name; the method replaces entries.
+    initial
+        The weights that the client's network started from, by name.
+    steps
+        Gradient steps taken so far.
+    lesson
+        The objective at work in the training that runs now, if it has been asked for.
+    augment
+        How training varies the inputs of a batch; None: not at all.
+    momentum
+        What the optimiser remembers from the client's last round, by name; replaced when the task has run. Unused
+        unless the budget keeps it.
+    runs
+        How often the task has run so far.
+    """
+
+    network: EarlyExitNetwork
+    data: Split
+    active: Sequence[bool]
+    download: Tensors
+    budget: LocalBudget
+    rng: Callable[[str], np.random.Generator]
+    private_rng: Callable[[str], np.random.Generator] = field(default=lambda purpose: np.random.default_rng())
+    server_round: int = 1
+    num_rounds: int = 1
+    state: dict[str, Tensor] = field(default_factory=dict)
+    initial: Tensors = field(default_factory=dict)
+    steps: int = 0
+    lesson: Lesson | None = None
+    augment: Augmentation | None = None
+    momentum: dict[str, Tensor] = field(default_factory=dict)
+    runs: int = 0
+
+    @property
+    def training_exits(self) -> list[int]:
+        """The active student exits and the last one, counted from 0."""
+        return [*(k for k, active in enumerate(self.active) if active), self.network.num_exits - 1]
+
+    def run(
+        self,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        *,
+        only: Sequence[str] = (),
+        also: Sequence[Tensor] = (),
+        adjust: Callable[[], None] | None = None,
+        part: tuple[int, int] = (0, 1),
+        times: int = 1,
+        purpose: str = "batches",
+    ) -> float:
+        """Train the network on a loss of (x, y), and count the steps.
+
+        The objective begins anew: its teacher is the network as it stands before the first step. Where momentum is
+        kept, the n-th run of a round goes on with that of the n-th run of the client's last round for this purpose.
+
+        Parameters
+        ----------
+        loss
+            (x, y) → scalar.
+        only
+            Parameters of the network to train; all if empty.
+        also
+            Parameters to train that are not the network's.
+        adjust
+            Called after every backward pass, to change the gradients.
+        part
+            (i, n): take the i-th of n nearly equal parts of the round's steps.
+        times
+            Rounds' worth of steps.
+        purpose
+            Of the random generator that draws the mini-batches.
+
+        Returns
+        -------
+        Mean loss over the steps.
+        """
+        self.lesson = None
+        of_this = f"{purpose}/{self.runs}/"
+        kept = without_prefix(self.momentum, of_this) if self.budget.keep_momentum else None
+        outcome = train(
+            self.network,
+            self.data,
+            loss,
+            self.budget,
+            self.rng(purpose),
+            only=only,
+            also=also,
+            adjust=adjust,
+            after_step=self._after_step,
+            part=part,
+            times=times,
+            augment=self.augment,
+            kept=kept,
+        )
+        self.lesson = None
+        self.runs += 1
+        if kept is not None:
+            others = {name: t for name, t in self.momentum.items() if not name.startswith(of_this)}
+            self.momentum = others | {of_this + name: t for name, t in kept.items()}
+        self.steps += outcome.steps
+        return outcome.loss
+
+    def _after_step(self) -> None:
+        if self.lesson is not None:
+            self.lesson.after_step()
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What a client reports besides its tensors: mean training loss, and the similarity of each student exit if any."""
+
+    loss: float
+    similarity: list[float] = field(default_factory=list)
+
+
+def without_prefix(tensors: Tensors, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, under the rest of their names."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

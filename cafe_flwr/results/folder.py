@@ -1,0 +1,113 @@
+"""The results folder before the first round: made new, or checked and opened to go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from cafe_flwr.core.files import to_json, write_atomically
+from cafe_flwr.core.log import logger
+from cafe_flwr.core.older_settings import of_saved_run
+from cafe_flwr.server.checkpoints import Checkpoints, ServerState
+from cafe_flwr.settings import Settings
+
+# Settings that may differ when a run is resumed: they do not change its numbers.
+_FREE_ON_RESUME = {
+    *("resume", "results-dir", "state-dir", "wait-seconds", "round-timeout", "round-retries", "min-available-nodes"),
+}
+
+
+class Results(NamedTuple):
+    """A results folder that is ready: its path, the state to resume from, and the lock that keeps others out."""
+
+    folder: Path
+    state: ServerState | None
+    lock: IO[str]
+
+
+def open_results(settings: Settings) -> Results:
+    """Make the run's results folder ready, before the first round.
+
+    An earlier run of the same name is not overwritten: it is moved aside to ``<name>.1``, ``<name>.2``, …
+    With ``resume`` its folder is used, and its last checkpoint returned.
+
+    Raises
+    ------
+    ValueError
+        If the folder cannot be written, holds something else or a run that is still under way, or there is nothing to
+        resume.
+    """
+    folder = settings.results
+    run_config = settings.to_run_config()
+    try:
+        state = None
+        if settings.resume:
+            state = _resumable(folder, run_config)
+        elif not is_bare(folder):
+            _move_aside(folder)
+        lock = _lock(folder)
+        write_atomically(folder / "settings.json", to_json(run_config, indent=2))
+    except OSError as error:
+        raise ValueError(f"cannot write results to {folder}: {error}. Set results-dir to a folder you own") from error
+    logger.info("Results: %s", folder)
+    return Results(folder, state, lock)
+
+
+def is_bare(folder: Path) -> bool:
+    """Whether a folder is not there, is empty, or was left by a run that ended before it wrote its settings."""
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    return all(name == ".lock" or name.startswith(".settings.json.") for name in names)
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Hold the folder until the file is closed, or the process ends however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")  # noqa: SIM115 (open as long as the run)
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"another run is still writing to {folder}: stop it (`flwr ls`, `flwr stop`) or choose another name"
+        ) from None
+    return file
+
+
+def _resumable(folder: Path, run_config: Mapping[str, Any]) -> ServerState:
+    state = Checkpoints(folder / "checkpoint").load()
+    if state is None:
+        raise ValueError(f"resume = true, but there is no checkpoint in {folder / 'checkpoint'}")
+    try:
+        before = json.loads((folder / "settings.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot resume {folder}: its settings.json cannot be read ({error})") from error
+    try:
+        before = of_saved_run(before)
+    except ValueError as error:
+        raise ValueError(f"cannot resume {folder}: {error}") from None
+    was = {**Settings.from_run_config({}).to_run_config(), **before}  # an earlier version knew fewer
+    changed = [
+        f"{key} was {was[key]!r}, now {value!r}"
+        for key, value in run_config.items()
+        if key not in _FREE_ON_RESUME and was[key] != value
+    ]
+    if changed:
+        raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
+    return state
+
+
+def _move_aside(folder: Path) -> None:
+    if not (folder / "settings.json").exists():
+        raise ValueError(f"{folder} exists and is not a run of cafe-flwr: choose another name or results-dir")
+    _lock(folder).close()  # not while a run writes there
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+    logger.info("The earlier run of this name is now %s", aside)

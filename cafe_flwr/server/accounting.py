@@ -1,0 +1,81 @@
+"""ε of differential privacy, accounted for by a library."""
+
+from __future__ import annotations
+
+import math
+from importlib import import_module
+
+_LEAST_SAMPLED = 0.3  # privacy loss distributions of less noise need memory without bound
+UNITS = ("add-or-remove", "replace")
+
+
+def epsilon(
+    noise_multiplier: float,
+    rounds: int,
+    *,
+    delta: float = 1e-5,
+    releases: int = 2,
+    unit: str = "add-or-remove",
+    poisson_rate: float | None = None,
+) -> float:
+    """ε(δ) of a client that took part in so many rounds, by the `dp-accounting` library.
+
+    k Gaussian mechanisms of noise multiplier σ, however each depends on those before, are together exactly one of σ/√k,
+    whose ε is known in closed form (Balle and Wang, arXiv 1805.06530). With sampling: privacy loss distributions.
+    Assumes that every release is a Gaussian mechanism with noise σC per value for sensitivity C, chosen with knowledge
+    of all before it. Nothing is gained from taking part now and then unless ``poisson_rate`` says so.
+
+    Parameters
+    ----------
+    noise_multiplier
+        σ; 0 gives infinity.
+    rounds
+        Rounds in which the client took part (with ``poisson_rate``: all rounds).
+    delta
+        δ.
+    releases
+        Vectors a round: 2 for the shared part and the upload.
+    unit
+        ``"add-or-remove"``: all of the client's update against none (zero). ``"replace"``: against any other update,
+        of up to twice the distance.
+    poisson_rate
+        Claims amplification by sampling: only if every client is drawn independently with this probability and nobody
+        who sees a release knows who was. Sampling in this package is neither.
+
+    Raises
+    ------
+    ValueError
+        For impossible values, or if the library is not installed.
+    """
+    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
+        raise ValueError(f"noise_multiplier must be 0 or more, got {noise_multiplier}")
+    if rounds < 0 or releases < 0:
+        raise ValueError(f"rounds and releases must be 0 or more, got {rounds} and {releases}")
+    if not 0 < delta < 1:
+        raise ValueError(f"delta must lie between 0 and 1, got {delta}")
+    if unit not in UNITS:
+        raise ValueError(f"unit must be one of {', '.join(UNITS)}; got {unit!r}")
+    if poisson_rate is not None and not 0 < poisson_rate <= 1:
+        raise ValueError(f"poisson_rate must lie in (0, 1], got {poisson_rate}")
+    if rounds * releases == 0:
+        return 0.0
+    if noise_multiplier == 0:
+        return math.inf
+    try:
+        dp_accounting = import_module("dp_accounting")
+    except ImportError as error:
+        raise ValueError(
+            f"ε needs the dp-accounting library ({error}): pip install 'cafe-flwr[privacy]', or 'dp-accounting>=0.6'"
+        ) from error
+    per_round = noise_multiplier / (math.sqrt(releases) * (2.0 if unit == "replace" else 1.0))
+    if poisson_rate is None:
+        return float(dp_accounting.get_epsilon_gaussian(per_round / math.sqrt(rounds), delta))
+    if per_round < _LEAST_SAMPLED:
+        raise ValueError(f"with sampling, ε is not computed for so little noise (σ of a round {per_round:.3g})")
+    if unit == "replace":
+        raise ValueError("with sampling, only add-or-remove is computed")
+    # Releases of one round share the draw: together they are one Gaussian.
+    sampled = dp_accounting.PoissonSampledDpEvent(poisson_rate, dp_accounting.GaussianDpEvent(per_round))
+    accountant = import_module("dp_accounting.pld").PLDAccountant()
+    accountant.compose(dp_accounting.SelfComposedDpEvent(sampled, rounds))
+    return float(accountant.get_epsilon(delta))

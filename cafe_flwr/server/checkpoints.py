@@ -1,0 +1,133 @@
+"""State that survives on the server: all it carries from round to round, in the last two checkpoints."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from cafe_flwr.core.files import STATE_VERSION, Damaged, checksum, version_path, versions_in, write_atomically
+from cafe_flwr.core.log import logger
+from cafe_flwr.methods.pairs import Pairs
+from cafe_flwr.methods.server import ClientRecord, RoundPlan
+from cafe_flwr.wire.capacity import Kind
+
+
+@dataclass
+class ServerState:
+    """All that the server carries from round to round.
+
+    Attributes
+    ----------
+    run
+        Token of the run.
+    round
+        Last finished round.
+    digest
+        Fingerprint of the network and of what travels.
+    shared
+        Shared parameters, flat.
+    known
+        Last report of every client that has taken part.
+    plan
+        Of the last round in which clients taught each other.
+    kinds
+        What clients hold, by name, where they are not alike; also those that are away.
+    pairs
+        Similarities of clients that have met in a round, where the method keeps them.
+    """
+
+    run: str
+    round: int
+    digest: str
+    shared: NDArray[np.float32]
+    known: dict[int, ClientRecord] = field(default_factory=dict)
+    plan: RoundPlan | None = None
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    pairs: Pairs = field(default_factory=Pairs)
+
+
+class Checkpoints:
+    """The last two states of the server, in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def save(self, state: ServerState) -> None:
+        """Write the state of a round; the one before it stays."""
+        clients = sorted(state.known)
+        records = [state.known[c] for c in clients]
+        facts: dict[str, Any] = {
+            "state-version": STATE_VERSION,
+            "run": state.run,
+            "round": state.round,
+            "digest": state.digest,
+            "clients": clients,
+            "num-examples": [r.num_examples for r in records],
+            "seen": [r.seen for r in records],
+        }
+        if any(state.kinds):
+            facts["kinds"] = [kind.to_json() for kind in state.kinds.values()]
+            facts["kind-of"] = [record.kind for record in records]
+        if any(record.level for record in records):
+            facts["levels"] = [record.level for record in records]
+        arrays: dict[str, NDArray[Any]] = {"shared": state.shared}
+        if len(state.pairs):
+            arrays |= {"pair-keys": state.pairs.keys, "pair-values": state.pairs.values}
+        if state.plan is not None and state.plan.weights is not None:
+            arrays |= {"active": state.plan.active, "weights": state.plan.weights}
+            facts |= {"rows": list(state.plan.weight_rows), "columns": list(state.plan.weight_columns)}
+        if records:
+            sizes = [len(r.upload) for r in records]
+            arrays["uploads"] = np.concatenate([r.upload for r in records])
+            if len(set(sizes)) == 1:
+                arrays["uploads"] = arrays["uploads"].reshape(len(records), -1)
+            else:
+                facts["upload-sizes"] = sizes
+            arrays["similarity"] = np.stack([r.similarity for r in records])
+        header = {"facts": json.dumps(facts), "checksum": checksum(arrays)}
+        write_atomically(version_path(self.folder, state.round), save(arrays, header))
+        for _, path in versions_in(self.folder)[2:]:
+            path.unlink(missing_ok=True)
+
+    def load(self) -> ServerState | None:
+        """The newest whole checkpoint, None if there is none."""
+        for server_round, path in versions_in(self.folder):
+            try:
+                with safe_open(path, framework="np") as file:
+                    header = file.metadata() or {}
+                    facts = json.loads(header["facts"])
+                    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if header.get("checksum", checksum(arrays)) != checksum(arrays):
+                    raise Damaged("its checksum differs")
+            except (SafetensorError, OSError, KeyError, ValueError, Damaged) as error:
+                logger.warning("checkpoint of round %d is damaged (%s), using the one before", server_round, error)
+                continue
+            if facts["state-version"] != STATE_VERSION:
+                raise ValueError(f"{path} has format {facts['state-version']}, this version reads {STATE_VERSION}")
+            known = {}
+            if facts["clients"]:
+                uploads = list(arrays["uploads"])
+                if "upload-sizes" in facts:
+                    uploads = np.split(arrays["uploads"], np.cumsum(facts["upload-sizes"])[:-1])
+                columns = (facts["num-examples"], facts["seen"], uploads, arrays["similarity"])
+                number = len(uploads)
+                kinds_of, levels = facts.get("kind-of", [""] * number), facts.get("levels", [0] * number)
+                records = map(ClientRecord, *columns, kinds_of, levels)
+                known = dict(zip(facts["clients"], records, strict=True))
+            plan = None
+            if "weights" in arrays:
+                rows, columns = facts["rows"], facts["columns"]
+                plan = RoundPlan(arrays["active"], {}, arrays["weights"], rows, columns)
+            kinds = {kind.name: kind for kind in map(Kind.from_json, facts.get("kinds", []))}
+            pairs = Pairs(arrays["pair-keys"], arrays["pair-values"]) if "pair-keys" in arrays else Pairs()
+            return ServerState(
+                facts["run"], facts["round"], facts["digest"], arrays["shared"], known, plan, kinds, pairs
+            )
+        return None

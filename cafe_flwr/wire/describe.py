@@ -1,0 +1,109 @@
+"""What a node says about itself and its clients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from cafe_flwr.core.schema import Schema
+from cafe_flwr.core.text import check_name, kebab
+from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.codec import filled, record_of
+from cafe_flwr.wire.keys import PROTOCOL, Keys
+
+
+@dataclass(frozen=True)
+class NodeInfo:
+    """A node's answer to the first question: who are you, and whom do you host?
+
+    Attributes
+    ----------
+    version
+        Of this package on the node; empty where a client of one's own answers (docs/messages.md).
+    clients
+        Clients it hosts and can serve.
+    num_examples
+        Training examples of each.
+    problems
+        Clients it cannot serve, with the reason, in words.
+    num_nodes
+        How many nodes there are, where the node knows it (simulation); 0 otherwise.
+    digest
+        Fingerprint of network and method; all nodes of a run must agree on it.
+    shared, upload, download
+        What travels, for this network and method: all that the federation shares, and what a client that holds the
+        whole network sends and receives of its own.
+    num_exits, num_parameters
+        m, and the values of the whole network.
+    macs
+        MACs of inference up to each exit, (m,).
+    name
+        What people call the node; empty if it has no name.
+    kinds, kind_of
+        Where clients are not alike: the kinds there are on the node, and each client's place among them. Else empty.
+    """
+
+    version: str
+    clients: list[int]
+    num_examples: list[int]
+    problems: list[str]
+    num_nodes: int
+    digest: str
+    shared: Schema
+    upload: Schema
+    download: Schema
+    num_exits: int
+    num_parameters: int
+    macs: list[int]
+    name: str = ""
+    kinds: list[Kind] = field(default_factory=list)
+    kind_of: list[int] = field(default_factory=list)
+
+    def kind(self, client: int) -> Kind:
+        """What the client holds."""
+        if not self.kinds:
+            return self.whole
+        return self.kinds[self.kind_of[self.clients.index(client)]]
+
+    @cached_property
+    def whole(self) -> Kind:
+        """What a client holds that is like all others."""
+        size, macs = self.num_parameters, tuple(self.macs)
+        return Kind("", self.num_exits, size, macs, self.shared, self.upload, self.download)
+
+    def to_content(self, keys: Keys) -> RecordDict:
+        """As a Flower record."""
+        values = {kebab(f.name): getattr(self, f.name) for f in fields(self) if f.name != "name" or self.name}
+        for name in ("shared", "upload", "download"):
+            values[name] = values[name].to_json()
+        values["kinds"] = [kind.to_json() for kind in self.kinds]
+        return RecordDict({keys.config: ConfigRecord(filled({"protocol": PROTOCOL, **values}))})
+
+    @classmethod
+    def from_message(cls, message: Message, keys: Keys) -> NodeInfo:
+        """Read a node's answer; ValueError if it is not one."""
+        config = record_of(message, keys.config, ConfigRecord)
+        if config.get("protocol") != PROTOCOL:
+            raise ValueError(
+                f"speaks message protocol {config.get('protocol')}, this server speaks {PROTOCOL}: "
+                "install the same version of cafe-flwr on both"
+            )
+        lists = {"clients", "num-examples", "problems", "kinds", "kind-of"}
+        missing = {kebab(f.name) for f in fields(cls)} - set(config) - lists - {"name"}
+        if missing:
+            raise ValueError(f"answered without {', '.join(sorted(missing))}")
+        values: dict[str, Any] = {f.name: config.get(kebab(f.name), []) for f in fields(cls)}
+        values["name"] = str(config.get("name", ""))
+        check_name(values["name"])
+        for name in ("shared", "upload", "download"):
+            values[name] = Schema.from_json(values[name])
+        kinds = values["kinds"] = [Kind.from_json(text) for text in values["kinds"]]
+        for kind in kinds:
+            kind.check(values["shared"], int(values["num_exits"]))
+        fit = len(values["kind_of"]) == len(values["clients"]) and set(values["kind_of"]) <= set(range(len(kinds)))
+        if kinds and not (fit and len({kind.name for kind in kinds}) == len(kinds)):
+            raise ValueError("names kinds of clients that do not fit its clients, or one twice")
+        return cls(**values)
