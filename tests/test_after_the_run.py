@@ -77,6 +77,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         mu=0.2,
         local_steps=12,
         learning_rate=0.3,
+        momentum=0.0,
         wait_seconds=0.0,
         evaluate_every=12,
     )
