@@ -1,7 +1,34 @@
 """Whose examples: data sets, partitions, the clients' data."""
 
-from cafe_flwr.data.federation import FederatedData, load_federation
-from cafe_flwr.data.shifts import rotate, shift_labels
-from cafe_flwr.data.split import ClientData, Split
+from typing import TYPE_CHECKING
 
-__all__ = ["ClientData", "FederatedData", "Split", "load_federation", "rotate", "shift_labels"]
+from cafe_flwr.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from cafe_flwr.data.federation import FederatedData as FederatedData
+    from cafe_flwr.data.federation import load_federation as load_federation
+    from cafe_flwr.data.shifts import rotate as rotate
+    from cafe_flwr.data.shifts import shift_labels as shift_labels
+    from cafe_flwr.data.split import ClientData as ClientData
+    from cafe_flwr.data.split import Split as Split
+
+__all__ = [
+    "ClientData",
+    "FederatedData",
+    "Split",
+    "load_federation",
+    "rotate",
+    "shift_labels",
+]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "ClientData": "cafe_flwr.data.split",
+        "FederatedData": "cafe_flwr.data.federation",
+        "Split": "cafe_flwr.data.split",
+        "load_federation": "cafe_flwr.data.federation",
+        "rotate": "cafe_flwr.data.shifts",
+        "shift_labels": "cafe_flwr.data.shifts",
+    },
+)

@@ -1,17 +1,22 @@
 """What is measured of a network's exits."""
 
-from cafe_flwr.metrics.clients import worst_share
-from cafe_flwr.metrics.early_exit import THRESHOLDS, DynamicCounts, dynamic_counts
-from cafe_flwr.metrics.exits import (
-    ECE_BINS,
-    ExitMetrics,
-    ensemble_accuracy,
-    evaluate,
-    exit_features,
-    exit_logits,
-    exit_metrics,
-)
-from cafe_flwr.metrics.temperature import fit_temperatures
+from typing import TYPE_CHECKING
+
+from cafe_flwr.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from cafe_flwr.metrics.clients import worst_share as worst_share
+    from cafe_flwr.metrics.early_exit import THRESHOLDS as THRESHOLDS
+    from cafe_flwr.metrics.early_exit import DynamicCounts as DynamicCounts
+    from cafe_flwr.metrics.early_exit import dynamic_counts as dynamic_counts
+    from cafe_flwr.metrics.exits import ECE_BINS as ECE_BINS
+    from cafe_flwr.metrics.exits import ExitMetrics as ExitMetrics
+    from cafe_flwr.metrics.exits import ensemble_accuracy as ensemble_accuracy
+    from cafe_flwr.metrics.exits import evaluate as evaluate
+    from cafe_flwr.metrics.exits import exit_features as exit_features
+    from cafe_flwr.metrics.exits import exit_logits as exit_logits
+    from cafe_flwr.metrics.exits import exit_metrics as exit_metrics
+    from cafe_flwr.metrics.temperature import fit_temperatures as fit_temperatures
 
 __all__ = [
     "ECE_BINS",
@@ -27,3 +32,21 @@ __all__ = [
     "fit_temperatures",
     "worst_share",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "ECE_BINS": "cafe_flwr.metrics.exits",
+        "THRESHOLDS": "cafe_flwr.metrics.early_exit",
+        "DynamicCounts": "cafe_flwr.metrics.early_exit",
+        "ExitMetrics": "cafe_flwr.metrics.exits",
+        "dynamic_counts": "cafe_flwr.metrics.early_exit",
+        "ensemble_accuracy": "cafe_flwr.metrics.exits",
+        "evaluate": "cafe_flwr.metrics.exits",
+        "exit_features": "cafe_flwr.metrics.exits",
+        "exit_logits": "cafe_flwr.metrics.exits",
+        "exit_metrics": "cafe_flwr.metrics.exits",
+        "fit_temperatures": "cafe_flwr.metrics.temperature",
+        "worst_share": "cafe_flwr.metrics.clients",
+    },
+)

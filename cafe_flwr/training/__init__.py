@@ -1,7 +1,20 @@
 """Local training and its losses."""
 
-from cafe_flwr.training.loop import Outcome, batches, frozen, pull, snapshot, train
-from cafe_flwr.training.options import DEFAULT_BUDGET, OPTIMIZERS, LocalBudget, learning_rate_at
+from typing import TYPE_CHECKING
+
+from cafe_flwr.core.lazy import lazily
+
+if TYPE_CHECKING:
+    from cafe_flwr.training.loop import Outcome as Outcome
+    from cafe_flwr.training.loop import batches as batches
+    from cafe_flwr.training.loop import frozen as frozen
+    from cafe_flwr.training.loop import pull as pull
+    from cafe_flwr.training.loop import snapshot as snapshot
+    from cafe_flwr.training.loop import train as train
+    from cafe_flwr.training.options import DEFAULT_BUDGET as DEFAULT_BUDGET
+    from cafe_flwr.training.options import OPTIMIZERS as OPTIMIZERS
+    from cafe_flwr.training.options import LocalBudget as LocalBudget
+    from cafe_flwr.training.options import learning_rate_at as learning_rate_at
 
 __all__ = [
     "DEFAULT_BUDGET",
@@ -15,3 +28,19 @@ __all__ = [
     "snapshot",
     "train",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "DEFAULT_BUDGET": "cafe_flwr.training.options",
+        "OPTIMIZERS": "cafe_flwr.training.options",
+        "LocalBudget": "cafe_flwr.training.options",
+        "Outcome": "cafe_flwr.training.loop",
+        "batches": "cafe_flwr.training.loop",
+        "frozen": "cafe_flwr.training.loop",
+        "learning_rate_at": "cafe_flwr.training.options",
+        "pull": "cafe_flwr.training.loop",
+        "snapshot": "cafe_flwr.training.loop",
+        "train": "cafe_flwr.training.loop",
+    },
+)
