@@ -136,7 +136,9 @@ TWO_PHASES = {"ditto", "fedrep", "fedpac"}  # train two things in a round
 DISTILLING = {"cafedistill", "cafedistill-plus", "cafedistill-prior", "cafedistill-text", "local-kd"}
 REFUSED = {("fedrod", "prior"), *((name, "distill") for name in DISTILLING)}
 # The server must know what classifiers start from.
-NOT_FOR = {(name, "classifier_start"): "built" for name in ("cafedistill", "cafedistill-plus")}
+NOT_FOR = {(name, "classifier_start"): "built" for name in ("cafedistill", "cafedistill-plus")} | {
+    (name, "classifier_start"): "own" for name in ("fedamp", "pfedgraph")
+}
 
 
 # What another value of a setting needs beside it.
