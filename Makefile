@@ -17,7 +17,7 @@ help: ## Show the targets
 demo: .venv/.installed ## Train the default federation, write results/demo, print the final table
 	$(BIN)/cafe-flwr run . --run-config 'name="demo"' --results-dir results
 
-compare: .venv/.installed ## The short comparison of methods; writes its table into README.md (about 5 minutes)
+compare: .venv/.installed ## The short comparison of methods; writes its table into README.md (about 8 minutes)
 	$(BIN)/cafe-flwr compare experiments/quick.yaml --results-dir results --update-markdown README.md
 
 test: lint ## Lint, types and all tests: first those in one process, two files at a time, then real nodes and servers
