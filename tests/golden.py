@@ -1,6 +1,6 @@
 """Numbers and message bytes of small runs of every method, pinned in ``golden.json``: what moving code must not change.
 
-``python -m tests.golden`` says what differs, ``python -m tests.golden --write`` pins what is there now. Bits depend on
+``python tests/golden.py`` says what differs, ``python tests/golden.py --write`` pins what is there now. Bits depend on
 torch and the machine: ``golden.json`` says on which they were taken, and on another only figures are compared.
 """
 
@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from federations import Recorded, digits_app, run_small, run_until, small_settings
 from flwr.app import ArrayRecord, Message
 from torch import Tensor
 
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.methods import METHODS
-from tests.federations import Recorded, digits_app, run_small, run_until, small_settings
 
 PINNED = Path(__file__).with_name("golden.json")
 FORMS: Mapping[str, Mapping[str, Any]] = {
