@@ -25,7 +25,6 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from cafe_flwr.coordination import conflict_ramp, student_levels
 from cafe_flwr.core.options import setting
@@ -208,13 +207,7 @@ class CafeDistillMethod(Method):
         total = terms.sum() / network.num_exits
         if not self.distill_weight:
             return total
-        teacher = last if self.write_back or not task.download else self._taught(task, features[-1])
+        teacher = last if self.write_back or not task.download else task.logits_as_taught(features[-1])
         for student in students:
             total = total + self.distill_weight * distillation(student, teacher, self.temperature)
         return total
-
-    def _taught(self, task: LocalTask, features: Tensor) -> Tensor:
-        """Logits of the last features under the mixture, where it only teaches."""
-        network = task.network
-        logits = F.linear(features, *(task.download[name] for name in network.head_names(network.num_exits - 1)))
-        return logits if network.offset is None else logits + network.offset

@@ -11,7 +11,6 @@ docs/method.md has the reasons, docs/evidence.md what helped and what did not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +30,6 @@ class CafeDistillPlus(CafeDistillMethod):
 
     name: ClassVar[str] = "cafedistill-plus"
     prefix: ClassVar[str] = "plus-"
-    refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
     distill_weight: float = setting(0.3, "λ, the weight of distillation in the local loss; 0: no distillation.", ge=0)
     mixture_examples: float = setting(

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from cafe_flwr.coordination import SELECTIONS, active_exits
 from cafe_flwr.core.options import setting
@@ -193,11 +192,7 @@ class CafeDistillText(Method):
         """
         network, exits = task.network, task.training_exits
         features, logits = exits_at(network, x, exits)
-        taught = logits[-1]
-        if task.download:
-            taught = F.linear(features[-1], *(task.download[name] for name in network.head_names(exits[-1])))
-            taught = taught if network.offset is None else taught + network.offset
-        taught = taught.detach()
+        taught = (task.logits_as_taught(features[-1]) if task.download else logits[-1]).detach()
         matched = self.is_taught and self.objective_teacher == "matched"
         terms = self.exit_terms(task, x, y, logits, exits=exits, teacher=taught if matched else None)
         total = terms[-1]

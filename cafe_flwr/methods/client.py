@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
+from torch.nn import functional as F
 
 from cafe_flwr.core.options import setting as setting  # methods declare their settings with it
 from cafe_flwr.data.augmentation import Augmentation
@@ -80,6 +81,12 @@ class LocalTask:
     def training_exits(self) -> list[int]:
         """The active student exits and the last one, counted from 0."""
         return [*(k for k, active in enumerate(self.active) if active), self.network.num_exits - 1]
+
+    def logits_as_taught(self, features: Tensor) -> Tensor:
+        """Logits (B, C) of the last exit's features (B, width) under the classifier that the server sent."""
+        network = self.network
+        logits = F.linear(features, *(self.download[name] for name in network.head_names(network.num_exits - 1)))
+        return logits if network.offset is None else logits + network.offset
 
     def run(
         self,
