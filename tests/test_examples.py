@@ -28,7 +28,7 @@ from cafe_flwr.server.calibration import calibrate_federation
 from cafe_flwr.settings import Settings
 from cafe_flwr.training import LocalBudget
 from cafe_flwr.wire.keys import PROTOCOL
-from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.options import Privacy
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"

@@ -38,7 +38,7 @@ from cafe_flwr.methods import METHODS
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.results.run import final_table
 from cafe_flwr.server.checkpoints import Checkpoints
-from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.options import Privacy
 
 EXITS = 3
 CLIENTS = 5

@@ -178,7 +178,7 @@ def test_a_flipped_bit_in_a_buffer_is_noticed(tmp_path):
 
 def test_a_parameter_of_another_shape_or_name_starts_at_rest():
     kept, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    optimizer = LocalBudget(momentum=0.5).new_optimizer([kept, other])
+    optimizer = new_optimizer(LocalBudget(momentum=0.5), [kept, other])
     state = {f"{name}/momentum_buffer": torch.full((2,), 4.0) for name in ("kept", "other", "gone")}
     given_back(optimizer, ["kept", "other"], state)
     assert taken(optimizer, ["kept", "other"]).keys() == {"kept/momentum_buffer"}

@@ -13,9 +13,9 @@ from cafe_flwr.methods import CafeDistillMethod
 from cafe_flwr.results.folder import open_results
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.server.strategy import FederatedStrategy
-from cafe_flwr.wire.bounds import MAX_NORM, Bounds, check_norm, far_longer
+from cafe_flwr.wire.bounds import MAX_NORM, check_norm, far_longer
 from cafe_flwr.wire.keys import Keys
-from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.options import Bounds, Privacy
 from cafe_flwr.wire.train import TrainReply, TrainRequest
 
 N, T, BAD = 6, 4, 2

@@ -52,7 +52,7 @@ FORMAT, FORMAT_VERSION = "cafe-flwr-joining", 1
 JOINABLE = (CafeDistillMethod, CafeDistillText)
 EPOCHS = 10
 _FEWEST = 2  # heads in a mean: that of one client is its own
-_PATHS = ("results-dir", "state-dir", "data-dir")
+_PATHS = ("results-dir", "federation.state-dir", "data.dir")
 _SHARED, _TEACHER = "shared.", "teacher."
 
 
@@ -171,16 +171,16 @@ def _own_data(data: FederatedData) -> dict[str, Any]:
         )
     return {
         "dataset": "local",
-        "class-names": ",".join(data.class_names),
-        "image-size": height,
-        "image-channels": channels,
-        "label-groups": 0,
-        "rotations": 1,
-        "test-shift": 0.0,
-        "partition": "dirichlet",
-        "partition-column": "",
-        "natural-split": "even",
-        "dirichlet-cap": False,
+        "data.class-names": ",".join(data.class_names),
+        "data.image-size": height,
+        "data.image-channels": channels,
+        "data.label-groups": 0,
+        "data.rotations": 1,
+        "data.test-shift": 0.0,
+        "data.partition": "dirichlet",
+        "data.partition-column": "",
+        "data.natural-split": "even",
+        "data.dirichlet-cap": False,
     }
 
 

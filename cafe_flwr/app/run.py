@@ -5,36 +5,38 @@ from __future__ import annotations
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from cafe_flwr.core.log import logger
 from cafe_flwr.results.folder import open_results
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.server.checkpoints import ServerState
+from cafe_flwr.server.options import Federation
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.settings import Settings
+from cafe_flwr.training.options import Schedule
+from cafe_flwr.wire.options import Bounds, Privacy
 
 
 def build_strategy(
     settings: Settings, recorder: Recorder | None = None, resume_from: ServerState | None = None
 ) -> FederatedStrategy:
     """The strategy of the settings."""
+    federation = settings.of(Federation)
     return FederatedStrategy(
         method=settings.build_method(),
-        fraction_train=settings.fraction_train,
-        min_train_nodes=settings.min_train_nodes,
-        min_available_nodes=settings.min_available_nodes,
-        num_rounds=settings.num_server_rounds,
+        fraction_train=federation.fraction_train,
+        min_train_nodes=federation.min_train_nodes,
+        min_available_nodes=federation.min_available_nodes,
+        num_rounds=federation.num_server_rounds,
         local=settings.build_budget(),
-        learning_rate_schedule=settings.learning_rate_schedule,
-        learning_rate_decay=settings.learning_rate_decay,
-        bounds=settings.build_bounds(),
-        privacy=settings.build_privacy(),
-        wire=settings.wire_dtype,
-        num_clients=settings.num_clients,
+        **vars(settings.of(Schedule)),
+        bounds=settings.of(Bounds),
+        privacy=settings.of(Privacy),
+        wire=federation.wire_dtype,
+        num_clients=federation.num_clients,
         seed=settings.seed,
-        evaluate_every=settings.evaluate_every,
-        wait_seconds=settings.wait_seconds,
-        round_timeout=settings.round_timeout,
-        round_retries=settings.round_retries,
+        evaluate_every=federation.evaluate_every,
+        wait_seconds=federation.wait_seconds,
+        round_timeout=federation.round_timeout,
+        round_retries=federation.round_retries,
         callbacks=[recorder] if recorder else [],
         resume_from=resume_from,
     )
@@ -50,8 +52,7 @@ def run(grid: Grid, settings: Settings) -> Result:
     RuntimeError
         If no client can take part, or all fail in a round. What was recorded until then is kept.
     """
-    if unread := settings.unread():
-        logger.warning("%s does not read %s", settings.method, ", ".join(unread))
+    settings.check_read()
     results = open_results(settings)
     recorder = Recorder(results.folder, settings, results.state)
     try:

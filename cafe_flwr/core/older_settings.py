@@ -17,6 +17,14 @@ RENAMED: Mapping[str, str] = {
 }
 """Mapping from the name that a setting had in 0.1.0 to its name now."""
 
+PREFIXES: Mapping[str, str] = {
+    "cafedistill": "",
+    "cafedistill-plus": "plus-",
+    "cafedistill-prior": "prior-",
+    "cafedistill-text": "text-",
+}
+"""What stood before the settings of a method before there were tables, where it was not its name."""
+
 _OF_OTHERS = frozenset({"mu", "distill-weight", "temperature", "selection", "solver", "plus-distill-weight"})
 """What those two methods had under names that belong to another method now; a run by any other method never read it."""
 

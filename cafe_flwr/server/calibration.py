@@ -37,7 +37,7 @@ def calibrate_federation(grid: Grid, settings: Settings) -> dict[str, Any]:
     RuntimeError
         If no client can be calibrated, with all reasons.
     """
-    request = Request(settings.risk, settings.confidence_level, settings.simultaneous, settings.seed)
+    request = Request(settings.calibration.risk, settings.calibration.confidence_level, settings.calibration.simultaneous, settings.seed)
     keys = Keys()
     question = {
         "protocol": PROTOCOL,
@@ -48,9 +48,9 @@ def calibrate_federation(grid: Grid, settings: Settings) -> dict[str, Any]:
     nodes = Directory(keys, question)
     nodes.wait(
         grid,
-        min_nodes=settings.min_available_nodes,
+        min_nodes=settings.federation.min_available_nodes,
         num_clients=settings.num_clients,
-        seconds=settings.wait_seconds,
+        seconds=settings.federation.wait_seconds,
     )
 
     def ask(step: str, texts: Mapping[int, str]) -> dict[int, str]:
@@ -70,7 +70,7 @@ def calibrate_federation(grid: Grid, settings: Settings) -> dict[str, Any]:
             for node, clients in nodes.by_node(list(texts)).items()
         }
         found: dict[int, str] = {}
-        for reply in grid.send_and_receive(list(messages.values()), timeout=settings.round_timeout):
+        for reply in grid.send_and_receive(list(messages.values()), timeout=settings.federation.round_timeout):
             if reply.has_error():
                 logger.warning("a node failed to calibrate: %s", last_line(reply.error.reason))
                 continue

@@ -32,13 +32,13 @@ from cafe_flwr.settings import Settings
 from cafe_flwr.training.objectives.base import READS
 from cafe_flwr.training.options import DEFAULT_BUDGET, LocalBudget, learning_rate_at
 from cafe_flwr.wire.averaging import weighted, weighted_mean
-from cafe_flwr.wire.bounds import Bounds, check_norm, far_longer, norm, times_median
+from cafe_flwr.wire.bounds import check_norm, far_longer, norm, times_median
 from cafe_flwr.wire.capacity import Kind, are_unequal
 from cafe_flwr.wire.codec import clients_in, method_config
 from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.evaluate import EvaluationReply, FinalReport
 from cafe_flwr.wire.keys import FLAT, METRICS, PHASES, PROTOCOL, RESERVED, RESERVED_PREFIXES, WIRES, Keys
-from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.options import Bounds, Privacy
 from cafe_flwr.wire.slices import View, mean_of_holders
 from cafe_flwr.wire.train import ClientReport, TrainReply, TrainRequest
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.split import Split
 from cafe_flwr.networks.placement import device_of, gradient_scaler, moved
-from cafe_flwr.training.optimizer_state import given_back, taken
+from cafe_flwr.training.optimizer_state import given_back, new_optimizer, taken
 from cafe_flwr.training.options import LocalBudget
 
 
@@ -111,7 +111,7 @@ def train(
         named: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
         named.update({f"also.{i}": p for i, p in enumerate(also)})
         parameters = list(named.values())
-        optimizer = budget.new_optimizer(parameters)
+        optimizer = new_optimizer(budget, parameters)
         if kept is not None:
             given_back(optimizer, list(named), kept)
         losses = []

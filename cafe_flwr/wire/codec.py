@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cafe_flwr.core.text import kebab
 from cafe_flwr.training.options import LocalBudget
 from cafe_flwr.wire.keys import FLAT, PROTOCOL, Keys
-from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.options import Privacy
 
 
 def budget_config(budget: LocalBudget) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from cafe_flwr.wire.codec import (
     round_of,
 )
 from cafe_flwr.wire.keys import FLAT, METRICS, PHASES, PROTOCOL, WIRES, Keys
-from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.options import Privacy
 from cafe_flwr.wire.slices import Weight
 
 
