@@ -81,14 +81,6 @@ class Run:
     objective: str = option(
         "cross-entropy", "What a client minimises at every exit, see docs/objectives.md.", choices=tuple(OBJECTIVES)
     )
-    state_dir: str = option(
-        "",
-        "Folder of the clients' personal state; empty: <results-dir>/<name>/personal. A node's own node-config "
-        "'state-dir' comes first.",
-        key="federation.state-dir",
-        compare="own",
-        free=True,
-    )
 
 
 _SECTIONS = (Run, Federation, Data, Heterogeneity, Model, LocalBudget, Schedule, Compute, Bounds, Privacy, Calibration)
@@ -394,11 +386,13 @@ def todays(run_config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{key!r} is there twice, in a table and with a dot: leave one out")
         given[key] = value
     found: dict[str, Any] = {}
-    former = [key for key in given if key in FORMER]
+    former = []
     for key, value in given.items():
         now = FORMER.get(key, (key,))
         if len(now) > 1:  # of the objective that is chosen
             now = tuple(k for k in now if k.startswith(f"{given.get('objective')}.")) or now
+        if key in FORMER:
+            former.append((key, " and ".join(map(repr, now))))
         for k in now:
             if k in found or (k != key and k in given):
                 raise ValueError(f"{key!r} and {k!r} are the same setting: leave out {key!r}, its name of before")
@@ -409,9 +403,9 @@ def todays(run_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=64)
-def _tell_former(names: tuple[str, ...]) -> None:
+def _tell_former(names: tuple[tuple[str, str], ...]) -> None:
     """One line, once in a process, on names that are not read for ever."""
-    pairs = [f"{name!r} is {' and '.join(map(repr, FORMER[name]))}" for name in names[:8]]
+    pairs = [f"{name!r} is {now}" for name, now in names[:8]]
     more = f" and {len(names) - len(pairs)} more" * (len(names) > len(pairs))
     said = "Settings have other names now, and this release is the last to read the old ones"
     logger.warning("%s: %s%s", said, ", ".join(pairs), more)
@@ -465,5 +459,6 @@ def _explain(detail: Any) -> str:
 
 def _nearest(key: str) -> str | None:
     """The key most like a name: like the key, like its name in its table, or like the one that it had before."""
-    names = {name: k for k, o in OPTIONS.items() for name in (k.rpartition(".")[2], o.formerly, k) if name}
+    names = {name: k for k, o in OPTIONS.items() for name in (k.rpartition(".")[2], o.formerly) if name}
+    names |= {k: k for k in OPTIONS}
     return names[near] if (near := closest(key, names)) else None

@@ -75,7 +75,7 @@ def option(
     ...     pull: float = option(0.1, "Weight of the pull.", ge=0)
     >>> [(o.key, o.formerly, o.default) for o in options_of(Near)]
     [('near.pull', 'pull', 0.1)]
-    >>> check_options(Near(pull=-1.0))
+    >>> check_settings(Near(pull=-1.0))
     Traceback (most recent call last):
         ...
     ValueError: pull must be at least 0, got -1.0
@@ -178,7 +178,7 @@ def values_of(declared: type, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_options(declared: Any, names: Iterable[str] = ()) -> None:
+def check_settings(declared: Any, names: Iterable[str] = ()) -> None:
     """Raise ValueError, naming the option, if a value of this dataclass has the wrong type or is out of bounds.
 
     ``names``: of those fields alone.

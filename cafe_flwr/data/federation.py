@@ -220,7 +220,7 @@ def deal_out(options: Data, num_clients: int, seed: int = 0) -> FederatedData:
         options.dataset, num_clients, options.label_groups, options.validation_share, options.test_shift
     )
     if options.partition == "natural" and options.label_groups:
-        raise ValueError(f"label-groups = {options.label_groups} is not for partition = 'natural': set it to 0")
+        raise ValueError(f"data.label-groups = {options.label_groups} is not for data.partition = 'natural': set it to 0")
     source = _source_of(options, num_clients * options.examples_per_client, seed)
     check_rotations(options.rotations, source.input_shape)
     parts = _parts(options, source, num_clients, seed)
@@ -251,7 +251,7 @@ def _parts(options: Data, source: _Source, num_clients: int, seed: int) -> list[
     if options.partition == "natural":
         if source.column is None:
             raise ValueError(
-                f"partition = 'natural' deals out by a column, and {options.dataset!r} has none: choose a set of the "
+                f"data.partition = 'natural' deals out by a column, and {options.dataset!r} has none: choose a set of the "
                 "hub or 'local:<path>', or another partition"
             )
         return partition_naturally(

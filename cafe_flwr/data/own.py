@@ -64,7 +64,7 @@ def _in_the_federation(
         rows = int(np.isin(labels, [names.index(name) for name in unknown]).sum())
         raise ValueError(
             f"its data in {path} has labels the federation does not know: {_some(unknown)} ({rows} of {len(labels)} "
-            f"examples); class-names has {_some(class_names)}"
+            f"examples); data.class-names has {_some(class_names)}"
         )
     return np.array([number.get(name, -1) for name in names], dtype=np.int64)[labels]
 

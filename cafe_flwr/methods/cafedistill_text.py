@@ -107,7 +107,7 @@ class CafeDistillText(Method):
     def check(self, network: EarlyExitNetwork) -> None:
         """What compares or mixes classifiers of different exits needs them of one shape."""
         if self.similarity_proxy == "parameters":
-            check_selection(network, self.selection, "text-similarity-proxy to 'gradients', or text-selection")
+            check_selection(network, self.selection, "cafedistill-text.similarity-proxy to 'gradients', or cafedistill-text.selection")
         if self.peers == "deeper":
             check_equal_exits(network, "text-peers = 'deeper'", "set text-peers to 'alike' or 'all'")
 

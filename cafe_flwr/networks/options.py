@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cafe_flwr.core.options import check_options, option, options_of, section
+from cafe_flwr.core.options import check_settings, option, options_of, section
 
 NETWORKS = ("conv", "resnet18", "transformer", "published-conv", "published-resnet18", "published-transformer")
 TEXT_NETWORKS = ("transformer", "published-transformer")
@@ -152,4 +152,4 @@ class Compute:
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_settings(self)

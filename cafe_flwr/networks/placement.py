@@ -137,7 +137,7 @@ def _check_precision(device: torch.device, dtype: torch.dtype) -> None:
     except RuntimeError:
         ok = False
     if not ok:
-        raise ValueError(f"precision = {name!r} cannot be had on {device}: set precision to 'float32'")
+        raise ValueError(f"precision = {name!r} cannot be had on {device}: set compute.precision to 'float32'")
 
 
 def device_of(network: nn.Module) -> torch.device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cafe_flwr.core.options import check_options, option, section
+from cafe_flwr.core.options import check_settings, option, section
 
 
 @section("federation")
@@ -65,6 +65,13 @@ class Federation:
         choices=("float32", "float16"),
         compare="all",
     )
+    state_dir: str = option(
+        "",
+        "Folder of the clients' personal state; empty: <results-dir>/<name>/personal. A node's own node-config "
+        "'state-dir' comes first.",
+        compare="own",
+        free=True,
+    )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_settings(self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from cafe_flwr.core.options import check_options, option, options_of, section
+from cafe_flwr.core.options import check_settings, option, options_of, section
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -73,7 +73,7 @@ class LocalBudget:
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_settings(self)
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"momentum is of sgd, {self.optimizer} has none: set it to 0, got {self.momentum}")
         if self.keep_momentum and self.optimizer == "sgd" and not self.momentum:
@@ -108,7 +108,7 @@ class Schedule:
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_settings(self)
 
 
 DEFAULT_BUDGET = LocalBudget(**{o.field: o.default for o in options_of(LocalBudget)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cafe_flwr.core.options import check_options, option, section
+from cafe_flwr.core.options import check_settings, option, section
 
 
 @section("federation")
@@ -37,7 +37,7 @@ class Bounds:
     )
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_settings(self)
         if 0 < self.max_ratio <= 1:
             raise ValueError(f"max_ratio must be greater than 1, or 0 for no bound, got {self.max_ratio}")
 
@@ -74,7 +74,7 @@ class Privacy:
     report_metrics: bool = option(True, "Clients report accuracies, losses and similarities, which get no noise.")
 
     def __post_init__(self) -> None:
-        check_options(self)
+        check_settings(self)
         if not self.clip_norm and (self.noise_multiplier or self.upload_clip_norm):
             raise ValueError("noise_multiplier and upload_clip_norm need a clip_norm greater than 0: noise is σ·C")
 
