@@ -34,16 +34,24 @@ SMALL = {
     "dataset": "digits",
     "num-clients": 5,
     "num-server-rounds": 4,
-    "examples-per-client": 40,
+    "data.examples-per-client": 40,
     "dirichlet-alpha": 1.0,
     "local-steps": 2,
 }
 
 
 def small_settings(folder: Path, **changes: Any) -> Settings:
-    """Settings of a run of about a tenth of a second, in a folder; changes as Python names."""
-    changes = {key.replace("_", "-"): value for key, value in changes.items()}
+    """Settings of a run of about a tenth of a second, in a folder; changes as Python names, see :func:`key_of`."""
+    changes = {key_of(name): value for name, value in changes.items()}
     return Settings.from_run_config({**SMALL, "results-dir": str(folder), **changes})
+
+
+def key_of(name: str) -> str:
+    """The key of a setting by its name with underscores: its table's name may be left out where no other has it."""
+    name = name.replace("_", "-")
+    places = [key for key in Settings.keys() if name in (key, key.replace(".", "-"))]
+    places = places or [key for key in Settings.keys() if key.rpartition(".")[2] == name]
+    return places[0] if len(places) == 1 else name
 
 
 def digits_app() -> ClientApp:
