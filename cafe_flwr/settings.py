@@ -462,3 +462,8 @@ def _nearest(key: str) -> str | None:
     names = {name: k for k, o in OPTIONS.items() for name in (k.rpartition(".")[2], o.formerly) if name}
     names |= {k: k for k in OPTIONS}
     return names[near] if (near := closest(key, names)) else None
+
+
+def keys_of_other_methods(method: str) -> set[str]:
+    """Keys that only other methods than this one read."""
+    return {key for key, when in READ_WHEN.items() if method not in when.get("method", (method,))}
