@@ -477,7 +477,7 @@ def test_every_setting_with_a_range_or_a_list_is_tried_above():
         ({"cafedistill.solver": ""}, "solver must be 'exact' or one of: .*osqp.*; got ''"),
         ({"method": "fedrod", "train.prior": True}, "prior is not for fedrod"),
         ({"results-dir": "results"}, "results-dir must be an absolute path or start with '~', got 'results'"),
-        ({"dataset": "local:pacs"}, "dataset must be an absolute path .* got 'pacs'.*or set data-dir"),
+        ({"dataset": "local:pacs"}, "dataset must be an absolute path .* got 'pacs'.*or set data.dir"),
         ({"data.partition": "natural", "data.partition-column": "style"}, "dataset = 'digit-pairs' has none: set dataset to"),
         ({"dataset": "local:/a", "data.partition": "natural"}, "needs data.partition-column"),
         (
