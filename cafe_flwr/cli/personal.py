@@ -1,48 +1,35 @@
-"""Commands about personal networks after a run: calibrate, evaluate, export, predict; and training in one place."""
+"""Commands about the personal networks of a run: calibrate, evaluate, export, predict."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from enum import StrEnum
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cafe_flwr.core.locks import InUse
+from cafe_flwr.cli.common import (
+    ConfidenceOption,
+    CorruptionsOption,
+    EvaluationSeedOption,
+    FoldsSeedOption,
+    Format,
+    FormatOption,
+    MaxProbOption,
+    RiskOption,
+    RisksOption,
+    bar,
+    console,
+    errors,
+)
 
 if TYPE_CHECKING:
     from cafe_flwr.inference.export import Exported
 
-console = Console()
-
 _Results = Annotated[Path, typer.Argument(help="A results folder.", metavar="RESULTS")]
-
-
-class Format(StrEnum):
-    """Of exported graphs."""
-
-    onnx = "onnx"
-    torch = "torch"
-    both = "both"
-
-
-# Options of the commands for a results folder, and of those for a node (cafe_flwr.cli.node).
-RiskOption = Annotated[float, typer.Option(help="Share α of errors that is allowed, in (0, 1).")]
-ConfidenceOption = Annotated[float, typer.Option(help="How surely, 1 − δ in (0, 1).")]
-FoldsSeedOption = Annotated[int, typer.Option(help="Of the split of calibration examples into two folds.")]
-RisksOption = Annotated[list[float] | None, typer.Option(help="Risks α to evaluate; by default 0.01, 0.05, 0.1.")]
-CorruptionsOption = Annotated[bool, typer.Option(help="Also under corrupted inputs.")]
-EvaluationSeedOption = Annotated[int, typer.Option(help="Of corruptions and folds.")]
-MaxProbOption = Annotated[
-    float | None, typer.Option(help="Leave at this probability, in place of calibrated thresholds.")
-]
-FormatOption = Annotated[Format, typer.Option(help="Of the graphs.")]
 
 
 def calibrate(
@@ -91,10 +78,10 @@ def evaluate(
 ) -> None:
     """Accuracy, calibration, risk and coverage of every client's personal network, also under corrupted inputs."""
     from cafe_flwr.app.finished_run import FinishedRun
+    from cafe_flwr.app.page import write_page
     from cafe_flwr.data.corruptions import CORRUPTIONS
     from cafe_flwr.personal.evaluation import RISKS, evaluate_run
     from cafe_flwr.results.inference import evaluation_table
-    from cafe_flwr.results.run import write_report
 
     with errors():
         with bar("evaluating") as progress:
@@ -107,7 +94,7 @@ def evaluate(
                 progress=progress,
             )
         console.print(evaluation_table(found))
-        console.print(f"Report: {write_report(folder)}", soft_wrap=True)
+        console.print(f"Report: {write_page(folder)}", soft_wrap=True)
 
 
 def export(
@@ -160,29 +147,3 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--clients must be numbers like 0,3,5, got {text!r}") from None
-
-
-@contextmanager
-def errors() -> Iterator[None]:
-    """Errors that are for people are shown as such."""
-    try:
-        yield
-    except (ValueError, OSError, InUse) as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from None
-
-
-@contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that is told (done, of how many)."""
-    from rich.progress import Progress
-
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    for command in (calibrate, evaluate, export, predict):
-        app.command()(command)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cafe_flwr.data.federation import FederatedData
 from cafe_flwr.data.split import ClientData
-from cafe_flwr.experiments.file import PlannedRun
+from cafe_flwr.experiments.plan import PlannedRun
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.statistics import evaluating
 from cafe_flwr.results.run import duration, scaled

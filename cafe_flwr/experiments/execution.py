@@ -19,7 +19,8 @@ from queue import Empty, Queue
 from typing import NamedTuple
 
 from cafe_flwr.core.log import logger
-from cafe_flwr.experiments.file import PlannedRun, state_of
+from cafe_flwr.experiments.folders import state_of
+from cafe_flwr.experiments.plan import PlannedRun
 
 
 class Event(NamedTuple):
