@@ -8,7 +8,6 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -22,29 +21,10 @@ console = Console()
 
 _PAIR = r"""(\S+?)=('[^']*'|"[^"]*"|\S+)"""  # as Flower reads its run config
 
-
-class Format(StrEnum):
-    """Of exported graphs."""
-
-    onnx = "onnx"
-    torch = "torch"
-    both = "both"
-
-
 RunConfigOption = Annotated[
     list[str] | None, typer.Option("--run-config", "-c", help="Settings, as for `flwr run`: 'key=value …'.")
 ]
 ResultsDirOption = Annotated[Path | None, typer.Option(help="Where results go; overrides the setting.")]
-RiskOption = Annotated[float, typer.Option(help="Share α of errors that is allowed, in (0, 1).")]
-ConfidenceOption = Annotated[float, typer.Option(help="How surely, 1 − δ in (0, 1).")]
-FoldsSeedOption = Annotated[int, typer.Option(help="Of the split of calibration examples into two folds.")]
-RisksOption = Annotated[list[float] | None, typer.Option(help="Risks α to evaluate; by default 0.01, 0.05, 0.1.")]
-CorruptionsOption = Annotated[bool, typer.Option(help="Also under corrupted inputs.")]
-EvaluationSeedOption = Annotated[int, typer.Option(help="Of corruptions and folds.")]
-MaxProbOption = Annotated[
-    float | None, typer.Option(help="Leave at this probability, in place of calibrated thresholds.")
-]
-FormatOption = Annotated[Format, typer.Option(help="Of the graphs.")]
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:

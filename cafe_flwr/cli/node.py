@@ -12,22 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from cafe_flwr.cli.common import (
-    ConfidenceOption,
-    CorruptionsOption,
-    EvaluationSeedOption,
-    FoldsSeedOption,
-    Format,
-    FormatOption,
-    MaxProbOption,
-    RiskOption,
-    RisksOption,
-    bar,
-    console,
-    errors,
-    with_groups,
-)
-from cafe_flwr.cli.personal import show_calibration, show_export
+from cafe_flwr.cli.common import console, errors, with_groups
+from cafe_flwr.cli.personal import Claim, Evaluating, Exporting, FoldsSeed
 
 if TYPE_CHECKING:
     from cafe_flwr.app.source import NodeNetwork
@@ -80,52 +66,21 @@ class Own:
 
 @node.command()
 @with_groups
-def evaluate(
-    *,
-    state_dir: _State = None,
-    client: _Client = None,
-    own: Own,
-    risk: RisksOption = None,
-    corruptions: CorruptionsOption = True,
-    seed: EvaluationSeedOption = 0,
-) -> None:
+def evaluate(*, state_dir: _State = None, client: _Client = None, own: Own, options: Evaluating) -> None:
     """Accuracy, calibration, risk and coverage of the client's network, also under corrupted inputs."""
-    from cafe_flwr.data.corruptions import CORRUPTIONS
-    from cafe_flwr.personal.evaluation import RISKS, evaluate_run
-    from cafe_flwr.results.inference import evaluation_table
-
     with _network(state_dir, client, own) as network:
-        with bar("evaluating") as progress:
-            found = evaluate_run(
-                network,
-                risks=tuple(risk or RISKS),
-                corruptions=tuple(CORRUPTIONS) if corruptions else (),
-                seed=seed,
-                progress=progress,
-            )
-        console.print(evaluation_table(found))
+        options.evaluate(network)
         console.print(f"Evaluation: {network.output('evaluation.json')}", soft_wrap=True)
 
 
 @node.command()
 @with_groups
-def calibrate(
-    *,
-    state_dir: _State = None,
-    client: _Client = None,
-    own: Own,
-    risk: RiskOption = 0.05,
-    confidence_level: ConfidenceOption = 0.9,
-    seed: FoldsSeedOption = 0,
-) -> None:
+def calibrate(*, state_dir: _State = None, client: _Client = None, own: Own, claim: Claim, seed: FoldsSeed = 0) -> None:
     """Find thresholds from the client's own calibration data alone; they replace those of an earlier calibration."""
-    from cafe_flwr.personal.calibration import calibrate_run, thresholds_file
-    from cafe_flwr.risk.client_calibration import Request
+    from cafe_flwr.personal.calibration import thresholds_file
 
     with _network(state_dir, client, own) as network:
-        with bar("calibrating") as progress:
-            found = calibrate_run(network, Request(risk, confidence_level, seed=seed), progress)
-        show_calibration(found)
+        claim.calibrate(network, seed=seed)
         console.print(f"Thresholds: {thresholds_file(network.networks, network.client)}", soft_wrap=True)
 
 
@@ -139,15 +94,11 @@ def export(
     to: Annotated[
         Path | None, typer.Option(help="Folder to write; by default exported/client-<client> in the state folder.")
     ] = None,
-    max_prob: MaxProbOption = None,
-    format: FormatOption = Format.onnx,
+    options: Exporting,
 ) -> None:
     """Write the client's network as one graph per stage with its exit, for devices that have onnxruntime and numpy."""
-    from cafe_flwr.personal.export import export_client
-
     with _network(state_dir, client, own) as network:
-        target = to or network.networks / "exported" / f"client-{network.client}"
-        show_export(export_client(network, network.client, target, max_prob=max_prob, format=format.value))
+        options.export(network, network.client, to or network.networks / "exported" / f"client-{network.client}")
 
 
 def join_package(

@@ -25,27 +25,13 @@ EQUAL_MACS = "macs_at_equal_accuracy"
 
 @dataclass(frozen=True)
 class RowResult:
-    """A row of a table.
-
-    Attributes
-    ----------
-    label, method
-        Of the row.
-    runs
-        Finished runs by seed.
-    missing
-        Why a seed has none, by seed.
-    trials
-        Number of trials that its settings were chosen from.
-    chosen
-        What was chosen.
-    """
+    """A row of a table."""
 
     label: str
     method: str
-    runs: dict[int, Finished]
-    missing: dict[int, str]
-    trials: int = 0
+    runs: dict[int, Finished]  # by seed
+    missing: dict[int, str]  # why a seed has no finished run
+    trials: int = 0  # from how many its settings were chosen
     chosen: dict[str, Any] = field(default_factory=dict)
 
     def by_seed(self, figure: str) -> dict[int, float]:
@@ -59,30 +45,14 @@ class RowResult:
 
 @dataclass(frozen=True)
 class ConditionTable:
-    """The rows under one condition, best first.
-
-    Attributes
-    ----------
-    condition
-        Values of what is varied.
-    rows
-        Sorted by mean accuracy; rows without a finished run last.
-    reference
-        Label of the row that differences are taken to.
-    baseline
-        Best baseline in published form, by mean accuracy over exits; None if none has finished.
-    budget
-        Sentence about the local gradient steps that were measured.
-    fairness
-        Sentences about what was the same for all rows, and what was not.
-    """
+    """The rows under one condition, sorted by mean accuracy; rows without a finished run come last."""
 
     condition: Condition
     rows: list[RowResult]
-    reference: str
-    baseline: str | None
-    budget: str
-    fairness: list[str]
+    reference: str  # label of the row that differences are taken to
+    baseline: str | None  # label of the most accurate baseline in published form; None if none has finished
+    budget: str  # sentence about the local gradient steps that were measured
+    fairness: list[str]  # sentences about what was the same for all rows, and what was not
 
     @property
     def exits(self) -> int:
@@ -115,14 +85,9 @@ class Comparison:
 
 
 def compare(experiment: Experiment, folder: Path, failures: Mapping[Path, str] | None = None) -> Comparison:
-    """Make the tables of what has finished.
+    """Make the tables of what has finished in the experiment's folder.
 
-    Parameters
-    ----------
-    experiment, folder
-        The experiment and its folder.
-    failures
-        Reasons of the runs that failed, by folder; other runs that have not finished count as not run yet.
+    ``failures`` are the reasons of the runs that failed, by folder; others that have not finished count as not run yet.
     """
     failures = failures or {}
     sweeps = read_sweep(experiment, folder, failures)
@@ -135,9 +100,8 @@ def compare(experiment: Experiment, folder: Path, failures: Mapping[Path, str] |
         rows = []
         for row in experiment.rows:
             key = row.name, condition
-            result = RowResult(
-                row.name, row.method, {}, {}, len(experiment.trials(row.name)), dict(chosen.get(key, {}))
-            )
+            trials = len(experiment.trials(row.name))
+            result = RowResult(row.name, row.method, {}, {}, trials, dict(chosen.get(key, {})))
             for seed in experiment.seeds:
                 _file(result, seed, planned.get(key, {}).get(seed), failures)
             rows.append(result)
@@ -181,9 +145,8 @@ def budget_line(budget: str, rows: Sequence[RowResult]) -> str:
     for row in rows:
         if row.runs:
             counts = {f"{value:g}" for value in row.by_seed("local_steps_per_client").values()}
-            measured.setdefault(" or ".join(sorted(counts)).replace("nan", "an unknown number of"), []).append(
-                row.label
-            )
+            steps = " or ".join(sorted(counts)).replace("nan", "an unknown number of")
+            measured.setdefault(steps, []).append(row.label)
     if len(measured) < 2:
         return f"{budget}: {next(iter(measured), 'no')} gradient steps per client in every row"
     most = max(measured, key=lambda steps: len(measured[steps]))

@@ -30,35 +30,19 @@ _SIZES = (  # settings that what is measured depends on
 
 @dataclass(frozen=True)
 class Measured:
-    """What a network costs on this machine, in one thread.
+    """What a network costs on this machine, in one thread."""
 
-    Attributes
-    ----------
-    step
-        Seconds of a gradient step.
-    evaluation
-        Seconds of the evaluation of one example.
-    network
-        Bytes of the weights.
-    activations
-        Bytes that a step keeps for the way back.
-    example
-        Bytes of one example's inputs.
-    examples
-        Of all clients, all splits.
-    """
-
-    step: float
-    evaluation: float
-    network: int
-    activations: int
-    example: int
-    examples: int
+    step: float  # seconds of a gradient step
+    evaluation: float  # seconds of the evaluation of one example
+    network: int  # bytes of the weights
+    activations: int  # bytes that a step keeps for the backward pass
+    example: int  # bytes of one example's inputs
+    examples: int  # of all clients, all splits
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of several runs: seconds on the clock, and bytes of memory of all processes together."""
+    """Wall-clock seconds and bytes of memory of several runs, all processes together."""
 
     seconds: float
     memory: float
@@ -106,19 +90,12 @@ def measure(settings: Settings) -> Measured:
 
 
 def estimate(runs: Sequence[PlannedRun], jobs: int) -> Estimate:
-    """Time and memory of runs that have not finished, ``jobs`` at a time.
+    """Time and memory of runs (one at least) that have not finished, ``jobs`` processes at a time.
 
     Time: gradient steps, evaluations, and a few seconds a run for its start and its page. Memory: in every worker the
     libraries, the clients' data (which are decoded once and kept), four times the network (weights, gradients,
     momentum, the server's), what all participants of a round reply, and one batch's activations; and the libraries once
-    more.
-
-    Parameters
-    ----------
-    runs
-        One at least.
-    jobs
-        Processes at a time.
+    more for the command itself.
     """
     known: dict[tuple[Any, ...], Measured] = {}
     seconds, memory, steps = [], [], []

@@ -49,12 +49,7 @@ class SmokeExperiment(Experiment):
 def smoke_size(experiment: Experiment) -> SmokeExperiment:
     """The experiment at the size that its ``smoke`` section gives, under a name and title that say so.
 
-    There is no sweep: settings are taken as they stand.
-
-    Raises
-    ------
-    ValueError
-        If the experiment has no such section.
+    There is no sweep: settings are taken as they stand. Raises ValueError if the experiment has no such section.
 
     Examples
     --------
@@ -113,10 +108,7 @@ _Loader.add_implicit_resolver(
 def read_experiment(path: Path) -> Experiment:
     """Read an experiment's YAML file.
 
-    Raises
-    ------
-    ValueError
-        Naming the file and everything in it that cannot be used: unknown keys and methods with the nearest known one.
+    Raises ValueError naming the file and everything in it that cannot be used, unknown names with the nearest known one.
     """
     try:
         with open(path, encoding="utf-8") as file:

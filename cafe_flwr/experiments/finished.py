@@ -17,25 +17,13 @@ from cafe_flwr.results.run import number, numbers
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run.
+    """A finished run: its figures, and what must be the same for all rows."""
 
-    Attributes
-    ----------
-    figures
-        Numbers by name; NaN for what was not recorded.
-    curve
-        Accuracy against the share of the full network's MACs, of all clients' test examples together.
-    data, participants
-        What must be the same for all rows: examples and classes of every client; clients of every round.
-    left_out
-        Client rounds whose work was not used.
-    """
-
-    figures: dict[str, float]
-    curve: CostCurve
-    data: list[Any]
-    participants: list[Any]
-    left_out: int
+    figures: dict[str, float]  # by name; NaN for what was not recorded
+    curve: CostCurve  # MACs as shares of the full network's, of all clients' test examples together
+    data: list[Any]  # examples and classes of every client
+    participants: list[Any]  # clients of every round
+    left_out: int  # client rounds whose work was not used
 
     @property
     def full_accuracy(self) -> float:

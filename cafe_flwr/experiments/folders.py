@@ -19,17 +19,8 @@ State = Literal["finished", "resumable", "new"]
 def state_of(run: PlannedRun, undecided: Iterable[str] = ()) -> State:
     """How far a run is, by what its folder holds. Settings that only other methods read do not count.
 
-    Parameters
-    ----------
-    run
-        As it is wanted.
-    undecided
-        Settings that may still change, and are not compared.
-
-    Raises
-    ------
-    ValueError
-        If the folder holds something else than (a part of) this run.
+    Settings that are ``undecided`` may still change, and are not compared. Raises ValueError if the folder holds
+    something else than (a part of) this run.
     """
     if not run.folder.is_dir() or is_bare(run.folder):
         return "new"
@@ -69,10 +60,7 @@ def read_summary(run: PlannedRun) -> dict[str, Any] | None:
 def check_folders(experiment: Experiment, folder: Path) -> None:
     """See that the folders of all runs are free, or hold just these runs.
 
-    Raises
-    ------
-    ValueError
-        A line for every row with a folder that holds something else.
+    Raises ValueError with a line for every row with a folder that holds something else.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is in the way, it is no folder")

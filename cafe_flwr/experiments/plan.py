@@ -17,24 +17,12 @@ _EVALUATE_EVERY = 10  # rounds, unless the file says otherwise: evaluation is a 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of an experiment.
+    """One run of an experiment."""
 
-    Attributes
-    ----------
-    row
-        Label of its row.
-    condition
-        Values of what is varied.
-    settings
-        All its settings; they name its folder.
-    trial
-        Position among the row's trials; None: it is no trial but counts for the table.
-    """
-
-    row: str
+    row: str  # label
     condition: Condition
-    settings: Settings
-    trial: int | None = None
+    settings: Settings  # all of them; they name its folder
+    trial: int | None = None  # position among the row's trials; None: it is no trial but counts for the table
 
     @property
     def name(self) -> str:
@@ -65,19 +53,9 @@ Chosen = Mapping[tuple[str, Condition], Mapping[str, Any]]
 
 
 def plan_trials(experiment: Experiment, folder: Path) -> list[PlannedRun]:
-    """Runs of the sweep: row × condition × trial × seed. Empty without a sweep.
+    """Runs of the sweep, below the experiment's folder: row × condition × trial × seed. Empty without a sweep.
 
-    Parameters
-    ----------
-    experiment
-        What was asked for.
-    folder
-        Of the experiment.
-
-    Raises
-    ------
-    ValueError
-        Naming the row, for settings that cannot be used.
+    Raises ValueError naming the row, for settings that cannot be used.
     """
     if experiment.sweep is None:
         return []
@@ -92,19 +70,10 @@ def plan_trials(experiment: Experiment, folder: Path) -> list[PlannedRun]:
 
 
 def plan_runs(experiment: Experiment, folder: Path, chosen: Chosen | None = None) -> list[PlannedRun]:
-    """Runs of the tables: row × condition × seed.
+    """Runs of the tables, below the experiment's folder: row × condition × seed.
 
-    Parameters
-    ----------
-    experiment, folder
-        As for :func:`plan_trials`.
-    chosen
-        Settings that the sweep chose; with a sweep, a row that is not in it has no runs yet. None: no choice is made.
-
-    Raises
-    ------
-    ValueError
-        Naming the row, for settings that cannot be used.
+    ``chosen`` are the settings that the sweep chose; with a sweep, a row that is not among them has no runs yet, unless
+    no choice is made (None). Raises ValueError naming the row, for settings that cannot be used.
     """
     return [
         _planned(experiment, folder, row, condition, seed, (chosen or {}).get((row.name, condition), {}))
@@ -156,12 +125,9 @@ def _planned(
 
 
 def check_experiment(experiment: Experiment, folder: Path) -> None:
-    """Build what every run needs: its settings, its clients' data, its network and its method.
+    """Build what every run needs: its settings, its network and its method.
 
-    Raises
-    ------
-    ValueError
-        A line for every reason why a run could not start.
+    Raises ValueError with a line for every reason why a run could not start.
     """
     problems: dict[str, None] = {}  # each once, in order
     for row in experiment.rows:

@@ -20,28 +20,14 @@ from cafe_flwr.experiments.plan import Chosen, PlannedRun, plan_trials
 
 @dataclass(frozen=True)
 class RowSweep:
-    """The trials of one row under one condition.
-
-    Attributes
-    ----------
-    row, condition
-        Whose.
-    trials
-        Settings of every trial.
-    accuracy
-        Mean over exits and clients on validation data, by trial and seed; NaN for a trial that failed.
-    failures
-        Reasons.
-    complete
-        Whether all trials are over.
-    """
+    """The trials of one row under one condition."""
 
     row: str
     condition: Condition
-    trials: list[dict[str, Any]]
-    accuracy: list[dict[int, float]]
-    failures: list[str]
-    complete: bool
+    trials: list[dict[str, Any]]  # settings of each
+    accuracy: list[dict[int, float]]  # on validation data, by trial and seed; NaN for a trial that failed
+    failures: list[str]  # reasons
+    complete: bool  # whether all trials are over
 
     @property
     def best(self) -> int | None:
@@ -69,15 +55,7 @@ class RowSweep:
 
 
 def read_sweep(experiment: Experiment, folder: Path, failures: Mapping[Path, str]) -> list[RowSweep]:
-    """Every row's trials, from their folders.
-
-    Parameters
-    ----------
-    experiment, folder
-        The experiment and its folder.
-    failures
-        Reasons of the runs that failed, by folder.
-    """
+    """Every row's trials, from their folders; ``failures`` are the reasons of the runs that failed, by folder."""
     trials: dict[tuple[str, Condition], list[PlannedRun]] = {}
     for run in plan_trials(experiment, folder):
         trials.setdefault((run.row, run.condition), []).append(run)

@@ -190,10 +190,7 @@ def markdown(comparison: Comparison) -> str:
 def between_markers(path: Path) -> tuple[str, str]:
     """What stands before and after the place for the tables in a Markdown file, markers included.
 
-    Raises
-    ------
-    ValueError
-        If the file cannot be read, or the two markers do not stand there once each and in order.
+    Raises ValueError if the file cannot be read, or the two markers do not stand there once each and in order.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -205,13 +202,7 @@ def between_markers(path: Path) -> tuple[str, str]:
 
 
 def update_markdown(path: Path, comparison: Comparison) -> None:
-    """Put the tables between the markers of a Markdown file, in place of what stands there.
-
-    Raises
-    ------
-    ValueError
-        See :func:`between_markers`.
-    """
+    """Put the tables between the markers of a Markdown file; raises as :func:`between_markers`."""
     before, after = between_markers(path)
     write_atomically(path, f"{before}\n\n{markdown(comparison)}\n{after}")
 

@@ -290,18 +290,8 @@ def write_report(folder: Path, unread: Callable[[str], Collection[str]] = lambda
     """Write ``report.html`` into the folder of a run and return its path: one page, nothing loaded from elsewhere.
 
     The page is written from what is there and says what is missing; a page that is there already is replaced at once.
-
-    Parameters
-    ----------
-    folder
-        Results folder of the run.
-    unread
-        Given the name of a method, the settings that it does not read: they are not shown.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds none of a run's files.
+    ``unread`` gives the settings that a method does not read, which are not shown. Raises FileNotFoundError if the
+    folder holds none of a run's files.
     """
     run = read_run(Path(folder))
     page = render(run, unread(str(run.get("method"))))

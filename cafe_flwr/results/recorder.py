@@ -24,6 +24,9 @@ COLUMNS = ("round", "client", "phase", "exit", "accuracy", "loss", "ece", "examp
 class Recorder:
     """Writes a run's files: a line and a checkpoint after every round, tables and summary at the end.
 
+    ``rounds.jsonl`` and ``checkpoint/clients.csv`` only grow, and every line is on disk when the round ends;
+    ``clients.parquet`` is made from the latter when the run ends, however it ends.
+
     Parameters
     ----------
     folder
@@ -32,11 +35,6 @@ class Recorder:
         Of the run, in kebab-case.
     resume_from
         State that the run goes on from.
-
-    Notes
-    -----
-    ``rounds.jsonl`` and ``checkpoint/clients.csv`` only grow, and every line is on disk when the round ends;
-    ``clients.parquet`` is made from the latter when the run ends, however it ends.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], resume_from: ServerState | None = None) -> None:

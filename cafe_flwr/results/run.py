@@ -64,28 +64,14 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """The records of one run, completed where one record follows from another.
-
-    Attributes
-    ----------
-    settings, summary
-        The two JSON files; what ``summary.json`` lacks is filled in from the other records as far as they go.
-    rounds
-        The lines of ``rounds.jsonl`` in the order of the rounds, each round once (the last line about it).
-    accuracy
-        Last accuracy on record: a row per client, a column per exit 1..m.
-    notes
-        Sentences on what is missing, unreadable or filled in.
-    evaluation
-        Contents of ``evaluation.json``, which only an evaluated run has; empty without it.
-    """
+    """The records of one run, completed where one record follows from another."""
 
     settings: dict[str, Any]
-    summary: dict[str, Any]
-    rounds: list[dict[str, Any]]
-    accuracy: pd.DataFrame
-    notes: list[str]
-    evaluation: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any]  # what ``summary.json`` lacks is filled in from the other records as far as they go
+    rounds: list[dict[str, Any]]  # lines of ``rounds.jsonl`` in order, each round once (the last line about it)
+    accuracy: pd.DataFrame  # last on record: a row per client, a column per exit 1..m
+    notes: list[str]  # sentences on what is missing, unreadable or filled in
+    evaluation: dict[str, Any] = field(default_factory=dict)  # only an evaluated run has one
 
     @property
     def num_exits(self) -> int:
@@ -117,13 +103,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read what a run left in its folder.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds none of a run's files.
-    """
+    """Read what a run left in its folder; FileNotFoundError if that holds none of a run's files."""
     import pandas as pd
 
     if not any((folder / name).is_file() for name in FILES):

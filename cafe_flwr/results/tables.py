@@ -109,15 +109,10 @@ def bytes_line(run: Run) -> str:
 
 
 def final_table(folder: Path) -> Table:
-    """What a person sees at the end of a run in the terminal.
+    """What a person sees at the end of a run in the terminal; FileNotFoundError if the folder holds none of its files.
 
     A row per exit and one for their mean; the caption says what leaving early saves, what travelled, how long it took
     and what is missing.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds none of a run's files.
     """
     from rich import box
     from rich.table import Table
