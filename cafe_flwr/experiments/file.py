@@ -108,7 +108,7 @@ _Loader.add_implicit_resolver(
 def read_experiment(path: Path) -> Experiment:
     """Read an experiment's YAML file.
 
-    Raises ValueError naming the file and everything in it that cannot be used, unknown names with the nearest known one.
+    Raises ValueError naming the file and everything in it that cannot be used; unknown names with the nearest one.
     """
     try:
         with open(path, encoding="utf-8") as file:
