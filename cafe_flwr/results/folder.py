@@ -22,11 +22,7 @@ class Results(NamedTuple):
 
 
 def open_results(
-    folder: Path,
-    settings: Mapping[str, Any],
-    *,
-    defaults: Mapping[str, Any],
-    free: Collection[str] = (),
+    folder: Path, settings: Mapping[str, Any], *, defaults: Mapping[str, Any], free: Collection[str] = ()
 ) -> Results:
     """Make the run's results folder ready, before the first round.
 

@@ -12,15 +12,7 @@ from cafe_flwr.core.files import write_atomically
 from cafe_flwr.results import inference
 from cafe_flwr.results.figures import LEARNING, MARKS, SECTIONS, draw_ramp, svg
 from cafe_flwr.results.run import Run, duration, fixed, percent, read_run
-from cafe_flwr.results.tables import (
-    COLUMNS,
-    bytes_line,
-    dynamic_line,
-    kind_rows,
-    last_five_words,
-    spread,
-    table_rows,
-)
+from cafe_flwr.results.tables import COLUMNS, bytes_line, dynamic_line, kind_rows, last_five_words, spread, table_rows
 
 if TYPE_CHECKING:
     from cafe_flwr.results.figures import Drawn
