@@ -100,6 +100,9 @@ def _declared() -> dict[str, Option]:
 OPTIONS: Mapping[str, Option] = _declared()
 """Mapping from key to setting: ``"seed"``, ``"federation.fraction-train"``."""
 
+FREE_ON_RESUME = frozenset(key for key, o in OPTIONS.items() if o.free)
+"""Keys that change no number, and may differ when a run is resumed."""
+
 TABLES = tuple(dict.fromkeys(o.table for o in OPTIONS.values() if o.table))
 
 

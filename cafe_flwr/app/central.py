@@ -290,7 +290,8 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
     }
     size = sum(t.numel() for t in tensors.values())
     info = RunInfo(token, 1, 1, [0], network.num_exits, size, macs_per_exit(network, data.train.x[:1]))
-    summary = summarise(settings, info, [report], [], None, trained.seconds) | {
+    asked = {**settings.to_run_config(), "name": settings.run_name}
+    summary = summarise(asked, info, [report], [], None, trained.seconds) | {
         "method": "central",
         "objective": settings.build_method().objective,
         "history": [asdict(epoch) for epoch in trained.history],

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
-from cafe_flwr.results.folder import open_results
+from cafe_flwr.app.page import write_page
+from cafe_flwr.core.log import logger
+from cafe_flwr.core.older_settings import of_saved_run
+from cafe_flwr.results.folder import Results, open_results
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.options import Federation
 from cafe_flwr.server.strategy import FederatedStrategy
-from cafe_flwr.settings import Settings
+from cafe_flwr.settings import FREE_ON_RESUME, Settings, todays
 from cafe_flwr.training.options import Schedule
 from cafe_flwr.wire.options import Bounds, Privacy
 
@@ -42,6 +47,17 @@ def build_strategy(
     )
 
 
+def open_results_of(settings: Settings) -> Results:
+    """The results folder of the settings, made ready: see :func:`cafe_flwr.results.folder.open_results`."""
+    defaults = Settings().to_run_config()  # what an earlier version did not have
+    return open_results(
+        settings.results,
+        settings.to_run_config(),
+        read=lambda saved: {**defaults, **todays(of_saved_run(saved))},
+        free={*FREE_ON_RESUME, *settings.not_read()},
+    )
+
+
 def run(grid: Grid, settings: Settings) -> Result:
     """Run a federation from its settings and leave the results folder behind.
 
@@ -53,10 +69,19 @@ def run(grid: Grid, settings: Settings) -> Result:
         If no client can take part, or all fail in a round. What was recorded until then is kept.
     """
     settings.check_read()
-    results = open_results(settings)
-    recorder = Recorder(results.folder, settings, results.state)
+    results = open_results_of(settings)
+    recorder = Recorder(results.folder, settings.to_run_config(), results.state)
     try:
         return build_strategy(settings, recorder, results.state).start(grid)
     finally:
-        recorder.close()
+        if recorder.close():
+            _report(results.folder)
         results.lock.close()
+
+
+def _report(folder: Path) -> None:
+    """Write the page, also after a run that failed."""
+    try:
+        logger.info("Report: %s", write_page(folder))
+    except Exception:  # the run's own outcome, or error, counts more than its page
+        logger.exception("No report could be written; try: cafe-flwr report %s", folder)

@@ -12,53 +12,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafe_flwr.data.federation import FederatedData
+from cafe_flwr.data.options import Data
 from cafe_flwr.data.split import ClientData
-from cafe_flwr.experiments.file import PlannedRun
+from cafe_flwr.experiments.plan import PlannedRun
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.statistics import evaluating
 from cafe_flwr.results.run import duration, scaled
-from cafe_flwr.settings import Settings
+from cafe_flwr.settings import OPTIONS, Settings
+from cafe_flwr.training.optimizer_state import new_optimizer
 
 _PROCESS = 1e9  # bytes of Python and its libraries in every process, at their most, when a run writes its page
 _BESIDES = 3.0  # seconds of a run for its start, its files and its page
-_SIZES = (  # settings that what is measured depends on
-    *("dataset", "data_dir", "network", "network_width", "network_depth", "feature_width", "norm", "statistics"),
-    *("stem_stride", "attention_heads", "image_size", "max_tokens", "vocabulary", "batch_size", "num_clients"),
-    *("examples_per_client", "optimizer"),
-)
+_SIZES = tuple(key for key, o in OPTIONS.items() if o.said["sized"])  # what is measured depends on them
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a network costs on this machine, in one thread.
+    """What a network costs on this machine, in one thread."""
 
-    Attributes
-    ----------
-    step
-        Seconds of a gradient step.
-    evaluation
-        Seconds of the evaluation of one example.
-    network
-        Bytes of the weights.
-    activations
-        Bytes that a step keeps for the way back.
-    example
-        Bytes of one example's inputs.
-    examples
-        Of all clients, all splits.
-    """
-
-    step: float
-    evaluation: float
-    network: int
-    activations: int
-    example: int
-    examples: int
+    step: float  # seconds of a gradient step
+    evaluation: float  # seconds of the evaluation of one example
+    network: int  # bytes of the weights
+    activations: int  # bytes that a step keeps for the backward pass
+    example: int  # bytes of one example's inputs
+    examples: int  # of all clients, all splits
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of several runs: seconds on the clock, and bytes of memory of all processes together."""
+    """Wall-clock seconds and bytes of memory of several runs, all processes together."""
 
     seconds: float
     memory: float
@@ -88,14 +70,14 @@ def measure(settings: Settings) -> Measured:
 
     data, network = federation(settings), build_network(settings)
     client = data.load(0)
-    rows = torch.arange(settings.batch_size) % len(client.train)  # a small client's again and again: others are larger
+    rows = torch.arange(settings.train.batch_size) % len(client.train)  # a small client's again and again: others are larger
     x, y = client.train.x[rows], client.train.y[rows]
     held = client.test.x[:64]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the workers
     try:
         kept = _activations(network, x, y)
-        optimizer = settings.build_budget().new_optimizer(list(network.parameters()))
+        optimizer = new_optimizer(settings.build_budget(), list(network.parameters()))
         step = _seconds(lambda: (_loss(network, x, y).backward(), optimizer.step()))
         with torch.no_grad(), evaluating(network):
             evaluation = _seconds(lambda: network(held)) / max(1, len(held))
@@ -106,24 +88,17 @@ def measure(settings: Settings) -> Measured:
 
 
 def estimate(runs: Sequence[PlannedRun], jobs: int) -> Estimate:
-    """Time and memory of runs that have not finished, ``jobs`` at a time.
+    """Time and memory of runs (one at least) that have not finished, ``jobs`` processes at a time.
 
     Time: gradient steps, evaluations, and a few seconds a run for its start and its page. Memory: in every worker the
     libraries, the clients' data (which are decoded once and kept), four times the network (weights, gradients,
     momentum, the server's), what all participants of a round reply, and one batch's activations; and the libraries once
-    more.
-
-    Parameters
-    ----------
-    runs
-        One at least.
-    jobs
-        Processes at a time.
+    more for the command itself.
     """
     known: dict[tuple[Any, ...], Measured] = {}
     seconds, memory, steps = [], [], []
     for run in runs:
-        key = tuple(getattr(run.settings, name) for name in _SIZES)
+        key = tuple(run.settings.value(key) for key in _SIZES)
         if key not in known:
             known[key] = measure(run.settings)
         steps.append(known[key].step)
@@ -138,17 +113,17 @@ def _run_seconds(run: PlannedRun, measured: Measured) -> float:
     """Of the rounds that are not done yet."""
     s = run.settings
     rounds = max(0, s.num_server_rounds - run.rounds_done)
-    participants = max(1, round(s.fraction_train * s.num_clients))
-    training = measured.examples * s.shares[0] / s.num_clients  # examples of a mean client
+    participants = max(1, round(s.federation.fraction_train * s.num_clients))
+    training = measured.examples * s.of(Data).shares[0] / s.num_clients  # examples of a mean client
     budget = s.build_budget()
     steps = budget.epochs * max(1.0, training / budget.batch_size) if budget.epochs else budget.steps
-    evaluations = -(-rounds // s.evaluate_every)
-    tested = 2 * measured.examples * s.test_share * participants / s.num_clients  # before and after training
+    evaluations = -(-rounds // s.federation.evaluate_every)
+    tested = 2 * measured.examples * s.data.test_share * participants / s.num_clients  # before and after training
     return _BESIDES + rounds * participants * steps * measured.step + evaluations * tested * measured.evaluation
 
 
 def _run_memory(s: Settings, measured: Measured) -> float:
-    participants = max(1, round(s.fraction_train * s.num_clients))
+    participants = max(1, round(s.federation.fraction_train * s.num_clients))
     data = measured.examples * measured.example
     return _PROCESS + data + (4 + participants) * measured.network + measured.activations
 

@@ -19,7 +19,8 @@ from queue import Empty, Queue
 from typing import NamedTuple
 
 from cafe_flwr.core.log import logger
-from cafe_flwr.experiments.file import PlannedRun, state_of
+from cafe_flwr.experiments.folders import state_of
+from cafe_flwr.experiments.plan import PlannedRun
 
 
 class Event(NamedTuple):
@@ -31,17 +32,10 @@ class Event(NamedTuple):
 
 
 def execute(runs: Sequence[PlannedRun], jobs: int) -> Generator[Event | None, None, None]:
-    """Run in worker processes with one thread each; the order is that of the runs.
+    """Run what is not finished in worker processes with one thread each, ``jobs`` at a time, in the order of the runs.
 
     A run that fails, or takes its process with it, ends with a reason, and the others go on. When the caller stops
-    listening (closes the generator, or ends in whatever way) the workers end at once; what they were at can be resumed.
-
-    Parameters
-    ----------
-    runs
-        What is not finished yet.
-    jobs
-        Processes at a time.
+    listening (closes the generator, or ends in whatever way) the workers end at once; their runs can be resumed.
 
     Yields
     ------
@@ -132,9 +126,7 @@ def _begin_worker(lifeline: Connection) -> None:
 def run_one(run: PlannedRun) -> str | None:
     """Run a run in this process, from its checkpoint if it has one.
 
-    Returns
-    -------
-    None, or the reason why it failed: the last line of the exception. The whole is in the run's log.
+    Returns None, or the reason why it failed: the last line of the exception, which the run's log has in full.
     """
     from cafe_flwr.app.parts import build_networks, federation, modality_of
     from cafe_flwr.app.run import run as run_federation

@@ -5,7 +5,7 @@ Everything is read from ``evaluation.json``; what it lacks is not shown.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +15,9 @@ from cafe_flwr.results.figures import INK, MARKS, MUTED, PAPER, canvas, colour
 from cafe_flwr.results.run import Run, fixed, number, numbers, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from matplotlib.figure import Figure
     from rich.table import Table
 
-    Drawn = tuple[Figure, str] | None  # a figure with the sentence that says how to read it
+    from cafe_flwr.results.figures import Drawn
 
 TITLE = "Calibration and risk"
 WORDS = {
