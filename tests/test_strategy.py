@@ -31,7 +31,6 @@ from cafe_flwr.methods import METHODS
 from cafe_flwr.methods.cafedistill_text import CafeDistillText
 from cafe_flwr.methods.pfedgraph import PFedGraph
 from cafe_flwr.metrics import THRESHOLDS
-from cafe_flwr.server import strategy as strategy_module
 from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
@@ -220,15 +219,14 @@ def test_the_text_reading_is_the_method_written_out_by_hand(tmp_path, monkeypatc
     """Four rounds of T = 6 (R = 1/3, 2/3, 1, 1), with everything that it has: averaging by n_i, teacher heads by a QP
     over present and absent clients, students joining depth first and least conflicting first, the loss. Parameters,
     losses, similarities and teacher weights agree."""
-    monkeypatch.setattr(strategy_module, "sample_clients", lambda *_, server_round, **__: participants[server_round])
+    monkeypatch.setattr(FederatedStrategy, "sample", lambda self, server_round, *_: participants[server_round])
     mu, lam, tau = 0.15, 0.7, 2.0
-    # A constant learning rate to T/2; after it the package's schedule is not what is tested here.
-    monkeypatch.setattr(strategy_module, "learning_rate_at", lambda base, *_: base)
     result, notes, _ = start(
         tmp_path,
         text={"mu": mu, "distill_weight": lam, "temperature": tau},
         num_nodes=num_nodes,
         run={"num_rounds": 4},
+        learning_rate_schedule="exponential",  # by a factor of 1: constant
     )
     hand = ByHand(N, 6, mu, lam, tau, FULL_BATCH.steps, FULL_BATCH.learning_rate)
     for t, clients in participants.items():
@@ -297,7 +295,7 @@ def test_an_impossible_schedule_is_refused(given, said):
 
 
 def patch_participants(monkeypatch, participants):
-    monkeypatch.setattr(strategy_module, "sample_clients", lambda *_, server_round, **__: participants[server_round])
+    monkeypatch.setattr(FederatedStrategy, "sample", lambda self, server_round, *_: participants[server_round])
 
 
 AWAY = {1: [0, 1, 2], 2: [0, 1], 3: [0, 1], 4: [0, 1], 5: [0, 1, 2], 6: [0, 1, 2]}
