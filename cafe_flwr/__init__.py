@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from cafe_flwr.client.app import make_client_app as make_client_app
     from cafe_flwr.networks.attach import attach_exits as attach_exits
     from cafe_flwr.networks.early_exit import EarlyExitNetwork as EarlyExitNetwork
-    from cafe_flwr.server.strategy import CafeDistill as CafeDistill
+    from cafe_flwr.server.cafedistill import CafeDistill as CafeDistill
 
 __all__ = ["CafeDistill", "EarlyExitNetwork", "__version__", "attach_exits", "make_client_app"]
 
 __getattr__ = lazily(
     __name__,
     {
-        "CafeDistill": "cafe_flwr.server.strategy",
+        "CafeDistill": "cafe_flwr.server.cafedistill",
         "EarlyExitNetwork": "cafe_flwr.networks.early_exit",
         "attach_exits": "cafe_flwr.networks.attach",
         "make_client_app": "cafe_flwr.client.app",

@@ -19,7 +19,6 @@ from cafe_flwr.personal import FinishedRun, fingerprint
 from cafe_flwr.personal.calibration import calibrate_run, read_thresholds
 from cafe_flwr.risk.client_calibration import ClientCalibration, Request, decide
 from cafe_flwr.risk.counts import pooled_path
-from cafe_flwr.server.calibration import calibrate_federation
 from cafe_flwr.settings import Settings
 from cafe_flwr.wire.calibration import (
     certificate_from_json,
@@ -83,7 +82,7 @@ def test_flower_gives_what_the_folder_gives(settings: Settings) -> None:
         (run.folder / "personal" / f"client-{c}.thresholds.json").unlink()
     for nodes in (2, 5):
         grid = InProcessGrid(digits_app(), nodes, asked.to_run_config())
-        assert calibrate_federation(grid, asked) == local
+        assert calibrate(grid, asked) == local
         assert {c: read_thresholds(run.folder / "personal", c) for c in run.clients} == files
 
 
@@ -108,7 +107,7 @@ def test_a_client_without_network_is_named_and_the_others_go_on(settings: Settin
         path.unlink()
     try:
         asked = settings.model_copy(update={"mode": "calibrate", "risk": 0.2})
-        found = calibrate_federation(InProcessGrid(digits_app(), 2, asked.to_run_config()), asked)
+        found = calibrate(InProcessGrid(digits_app(), 2, asked.to_run_config()), asked)
     finally:
         for path, content in hidden.items():
             path.write_bytes(content)

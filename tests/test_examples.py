@@ -21,10 +21,10 @@ from safetensors.numpy import load_file
 
 from cafe_flwr import CafeDistill
 from cafe_flwr.app.launch import private_superlink, run_app
+from cafe_flwr.app.run import calibrate
 from cafe_flwr.core.text import kebab
 from cafe_flwr.methods import CafeDistillMethod, settings_of
 from cafe_flwr.metrics import THRESHOLDS
-from cafe_flwr.server.calibration import calibrate_federation
 from cafe_flwr.settings import Settings
 from cafe_flwr.training import LocalBudget
 from cafe_flwr.wire.keys import PROTOCOL
@@ -378,7 +378,7 @@ def traffic(folder: Path) -> Iterator[WatchedGrid]:
     grid = federation(FaultyApp(toy_app(load), lose_state_of_client_1), 2, num_clients=5)
     (folder / "client-2.safetensors").unlink()
     settings = {"name": "calibrated", "results-dir": str(folder), "num-clients": 5, "wait-seconds": 1.0}
-    calibrate_federation(grid, Settings.from_run_config(settings))
+    calibrate(grid, Settings.from_run_config(settings))
     yield grid
 
 

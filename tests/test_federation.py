@@ -959,12 +959,15 @@ def test_a_run_that_died_in_its_final_evaluation_is_finished_by_resume(tmp_path,
     settings = small_settings(tmp_path, **STOPPED)
     strategy = build_strategy(settings, Recorder(settings.results, settings.to_run_config()))
 
-    def die(*_):
-        raise Stop
+    def die(messages):
+        if any(message.metadata.message_type == "evaluate" for message in messages):
+            raise Stop
+        return push(messages)
 
-    strategy._evaluate_all = die
+    grid = InProcessGrid(digits_app(), 2, settings.to_run_config())
+    push, grid.push_messages = grid.push_messages, die
     with results_of(settings), pytest.raises(Stop):
-        strategy.start(InProcessGrid(digits_app(), 2, settings.to_run_config()))
+        strategy.start(grid)
     assert same_arrays(resume(settings), undisturbed[1])
     Recorded.read(settings.results).assert_same(undisturbed[0])
 

@@ -38,7 +38,6 @@ from cafe_flwr.methods import METHODS, ClientRecord, LocalTask, ServerRound, set
 from cafe_flwr.methods.starts import classifier_start
 from cafe_flwr.metrics import evaluate
 from cafe_flwr.personal.store import PersonalStore
-from cafe_flwr.server import strategy as strategy_module
 from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.settings import Settings, setting_key
@@ -812,7 +811,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, variant):
 def coming_and_going(monkeypatch):
     """Client 3 is away in rounds 2 and 3, client 0 in rounds 1 and 3."""
     participants = {1: [1, 2, 3], 2: [0, 1, 2], 3: [1, 2], 4: [0, 1, 2, 3]}
-    monkeypatch.setattr(strategy_module, "sample_clients", lambda *_, server_round, **__: participants[server_round])
+    monkeypatch.setattr(FederatedStrategy, "sample", lambda self, server_round, *_: participants[server_round])
     return participants
 
 

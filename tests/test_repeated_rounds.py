@@ -19,6 +19,7 @@ from flwr.app import ConfigRecord
 from cafe_flwr import CafeDistill
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.server.checkpoints import Checkpoints
+from cafe_flwr.server.directory import Directory
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -159,8 +160,8 @@ class Leaving(DeviceGrid):
 
 def test_a_repeated_round_waits_for_a_participant_that_comes_back(tmp_path, undisturbed, monkeypatch):
     """A node is killed in round 2 and started again: with all four needed nothing is lost but time."""
-    monkeypatch.setattr("cafe_flwr.server.directory._POLL_SECONDS", 0.01)
-    monkeypatch.setattr("cafe_flwr.server.directory._RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(Directory, "poll_seconds", 0.01)
+    monkeypatch.setattr(Directory, "retry_seconds", 0.0)
     settings = toy_settings(tmp_path, min_train_nodes=4, wait_seconds=30.0)
     grid = Leaving(toy_app(), ["0", "1", "2", "3"], tmp_path / "state", place=2, back_after=3)
     arrays = run_small(settings, grid=grid).arrays

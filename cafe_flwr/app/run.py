@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
@@ -12,6 +13,8 @@ from cafe_flwr.core.log import logger
 from cafe_flwr.core.older_settings import of_saved_run
 from cafe_flwr.results.folder import Results, open_results
 from cafe_flwr.results.recorder import Recorder
+from cafe_flwr.risk.options import Calibration
+from cafe_flwr.server.calibration import calibrate_federation
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.options import Federation
 from cafe_flwr.server.strategy import FederatedStrategy
@@ -77,6 +80,19 @@ def run(grid: Grid, settings: Settings) -> Result:
         if recorder.close():
             _report(results.folder)
         results.lock.close()
+
+
+def calibrate(grid: Grid, settings: Settings) -> dict[str, Any]:
+    """Calibrate the networks that the run of these settings has left, see :func:`calibrate_federation`."""
+    settings.check_read()
+    return calibrate_federation(
+        grid,
+        settings.build_method(),
+        settings.of(Calibration),
+        settings.of(Federation),
+        seed=settings.seed,
+        output=settings.results / "calibration.json",
+    )
 
 
 def _report(folder: Path) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
 from cafe_flwr.core.older_settings import PREFIXES
@@ -178,16 +179,19 @@ def values_of(declared: type, config: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_settings(declared: Any, names: Iterable[str] = ()) -> None:
-    """Raise ValueError, naming the option, if a value of this dataclass has the wrong type or is out of bounds.
-
-    ``names``: of those fields alone.
-    """
-    for f in fields(declared):
-        if "doc" in f.metadata and (not names or f.name in names):
-            _check(f.name, getattr(declared, f.name), f.default, f.metadata)
+def check_settings(declared: Any) -> None:
+    """Raise ValueError, naming every option of this dataclass whose value is of the wrong type or out of bounds."""
+    values = ((f, getattr(declared, f.name)) for f in fields(declared) if "doc" in f.metadata)
+    if wrong := [f"{f.name} must be {what} got {value!r}" for f, value in values if (what := _expected(f, value))]:
+        raise ValueError("; ".join(wrong))
 
 
+_KINDS: Mapping[type, tuple[type, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a text"),
+}
 _BOUNDS: Sequence[tuple[str, str, Callable[[Any, Any], bool]]] = (
     ("ge", "at least", operator.ge),
     ("gt", "greater than", operator.gt),
@@ -196,11 +200,15 @@ _BOUNDS: Sequence[tuple[str, str, Callable[[Any, Any], bool]]] = (
 )
 
 
-def _check(name: str, value: Any, default: Any, said: Mapping[str, Any]) -> None:
+def _expected(f: Field[Any], value: Any) -> str:
+    """What a value should be and is not; empty if all is well."""
+    said, kind = f.metadata, type(f.default)
     if said["choices"]:
-        if value not in said["choices"]:
-            raise ValueError(f"{name} must be one of {', '.join(map(str, said['choices']))}; got {value!r}")
-        return
+        return "" if value in said["choices"] else f"one of {', '.join(map(str, said['choices']))};"
+    wanted, name = _KINDS[kind]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        return f"{name},"
     for key, word, holds in _BOUNDS:
-        if said[key] is not None and not (holds(value, said[key]) and math.isfinite(value)):
-            raise ValueError(f"{name} must be {word} {said[key]}, got {value!r}")
+        if said[key] is not None and not holds(value, said[key]):
+            return f"{word} {said[key]},"
+    return "a finite number," if kind is float and not math.isfinite(value) else ""
