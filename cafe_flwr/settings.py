@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,11 +14,10 @@ from cafe_flwr.core.text import closest, kebab
 from cafe_flwr.data import digits
 from cafe_flwr.data.hub import names_of_sets
 from cafe_flwr.data.modalities import MODALITIES
-from cafe_flwr.methods import METHODS
-from cafe_flwr.methods.base import Method
+from cafe_flwr.methods.base import Method, declared_settings
+from cafe_flwr.methods.registry import METHODS, method_from
 from cafe_flwr.networks.capacity import read_shares
 from cafe_flwr.networks.placement import DEVICE_PATTERN
-from cafe_flwr.training.objectives.base import READS
 from cafe_flwr.training.options import DEFAULT_BUDGET, LocalBudget, learning_rate_at
 from cafe_flwr.wire.bounds import Bounds
 from cafe_flwr.wire.privacy import Privacy
@@ -59,7 +57,7 @@ STRICT = ConfigDict(
 
 def setting_key(method: type[Method], field: str) -> str:
     """Name of a method's setting among all settings: ``fedprox_mu``, CAFEDistill's ``mu``, ``prior`` of all methods."""
-    owner = next(c for c in method.__mro__ if field in vars(c).get("__annotations__", {}))
+    owner = next((c for c in method.__mro__ if field in vars(c).get("__annotations__", {})), Method)
     return vars(owner).get("prefix", "").replace("-", "_") + field
 
 
@@ -67,11 +65,11 @@ def _of_methods() -> dict[str, Any]:
     """The methods' own settings as pydantic fields."""
     found: dict[str, Any] = {}
     for method in METHODS.values():
-        for f in fields(method):
+        for name, f in declared_settings(method).items():
             bounds = {key: f.metadata[key] for key in ("ge", "gt", "le") if f.metadata[key] is not None}
             kind = Literal[f.metadata["choices"]] if f.metadata["choices"] else type(f.default)
             value = Field(f.default, description=f.metadata["doc"], **bounds)
-            found[setting_key(method, f.name)] = (kind, value)
+            found[setting_key(method, name)] = (kind, value)
     return found
 
 
@@ -454,7 +452,7 @@ class Settings(_MethodSettings):
                 f"network = {self.network!r} takes {takes}, and {self.dataset!r} holds {holds}: set network to "
                 f"{fitting}"
             )
-        if self.build_method().objective == "neo-kd" and takes == "texts":
+        if self.build_method().objective.name == "neo-kd" and takes == "texts":
             raise ValueError("objective = 'neo-kd' changes inputs a little, and tokens cannot be: choose another one")
         if self.network in PUBLISHED:
             self._check_published()
@@ -512,8 +510,9 @@ class Settings(_MethodSettings):
 
     def build_method(self) -> Method:
         """The method, with its own settings."""
-        method = METHODS[self.method]
-        return method(**{f.name: getattr(self, setting_key(method, f.name)) for f in fields(method)})
+        kind = METHODS[self.method]
+        names = declared_settings(kind)
+        return method_from(self.method, {name: getattr(self, setting_key(kind, name)) for name in names})
 
     def build_budget(self) -> LocalBudget:
         """How a client trains in one round."""
@@ -547,8 +546,7 @@ class Settings(_MethodSettings):
         """Settings, in kebab-case, that were changed although the method or its objective does not read them."""
         changed = {kebab(name) for name, f in type(self).model_fields.items() if getattr(self, name) != f.default}
         method = self.build_method()
-        unread = {name for names in READS.values() for name in names} - set(READS[method.objective])
-        others = {kebab(setting_key(type(method), f.name)) for f in fields(method) if f.name in unread}
+        others = {kebab(setting_key(type(method), name)) for name in method.unread()}
         return sorted(changed & (keys_of_other_methods(self.method) | others))
 
     @property
@@ -576,9 +574,8 @@ class Settings(_MethodSettings):
 
 def keys_of_other_methods(method: str) -> set[str]:
     """Settings, in kebab-case, that only other methods than this one read."""
-    mine = {setting_key(METHODS[method], f.name) for f in fields(METHODS[method])} if method in METHODS else set()
-    every = {setting_key(other, f.name) for other in METHODS.values() for f in fields(other)}
-    return {kebab(name) for name in every - mine}
+    keys = {name: {setting_key(kind, field) for field in declared_settings(kind)} for name, kind in METHODS.items()}
+    return {kebab(key) for key in set().union(*keys.values()) - keys.get(method, set())}
 
 
 def _explain(settings: type[Settings], detail: Any) -> str:

@@ -13,6 +13,7 @@ from cafe_flwr import CafeDistill
 from cafe_flwr.coordination import SELECTIONS
 from cafe_flwr.core.text import kebab
 from cafe_flwr.methods import METHODS, CafeDistillMethod, Method, settings_of
+from cafe_flwr.methods.base import declared_settings
 from cafe_flwr.methods.exit_agreement import PROXIES
 from cafe_flwr.methods.starts import STARTS
 from cafe_flwr.settings import Settings, keys_of_other_methods
@@ -71,7 +72,7 @@ def test_defaults_of_the_parts_are_those_of_the_settings():
 def keys_of(method):
     """Keys of the settings a method has not from every method, by the prefix of who declares them: itself, or the
     method that it is a variant of; and those that it has from every method."""
-    cls, common = METHODS[method], {f.name for f in fields(Method)}
+    cls, common = METHODS[method], set(declared_settings(Method))
     own = {f.name: f for f in fields(cls) if f.name not in common or f.name in cls.__annotations__}
     owners = {name: next(c for c in cls.__mro__ if name in vars(c).get("__annotations__", {})) for name in own}
     return {owners[name].prefix + kebab(name): f for name, f in own.items()}, common - set(own)
@@ -108,7 +109,7 @@ def test_prefixes_tell_methods_apart():
     assert [name for name, cls in METHODS.items() if not cls.prefix] == ["cafedistill"]
     assert all(prefix == "" or prefix.endswith("-") for prefix in prefixes)
     runs_own = {kebab(name) for name in Settings.__annotations__}
-    assert not set(owners) & (runs_own | {kebab(f.name) for f in fields(Method)})
+    assert not set(owners) & (runs_own | {kebab(name) for name in declared_settings(Method)})
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -16,10 +16,12 @@ def setting(
     gt: float | None = None,
     le: float | None = None,
     choices: Sequence[str] = (),
+    wire: str = "",
 ) -> Any:
-    """A method's own setting, declared once: default, meaning and bounds.
+    """A setting of a method or an objective, declared once: default, meaning and bounds.
 
-    The method checks its values by it, and :class:`cafe_flwr.settings.Settings` offers it as a run's setting.
+    It checks its values by it, and :class:`cafe_flwr.settings.Settings` offers it as a run's setting. ``wire`` is the
+    name of an objective's setting in messages and among all settings, where it is not the objective's and its own.
 
     Examples
     --------
@@ -32,7 +34,8 @@ def setting(
         ...
     ValueError: pull must be at least 0, got -1.0
     """
-    return field(default=default, metadata={"doc": doc, "ge": ge, "gt": gt, "le": le, "choices": tuple(choices)})
+    bounds = {"ge": ge, "gt": gt, "le": le, "choices": tuple(choices)}
+    return field(default=default, metadata={"doc": doc, "wire": wire, **bounds})
 
 
 def check_settings(declared: Any) -> None:

@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator, model_validator
 
 from cafe_flwr.core.text import closest, kebab
-from cafe_flwr.methods import METHODS
+from cafe_flwr.methods.registry import METHODS
 from cafe_flwr.results.folder import is_bare
 from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.settings import STRICT, Settings, keys_of_other_methods

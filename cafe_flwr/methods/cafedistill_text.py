@@ -92,6 +92,10 @@ class CafeDistillText(Method):
         if self.solver != "exact":
             check_solver(self.solver, f"{self.prefix}solver")
 
+    def unread(self) -> set[str]:
+        """Who teaches, too, where the objective has no teacher."""
+        return super().unread() | (set() if self.is_taught else {"objective_teacher"})
+
     # --- what travels ---
 
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:

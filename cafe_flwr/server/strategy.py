@@ -29,7 +29,7 @@ from cafe_flwr.server.directory import Directory
 from cafe_flwr.server.replies import Asked, notes_in, sort_out
 from cafe_flwr.server.sampling import sample_clients
 from cafe_flwr.settings import Settings
-from cafe_flwr.training.objectives.base import READS
+from cafe_flwr.training.objectives.base import Objective
 from cafe_flwr.training.options import DEFAULT_BUDGET, LocalBudget, learning_rate_at
 from cafe_flwr.wire.averaging import weighted, weighted_mean
 from cafe_flwr.wire.bounds import Bounds, check_norm, far_longer, norm, times_median
@@ -202,7 +202,7 @@ class FederatedStrategy(FedAvg):
     def summary(self) -> None:
         """Log the configuration."""
         logger.info("\t├──> Settings of %s:", self.method.name)
-        unread = {name for names in READS.values() for name in names} - set(READS[self.method.objective])
+        unread = self.method.unread()
         settings = {name: value for name, value in settings_of(self.method).items() if name not in unread}
         for i, (name, value) in enumerate(settings.items()):
             logger.info("\t│\t%s %s: %s", "└──" if i == len(settings) - 1 else "├──", name.replace("_", "-"), value)
@@ -906,6 +906,9 @@ class CafeDistill(FederatedStrategy):
         μ of matching (the authors' α), λ and τ of distillation.
     conflict, selection, match_by, write_back, solver, classifier_start
         Ablations and variants, see :class:`cafe_flwr.settings.Settings`.
+    objective
+        What stands where the published method has cross-entropies: an
+        :class:`cafe_flwr.training.objectives.Objective` or the name of one (docs/objectives.md).
 
     Raises
     ------
@@ -933,6 +936,7 @@ class CafeDistill(FederatedStrategy):
         write_back: bool = True,
         solver: str = "exact",
         classifier_start: str = "zero",
+        objective: Objective | str = "cross-entropy",
         **kwargs: Any,
     ) -> None:
         own: dict[str, Any] = {
@@ -947,7 +951,7 @@ class CafeDistill(FederatedStrategy):
             "classifier_start": classifier_start,
         }
         Settings.from_run_config({kebab(name): value for name, value in own.items()})
-        super().__init__(*args, method=CafeDistillMethod(**own), num_rounds=num_rounds, **kwargs)
+        super().__init__(*args, method=CafeDistillMethod(objective=objective, **own), num_rounds=num_rounds, **kwargs)
 
 
 def _check_reserved(config: Mapping[str, Any]) -> None:
