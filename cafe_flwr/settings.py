@@ -17,8 +17,8 @@ from cafe_flwr.core.options import Option, option, options_of, section
 from cafe_flwr.core.text import closest, kebab
 from cafe_flwr.data.modalities import MODALITIES
 from cafe_flwr.data.options import EMBEDDED, TEXT_SETS, Data, Heterogeneity, check_data
-from cafe_flwr.methods import METHODS
-from cafe_flwr.methods.base import Method
+from cafe_flwr.methods.base import Method, ObjectiveName
+from cafe_flwr.methods.registry import METHODS
 from cafe_flwr.networks.capacity import read_shares
 from cafe_flwr.networks.options import TEXT_NETWORKS, Compute, Model, check_model
 from cafe_flwr.risk.options import Calibration
@@ -74,21 +74,19 @@ class Run:
         choices=("train", "calibrate"),
         compare="row",
     )
-    resume: bool = option(
-        False, "Go on from the last checkpoint of the run of this name.", compare="own", free=True
-    )
+    resume: bool = option(False, "Go on from the last checkpoint of the run of this name.", compare="own", free=True)
     method: str = option("cafedistill", "Method of federated learning, see docs/methods.md.", compare="own")
-    objective: str = option(
-        "cross-entropy", "What a client minimises at every exit, see docs/objectives.md.", choices=tuple(OBJECTIVES)
-    )
 
 
-_SECTIONS = (Run, Federation, Data, Heterogeneity, Model, LocalBudget, Schedule, Compute, Bounds, Privacy, Calibration)
+_SECTIONS = (
+    *(Run, ObjectiveName, Federation, Bounds, Privacy, Data, Heterogeneity, Model),
+    *(LocalBudget, Schedule, Method, Compute, Calibration),
+)
 
 
 def _declared() -> dict[str, Option]:
     """Every option by its key: those in no table first, the tables of objectives and methods last."""
-    declarations = [*_SECTIONS, Method, *OBJECTIVES.values(), *METHODS.values()]
+    declarations = [*_SECTIONS, *OBJECTIVES.values(), *METHODS.values()]
     found: dict[str, Option] = {}
     for declaration in declarations:
         for o in options_of(declaration):
@@ -301,9 +299,7 @@ def _disagreements(settings: Settings) -> Iterator[str]:
             f"local-steps = {s.local_steps} cannot be shared by the {method.phases} things that {s.method} "
             "trains in a round: raise it, or set train.equal-steps = false"
         )
-    takes, holds = (
-        "texts" if it else "images" for it in (s.network in TEXT_NETWORKS, s.dataset in TEXT_SETS)
-    )
+    takes, holds = ("texts" if it else "images" for it in (s.network in TEXT_NETWORKS, s.dataset in TEXT_SETS))
     if takes != holds:
         fitting = "'transformer'" if holds == "texts" else "'conv' or 'resnet18'"
         yield f"network = {s.network!r} takes {takes}, and {s.dataset!r} holds {holds}: set network to {fitting}"

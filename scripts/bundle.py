@@ -1,7 +1,7 @@
 """Build the bundle for deployment: the two app files under the slim manifest ``pyproject-flwr.toml``.
 
-``python scripts/bundle.py`` leaves ``dist/<publisher>.<name>.<version>.<hash>.fab``. The settings of both manifests are made from
-their declarations: ``python -m cafe_flwr.app.manifest --write``.
+``python scripts/bundle.py`` leaves ``dist/<publisher>.<name>.<version>.<hash>.fab``. The settings of both manifests
+are made from their declarations: ``python -m cafe_flwr.app.manifest --write``.
 """
 
 from __future__ import annotations

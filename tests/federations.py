@@ -27,7 +27,7 @@ from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.networks import Exit
 from cafe_flwr.results.folder import Results
 from cafe_flwr.results.recorder import Recorder
-from cafe_flwr.settings import Settings
+from cafe_flwr.settings import OPTIONS, Settings
 
 SMALL = {
     "name": "small",
@@ -49,8 +49,8 @@ def small_settings(folder: Path, **changes: Any) -> Settings:
 def key_of(name: str) -> str:
     """The key of a setting by its name with underscores: its table's name may be left out where no other has it."""
     name = name.replace("_", "-")
-    places = [key for key in Settings.keys() if name in (key, key.replace(".", "-"))]
-    places = places or [key for key in Settings.keys() if key.rpartition(".")[2] == name]
+    places = [key for key in OPTIONS if name in (key, key.replace(".", "-"))]
+    places = places or [key for key in OPTIONS if key.rpartition(".")[2] == name]
     return places[0] if len(places) == 1 else name
 
 

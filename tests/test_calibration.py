@@ -12,6 +12,7 @@ import torch
 from federations import digits_app, run_federation, small_settings
 from typer.testing import CliRunner
 
+from cafe_flwr.app.run import calibrate
 from cafe_flwr.data import Split
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.inference import EarlyExitRunner

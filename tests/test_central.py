@@ -16,7 +16,7 @@ from cafe_flwr.networks import ConvNet, EarlyExitNetwork, Exit
 from cafe_flwr.personal import FinishedRun
 from cafe_flwr.training import batches
 from cafe_flwr.training.losses import cross_entropies
-from cafe_flwr.training.objectives.base import READS, Objective
+from cafe_flwr.training.objectives import OBJECTIVES, SafeKD
 
 CONFIG = {
     "dataset": "digits",
@@ -46,7 +46,7 @@ def test_plain_training_is_a_loop_of_adamw_written_out():
     data, net = images(20), network()
     other = copy.deepcopy(net)
     trained = train_central(
-        net, data, objective=Objective(), epochs=3, batch_size=8, learning_rate=0.01, weight_decay=0.1, seed=5
+        net, data, objective="cross-entropy", epochs=3, batch_size=8, learning_rate=0.01, weight_decay=0.1, seed=5
     )
     optimizer = torch.optim.AdamW(other.parameters(), 0.01, weight_decay=0.1)
     losses = []
@@ -65,14 +65,14 @@ def test_plain_training_is_a_loop_of_adamw_written_out():
     assert trained.teacher is None
 
 
-@pytest.mark.parametrize("objective", sorted(READS))
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_training_learns_repeats_and_depends_on_its_seed(objective):
     data, outcomes = images(32), []
     for seed in (1, 1, 2):
         trained = train_central(
             network(),
             data,
-            objective=Objective(objective=objective),
+            objective=objective,
             epochs=8,
             learning_rate=0.01,
             batch_size=8,
@@ -94,7 +94,7 @@ def test_the_teacher_averages_over_all_epochs():
 
     def after(epochs):
         net = network()
-        objective = Objective(objective="safe-kd", ema_decay=0.5)
+        objective = SafeKD(ema_decay=0.5)
         return train_central(net, data, objective=objective, epochs=epochs, batch_size=8, learning_rate=0.01)
 
     end = after(3)
@@ -134,7 +134,7 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="no training examples"):
         train_central(network(), images(0), epochs=1)
     with pytest.raises(ValueError, match=r"NaN or infinite values in .*: lower learning_rate"):
-        train_central(network(), images(), objective=Objective(), epochs=3, optimizer="sgd", learning_rate=1e30)
+        train_central(network(), images(), objective="cross-entropy", epochs=3, optimizer="sgd", learning_rate=1e30)
 
 
 # --- a results folder ------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from cafe_flwr.client.app import seeded
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.training import LocalBudget, batches
-from cafe_flwr.training.optimizer_state import given_back, taken
+from cafe_flwr.training.optimizer_state import given_back, new_optimizer, taken
 
 pytestmark = pytest.mark.usefixtures("no_report")
 

@@ -35,6 +35,8 @@ from cafe_flwr.core.random import rng_for
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.data import ClientData, Split
 from cafe_flwr.methods import METHODS, ClientRecord, LocalTask, ServerRound, settings_of
+from cafe_flwr.methods.base import declared_settings
+from cafe_flwr.methods.registry import method_from
 from cafe_flwr.methods.starts import classifier_start
 from cafe_flwr.metrics import evaluate
 from cafe_flwr.personal.store import PersonalStore
@@ -42,7 +44,6 @@ from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.settings import Settings, setting_key
 from cafe_flwr.training import LocalBudget
-from cafe_flwr.training.objectives.base import Objective
 from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.keys import Keys
 
@@ -165,16 +166,21 @@ def described(variant):
     return " ".join([variant[0], *(f"{key}={value}" for key, value in variant[1].items())])
 
 
+def scalars(cls):
+    """Fields of a method's own settings; objectives have tests of their own."""
+    return [f for f in fields(cls) if f.name != "objective"]
+
+
 PLAIN = [(name, {}) for name in sorted(METHODS)]
 VARIANTS = [
     (name, {f.name: value} | WITH.get((name, f.name), {}))
     for name in sorted(METHODS)
-    for f in fields(METHODS[name])
+    for f in scalars(METHODS[name])
     if (name, f.name) not in REFUSED
     for value in other_values(name, f)
 ]
-# Without the switches and the objectives' settings of every method, which have tests of their own.
-SWITCHES = {"prior", "distill", "equal_steps", "classifier_start"} | {f.name for f in fields(Objective)}
+# Without the switches of every method, which have tests of their own.
+SWITCHES = {"prior", "distill", "equal_steps", "classifier_start"}
 OWN = [v for v in (*PLAIN, *VARIANTS) if not SWITCHES & set(v[1])]
 # Variants for which other things travel, or other code trains.
 SPECIAL = [v for v in VARIANTS if described(v) in TABLE or v[1] == {"similarity_proxy": "gradients"}]
@@ -368,10 +374,10 @@ def test_settings_are_scalars_that_survive_the_wire(name):
         method = build(variant)
         values = settings_of(method)
         assert all(type(value) in (int, float, bool, str) for value in values.values())
-        assert list(values) == [f.name for f in fields(method)]
+        assert list(values) == list(declared_settings(type(method)))
         record = RecordDict({"config": ConfigRecord(values)})
         back = recorddict_from_proto(recorddict_to_proto(record))["config"]
-        assert type(method)(**dict(back)) == method
+        assert method_from(name, back) == method
         assert {key: type(value) for key, value in back.items()} == {key: type(value) for key, value in values.items()}
 
 
@@ -394,7 +400,7 @@ def own_key(cls, f):
 def test_every_setting_says_what_it_is_and_can_be_set_in_a_run(variant):
     """It has a doc, a default, and a name with the method's prefix among all settings; a value set arrives."""
     cls = METHODS[variant[0]]
-    for f in fields(cls):
+    for f in scalars(cls):
         assert len(f.metadata["doc"]) > 10
         assert f.metadata["doc"].endswith(".")
         key = own_key(cls, f)
@@ -425,7 +431,7 @@ def beyond(f):
 def test_every_bound_is_kept(variant):
     """By the method itself, for those who build one in code, and by a run's settings, before it starts."""
     cls = METHODS[variant[0]]
-    for f in fields(cls):
+    for f in scalars(cls):
         assert beyond(f) or isinstance(f.default, bool), f"{f.name} has no bounds"
         for value in beyond(f):
             with pytest.raises(ValueError, match=f.name):
@@ -1116,7 +1122,7 @@ def test_the_documentation_has_a_row_for_every_method_and_every_setting_of_cafed
     expected = {
         own_key(METHODS[name], f): str(f.default).lower()
         for name in sorted(DISTILLING - {"local-kd"})
-        for f in fields(METHODS[name])
+        for f in scalars(METHODS[name])
         if f.name in vars(METHODS[name])["__annotations__"]
     }
     assert described == expected

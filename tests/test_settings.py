@@ -46,7 +46,7 @@ def test_manifests_and_docs_are_as_the_declarations_say(tmp_path):
     main(["--check", "--root", str(tmp_path)])
     manifest = tmp_path / MANIFESTS[0]
     manifest.write_text(manifest.read_text().replace("num-clients = 20", "num-clients = 21"))
-    with pytest.raises(SystemExit, match=r"pyproject.toml: settings differ; run python -m cafe_flwr.app.manifest --wri"):
+    with pytest.raises(SystemExit, match=r"pyproject.toml: settings differ; run python -m"):
         main(["--check", "--root", str(tmp_path)])
     main(["--write", "--root", str(tmp_path)])
     assert manifest.read_text() == (ROOT / MANIFESTS[0]).read_text()
@@ -64,7 +64,9 @@ def test_no_table_bears_the_name_of_a_setting():
     """Flower has no key that is a value and a table; and a name of before is no key of today."""
     assert not set(TABLES) & (set(DEFAULTS) | set(FORMER))
     assert not set(FORMER) & set(DEFAULTS)
-    assert len({name for names in FORMER.values() for name in names}) == len([o for o in OPTIONS.values() if o.formerly])
+    assert len({name for names in FORMER.values() for name in names}) == len(
+        [o for o in OPTIONS.values() if o.formerly]
+    )
 
 
 def test_every_setting_says_what_it_is_for():
@@ -97,7 +99,7 @@ def test_defaults_of_the_parts_are_those_of_the_settings():
 
 
 def keys_of(method):
-    """Fields of a method that are its own, or the method's that it is a variant of, by key; not those of all methods."""
+    """Fields of a method by key: its own, and the method's that it is a variant of; not those of all methods."""
     declared = METHODS[method].__dataclass_fields__
     return {o.key: declared[o.field] for o in options_of(METHODS[method]) if o.table != "train"}
 
@@ -113,7 +115,7 @@ def test_every_setting_of_every_method_is_a_key_of_its_table(method):
 
 
 def test_tables_tell_methods_apart():
-    """What a method declares is in the table of its name; but three of CAFEDistill are in none, as its variant reads."""
+    """What a method declares is in the table of its name; three of CAFEDistill are in none."""
     for method in METHODS:
         own = {key.rpartition(".")[0] for key in keys_of(method)}
         assert own <= ({method} if not method.startswith("cafedistill") else {"", "cafedistill", method})
@@ -124,7 +126,9 @@ def test_tables_tell_methods_apart():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_choice_of_a_method_can_be_set(method):
-    needed = {"cafedistill-prior.counts": {"cafedistill-prior.match-by": "classifiers"}}  # class means would tell what counts hide
+    needed = {
+        "cafedistill-prior.counts": {"cafedistill-prior.match-by": "classifiers"}
+    }  # class means would tell what counts hide
     for key, f in keys_of(method).items():
         for choice in f.metadata["choices"]:
             built = Settings.from_run_config({"method": method, **needed.get(key, {}), key: choice}).build_method()
@@ -193,12 +197,23 @@ def test_too_few_steps_for_the_phases_of_a_method_are_refused(method):
 def test_settings_that_a_method_does_not_read_are_known():
     """What the report may leave out: the others' own, not those of every method or of the run."""
     others = keys_of_other_methods("ditto")
-    assert {"mu", "cafedistill.solver", "fedprox.mu", "cafedistill-text.mu", "cafedistill-prior.pull", "cafedistill-plus.mixture-examples"} <= others
+    assert {
+        "mu",
+        "cafedistill.solver",
+        "fedprox.mu",
+        "cafedistill-text.mu",
+        "cafedistill-prior.pull",
+        "cafedistill-plus.mixture-examples",
+    } <= others
     assert not {"ditto.pull", "train.prior", "train.distill", "train.equal-steps", "learning-rate"} & others
     assert keys_of_other_methods("cafedistill") >= {"ditto.pull"}
     assert "mu" not in keys_of_other_methods("cafedistill")
     assert "mu" not in keys_of_other_methods("cafedistill-plus")
-    assert keys_of_other_methods("cafedistill-plus") >= {"distill-weight", "cafedistill-text.mu", "cafedistill-prior.mu"}
+    assert keys_of_other_methods("cafedistill-plus") >= {
+        "distill-weight",
+        "cafedistill-text.mu",
+        "cafedistill-prior.mu",
+    }
 
 
 @pytest.mark.parametrize(
@@ -273,13 +288,25 @@ def test_no_number_with_a_point_passes_for_anything_else(key, value):
         Settings.from_run_config({key: value})
 
 
-OPEN = ("data.test-share", "calibration.risk", "calibration.confidence-level", "privacy.delta")  # neither 0 nor 1 can be
+OPEN = (
+    "data.test-share",
+    "calibration.risk",
+    "calibration.confidence-level",
+    "privacy.delta",
+)  # neither 0 nor 1 can be
 
 
 @pytest.mark.parametrize("key", [k for k, v in DEFAULTS.items() if type(v) is float and k not in OPEN])
 def test_whole_numbers_pass_for_numbers(key):
     """`learning-rate=1` on the command line is an integer in TOML."""
-    nothing = ("train.momentum", "model.dropout", "data.calibration-share", "data.validation-share", "privacy.upload-clip-norm", "privacy.noise-multiplier")
+    nothing = (
+        "train.momentum",
+        "model.dropout",
+        "data.calibration-share",
+        "data.validation-share",
+        "privacy.upload-clip-norm",
+        "privacy.noise-multiplier",
+    )
     value = 0 if key in (*nothing, "federation.max-update-ratio") else 1
     assert Settings.from_run_config({key: value}).to_run_config()[key] == value
 
@@ -454,7 +481,14 @@ def test_numbers_are_finite(key, value):
 
 def test_every_setting_with_a_range_or_a_list_is_tried_above():
     """A new setting must be tried too."""
-    elsewhere = {"federation.state-dir", "data.dir", "data.class-names", "heterogeneity.depth-shares", "heterogeneity.modalities", "data.partition-column"}
+    elsewhere = {
+        "federation.state-dir",
+        "data.dir",
+        "data.class-names",
+        "heterogeneity.depth-shares",
+        "heterogeneity.modalities",
+        "data.partition-column",
+    }
     elsewhere |= {"cafedistill.solver", "cafedistill-text.solver"}
     free = elsewhere | {key for key, value in DEFAULTS.items() if type(value) is bool}  # checked below
     assert {key for key, _, _ in IMPOSSIBLE} | free == set(DEFAULTS)
@@ -467,32 +501,60 @@ def test_every_setting_with_a_range_or_a_list_is_tried_above():
             {"data.calibration-share": 0.6, "data.test-share": 0.4},
             r"data.calibration-share \+ data.test-share must leave something.*0.6 \+ ",
         ),
-        ({"federation.min-train-nodes": 5, "num-clients": 4}, r"federation.min-train-nodes \(5\) must not exceed num-clients \(4\)"),
+        (
+            {"federation.min-train-nodes": 5, "num-clients": 4},
+            r"federation.min-train-nodes \(5\) must not exceed num-clients \(4\)",
+        ),
         ({"cafedistill.solver": "gurobee"}, "solver must be 'exact' or one of: .*osqp.*; got 'gurobee'"),
         (
             {"method": "cafedistill-text", "cafedistill-text.solver": "gurobee"},
-            "text-solver must be 'exact' or one of: .*osqp.*; got ",
+            "cafedistill-text.solver must be 'exact' or one of: .*osqp.*; got ",
         ),
-        ({"train.classifier-start": "built"}, "classifier_start = 'built' is not for cafedistill: .* Set it to zero, common"),
+        (
+            {"train.classifier-start": "built"},
+            "classifier_start = 'built' is not for cafedistill: .* Set it to zero, common",
+        ),
         ({"cafedistill.solver": ""}, "solver must be 'exact' or one of: .*osqp.*; got ''"),
         ({"method": "fedrod", "train.prior": True}, "prior is not for fedrod"),
         ({"results-dir": "results"}, "results-dir must be an absolute path or start with '~', got 'results'"),
         ({"dataset": "local:pacs"}, "dataset must be an absolute path .* got 'pacs'.*or set data.dir"),
-        ({"data.partition": "natural", "data.partition-column": "style"}, "dataset = 'digit-pairs' has none: set dataset to"),
+        (
+            {"data.partition": "natural", "data.partition-column": "style"},
+            "dataset = 'digit-pairs' has none: set dataset to",
+        ),
         ({"dataset": "local:/a", "data.partition": "natural"}, "needs data.partition-column"),
         (
-            {"dataset": "local:/a", "data.partition": "natural", "data.partition-column": "style", "data.label-groups": 2},
+            {
+                "dataset": "local:/a",
+                "data.partition": "natural",
+                "data.partition-column": "style",
+                "data.label-groups": 2,
+            },
             "data.label-groups = 2 is not for data.partition = 'natural': set it to 0",
         ),
-        ({"data.partition-column": "style"}, "data.partition-column = 'style' .* data.partition = 'dirichlet': set data.partition to 'nat"),
-        ({"data.natural-split": "dirichlet"}, "data.natural-split = 'dirichlet' is of the natural partition"),
-        ({"data.dirichlet-cap": True, "data.partition": "pathological"}, "data.dirichlet-cap = true .* data.partition = 'pathological'"),
         (
-            {"dataset": "cifar100", "data.partition": "natural", "data.partition-column": "coarse_label", "data.dirichlet-cap": True},
+            {"data.partition-column": "style"},
+            "data.partition-column = 'style' .* data.partition = 'dirichlet': set data.partition to 'nat",
+        ),
+        ({"data.natural-split": "dirichlet"}, "data.natural-split = 'dirichlet' is of the natural partition"),
+        (
+            {"data.dirichlet-cap": True, "data.partition": "pathological"},
+            "data.dirichlet-cap = true .* data.partition = 'pathological'",
+        ),
+        (
+            {
+                "dataset": "cifar100",
+                "data.partition": "natural",
+                "data.partition-column": "coarse_label",
+                "data.dirichlet-cap": True,
+            },
             "data.dirichlet-cap = true .* or data.natural-split to 'dirichlet'",
         ),
         ({"data.text-part": "title"}, "data.text-part = 'title' is for 'ag-news', and 'digit-pairs' has no titles"),
-        ({"federation.state-dir": "./state"}, "federation.state-dir must be an absolute path or start with '~', got './state'"),
+        (
+            {"federation.state-dir": "./state"},
+            "federation.state-dir must be an absolute path or start with '~', got './state'",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(settings, message):
@@ -609,7 +671,10 @@ def test_tables_and_dots_are_the_same():
     [
         ({"federation": 3}, "^federation is a table of settings, got 3: write federation.fraction-train = 1.0, or the"),
         ({"seed": {"a": 1}}, r"^seed is one value, got the table {'a': 1}: write seed = 0, or the like$"),
-        ({"train": {"momentum": {"a": 1}}}, r"^train.momentum is one value, got the table {'a': 1}: write train.momentum"),
+        (
+            {"train": {"momentum": {"a": 1}}},
+            r"^train.momentum is one value, got the table {'a': 1}: write train.momentum",
+        ),
         ({"federation": 1, "federation.fraction-train": 0.5}, "'federation' is there as a value and as a table"),
         ({"federation.fraction-train": 0.5, "federation": 1}, "'federation' is there as a value and as a table"),
         (
@@ -620,7 +685,10 @@ def test_tables_and_dots_are_the_same():
             {"fraction-train": 0.5, "federation.fraction-train": 0.5},
             "'fraction-train' and 'federation.fraction-train' are the same setting: leave out 'fraction-train', its na",
         ),
-        ({"federation": {"fraction-train": 0.5}, "fraction-train": 1.0}, "are the same setting: leave out 'fraction-tr"),
+        (
+            {"federation": {"fraction-train": 0.5}, "fraction-train": 1.0},
+            "are the same setting: leave out 'fraction-tr",
+        ),
     ],
 )
 def test_a_table_in_the_place_of_a_value_or_a_setting_twice_is_refused(config, message):

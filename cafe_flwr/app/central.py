@@ -30,6 +30,7 @@ from cafe_flwr.server.callbacks import RunInfo
 from cafe_flwr.settings import Settings, todays
 from cafe_flwr.training.loop import snapshot, train
 from cafe_flwr.training.objectives.base import Objective
+from cafe_flwr.training.objectives.registry import objective_named
 from cafe_flwr.training.options import LocalBudget
 
 # What a run in one place begins with where nothing else is said: SAFE-KD's recipe (arXiv 2602.03043).
@@ -81,7 +82,7 @@ def train_central(
     network: EarlyExitNetwork,
     data: Split,
     *,
-    objective: Objective | None = None,
+    objective: Objective | str = "safe-kd",
     epochs: int = 30,
     optimizer: str = "adamw",
     learning_rate: float = 3e-4,
@@ -103,7 +104,7 @@ def train_central(
     data
         Training examples.
     objective
-        What every exit minimises; SAFE-KD if None.
+        What every exit minimises, or its name.
     epochs
         Passes over the data, 1 or more.
     optimizer, learning_rate, weight_decay, momentum, max_grad_norm, batch_size
@@ -132,7 +133,7 @@ def train_central(
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
-    own = objective or Objective(objective="safe-kd")
+    own = objective_named(objective)
     budget = LocalBudget(
         batch_size=batch_size,
         epochs=epochs,
@@ -143,15 +144,15 @@ def train_central(
         optimizer=optimizer,
     )
     size = min(batch_size, max(len(data), 1))
-    lesson = own.begin(network, rng_for(seed, 0, 0, "objective"))
-    weights = torch.tensor(own.weights(network.num_exits), device=data.x.device)
+    state = own.init(network, rng_for(seed, 0, 0, "objective"))
+    weights = torch.tensor(own.exit_weights(network.num_exits), device=data.x.device)
     losses: list[Tensor] = []
     history: list[Epoch] = []
     steps = 0
     start = time.perf_counter()
 
     def loss(x: Tensor, y: Tensor) -> Tensor:
-        value = lesson.terms(x, y, network(x)) @ weights
+        value = own.losses(state, (x, y), network(x)) @ weights
         losses.append(value.detach())
         return value
 
@@ -159,7 +160,7 @@ def train_central(
 
         def after_step() -> None:
             nonlocal steps
-            lesson.after_step()
+            state.update()
             steps += 1
             if steps * size < len(data) * (len(history) + 1):  # a batch may reach over the end of an epoch
                 return
@@ -175,7 +176,7 @@ def train_central(
     network.eval()
     if broken := [name for name, t in network.state_dict().items() if not t.isfinite().all()]:
         raise ValueError(f"training ended with NaN or infinite values in {', '.join(broken[:3])}: lower learning_rate")
-    return Trained(network, history, steps, time.perf_counter() - start, lesson.teacher)
+    return Trained(network, history, steps, time.perf_counter() - start, state.teacher)
 
 
 @contextmanager
@@ -249,8 +250,8 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
             raise ValueError(f"train.{switch} is of a client in a federation: training in one place does not take it")
     if settings.train.learning_rate_schedule != "cosine":
         raise ValueError(
-            f"train.learning-rate-schedule = {settings.train.learning_rate_schedule!r} is of a federation's rounds: training in "
-            "one place has none, leave it out"
+            f"train.learning-rate-schedule = {settings.train.learning_rate_schedule!r} is of a federation's rounds: "
+            "training in one place has none, leave it out"
         )
     if settings.num_clients != 1 or not settings.local_epochs:
         raise ValueError("training in one place has one client and counts epochs: make settings by central_settings")
@@ -262,7 +263,7 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
     trained = train_central(
         network,
         data.train,
-        objective=settings.build_method(),
+        objective=settings.build_method().objective,
         epochs=settings.local_epochs,
         optimizer=settings.train.optimizer,
         learning_rate=settings.learning_rate,
@@ -293,7 +294,7 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
     asked = {**settings.to_run_config(), "name": settings.run_name}
     summary = summarise(asked, info, [report], [], None, trained.seconds) | {
         "method": "central",
-        "objective": settings.build_method().objective,
+        "objective": settings.build_method().objective.name,
         "history": [asdict(epoch) for epoch in trained.history],
     }
     write_atomically(folder / "settings.json", to_json(settings.to_run_config(), indent=2))

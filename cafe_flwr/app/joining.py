@@ -31,11 +31,11 @@ from cafe_flwr.core.random import rng_for
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.data.federation import FederatedData
 from cafe_flwr.data.split import ClientData
-from cafe_flwr.methods import METHODS
 from cafe_flwr.methods.base import Method, settings_of
 from cafe_flwr.methods.cafedistill import CafeDistillMethod
 from cafe_flwr.methods.cafedistill_text import CafeDistillText
 from cafe_flwr.methods.client import LocalTask
+from cafe_flwr.methods.registry import METHODS, method_from
 from cafe_flwr.methods.robust_teachers import suspicious_heads
 from cafe_flwr.methods.server import ClientRecord
 from cafe_flwr.metrics.exits import ExitMetrics, evaluate
@@ -352,7 +352,7 @@ def join(
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
     check_new(facts, client, folder, replace_existing)
-    work = Workplace(network, METHODS[facts["method"]](**facts["method_settings"]), snapshot(network))
+    work = Workplace(network, method_from(facts["method"], facts["method_settings"]), snapshot(network))
     if work.digest != facts["digest"]:
         raise ValueError(
             f"the federation's network has fingerprint {facts['digest']}, this one {work.digest}: network, number of "

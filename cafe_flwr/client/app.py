@@ -27,10 +27,10 @@ from cafe_flwr.core.log import logger
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.core.schema import Schema, digest
 from cafe_flwr.data.split import ClientData
-from cafe_flwr.methods import METHODS
 from cafe_flwr.methods.base import Method
 from cafe_flwr.methods.client import LocalTask, without_prefix
 from cafe_flwr.methods.exit_agreement import classifier_similarity
+from cafe_flwr.methods.registry import METHODS, method_from
 from cafe_flwr.methods.starts import classifier_start
 from cafe_flwr.methods.whole_model import UPDATE
 from cafe_flwr.metrics.early_exit import dynamic_counts
@@ -553,7 +553,7 @@ class _Node:
             if method not in METHODS:
                 raise ValueError(f"this node knows no method {method!r}, only {', '.join(METHODS)}")
             process.workplaces[key] = Workplaces(
-                process.networks, METHODS[method](**settings), process.weights, process.placement
+                process.networks, method_from(method, settings), process.weights, process.placement
             )
         return process.workplaces[key]
 

@@ -30,7 +30,9 @@ def held_by(
     if is_limited(node_config) or not shares:
         return Held(max_exit(node_config) or num_exits, max_width(node_config)).check(num_exits, "node-config max-exit")
     if num_clients is None:
-        raise ValueError("heterogeneity.depth-shares is for runs with num-clients: give every node a max-exit in its node-config")
+        raise ValueError(
+            "heterogeneity.depth-shares is for runs with num-clients: give every node a max-exit in its node-config"
+        )
     for held in shares:
         held.check(num_exits, "heterogeneity.depth-shares")
     return drawn(client, num_clients, shares, num_exits, seed)

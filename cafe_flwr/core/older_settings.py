@@ -12,8 +12,8 @@ _PRIOR = (
 )
 
 RENAMED: Mapping[str, str] = {
-    **{name: f"text-{name}" for name in _TEXT},
-    **{f"plus-{name}": f"prior-{name}" for name in _PRIOR},
+    **{name: f"cafedistill-text.{name}" for name in _TEXT},
+    **{f"plus-{name}": f"cafedistill-prior.{name}" for name in _PRIOR},
 }
 """Mapping from the name that a setting had in 0.1.0 to its name now."""
 
@@ -37,13 +37,13 @@ def renamed(key: str) -> str:
 
     Examples
     --------
-    >>> renamed("peers")
-    "its name is 'text-peers' now: it is of method 'cafedistill-text', which was called 'cafedistill' until 0.1.0"
+    >>> renamed("peers").partition(", ")[0]
+    "its name is 'cafedistill-text.peers' now: it is of method 'cafedistill-text'"
     """
     if key not in RENAMED:
         return ""
     now = RENAMED[key]
-    then, method = next((old, new) for old, new in METHODS_THEN.items() if new == f"cafedistill-{now.split('-')[0]}")
+    then, method = next((old, new) for old, new in METHODS_THEN.items() if now.startswith(f"{new}."))
     return f"its name is {now!r} now: it is of method {method!r}, which was called {then!r} until 0.1.0"
 
 
@@ -64,4 +64,4 @@ def of_saved_run(run_config: Mapping[str, Any]) -> dict[str, Any]:
             "means another method. Use the version that made the run, or train anew under the name of today"
         )
     kept = {key: value for key, value in run_config.items() if key not in RENAMED and key not in _OF_OTHERS}
-    return {"classifier-start": "built", **kept}
+    return {"train.classifier-start": "built", **kept}

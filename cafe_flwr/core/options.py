@@ -186,7 +186,7 @@ def check_settings(declared: Any) -> None:
         raise ValueError("; ".join(wrong))
 
 
-_KINDS: Mapping[type, tuple[type, str]] = {
+_KINDS: Mapping[type, tuple[Any, str]] = {
     bool: (bool, "true or false"),
     int: (Integral, "a whole number"),
     float: (Real, "a number"),

@@ -216,11 +216,11 @@ def deal_out(options: Data, num_clients: int, seed: int = 0) -> FederatedData:
     """A data set dealt out to clients as its options say, see :func:`load_federation`. Built once per process."""
     if min(num_clients, options.examples_per_client, options.classes_per_client) < 1:
         raise ValueError("num-clients, examples-per-client and classes-per-client must be at least 1")
-    check_shifts(
-        options.dataset, num_clients, options.label_groups, options.validation_share, options.test_shift
-    )
+    check_shifts(options.dataset, num_clients, options.label_groups, options.validation_share, options.test_shift)
     if options.partition == "natural" and options.label_groups:
-        raise ValueError(f"data.label-groups = {options.label_groups} is not for data.partition = 'natural': set it to 0")
+        raise ValueError(
+            f"data.label-groups = {options.label_groups} is not for data.partition = 'natural': set it to 0"
+        )
     source = _source_of(options, num_clients * options.examples_per_client, seed)
     check_rotations(options.rotations, source.input_shape)
     parts = _parts(options, source, num_clients, seed)
@@ -251,8 +251,8 @@ def _parts(options: Data, source: _Source, num_clients: int, seed: int) -> list[
     if options.partition == "natural":
         if source.column is None:
             raise ValueError(
-                f"data.partition = 'natural' deals out by a column, and {options.dataset!r} has none: choose a set of the "
-                "hub or 'local:<path>', or another partition"
+                f"data.partition = 'natural' deals out by a column, and {options.dataset!r} has none: choose a set of "
+                "the hub or 'local:<path>', or another partition"
             )
         return partition_naturally(
             options.partition_column,
@@ -279,9 +279,7 @@ def _parts(options: Data, source: _Source, num_clients: int, seed: int) -> list[
     return parts
 
 
-def _load(
-    options: Data, source: _Source, parts: Sequence[NDArray[np.int64]], seed: int, client: int
-) -> ClientData:
+def _load(options: Data, source: _Source, parts: Sequence[NDArray[np.int64]], seed: int, client: int) -> ClientData:
     """The data of one client."""
     if not 0 <= client < len(parts):
         raise ValueError(f"client must be in 0..{len(parts) - 1}, got {client}")

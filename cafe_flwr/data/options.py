@@ -122,9 +122,7 @@ class Data:
     calibration_share: float = option(
         0.12, "Share of a client's examples kept for calibration (thresholds).", ge=0, lt=1, compare="all"
     )
-    test_share: float = option(
-        0.40, "Share of a client's examples kept for its test split.", gt=0, lt=1, compare="all"
-    )
+    test_share: float = option(0.40, "Share of a client's examples kept for its test split.", gt=0, lt=1, compare="all")
     validation_share: float = option(
         0.0,
         "Share of the training split that takes the place of the test split, to choose settings by; 0: real test data.",
@@ -269,9 +267,7 @@ def _check_partition(data: Data) -> None:
             "data.partition = 'natural' needs data.partition-column, the column whose values are the clients"
         )
     if natural and data.label_groups:
-        raise ValueError(
-            f"data.label-groups = {data.label_groups} is not for data.partition = 'natural': set it to 0"
-        )
+        raise ValueError(f"data.label-groups = {data.label_groups} is not for data.partition = 'natural': set it to 0")
     for key, value in (("data.partition-column", column), ("data.natural-split", data.natural_split)):
         if not natural and value not in ("", "even"):
             raise ValueError(

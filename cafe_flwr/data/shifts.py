@@ -25,7 +25,7 @@ def check_shifts(dataset: str, num_clients: int, label_groups: int, validation_s
         raise ValueError(f"test-shift must be from 0 (none) to 1 (all test labels redrawn), got {test_shift}")
     if test_shift and dataset not in digits.NUM_CLASSES:
         known = " and ".join(map(repr, digits.NUM_CLASSES))
-        raise ValueError(f"test-shift works for the embedded sets only, {known}, not {dataset!r}: set data.test-shift to 0")
+        raise ValueError(f"data.test-shift is for {known}, not {dataset!r}: set it to 0")
 
 
 def check_rotations(rotations: int, shape: tuple[int, ...]) -> None:
@@ -33,7 +33,7 @@ def check_rotations(rotations: int, shape: tuple[int, ...]) -> None:
     if rotations < 1:
         raise ValueError(f"rotations must be at least 1 (images as they are), got {rotations}")
     if rotations > 1 and len(shape) != 3:
-        raise ValueError(f"rotations need images (channels, height, width), got inputs {shape}: set data.rotations to 1")
+        raise ValueError(f"data.rotations needs images (channels, height, width), got inputs {shape}: set it to 1")
     if rotations % 4 == 0 and shape[1] != shape[2]:
         raise ValueError(
             f"rotations = {rotations} has quarter turns, which need square images, got {shape[1]}×{shape[2]}: "

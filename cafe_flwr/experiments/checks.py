@@ -8,7 +8,7 @@ from typing import Any
 
 from cafe_flwr.core.text import nearest
 from cafe_flwr.experiments.contents import Contents, combinations, slug, words
-from cafe_flwr.methods import METHODS
+from cafe_flwr.methods.registry import METHODS
 from cafe_flwr.settings import OPTIONS
 
 _OURS, _COMMON, _STEPS = (

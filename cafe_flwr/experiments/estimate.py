@@ -70,7 +70,9 @@ def measure(settings: Settings) -> Measured:
 
     data, network = federation(settings), build_network(settings)
     client = data.load(0)
-    rows = torch.arange(settings.train.batch_size) % len(client.train)  # a small client's again and again: others are larger
+    rows = torch.arange(settings.train.batch_size) % len(
+        client.train
+    )  # a small client's again and again: others are larger
     x, y = client.train.x[rows], client.train.y[rows]
     held = client.test.x[:64]
     threads = torch.get_num_threads()

@@ -144,7 +144,9 @@ def check_experiment(experiment: Experiment, folder: Path) -> None:
     problems: dict[str, None] = {}  # each once, in order
     runs = plan_trials(experiment, folder) + plan_runs(experiment, folder)
     for run in runs:
-        problems |= {f"row {run.row!r}: {key} would change nothing: {why}": None for key, why in run.settings.unread().items()}
+        problems |= {
+            f"row {run.row!r}: {key} would change nothing: {why}": None for key, why in run.settings.unread().items()
+        }
     if not experiment.is_smoke:  # where rows may be left out
         problems |= dict.fromkeys(_read_by_no_row(experiment, runs))
     for run in sorted(runs, key=lambda run: (run.settings.of(Data).shares, experiment.conditions.index(run.condition))):

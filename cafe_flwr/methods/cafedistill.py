@@ -47,7 +47,6 @@ class CafeDistillMethod(Method):
     """Both halves of CAFEDistill, and its ablations."""
 
     name: ClassVar[str] = "cafedistill"
-    prefix: ClassVar[str] = ""
     refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
     mu: float = setting(

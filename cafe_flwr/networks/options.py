@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from cafe_flwr.core.options import check_settings, option, options_of, section
 
@@ -53,7 +54,7 @@ class Model:
         compare="all",
         sized=True,
     )
-    norm: str = option(
+    norm: Literal["group", "batch", "layer"] = option(
         "group",
         "Of groups of channels of an example, of a batch, or of a token ('layer': transformer only).",
         choices=("group", "batch", "layer"),
@@ -104,9 +105,7 @@ def check_model(model: Model) -> None:
     if model.network == "resnet18" and model.depth not in (0, 4):
         raise ValueError(f"resnet18 has 4 stages, got model.depth = {model.depth}: set it to 0")
     if model.stem_stride != 1 and model.network != "resnet18":
-        raise ValueError(
-            f"model.stem-stride = {model.stem_stride} is of resnet18: set it to 1 for {model.network!r}"
-        )
+        raise ValueError(f"model.stem-stride = {model.stem_stride} is of resnet18: set it to 1 for {model.network!r}")
 
 
 def _check_published(model: Model, fixed: Mapping[str, int | str]) -> None:

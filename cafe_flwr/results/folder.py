@@ -21,7 +21,11 @@ class Results(NamedTuple):
 
 
 def open_results(
-    folder: Path, settings: Mapping[str, Any], *, read: Callable[[dict[str, Any]], Mapping[str, Any]], free: Collection[str]
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    read: Callable[[dict[str, Any]], Mapping[str, Any]],
+    free: Collection[str],
 ) -> Results:
     """Make the run's results folder ready, before the first round.
 
@@ -84,7 +88,10 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _resumable(
-    folder: Path, settings: Mapping[str, Any], read: Callable[[dict[str, Any]], Mapping[str, Any]], free: Collection[str]
+    folder: Path,
+    settings: Mapping[str, Any],
+    read: Callable[[dict[str, Any]], Mapping[str, Any]],
+    free: Collection[str],
 ) -> ServerState:
     """The last checkpoint of the run, if it was a run of these settings."""
     state = Checkpoints(folder / "checkpoint").load()

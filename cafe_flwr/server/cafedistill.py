@@ -6,6 +6,7 @@ from typing import Any
 
 from cafe_flwr.methods.cafedistill import CafeDistillMethod
 from cafe_flwr.server.strategy import FederatedStrategy
+from cafe_flwr.training.objectives.base import Objective
 
 
 class CafeDistill(FederatedStrategy):
@@ -25,6 +26,9 @@ class CafeDistill(FederatedStrategy):
         μ of matching (the authors' α), λ and τ of distillation.
     conflict, selection, match_by, write_back, solver, classifier_start
         Ablations and variants, see :class:`cafe_flwr.methods.cafedistill.CafeDistillMethod`.
+    objective
+        What stands where the published method has cross-entropies: an
+        :class:`cafe_flwr.training.objectives.Objective` or the name of one (docs/objectives.md).
 
     Raises
     ------
@@ -52,6 +56,7 @@ class CafeDistill(FederatedStrategy):
         write_back: bool = True,
         solver: str = "exact",
         classifier_start: str = "zero",
+        objective: Objective | str = "cross-entropy",
         **kwargs: Any,
     ) -> None:
         own: dict[str, Any] = {
@@ -65,4 +70,4 @@ class CafeDistill(FederatedStrategy):
             "solver": solver,
             "classifier_start": classifier_start,
         }
-        super().__init__(*args, method=CafeDistillMethod(**own), num_rounds=num_rounds, **kwargs)
+        super().__init__(*args, method=CafeDistillMethod(objective=objective, **own), num_rounds=num_rounds, **kwargs)

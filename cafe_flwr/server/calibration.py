@@ -15,8 +15,8 @@ from cafe_flwr.methods.base import Method
 from cafe_flwr.personal.calibration import record
 from cafe_flwr.risk.client_calibration import Request, decide, in_groups
 from cafe_flwr.risk.counts import pooled_path
-from cafe_flwr.risk.path import Histogram
 from cafe_flwr.risk.options import Calibration
+from cafe_flwr.risk.path import Histogram
 from cafe_flwr.risk.pooled import ClientCertificate
 from cafe_flwr.server.directory import Directory, describe_request
 from cafe_flwr.server.errors import last_line

@@ -12,7 +12,6 @@ from cafe_flwr.server.callbacks import RoundRecord, RunInfo
 from cafe_flwr.server.directory import Directory
 from cafe_flwr.server.replies import Replies
 from cafe_flwr.server.run import RunConstants
-from cafe_flwr.training.objectives.base import READS
 
 
 class RunLog:
@@ -37,7 +36,7 @@ class RunLog:
     def settings(self, run: RunConstants) -> None:
         """The settings, as a part of Flower's tree of them."""
         logger.info("\t├──> Settings of %s:", run.method.name)
-        unread = {name for names in READS.values() for name in names} - set(READS[run.method.objective])
+        unread = run.method.unread()
         settings = {name: value for name, value in settings_of(run.method).items() if name not in unread}
         for i, (name, value) in enumerate(settings.items()):
             logger.info("\t│\t%s %s: %s", "└──" if i == len(settings) - 1 else "├──", name.replace("_", "-"), value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from cafe_flwr.methods.base import Method
 from cafe_flwr.server.directory import Directory
@@ -78,8 +79,9 @@ def check_arguments(run: RunConstants) -> None:
     if run.seed < 0:
         raise ValueError(f"seed must be at least 0, got {run.seed}")
     names = ("evaluate_every", "wait_seconds", "round_timeout", "round_retries")
-    clients = {} if run.num_clients is None else {"num_clients": run.num_clients}
-    Federation(num_server_rounds=run.num_rounds, **clients, **{name: getattr(run, name) for name in names})
+    values: dict[str, Any] = {name: getattr(run, name) for name in names}
+    values |= {} if run.num_clients is None else {"num_clients": run.num_clients}
+    Federation(num_server_rounds=run.num_rounds, **values)
     Schedule(run.learning_rate_schedule, run.learning_rate_decay)
     for name in ("fraction_train", "fraction_evaluate"):
         if not 0 <= getattr(run, name) <= 1:

@@ -18,9 +18,7 @@ def new_optimizer(budget: LocalBudget, parameters: Sequence[Tensor]) -> torch.op
     """The optimiser of a budget, as it starts."""
     if budget.optimizer == "adamw":
         return torch.optim.AdamW(parameters, budget.learning_rate, weight_decay=budget.weight_decay)
-    return torch.optim.SGD(
-        parameters, budget.learning_rate, momentum=budget.momentum, weight_decay=budget.weight_decay
-    )
+    return torch.optim.SGD(parameters, budget.learning_rate, momentum=budget.momentum, weight_decay=budget.weight_decay)
 
 
 def taken(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
