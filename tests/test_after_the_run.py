@@ -523,7 +523,7 @@ def test_a_package_that_is_damaged_or_of_another_version_is_refused(ended: Ended
     name = next(iter(got.shared))
     replace(got, shared={**got.shared, name: torch.full_like(got.shared[name], float("nan"))}).save(path)
     refused("NaN or infinite")
-    replace(got, facts={**got.facts, "run_config": {**got.facts["run_config"], "feature-width": 12}}).save(path)
+    replace(got, facts={**got.facts, "run_config": {**got.facts["run_config"], "model.feature-width": 12}}).save(path)
     refused("network, number of classes and method must be the same")
     assert not (tmp_path / "state").exists()
 

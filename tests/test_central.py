@@ -21,9 +21,9 @@ from cafe_flwr.training.objectives import OBJECTIVES, SafeKD
 CONFIG = {
     "dataset": "digits",
     "num-clients": 2,
-    "examples-per-client": 60,
+    "data.examples-per-client": 60,
     "local-epochs": 2,
-    "batch-size": 16,
+    "train.batch-size": 16,
     "learning-rate": 0.003,
 }
 

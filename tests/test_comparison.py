@@ -270,7 +270,7 @@ EXPERIMENT = {
         "dataset": "digits",
         "num-clients": 3,
         "num-server-rounds": 7,
-        "examples-per-client": 40,
+        "data.examples-per-client": 40,
         "local-steps": 2,
         "dirichlet-alpha": 1.0,
     },
@@ -285,7 +285,7 @@ EXPERIMENT = {
         "seeds": [1000],
         "settings": {"num-server-rounds": 6},
         "trials": {"learning-rate": [0.1, 0.3]},
-        "own": {"FedAvg + prior": [{"weight-decay": 1e30}, {"learning-rate": 0.3}]},  # the first diverges
+        "own": {"FedAvg + prior": [{"train.weight-decay": 1e30}, {"learning-rate": 0.3}]},  # the first diverges
     },
 }
 
@@ -345,12 +345,12 @@ def test_the_sweep_chooses_on_validation_data(real: Real) -> None:
         assert swept["chosen"] == swept["trials"][int(np.nanargmax(means))]["settings"]
     assert sweep["rows"][-1]["trials"][0]["accuracy"] == {"1000": None}
     trial = json.loads((real.home / "trials" / "fedavg--trial0-seed1000" / "settings.json").read_text())
-    assert (trial["validation-share"], trial["num-server-rounds"]) == (0.25, 6)
+    assert (trial["data.validation-share"], trial["num-server-rounds"]) == (0.25, 6)
     for label, folder in (("fedavg", "fedavg"), ("FedAvg + prior", "fedavg-prior")):
         (chosen,) = (r["chosen"] for r in sweep["rows"] if r["row"] == label)
         saved = json.loads((real.home / "runs" / f"{folder}-seed1" / "settings.json").read_text())
         assert saved["learning-rate"] == chosen["learning-rate"]
-        assert saved["validation-share"] == 0
+        assert saved["data.validation-share"] == 0
         assert saved["num-server-rounds"] == 7
 
 
@@ -458,7 +458,7 @@ def serial(runs: Any, jobs: int) -> Any:
 def test_a_failed_run_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None) -> None:
     monkeypatch.setattr("cafe_flwr.experiments.execution.execute", serial)
     settings = {**EXPERIMENT["settings"], "num-server-rounds": 1}  # type: ignore[dict-item]
-    bad = {"label": "diverges", "method": "fedavg", "settings": {"weight-decay": 1e30}}
+    bad = {"label": "diverges", "method": "fedavg", "settings": {"train.weight-decay": 1e30}}
     vary = {"dirichlet-alpha": [1.0, 10.0]}
     del settings["dirichlet-alpha"]
     content = {"name": "bad", "seeds": [0], "settings": settings, "rows": [bad, "fedavg"], "vary": vary}

@@ -377,7 +377,7 @@ def traffic(folder: Path) -> Iterator[WatchedGrid]:
     yield federation(toy_app(), 2, num_clients=5, wire="float16", privacy=Privacy(clip_norm=1.0))
     grid = federation(FaultyApp(toy_app(load), lose_state_of_client_1), 2, num_clients=5)
     (folder / "client-2.safetensors").unlink()
-    settings = {"name": "calibrated", "results-dir": str(folder), "num-clients": 5, "wait-seconds": 1.0}
+    settings = {"name": "calibrated", "results-dir": str(folder), "num-clients": 5, "federation.wait-seconds": 1.0}
     calibrate(grid, Settings.from_run_config(settings))
     yield grid
 
@@ -400,7 +400,7 @@ def test_every_record_key_type_and_shape_is_as_documented(contract, tmp_path):
             n_down, n_up = len(asked(message)), len(up.get("clients", []))
             noted = len(up.get("noted-clients", []))
             sizes = {**size, "q": noted, "K": len(THRESHOLDS), "d": len(config.get("downloads", []))}
-            checked.wire = np.dtype(config.get("wire-dtype", "float32"))
+            checked.wire = np.dtype(config.get("federation.wire-dtype", "float32"))
             checked.check(f"{message.metadata.message_type} Down", message.content, {**sizes, "n": n_down})
             checked.check(f"{message.metadata.message_type} Up", reply.content, {**sizes, "n": n_up, "k": len(failed)})
     documented = {(table, *name) for table, rows in contract.items() for name in rows}

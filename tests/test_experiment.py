@@ -33,7 +33,7 @@ TINY = {
     "dataset": "digits",
     "num-clients": 3,
     "num-server-rounds": 2,
-    "examples-per-client": 40,
+    "data.examples-per-client": 40,
     "local-steps": 2,
     "dirichlet-alpha": 1.0,
     "learning-rate": 0.3,
@@ -111,7 +111,7 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
         ({"reference": "cafedistil"}, "reference: no row is called 'cafedistil'; did you mean 'cafedistill'?"),
         ({"baselines": ["fedprox"]}, "baselines: no row is called 'fedprox'"),
         ({"settings": {"seed": 1}}, "settings: seed is set by the comparison itself"),
-        ({"settings": {"equal-steps": False}}, "settings: equal-steps is set by the comparison itself"),
+        ({"settings": {"train.equal-steps": False}}, "settings: equal-steps is set by the comparison itself"),
         ({"rows": [{"method": "fedavg", "settings": {"method": "local"}}]}, "method is set by the comparison itself"),
         ({"rows": [{"method": "fedavg", "settings": {"dirichlet-alpha": 9.0}}]}, "must be the same in all rows"),
         ({"rows": [{"method": "fedavg", "settings": {"local-steps": 9}}]}, "local-steps must be the same in all rows"),
@@ -181,9 +181,9 @@ def test_every_row_gets_the_same_but_its_own_settings(tmp_path: Path) -> None:
     assert [run.folder for run in runs[:1]] == [tmp_path / "runs" / "cafedistill-seed3"]
     first, second = (run.settings.to_run_config() for run in runs[:2])
     assert {key for key in first if first[key] != second[key]} == {"name", "distill-weight"}
-    assert first["equal-steps"] is True
-    assert first["evaluate-every"] == 10
-    (run, _) = plan_runs(experiment(settings={**TINY, "evaluate-every": 1}), tmp_path)
+    assert first["train.equal-steps"] is True
+    assert first["federation.evaluate-every"] == 10
+    (run, _) = plan_runs(experiment(settings={**TINY, "federation.evaluate-every": 1}), tmp_path)
     assert run.settings.evaluate_every == 1
 
 
@@ -255,11 +255,11 @@ def test_shipped_experiments_can_run(tmp_path: Path) -> None:
         ({"rows": [{"method": "fedavg", "settings": {"mu": 0.1}}]}, "fedavg has no setting 'mu'"),
         ({"settings": {**TINY, "dataset": "cifar10", "data-dir": "/nowhere"}}, "there is no folder /nowhere/cifar10"),
         (
-            {"sweep": {"seeds": [1], "trials": {"fedprox-mu": [0.1]}}},
+            {"sweep": {"seeds": [1], "trials": {"fedprox.mu": [0.1]}}},
             "row 'fedavg': fedavg has no setting 'fedprox-mu'",
         ),
         (
-            {"settings": {**TINY, "partition": "pathological", "classes-per-client": 11}},
+            {"settings": {**TINY, "partition": "pathological", "data.classes-per-client": 11}},
             "row 'cafedistill': the pathological partition",
         ),
     ],
@@ -314,7 +314,7 @@ def test_new_resumable_finished_and_foreign(tmp_path: Path, no_report: None) -> 
     ):
         check_folders(changed, tmp_path)
     assert state_of(plan_runs(changed, tmp_path)[0], undecided={"learning-rate"}) == "finished"
-    unread = experiment(settings={**TINY, "num-server-rounds": 3, "fedprox-mu": 0.5})  # CAFEDistill does not read it
+    unread = experiment(settings={**TINY, "num-server-rounds": 3, "fedprox.mu": 0.5})  # CAFEDistill does not read it
     assert state_of(plan_runs(unread, tmp_path)[0]) == "finished"
     other.folder.mkdir()
     (other.folder / "photo.jpg").touch()
@@ -331,7 +331,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path: Path, no_r
 
 
 def test_a_failed_run_gives_the_last_line_of_its_reason_and_a_log(tmp_path: Path, no_report: None) -> None:
-    (run,) = plan_runs(experiment(rows=["fedavg"], settings={**TINY, "weight-decay": 1e30}), tmp_path)
+    (run,) = plan_runs(experiment(rows=["fedavg"], settings={**TINY, "train.weight-decay": 1e30}), tmp_path)
     reason = run_one(run)
     assert reason is not None
     assert "NaN or infinite" in reason
@@ -357,7 +357,7 @@ def test_rows_start_from_the_same_weights_data_and_participants(tmp_path: Path, 
 
     Personal classifiers start at zero. Shared ones start as they were built, and so do those of cafedistill-text.
     """
-    settings = {**TINY, "learning-rate": 1e-30, "fraction-train": 0.5, "num-clients": 4}
+    settings = {**TINY, "learning-rate": 1e-30, "federation.fraction-train": 0.5, "num-clients": 4}
     built, zero = ["fedavg", "cafedistill-text"], ["cafedistill", "cafedistill-plus", "fedper", "local", "fedrep"]
     rows = [*built, *zero]
     runs = plan_runs(experiment(rows=rows, settings=settings), tmp_path)
@@ -392,7 +392,7 @@ class Deadly(PlannedRun):
 def test_processes_run_side_by_side_and_one_that_dies_or_fails_stops_no_other(tmp_path: Path) -> None:
     """Four runs on two processes: one dies with its process, one fails, two finish, with one thread each."""
     good = plan_runs(experiment(seeds=[0, 1], rows=["fedavg"]), tmp_path)
-    (bad,) = plan_runs(experiment(rows=["local"], settings={**TINY, "weight-decay": 1e30}), tmp_path)
+    (bad,) = plan_runs(experiment(rows=["local"], settings={**TINY, "train.weight-decay": 1e30}), tmp_path)
     (deadly,) = plan_runs(experiment(rows=["fedper"]), tmp_path)
     runs = [Deadly(deadly.row, deadly.condition, deadly.settings), bad, *good]
     before = dict(os.environ)

@@ -990,7 +990,7 @@ def test_settings_that_change_no_number_may_change_on_resume(tmp_path, undisturb
     settings = stopped_run(tmp_path / "here", "asked to")
     moved = tmp_path / "moved"
     shutil.move(settings.results_dir, moved)
-    arrays = resume(settings, **{"results-dir": str(moved), "round-timeout": 5.0, "wait-seconds": 1.0})
+    arrays = resume(settings, **{"results-dir": str(moved), "federation.round-timeout": 5.0, "federation.wait-seconds": 1.0})
     assert same_arrays(arrays, undisturbed[1])
 
 
@@ -998,7 +998,7 @@ def test_a_run_of_a_version_that_knew_fewer_settings_is_resumed(tmp_path, undist
     settings = stopped_run(tmp_path, "asked to")
     path = settings.results / "settings.json"
     known = json.loads(path.read_text())
-    del known["wire-dtype"], known["device"]
+    del known["federation.wire-dtype"], known["device"]
     path.write_text(json.dumps(known))
     assert same_arrays(resume(settings), undisturbed[1])
 
@@ -1021,9 +1021,9 @@ def test_resume_with_another_network_is_refused(tmp_path, no_report):
     """The clients' network is what counts, whatever the settings say."""
     settings = stopped_run(tmp_path, "asked to")
     path = settings.results / "settings.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "feature-width": 12}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model.feature-width": 12}))
     with pytest.raises(ValueError, match="the checkpoint was made with another network or method"):
-        resume(settings, **{"feature-width": 12})
+        resume(settings, **{"model.feature-width": 12})
 
 
 # --- harmless repetition ---

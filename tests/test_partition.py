@@ -248,10 +248,10 @@ def test_the_published_protocol_deals_real_sets_out(real_data, tmp_path, name):
             "data-dir": str(home),
             "num-clients": 4,
             "dirichlet-alpha": 0.3,
-            "dirichlet-cap": True,
-            "test-share": 0.25,
-            "calibration-share": 0.0,
-            **({"network": "transformer", "text-part": "title"} if name == "ag-news" else {"augmentation": "none"}),
+            "data.dirichlet-cap": True,
+            "data.test-share": 0.25,
+            "data.calibration-share": 0.0,
+            **({"network": "transformer", "data.text-part": "title"} if name == "ag-news" else {"augmentation": "none"}),
         }
     )
     clients = [federation(settings).load(client) for client in range(4)]

@@ -199,11 +199,11 @@ def test_they_run_by_name_on_real_messages(tmp_path, no_report, copies, network,
         ({"network": "published-conv", "dataset": "ag-news"}, "'published-conv' takes images, and 'ag-news' holds"),
         ({"network": "published-transformer", "dataset": "cifar10"}, "'published-transformer' takes texts"),
         (
-            {"network": "published-conv", "network-width": 64},
+            {"network": "published-conv", "model.width": 64},
             "network-width = 64 does not change 'published-conv', .* leave it at 0, or choose network = 'conv'",
         ),
         ({"network": "published-resnet18", "norm": "layer"}, "norm = 'layer' does not change 'published-resnet18'"),
-        ({"network": "published-resnet18", "stem-stride": 2}, "stem-stride = 2 does not change"),
+        ({"network": "published-resnet18", "model.stem-stride": 2}, "stem-stride = 2 does not change"),
         ({"network": "published-conv", "statistics": "drop"}, "'published-conv' has none: set it to 'average'"),
         (
             {"network": "published-transformer", "dataset": "ag-news", "objective": "neo-kd"},
@@ -218,7 +218,7 @@ def test_settings_that_would_change_nothing_are_refused(settings, message):
 
 
 def test_settings_that_say_what_a_published_network_is_are_taken():
-    same = {"network": "published-resnet18", "network-width": 64, "network-depth": 4, "norm": "batch"}
+    same = {"network": "published-resnet18", "model.width": 64, "model.depth": 4, "norm": "batch"}
     assert Settings.from_run_config({**same, "statistics": "personal"}).network == "published-resnet18"
 
 

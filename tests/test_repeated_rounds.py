@@ -114,7 +114,7 @@ def test_after_the_last_try_the_run_stops_with_all_reasons_and_can_be_resumed(tm
     assert [line["round"] for line in lines_of(settings)] == [1]
     assert Checkpoints(settings.results / "checkpoint").load().round == 1
 
-    again = type(settings).from_run_config({**settings.to_run_config(), "resume": True, "round-retries": 5})
+    again = type(settings).from_run_config({**settings.to_run_config(), "resume": True, "federation.round-retries": 5})
     assert same_arrays(run_small(again, N, app=toy_app()).arrays, undisturbed[1])
     Recorded.read(settings.results).assert_same(undisturbed[0], but=TRAFFIC)
 

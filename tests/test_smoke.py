@@ -168,7 +168,7 @@ def test_a_made_up_set_has_the_hubs_columns_and_is_never_written_over_real_data(
 
 
 def planned(**changes):
-    settings = {"dataset": "digits", "num-clients": 3, "num-server-rounds": 40, "local-steps": 10, "batch-size": 8}
+    settings = {"dataset": "digits", "num-clients": 3, "num-server-rounds": 40, "local-steps": 10, "train.batch-size": 8}
     content = {"name": "e", "seeds": [0, 1], "settings": {**settings, **changes}, "rows": ["fedavg"]}
     return plan_runs(Experiment.model_validate(content), Path("/nowhere"))
 
@@ -185,7 +185,7 @@ def test_time_is_rounds_times_clients_times_steps_and_evaluations(monkeypatch):
     assert estimate(planned(), 2).seconds == pytest.approx(one)
     assert estimate(planned(), 9).jobs == 2
     half = 3 + 40 * 2 * 10 * 2.0 + 4 * 2 * (examples * 2 / 3) * 0.4 * 0.5
-    assert estimate(planned(**{"fraction-train": 0.6}), 2).seconds == pytest.approx(half)
+    assert estimate(planned(**{"federation.fraction-train": 0.6}), 2).seconds == pytest.approx(half)
     epochs = 3 + 40 * 3 * 2 * (600 * 0.48 / 3 / 8) * 2.0 + 4 * 2 * examples * 0.4 * 0.5
     assert estimate(planned(**{"local-epochs": 2}), 2).seconds == pytest.approx(epochs)
 
