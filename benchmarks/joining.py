@@ -50,7 +50,13 @@ def federate(job: dict[str, Any], seed: int, folder: str) -> Path:
     members = job["num-clients"]
     given = {"num-clients": members + NEWCOMERS, "seed": seed, "name": f"seed-{seed}"}
     settings = Settings.from_run_config(
-        {**job, **given, "results-dir": folder, "federation.wait-seconds": 0.0, "federation.evaluate-every": job["num-server-rounds"]}
+        {
+            **job,
+            **given,
+            "results-dir": folder,
+            "federation.wait-seconds": 0.0,
+            "federation.evaluate-every": job["num-server-rounds"],
+        }
     )
     grid = InProcessGrid(app, 1, settings.to_run_config())
     for context in grid.contexts.values():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -13,19 +12,19 @@ from pydantic.alias_generators import to_snake
 
 from cafe_flwr.core.log import logger
 from cafe_flwr.core.older_settings import renamed
-from cafe_flwr.core.options import Option, option, options_of, section
+from cafe_flwr.core.options import Option, options_of
+from cafe_flwr.core.tables import leaves, nested
 from cafe_flwr.core.text import closest, kebab
-from cafe_flwr.data.modalities import MODALITIES
-from cafe_flwr.data.options import EMBEDDED, TEXT_SETS, Data, Heterogeneity, check_data
+from cafe_flwr.data.options import TEXT_SETS, Data, Heterogeneity, check_clients, check_data
 from cafe_flwr.methods.base import Method, ObjectiveName
 from cafe_flwr.methods.registry import METHODS
 from cafe_flwr.networks.capacity import read_shares
 from cafe_flwr.networks.options import TEXT_NETWORKS, Compute, Model, check_model
 from cafe_flwr.risk.options import Calibration
-from cafe_flwr.server.options import Federation
+from cafe_flwr.server.options import Federation, Run
 from cafe_flwr.training.objectives.base import Objective
 from cafe_flwr.training.objectives.registry import OBJECTIVES
-from cafe_flwr.training.options import LocalBudget, Schedule, learning_rate_at
+from cafe_flwr.training.options import LocalBudget, Schedule, check_training
 from cafe_flwr.wire.options import Bounds, Privacy
 
 # Of everything that people write by hand: kebab-case names, no unknown ones, no conversion of types.
@@ -39,43 +38,6 @@ STRICT = ConfigDict(
     use_attribute_docstrings=True,
     allow_inf_nan=False,
 )
-
-
-@section("")
-@dataclass(frozen=True)
-class Run:
-    """What the run is, and where it writes."""
-
-    name: str = option(
-        "",
-        "Name of the run and of its results folder; empty: made from data set, method and seed.",
-        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
-        max_length=100,
-        compare="own",
-        free=True,
-    )
-    seed: int = option(
-        0,
-        "Seed of everything that is random: partition, images, initial weights, participants, batches.",
-        ge=0,
-        lt=2**32,
-        compare="own",
-    )
-    results_dir: str = option(
-        "~/cafe-flwr-results",
-        "Folder of all results, absolute or from '~'. A run writes to <results-dir>/<name>.",
-        min_length=1,
-        compare="own",
-        free=True,
-    )
-    mode: str = option(
-        "train",
-        "'train': a federation. 'calibrate': thresholds for the personal networks that the run of this name has left.",
-        choices=("train", "calibrate"),
-        compare="row",
-    )
-    resume: bool = option(False, "Go on from the last checkpoint of the run of this name.", compare="own", free=True)
-    method: str = option("cafedistill", "Method of federated learning, see docs/methods.md.", compare="own")
 
 
 _SECTIONS = (
@@ -200,14 +162,9 @@ class Settings(_Declared):
             Naming every key that is unknown (with the nearest known one), has the wrong type or an impossible value.
         """
         try:
-            return cls.model_validate(_nested(todays(run_config)), by_alias=True, by_name=False)
+            return cls.model_validate(nested(todays(run_config)), by_alias=True, by_name=False)
         except ValidationError as error:
             raise ValueError("; ".join(_explain(detail) for detail in error.errors())) from None
-
-    @classmethod
-    def keys(cls) -> list[str]:
-        """The keys of all settings: first those in no table."""
-        return list(OPTIONS)
 
     def to_run_config(self) -> dict[str, bool | int | float | str]:
         """All settings by their keys."""
@@ -218,10 +175,6 @@ class Settings(_Declared):
         table, _, name = key.rpartition(".")
         return getattr(getattr(self, to_snake(table)) if table else self, to_snake(name))
 
-    def changed(self, changes: Mapping[str, Any]) -> Settings:
-        """These settings with other values for some keys, checked anew."""
-        return Settings.from_run_config({**self.to_run_config(), **todays(changes)})
-
     def of(self, declared: type[Wanted], **instead: Any) -> Wanted:
         """The options of a part, as the dataclass that declares them; ``instead`` stands in the place of some."""
         return declared(**{**{o.field: self.value(o.key) for o in options_of(declared)}, **instead})
@@ -229,12 +182,15 @@ class Settings(_Declared):
     @model_validator(mode="after")
     def _agree(self) -> Settings:
         if self.method not in METHODS:
-            near = closest(self.method, METHODS)
-            raise ValueError(
-                f"method should be one of {', '.join(METHODS)}, got {self.method!r}"
-                + (f"; did you mean {near!r}?" if near else "")
-            )
-        for problem in _disagreements(self):
+            hint = f"; did you mean {near!r}?" if (near := closest(self.method, METHODS)) else ""
+            raise ValueError(f"method should be one of {', '.join(METHODS)}, got {self.method!r}{hint}")
+        check_data(self.of(Data))
+        check_model(self.of(Model))
+        self.of(Bounds), self.of(Privacy)
+        read_shares(self.heterogeneity.depth_shares)
+        check_clients(self.of(Heterogeneity), self.network, self.dataset)
+        check_training(self.build_budget(), self.of(Schedule), self.num_server_rounds)
+        for problem in (*_disagreements(self), *_relative_paths(self)):
             raise ValueError(problem)
         return self
 
@@ -249,11 +205,6 @@ class Settings(_Declared):
     def build_budget(self) -> LocalBudget:
         """How a client trains in one round."""
         return self.of(LocalBudget, **({} if self.train.optimizer == "sgd" else {"momentum": 0.0}))
-
-    def learning_rate_in(self, server_round: int) -> float:
-        """The learning rate of a round t = 1, …, T."""
-        schedule = self.train.learning_rate_schedule, self.train.learning_rate_decay
-        return learning_rate_at(self.learning_rate, server_round, self.num_server_rounds, *schedule)
 
     def not_read(self) -> dict[str, str]:
         """Keys that no chosen part reads, and what would, in words."""
@@ -287,9 +238,9 @@ class Settings(_Declared):
         return Path(self.results_dir).expanduser() / self.run_name
 
 
-def _disagreements(settings: Settings) -> Iterator[str]:
-    """What settings say against each other, each one well formed; only the first counts."""
-    s, method = settings, settings.build_method()
+def _disagreements(s: Settings) -> Iterator[str]:
+    """What the parts say against each other, each one well formed."""
+    method = s.build_method()
     if s.federation.min_train_nodes > s.num_clients:
         yield (
             f"federation.min-train-nodes ({s.federation.min_train_nodes}) must not exceed num-clients ({s.num_clients})"
@@ -305,11 +256,11 @@ def _disagreements(settings: Settings) -> Iterator[str]:
         yield f"network = {s.network!r} takes {takes}, and {s.dataset!r} holds {holds}: set network to {fitting}"
     if s.objective == "neo-kd" and takes == "texts":
         yield "objective = 'neo-kd' changes inputs a little, and tokens cannot be: choose another one"
-    check_model(s.of(Model))
-    s.of(Bounds), s.of(Privacy)
-    check_data(s.of(Data))
-    yield from _of_clients(s)
-    yield from _of_training(s)
+    if s.train.optimizer != "sgd" and s.train.momentum not in (0.0, OPTIONS["train.momentum"].default):
+        yield f"train.momentum = {s.train.momentum} is of sgd: set it to 0, or train.optimizer = 'sgd'"
+
+
+def _relative_paths(s: Settings) -> Iterator[str]:
     for key in ("results-dir", "federation.state-dir", "data.dir", "dataset"):
         path = s.value(key)
         if key == "dataset":
@@ -319,46 +270,6 @@ def _disagreements(settings: Settings) -> Iterator[str]:
                 f"{key} must be an absolute path or start with '~', got {path!r}: Flower's processes have "
                 "their own working directory" + "; or set data.dir, where it lies" * (key == "dataset")
             )
-
-
-def _of_clients(s: Settings) -> Iterator[str]:
-    """Depths and modalities of the clients."""
-    read_shares(s.heterogeneity.depth_shares)
-    names, said = s.of(Heterogeneity).modality_names, f"heterogeneity.modalities = {s.heterogeneity.modalities!r}"
-    if unknown := [name for name in names if name not in MODALITIES]:
-        near = closest(unknown[0], MODALITIES)
-        yield (
-            f"heterogeneity.modalities should be among {', '.join(MODALITIES)}, got {unknown[0]!r}"
-            + (f"; did you mean {near!r}?" if near else "")
-        )
-    if len(set(names)) < len(names):
-        yield f"heterogeneity.modalities names one twice: {s.heterogeneity.modalities!r}"
-    if names and s.network != "conv":
-        yield f"{said} is for network = 'conv', got {s.network!r}"
-    if names and s.dataset not in EMBEDDED:
-        yield f"{said} is for {' and '.join(EMBEDDED)}"
-
-
-def _of_training(s: Settings) -> Iterator[str]:
-    """The optimiser's momentum and its learning rates."""
-    train, decay = s.train, f"train.learning-rate-decay = {s.train.learning_rate_decay}"
-    if train.optimizer != "sgd" and train.momentum not in (0.0, OPTIONS["train.momentum"].default):
-        yield f"train.momentum = {train.momentum} is of sgd: set it to 0, or train.optimizer = 'sgd'"
-    if train.keep_momentum and train.optimizer == "sgd" and not train.momentum:
-        yield (
-            "train.keep-momentum = true has nothing to keep, as train.momentum = 0.0: raise train.momentum (0.9 is "
-            "usual), or set train.keep-momentum to false"
-        )
-    if train.learning_rate_decay != 1 and train.learning_rate_schedule != "exponential":
-        yield (
-            f"{decay} is of train.learning-rate-schedule = 'exponential', got {train.learning_rate_schedule!r}: set "
-            "train.learning-rate-schedule to 'exponential', or train.learning-rate-decay to 1.0"
-        )
-    if not s.learning_rate_in(s.num_server_rounds):
-        yield (
-            f"{decay} shrinks the learning rate to 0 within {s.num_server_rounds} rounds: choose one nearer to 1, such "
-            "as 0.99"
-        )
 
 
 def _among(value: Any, values: Sequence[Any]) -> bool:
@@ -380,7 +291,7 @@ def todays(run_config: Mapping[str, Any]) -> dict[str, Any]:
     {'seed': 1, 'federation.wait-seconds': 5.0}
     """
     given: dict[str, Any] = {}
-    for key, value in _leaves(run_config):
+    for key, value in leaves(run_config):
         if key in given:
             raise ValueError(f"{key!r} is there twice, in a table and with a dot: leave one out")
         given[key] = value
@@ -410,37 +321,13 @@ def _tell_former(names: tuple[tuple[str, str], ...]) -> None:
     logger.warning("%s: %s%s", said, ", ".join(pairs), more)
 
 
-def _leaves(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
-
-
-def _nested(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys with dots as tables."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        *tables, name = str(key).split(".")
-        place = found
-        for table in tables:
-            place = place.setdefault(table, {})
-            if not isinstance(place, dict):
-                raise ValueError(f"{key.rpartition('.')[0]!r} is there as a value and as a table: leave one out")
-        if isinstance(place.get(name), dict):
-            raise ValueError(f"{key!r} is there as a value and as a table: leave one out")
-        place[name] = value
-    return found
-
-
 def _explain(detail: Any) -> str:
     """One pydantic error in words for people."""
     if not detail["loc"]:  # raised by a rule about several settings
         return str(detail["ctx"]["error"])
     key, value = ".".join(map(str, detail["loc"])), detail["input"]
     if detail["type"] == "extra_forbidden":
-        key = next(_leaves({key: value}), (key, None))[0]
+        key = next(leaves({key: value}), (key, None))[0]
         if now := renamed(key):
             return f"unknown setting {key!r}: {now}"
         near = _nearest(key)
@@ -461,8 +348,3 @@ def _nearest(key: str) -> str | None:
     names = {name: k for k, o in OPTIONS.items() for name in (k.rpartition(".")[2], o.formerly) if name}
     names |= {k: k for k in OPTIONS}
     return names[near] if (near := closest(key, names)) else None
-
-
-def keys_of_other_methods(method: str) -> set[str]:
-    """Keys that only other methods than this one read."""
-    return {key for key, when in READ_WHEN.items() if method not in when.get("method", (method,))}

@@ -54,6 +54,11 @@ def key_of(name: str) -> str:
     return places[0] if len(places) == 1 else name
 
 
+def changed(settings: Settings, changes: dict[str, Any]) -> Settings:
+    """Settings with other values for some keys."""
+    return Settings.from_run_config({**settings.to_run_config(), **changes})
+
+
 def digits_app() -> ClientApp:
     """The ClientApp of the settings, as ``client_app.py`` makes it; with caches of its own, like a new process."""
     return make_client_app(

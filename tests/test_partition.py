@@ -251,7 +251,9 @@ def test_the_published_protocol_deals_real_sets_out(real_data, tmp_path, name):
             "data.dirichlet-cap": True,
             "data.test-share": 0.25,
             "data.calibration-share": 0.0,
-            **({"network": "transformer", "data.text-part": "title"} if name == "ag-news" else {"augmentation": "none"}),
+            **(
+                {"network": "transformer", "data.text-part": "title"} if name == "ag-news" else {"augmentation": "none"}
+            ),
         }
     )
     clients = [federation(settings).load(client) for client in range(4)]

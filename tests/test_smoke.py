@@ -168,7 +168,13 @@ def test_a_made_up_set_has_the_hubs_columns_and_is_never_written_over_real_data(
 
 
 def planned(**changes):
-    settings = {"dataset": "digits", "num-clients": 3, "num-server-rounds": 40, "local-steps": 10, "train.batch-size": 8}
+    settings = {
+        "dataset": "digits",
+        "num-clients": 3,
+        "num-server-rounds": 40,
+        "local-steps": 10,
+        "train.batch-size": 8,
+    }
     content = {"name": "e", "seeds": [0, 1], "settings": {**settings, **changes}, "rows": ["fedavg"]}
     return plan_runs(Experiment.model_validate(content), Path("/nowhere"))
 

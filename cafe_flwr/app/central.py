@@ -250,8 +250,7 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
             raise ValueError(f"train.{switch} is of a client in a federation: training in one place does not take it")
     if settings.train.learning_rate_schedule != "cosine":
         raise ValueError(
-            f"train.learning-rate-schedule = {settings.train.learning_rate_schedule!r} is of a federation's rounds: "
-            "training in one place has none, leave it out"
+            "train.learning-rate-schedule is of a federation's rounds, which training in one place has not"
         )
     if settings.num_clients != 1 or not settings.local_epochs:
         raise ValueError("training in one place has one client and counts epochs: make settings by central_settings")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cafe_flwr.results.page import write_report
-from cafe_flwr.settings import keys_of_other_methods, todays
+from cafe_flwr.settings import READ_WHEN, todays
 
 
 def write_page(folder: Path) -> Path:
@@ -21,5 +21,5 @@ def _read_by_its_method(saved: dict[str, Any]) -> Mapping[str, Any]:
         settings = todays(saved)
     except ValueError:
         return saved
-    others = keys_of_other_methods(str(settings.get("method")))
-    return {key: value for key, value in settings.items() if key not in others}
+    method = str(settings.get("method"))
+    return {k: value for k, value in settings.items() if method in READ_WHEN.get(k, {}).get("method", (method,))}

@@ -20,7 +20,7 @@ Compare = Literal["all", "row", "budget", "free", "own"]
 Declared = TypeVar("Declared")
 
 
-def option(
+def option(  # noqa: PLR0913 (all that can be said of a setting)
     default: Any,
     doc: str,
     *,

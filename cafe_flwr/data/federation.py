@@ -14,24 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cafe_flwr.core.random import rng_for
-from cafe_flwr.data import digits, docstrings
-from cafe_flwr.data.augmentation import Augmentation
-from cafe_flwr.data.hub import HUB_SETS, open_set
-from cafe_flwr.data.local import read_local
+from cafe_flwr.data import digits
 from cafe_flwr.data.options import Data
 from cafe_flwr.data.partition import partition_labels, partition_naturally, stratified_split
 from cafe_flwr.data.shifts import check_rotations, check_shifts, rotate, shift_labels
+from cafe_flwr.data.sources import Source, source_of
 from cafe_flwr.data.split import ClientData, Split
-from cafe_flwr.data.tokenizer import Tokenizer
 from cafe_flwr.networks.preprocessing import SYMMETRIC, Normalisation
 
 
@@ -71,21 +65,6 @@ class FederatedData:
         return len(self.class_names)
 
 
-class _Source(NamedTuple):
-    """A data set before it is dealt out."""
-
-    labels: NDArray[np.int64]
-    class_names: tuple[str, ...]
-    input_shape: tuple[int, ...]
-    read: Callable[[NDArray[np.int64]], Tensor] | None = None  # inputs of rows; None: rendered, not read
-    column: Callable[[str], Sequence[Any]] | None = None  # values of a column; None: it has no columns
-    splits: NDArray[np.int64] | None = None  # 0, 1 or 2 where the set itself says what a row is for
-    rows: NDArray[np.int64] | None = None  # of the whole set, where only some take part
-    vocabulary: int = 0
-    pixels: Normalisation = SYMMETRIC
-    augment: Augmentation | None = None
-
-
 def load_federation(
     dataset: str,
     num_clients: int,
@@ -122,7 +101,7 @@ def load_federation(
         ``"tiny-imagenet"``, ``"ag-news"``. Or ``"local:<path>"`` (a parquet file, a folder of parquet files, or a
         folder with one subfolder of images per class).
     num_clients
-        Number of clients.
+        How many.
     partition
         ``"dirichlet"`` (concentration ``alpha``), ``"pathological"`` (``classes_per_client`` classes each) or
         ``"natural"`` (by the values of ``partition_column``).
@@ -136,18 +115,14 @@ def load_federation(
         Embedded sets only: mean number of examples per client, all splits together.
     shares
         Shares of train, calibration and test; they sum to 1.
-    image_size
-        Local sets only: resize images to this height and width; 0 keeps them as they are.
-    image_column, label_column
-        Local sets only: names of the columns.
-    data_dir
-        Sets of the hub only: folder with a local copy in ``<data_dir>/<dataset>``; empty: the hub.
-    augmentation
-        Sets of the hub only: ``"usual"``, random crops and mirror images in training, or ``"none"``.
-    max_tokens, vocabulary
-        Texts only: words of a text that are kept, and the number of different tokens (:mod:`cafe_flwr.data.tokenizer`).
-    long_texts
-        Texts only: ``"cut"`` those of more words than ``max_tokens``, or ``"refuse"`` them.
+    image_size, image_column, label_column
+        Local sets only: height and width that images are resized to (0 keeps them as they are), names of the columns.
+    data_dir, augmentation
+        Sets of the hub only: folder with a local copy in ``<data_dir>/<dataset>`` (empty: the hub); and ``"usual"``,
+        random crops and mirror images in training, or ``"none"``.
+    max_tokens, vocabulary, long_texts
+        Texts only: words of a text that are kept, the number of different tokens (:mod:`cafe_flwr.data.tokenizer`), and
+        what to do with longer ones, ``"cut"`` or ``"refuse"``.
     text_part
         AG News only: ``"whole"`` texts, or ``"title"`` (:meth:`cafe_flwr.data.hub.OpenSet.texts`).
     label_groups
@@ -221,7 +196,7 @@ def deal_out(options: Data, num_clients: int, seed: int = 0) -> FederatedData:
         raise ValueError(
             f"data.label-groups = {options.label_groups} is not for data.partition = 'natural': set it to 0"
         )
-    source = _source_of(options, num_clients * options.examples_per_client, seed)
+    source = source_of(options, num_clients * options.examples_per_client, seed)
     check_rotations(options.rotations, source.input_shape)
     parts = _parts(options, source, num_clients, seed)
     return FederatedData(
@@ -235,17 +210,7 @@ def deal_out(options: Data, num_clients: int, seed: int = 0) -> FederatedData:
     )
 
 
-def _source_of(options: Data, num_examples: int, seed: int) -> _Source:
-    """The data set; an embedded one of so many examples."""
-    tokenizer = Tokenizer(options.max_tokens, options.vocabulary, cut=options.long_texts == "cut")
-    if options.dataset in digits.NUM_CLASSES:
-        return _embedded(options.dataset, num_examples)
-    if options.dataset == "docstrings":
-        return _docstrings(num_examples, options.shares, seed, tokenizer)
-    return _of_the_hub(options, tokenizer) if options.dataset in HUB_SETS else _local(options)
-
-
-def _parts(options: Data, source: _Source, num_clients: int, seed: int) -> list[NDArray[np.int64]]:
+def _parts(options: Data, source: Source, num_clients: int, seed: int) -> list[NDArray[np.int64]]:
     """Positions of every client's examples."""
     groups = options.label_groups
     if options.partition == "natural":
@@ -279,7 +244,7 @@ def _parts(options: Data, source: _Source, num_clients: int, seed: int) -> list[
     return parts
 
 
-def _load(options: Data, source: _Source, parts: Sequence[NDArray[np.int64]], seed: int, client: int) -> ClientData:
+def _load(options: Data, source: Source, parts: Sequence[NDArray[np.int64]], seed: int, client: int) -> ClientData:
     """The data of one client."""
     if not 0 <= client < len(parts):
         raise ValueError(f"client must be in 0..{len(parts) - 1}, got {client}")
@@ -312,50 +277,3 @@ def _load(options: Data, source: _Source, parts: Sequence[NDArray[np.int64]], se
         y = shift_labels(validation.y.numpy(), train.y.numpy(), options.test_shift, rng("test-shift"))
         validation = make("validation", "train", y)
     return ClientData(train, calibration, validation, source.augment)
-
-
-def _embedded(dataset: str, num_examples: int) -> _Source:
-    """An embedded set of at least so many examples, all classes alike."""
-    names = digits.class_names(dataset)
-    labels = np.repeat(np.arange(len(names)), -(-num_examples // len(names)))
-    return _Source(labels, names, (1, digits.IMAGE_SIZE, digits.IMAGE_SIZE))
-
-
-def _local(options: Data) -> _Source:
-    """The set ``"local:<path>"``."""
-    kind, _, path = options.dataset.partition(":")
-    if kind != "local" or not path:
-        known = ", ".join(map(repr, (*digits.NUM_CLASSES, "docstrings", *HUB_SETS)))
-        raise ValueError(f"dataset must be {known} or 'local:<path>', got {options.dataset!r}")
-    images, labels, names, column = read_local(
-        Path(path).expanduser(), options.image_size, options.image_column, options.label_column
-    )
-    shape = tuple(int(n) for n in images.shape[1:])
-    return _Source(labels, names, shape, lambda rows: torch.from_numpy(images[rows]), column)
-
-
-def _docstrings(num_examples: int, shares: tuple[float, float, float], seed: int, tokenizer: Tokenizer) -> _Source:
-    """The sentences of installed packages."""
-    sentences = docstrings.sentences()
-    rows, splits = docstrings.draw(num_examples, shares, seed)
-    return _Source(
-        sentences.labels[rows],
-        docstrings.PACKAGES,
-        (tokenizer.max_tokens,),
-        lambda wanted: tokenizer([sentences.texts[row] for row in wanted]),
-        splits=splits,
-        rows=rows,
-        vocabulary=tokenizer.vocabulary,
-    )
-
-
-def _of_the_hub(options: Data, tokenizer: Tokenizer) -> _Source:
-    """A set of the hub, or a local copy of it."""
-    opened = open_set(options.dataset, options.dir)
-    about, size = opened.about, opened.about.image_size
-    source = _Source(opened.labels, opened.class_names, (3, size, size), opened.images, opened.column)
-    if not size:
-        read, shape = (lambda rows: tokenizer(opened.texts(rows, options.text_part))), (tokenizer.max_tokens,)
-        return source._replace(read=read, input_shape=shape, vocabulary=tokenizer.vocabulary)
-    augment = about.augmentation if options.augmentation == "usual" else None
-    return source._replace(pixels=about.pixels, augment=augment)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cafe_flwr.core.options import option, section
+from cafe_flwr.core.text import nearest
 
 EMBEDDED = ("digits", "digit-pairs")
 HUB_IMAGES = ("cifar10", "cifar100", "tiny-imagenet")
 HUB_TEXTS = ("ag-news",)
 TEXT_SETS = ("docstrings", *HUB_TEXTS)
 LOCAL = ("local", "local:<path>")
+MODALITIES = ("image", "rows")
 
 _NAMES = "|".join((*EMBEDDED, *HUB_IMAGES, *TEXT_SETS))
 _TEXTS = {"dataset": TEXT_SETS}
@@ -279,3 +281,19 @@ def _check_partition(data: Data) -> None:
             f"data.dirichlet-cap = true is of a Dirichlet partition, and data.partition = {data.partition!r}: set it "
             "to false" + ", or data.natural-split to 'dirichlet'" * natural
         )
+
+
+def check_clients(clients: Heterogeneity, network: str, dataset: str) -> None:
+    """Raise ValueError, in the keys of a run's settings, if there are no such modalities, or not for these parts."""
+    names, said = clients.modality_names, f"heterogeneity.modalities = {clients.modalities!r}"
+    if unknown := [name for name in names if name not in MODALITIES]:
+        raise ValueError(
+            f"heterogeneity.modalities should be among {', '.join(MODALITIES)}, got {unknown[0]!r}; "
+            f"{nearest(unknown[0], MODALITIES)}"
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"heterogeneity.modalities names one twice: {clients.modalities!r}")
+    if names and network != "conv":
+        raise ValueError(f"{said} is for network = 'conv', got {network!r}")
+    if names and dataset not in EMBEDDED:
+        raise ValueError(f"{said} is for {' and '.join(EMBEDDED)}")

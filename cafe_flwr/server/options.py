@@ -1,10 +1,47 @@
-"""What the server is told: who takes part, how often clients evaluate, how long it waits."""
+"""What the server is told: which run it is, who takes part, how often clients evaluate, how long it waits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from cafe_flwr.core.options import check_settings, option, section
+
+
+@section("")
+@dataclass(frozen=True)
+class Run:
+    """What the run is, and where it writes."""
+
+    name: str = option(
+        "",
+        "Name of the run and of its results folder; empty: made from data set, method and seed.",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+        max_length=100,
+        compare="own",
+        free=True,
+    )
+    seed: int = option(
+        0,
+        "Seed of everything that is random: partition, images, initial weights, participants, batches.",
+        ge=0,
+        lt=2**32,
+        compare="own",
+    )
+    results_dir: str = option(
+        "~/cafe-flwr-results",
+        "Folder of all results, absolute or from '~'. A run writes to <results-dir>/<name>.",
+        min_length=1,
+        compare="own",
+        free=True,
+    )
+    mode: str = option(
+        "train",
+        "'train': a federation. 'calibrate': thresholds for the personal networks that the run of this name has left.",
+        choices=("train", "calibrate"),
+        compare="row",
+    )
+    resume: bool = option(False, "Go on from the last checkpoint of the run of this name.", compare="own", free=True)
+    method: str = option("cafedistill", "Method of federated learning, see docs/methods.md.", compare="own")
 
 
 @section("federation")

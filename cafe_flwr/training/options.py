@@ -78,8 +78,8 @@ class LocalBudget:
             raise ValueError(f"momentum is of sgd, {self.optimizer} has none: set it to 0, got {self.momentum}")
         if self.keep_momentum and self.optimizer == "sgd" and not self.momentum:
             raise ValueError(
-                "keep_momentum has nothing to keep, as sgd with momentum 0 has none: raise momentum (0.9 is usual), "
-                "or leave keep_momentum off"
+                "keep_momentum has nothing to keep, as sgd with momentum 0 has none: raise train.momentum, or leave "
+                "train.keep-momentum off"
             )
 
     def num_draws(self, num_examples: int) -> int:
@@ -135,3 +135,18 @@ def learning_rate_at(
     half = num_rounds / 2
     progress = max(0.0, (server_round - half) / (num_rounds - half + 1))
     return base * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def check_training(budget: LocalBudget, schedule: Schedule, num_rounds: int) -> None:
+    """Raise ValueError, in the keys of a run's settings, if momentum and learning rates do not go together."""
+    decay, name = schedule.learning_rate_decay, schedule.learning_rate_schedule
+    said = f"train.learning-rate-decay = {decay}"
+    if decay != 1 and name != "exponential":
+        raise ValueError(
+            f"{said} is of train.learning-rate-schedule = 'exponential', got {name!r}: set "
+            "train.learning-rate-schedule to 'exponential', or train.learning-rate-decay to 1.0"
+        )
+    if not learning_rate_at(budget.learning_rate, num_rounds, num_rounds, name, decay):
+        raise ValueError(
+            f"{said} shrinks the learning rate to 0 within {num_rounds} rounds: choose one nearer to 1, such as 0.99"
+        )
