@@ -33,7 +33,7 @@ TEXT_RATES = {"digit-pairs": 0.3, "digits": 0.1}  # without momentum; other meth
 
 def settings_of(method: str, job: dict[str, Any]) -> dict[str, Any]:
     """The job as the method trains on it."""
-    own = {"learning-rate": TEXT_RATES[job["dataset"]], "momentum": 0.0} if method == "cafedistill-text" else {}
+    own = {"learning-rate": TEXT_RATES[job["dataset"]], "train.momentum": 0.0} if method == "cafedistill-text" else {}
     return {**job, **own, "method": method}
 
 

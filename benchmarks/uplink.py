@@ -23,7 +23,7 @@ ROUNDS = int(os.environ.get("UPLINK_ROUNDS", "30"))
 METHOD = os.environ.get("UPLINK_METHOD", "cafedistill-text")
 JOB: dict[str, Any] = {"method": METHOD}
 if METHOD == "cafedistill-text":
-    JOB |= {"learning-rate": 0.3, "momentum": 0.0}
+    JOB |= {"learning-rate": 0.3, "train.momentum": 0.0}
 DEMO_NODES, CLIENTS = 2, 20
 
 

@@ -47,11 +47,18 @@ def small_settings(folder: Path, **changes: Any) -> Settings:
 
 
 def key_of(name: str) -> str:
-    """The key of a setting by its name with underscores: its table's name may be left out where no other has it."""
+    """The key of a setting by its name with underscores, its table's too, or alone where one is meant: ``train_prior``
+    or ``prior``; ``text_mu`` for one of ``cafedistill-text``."""
     name = name.replace("_", "-")
-    places = [key for key in OPTIONS if name in (key, key.replace(".", "-"))]
+    spelt = {key: {key, key.replace(".", "-"), key.replace(".", "-").removeprefix("cafedistill-")} for key in OPTIONS}
+    places = [key for key, names in spelt.items() if name in names]
     places = places or [key for key in OPTIONS if key.rpartition(".")[2] == name]
-    return places[0] if len(places) == 1 else name
+    return next((key for key in places if key.startswith(("train.", "cafedistill."))), next(iter(places), name))
+
+
+def value_of(settings: Settings, name: str) -> Any:
+    """The value of a setting by its name as for :func:`key_of`."""
+    return settings.value(key_of(name))
 
 
 def changed(settings: Settings, changes: dict[str, Any]) -> Settings:

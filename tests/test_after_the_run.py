@@ -18,6 +18,7 @@ from federations import (
     CLASSES,
     INPUTS,
     DeviceGrid,
+    changed,
     digits_app,
     run_small,
     small_settings,
@@ -553,7 +554,7 @@ def test_only_a_finished_run_of_the_method_makes_a_package(ended: Ended, tmp_pat
         "not of ditto",
     ):
         package(build_network(ended.settings), METHODS["ditto"](), state, **options)
-    wider = build_network(ended.settings.model_copy(update={"feature_width": 12}))
+    wider = build_network(changed(ended.settings, {"model.feature-width": 12}))
     with pytest.raises(ValueError, match="made with another network or method"):
         package(wider, ended.settings.build_method(), state, **options)
     (results / "checkpoint" / "round-000012.safetensors").unlink()

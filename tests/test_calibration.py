@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federations import digits_app, run_federation, small_settings
+from federations import changed, digits_app, run_federation, small_settings
 from typer.testing import CliRunner
 
 from cafe_flwr.app.run import calibrate
@@ -76,7 +76,7 @@ def test_thresholds_of_one_network_are_refused_by_another(settings: Settings) ->
 def test_flower_gives_what_the_folder_gives(settings: Settings) -> None:
     """Nodes are asked by three messages; the certificates and the files are those of the local command."""
     run = FinishedRun(settings.results)
-    asked = settings.model_copy(update={"mode": "calibrate", "risk": 0.2})
+    asked = changed(settings, {"mode": "calibrate", "calibration.risk": 0.2})
     local = calibrate_run(run, Request(risk=0.2, seed=settings.seed))
     files = {c: read_thresholds(run.folder / "personal", c) for c in run.clients}
     for c in run.clients:
@@ -92,7 +92,7 @@ def test_the_server_app_calibrates_when_the_mode_says_so(settings: Settings) -> 
 
     import server_app
 
-    asked = settings.model_copy(update={"mode": "calibrate", "risk": 0.25})
+    asked = changed(settings, {"mode": "calibrate", "calibration.risk": 0.25})
     config = asked.to_run_config()
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     before = (settings.results / "summary.json").read_bytes()
@@ -107,7 +107,7 @@ def test_a_client_without_network_is_named_and_the_others_go_on(settings: Settin
     for path in hidden:
         path.unlink()
     try:
-        asked = settings.model_copy(update={"mode": "calibrate", "risk": 0.2})
+        asked = changed(settings, {"mode": "calibrate", "calibration.risk": 0.2})
         found = calibrate(InProcessGrid(digits_app(), 2, asked.to_run_config()), asked)
     finally:
         for path, content in hidden.items():

@@ -279,7 +279,7 @@ EXPERIMENT = {
         "fedavg",
         "fedbabu",
         "fedrep",
-        {"label": "FedAvg + prior", "method": "fedavg", "settings": {"prior": True}},
+        {"label": "FedAvg + prior", "method": "fedavg", "settings": {"train.prior": True}},
     ],
     "sweep": {
         "seeds": [1000],
@@ -422,7 +422,7 @@ def test_finished_runs_are_skipped_and_failed_ones_tried_again(real: Real, monke
 
 
 def test_a_changed_experiment_is_refused_by_name(real: Real, tmp_path: Path) -> None:
-    changed = {**EXPERIMENT, "settings": {**EXPERIMENT["settings"], "momentum": 0.5}}  # type: ignore[dict-item]
+    changed = {**EXPERIMENT, "settings": {**EXPERIMENT["settings"], "train.momentum": 0.5}}  # type: ignore[dict-item]
     file = tmp_path / "real.yaml"
     file.write_text(yaml.safe_dump(changed))
     before = (real.home / "experiment.yaml").read_bytes()

@@ -37,7 +37,7 @@ TINY = {
     "local-steps": 2,
     "dirichlet-alpha": 1.0,
     "learning-rate": 0.3,
-    "momentum": 0.0,
+    "train.momentum": 0.0,
 }
 
 
@@ -68,7 +68,7 @@ def test_rows_labels_and_defaults(tmp_path: Path) -> None:
     rows = [
         "cafedistill",
         "fedavg",
-        {"method": "fedavg", "settings": {"prior": True}},
+        {"method": "fedavg", "settings": {"train.prior": True}},
         {"label": "x", "method": "local"},
     ]
     read = read_experiment(write(tmp_path, tiny(rows=rows)))
@@ -111,7 +111,7 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
         ({"reference": "cafedistil"}, "reference: no row is called 'cafedistil'; did you mean 'cafedistill'?"),
         ({"baselines": ["fedprox"]}, "baselines: no row is called 'fedprox'"),
         ({"settings": {"seed": 1}}, "settings: seed is set by the comparison itself"),
-        ({"settings": {"train.equal-steps": False}}, "settings: equal-steps is set by the comparison itself"),
+        ({"settings": {"train.equal-steps": False}}, "settings: train.equal-steps is set by the comparison itself"),
         ({"rows": [{"method": "fedavg", "settings": {"method": "local"}}]}, "method is set by the comparison itself"),
         ({"rows": [{"method": "fedavg", "settings": {"dirichlet-alpha": 9.0}}]}, "must be the same in all rows"),
         ({"rows": [{"method": "fedavg", "settings": {"local-steps": 9}}]}, "local-steps must be the same in all rows"),
@@ -124,11 +124,23 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
         ({"sweep": {"seeds": [1]}}, "sweep: no trials for 'cafedistill', 'fedavg'"),
         ({"sweep": {"seeds": [1, 1], "trials": {"learning-rate": [0.1]}}}, "sweep: seeds has 1 more than once"),
         (
-            {"sweep": {"seeds": [1], "trials": {"learning-rate": [0.1, 0.3]}, "own": {"fedavg": {"momentum": [0.9]}}}},
+            {
+                "sweep": {
+                    "seeds": [1],
+                    "trials": {"learning-rate": [0.1, 0.3]},
+                    "own": {"fedavg": {"train.momentum": [0.9]}},
+                }
+            },
             "all rows should have the same number of trials, got 'cafedistill' 2, 'fedavg' 1",
         ),
         (
-            {"sweep": {"seeds": [1], "trials": {"learning-rate": [0.1]}, "own": {"fedavgg": {"momentum": [0.9]}}}},
+            {
+                "sweep": {
+                    "seeds": [1],
+                    "trials": {"learning-rate": [0.1]},
+                    "own": {"fedavgg": {"train.momentum": [0.9]}},
+                }
+            },
             "sweep: own: no row is called 'fedavgg'; did you mean 'fedavg'?",
         ),
         ({"sweep": {"seeds": [1], "trials": {"num-clients": [5]}}}, "num-clients must be the same in all rows"),
@@ -184,7 +196,7 @@ def test_every_row_gets_the_same_but_its_own_settings(tmp_path: Path) -> None:
     assert first["train.equal-steps"] is True
     assert first["federation.evaluate-every"] == 10
     (run, _) = plan_runs(experiment(settings={**TINY, "federation.evaluate-every": 1}), tmp_path)
-    assert run.settings.evaluate_every == 1
+    assert run.settings.federation.evaluate_every == 1
 
 
 def test_fine_tuning_is_paid_for_with_rounds(tmp_path: Path) -> None:
@@ -203,19 +215,23 @@ def test_trials_see_validation_data_and_runs_do_not(tmp_path: Path) -> None:
         "seeds": [7, 8],
         "settings": {"num-server-rounds": 1},
         "trials": {"learning-rate": [0.1, 0.3]},
-        "own": {"fedavg": [{"momentum": 0.9}, {"learning-rate": 0.5}]},
+        "own": {"fedavg": [{"train.momentum": 0.9}, {"learning-rate": 0.5}]},
     }
     swept = experiment(sweep=sweep)
     trials = plan_trials(swept, tmp_path)
     assert len({trial.folder for trial in trials}) == len(trials) == 8
     assert {trial.folder.parent for trial in trials} == {tmp_path / "trials"}
-    assert {trial.settings.validation_share for trial in trials} == {0.25}
+    assert {trial.settings.data.validation_share for trial in trials} == {0.25}
     assert {trial.settings.num_server_rounds for trial in trials} == {1}
     of_fedavg = [t for t in trials if t.row == "fedavg" and t.settings.seed == 7]
-    assert [(t.settings.momentum, t.settings.learning_rate) for t in of_fedavg] == [(0.9, 0.3), (0.0, 0.5)]
+    assert [(t.settings.train.momentum, t.settings.learning_rate) for t in of_fedavg] == [(0.9, 0.3), (0.0, 0.5)]
     assert plan_runs(swept, tmp_path, {}) == []  # nothing is chosen yet
     (run,) = plan_runs(swept, tmp_path, {("fedavg", ()): {"learning-rate": 0.5}})
-    assert (run.settings.learning_rate, run.settings.validation_share, run.settings.num_server_rounds) == (0.5, 0, 2)
+    assert (run.settings.learning_rate, run.settings.data.validation_share, run.settings.num_server_rounds) == (
+        0.5,
+        0,
+        2,
+    )
 
 
 def test_slugs_keep_letters_digits_and_dots() -> None:
@@ -260,7 +276,7 @@ def test_shipped_experiments_can_run(tmp_path: Path) -> None:
             "row 'fedavg': fedavg has no setting 'fedprox-mu'",
         ),
         (
-            {"settings": {**TINY, "partition": "pathological", "data.classes-per-client": 11}},
+            {"settings": {**TINY, "data.partition": "pathological", "data.classes-per-client": 11}},
             "row 'cafedistill': the pathological partition",
         ),
     ],

@@ -25,6 +25,7 @@ from federations import (
     same_tensors,
     small_settings,
     strict_json,
+    value_of,
 )
 from rich.console import Console
 from safetensors.torch import load_file
@@ -33,6 +34,7 @@ from cafe_flwr import make_client_app
 from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.app.run import build_strategy
 from cafe_flwr.cost import macs_per_exit
+from cafe_flwr.data.options import Data
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.methods import METHODS
 from cafe_flwr.results.recorder import Recorder
@@ -454,21 +456,21 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         "learning_rate_schedule",
         "learning_rate_decay",
     ]:
-        assert getattr(strategy, name) == getattr(settings, name), name
+        assert getattr(strategy, name) == value_of(settings, name), name
     assert strategy.num_rounds == settings.num_server_rounds
     assert (strategy.bounds.max_norm, strategy.bounds.max_ratio) == (7000.0, 12.0)
     assert strategy.wire == "float16"
     assert strategy.privacy == Privacy(3.0, 4.0, 0.01, 0.0001, report_metrics=False)
     for name in ["batch_size", "learning_rate", "momentum", "weight_decay", "max_grad_norm", "keep_momentum"]:
-        assert getattr(strategy.local, name) == getattr(settings, name), name
+        assert getattr(strategy.local, name) == value_of(settings, name), name
     assert (strategy.local.steps, strategy.local.epochs) == (settings.local_steps, settings.local_epochs)
     assert strategy.method.name == settings.method
     assert strategy.method.objective == ERDE(ema_decay=0.9, temperature=2.0, right=0.75, wrong=0.2)
     own = {name: value for name, value in vars(strategy.method).items() if name != "objective"}
     for name, value in own.items():
-        assert value == getattr(settings, name), name
+        assert value == value_of(settings, name), name
     default = type(settings)()
-    kept = [name for name, value in own.items() if value == getattr(default, name)]
+    kept = [name for name, value in own.items() if value == value_of(default, name)]
     assert kept == ["distill"]  # which CAFEDistill has not: see below
 
 
@@ -522,10 +524,10 @@ def test_every_setting_of_the_data_set_reaches_it(tmp_path, monkeypatch):
     """No two are mistaken for one another: every one has a value of its own."""
     seen = {}
 
-    def watch(dataset, num_clients, **settings):
-        seen.update(settings, dataset=dataset, num_clients=num_clients)
+    def watch(options, num_clients, seed):
+        seen.update(vars(options), num_clients=num_clients, seed=seed)
 
-    monkeypatch.setattr("cafe_flwr.app.parts.load_federation", watch)
+    monkeypatch.setattr("cafe_flwr.app.parts.deal_out", watch)
     given = {
         "dataset": "local:/some/where",
         "num_clients": 7,
@@ -549,10 +551,11 @@ def test_every_setting_of_the_data_set_reaches_it(tmp_path, monkeypatch):
     }
     settings = small_settings(tmp_path, calibration_share=0.2, test_share=0.3, **given)
     alone = {"dirichlet_cap": True, "partition_column": "style", "natural_split": "dirichlet", "text_part": "title"}
-    federation(settings.model_copy(update=alone))  # unchecked: not with each other, nor with the rest
-    assert seen.pop("shares") == pytest.approx((0.5, 0.2, 0.3))
-    names = {"dirichlet_alpha": "alpha", "dirichlet_cap": "capped"}
-    assert seen == {names.get(key, key): value for key, value in (given | alone).items()}
+    unchecked = settings.data.model_copy(update=alone)  # not with each other, nor with the rest
+    federation(settings.model_copy(update={"data": unchecked}))
+    wanted = given | alone | {"calibration_share": 0.2, "test_share": 0.3, "dir": given["data_dir"]}
+    del wanted["data_dir"]
+    assert {key: value for key, value in seen.items() if value != getattr(Data(), key, None)} == wanted
 
 
 def test_an_undisturbed_run_warns_of_nothing(tmp_path, no_report, flower_log):

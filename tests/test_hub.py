@@ -17,6 +17,7 @@ from cafe_flwr import EarlyExitNetwork
 from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.data import Split, load_federation
 from cafe_flwr.data.augmentation import Augmentation
+from cafe_flwr.data.federation import deal_out
 from cafe_flwr.data.hub import HUB_SETS
 from cafe_flwr.data.tokenizer import Tokenizer
 from cafe_flwr.personal import FinishedRun
@@ -38,7 +39,7 @@ def _no_network_and_no_cache_outside(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    load_federation.cache_clear()
+    deal_out.cache_clear()
     yield
     if shown:
         datasets.enable_progress_bars()

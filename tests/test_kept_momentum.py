@@ -41,14 +41,14 @@ def without_interruption(settings, client):
     for name in network.classifier_names():
         nn.init.zeros_(network.get_parameter(name))
     data = federation(settings).load(client).train
-    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
-    further = {} if settings.optimizer == "adamw" else {"momentum": settings.momentum}
-    optimizer = kind(network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, **further)
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.train.optimizer]
+    further = {} if settings.train.optimizer == "adamw" else {"momentum": settings.train.momentum}
+    optimizer = kind(network.parameters(), settings.learning_rate, weight_decay=settings.train.weight_decay, **further)
     network.train()
     for t in range(ROUNDS):
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * settings.learning_rate_decay**t
-        size = min(settings.batch_size, len(data))
+        size = min(settings.train.batch_size, len(data))
         for index in batches(len(data), size, STEPS * size, rng_for(settings.seed, t + 1, client, "batches")):
             optimizer.zero_grad()
             logits = network(data.x[index])

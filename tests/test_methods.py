@@ -31,6 +31,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from safetensors.torch import load_file
 
 from cafe_flwr.core.files import to_json
+from cafe_flwr.core.options import options_of
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.data import ClientData, Split
@@ -42,7 +43,7 @@ from cafe_flwr.metrics import evaluate
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
-from cafe_flwr.settings import Settings, setting_key
+from cafe_flwr.settings import OPTIONS, Settings
 from cafe_flwr.training import LocalBudget
 from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.keys import Keys
@@ -389,27 +390,19 @@ def test_a_method_does_not_change(variant):
             setattr(method, f.name, getattr(method, f.name))
 
 
-def own_key(cls, f):
-    """Name of a method's setting in a run's settings: with the prefix of the method that declares it, or as it is if it
-    is one of every method."""
-    owner = next(c for c in cls.__mro__ if f.name in vars(c).get("__annotations__", {}))
-    return vars(owner).get("prefix", "") + f.name.replace("_", "-")
-
-
 @plain_methods
 def test_every_setting_says_what_it_is_and_can_be_set_in_a_run(variant):
-    """It has a doc, a default, and a name with the method's prefix among all settings; a value set arrives."""
+    """It has a doc, a default, and a name in the method's table among all settings; a value set arrives."""
     cls = METHODS[variant[0]]
+    keys = {o.field: o.key for o in options_of(cls)}
     for f in scalars(cls):
         assert len(f.metadata["doc"]) > 10
         assert f.metadata["doc"].endswith(".")
-        key = own_key(cls, f)
-        assert setting_key(cls, f.name).replace("_", "-") == key
-        offered = Settings.model_fields[key.replace("-", "_")]
-        assert (offered.description, offered.default) == (f.metadata["doc"], f.default)
+        offered = OPTIONS[keys[f.name]]
+        assert (offered.doc, offered.default) == (f.metadata["doc"], f.default)
         for value in other_values(cls.name, f) if (cls.name, f.name) not in REFUSED else []:
             too = WITH.get((cls.name, f.name), {})
-            config = {"method": cls.name, key: value} | {own_key(cls, cls.__dataclass_fields__[n]): too[n] for n in too}
+            config = {"method": cls.name, keys[f.name]: value} | {keys[n]: too[n] for n in too}
             set_so = Settings.from_run_config(config).build_method()
             assert settings_of(set_so) == {**settings_of(cls()), **too, f.name: value}
 

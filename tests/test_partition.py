@@ -14,6 +14,7 @@ from PIL import Image
 
 from cafe_flwr.app.parts import federation
 from cafe_flwr.data import load_federation
+from cafe_flwr.data.federation import deal_out
 from cafe_flwr.data.hub import open_set
 from cafe_flwr.data.partition import partition_labels, partition_naturally
 from cafe_flwr.data.tokenizer import Tokenizer, words
@@ -32,7 +33,7 @@ def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
-    load_federation.cache_clear()
+    deal_out.cache_clear()
 
 
 def rows_of(client):
@@ -252,7 +253,9 @@ def test_the_published_protocol_deals_real_sets_out(real_data, tmp_path, name):
             "data.test-share": 0.25,
             "data.calibration-share": 0.0,
             **(
-                {"network": "transformer", "data.text-part": "title"} if name == "ag-news" else {"augmentation": "none"}
+                {"network": "transformer", "data.text-part": "title"}
+                if name == "ag-news"
+                else {"data.augmentation": "none"}
             ),
         }
     )

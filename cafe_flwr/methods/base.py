@@ -87,7 +87,9 @@ class Method:
     prior: bool = setting(False, "Add the log of the client's own class shares to its logits, in training and after.")
     distill: bool = setting(False, "Let the mean of a client's exits teach each of them (temperature 3).")
     equal_steps: bool = setting(
-        True, "Methods that train two things in a round share the round's steps; false: each takes all, as published."
+        True,
+        "Methods that train two things in a round share the round's steps; false: each takes all, as published.",
+        compare="own",
     )
     classifier_start: str = setting(
         "zero",
