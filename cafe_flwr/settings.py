@@ -44,11 +44,6 @@ PUBLISHED: Mapping[str, Mapping[str, int | str]] = {
 _OF_NETWORKS = ("network_width", "network_depth", "feature_width", "norm", "stem_stride", "attention_heads", "dropout")
 
 
-# They change no number, and may differ when a run is resumed.
-FREE_ON_RESUME = {
-    *("resume", "results-dir", "state-dir", "wait-seconds", "round-timeout", "round-retries", "min-available-nodes"),
-}
-
 # Of everything that people write by hand: kebab-case names, no unknown ones, no conversion of types.
 STRICT = ConfigDict(
     alias_generator=kebab,

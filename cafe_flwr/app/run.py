@@ -13,7 +13,7 @@ from cafe_flwr.results.folder import Results, open_results
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.strategy import FederatedStrategy
-from cafe_flwr.settings import FREE_ON_RESUME, Settings
+from cafe_flwr.settings import Settings
 
 
 def build_strategy(
@@ -46,7 +46,7 @@ def build_strategy(
 def open_results_of(settings: Settings) -> Results:
     """The results folder of the settings, made ready: see :func:`cafe_flwr.results.folder.open_results`."""
     defaults = Settings.from_run_config({}).to_run_config()
-    return open_results(settings.results, settings.to_run_config(), defaults=defaults, free=FREE_ON_RESUME)
+    return open_results(settings.results, settings.to_run_config(), defaults=defaults)
 
 
 def run(grid: Grid, settings: Settings) -> Result:

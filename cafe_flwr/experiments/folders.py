@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from cafe_flwr.experiments.file import Experiment
 from cafe_flwr.experiments.plan import PlannedRun, plan_runs, plan_trials
-from cafe_flwr.results.folder import is_bare
+from cafe_flwr.results.folder import FREE_ON_RESUME, is_bare
 from cafe_flwr.server.checkpoints import Checkpoints
-from cafe_flwr.settings import FREE_ON_RESUME, Settings, keys_of_other_methods
+from cafe_flwr.settings import Settings, keys_of_other_methods
 
 State = Literal["finished", "resumable", "new"]
 

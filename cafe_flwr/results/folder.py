@@ -13,6 +13,12 @@ from cafe_flwr.core.older_settings import of_saved_run
 from cafe_flwr.server.checkpoints import Checkpoints, ServerState
 
 
+# Settings that may differ when a run is resumed: they do not change its numbers.
+FREE_ON_RESUME = frozenset(
+    ("resume", "results-dir", "state-dir", "wait-seconds", "round-timeout", "round-retries", "min-available-nodes")
+)
+
+
 class Results(NamedTuple):
     """A results folder that is ready: its path, the state to resume from, and the lock that keeps others out."""
 
@@ -22,7 +28,7 @@ class Results(NamedTuple):
 
 
 def open_results(
-    folder: Path, settings: Mapping[str, Any], *, defaults: Mapping[str, Any], free: Collection[str] = ()
+    folder: Path, settings: Mapping[str, Any], *, defaults: Mapping[str, Any], free: Collection[str] = FREE_ON_RESUME
 ) -> Results:
     """Make the run's results folder ready, before the first round.
 
