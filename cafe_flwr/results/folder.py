@@ -12,7 +12,6 @@ from cafe_flwr.core.log import logger
 from cafe_flwr.core.older_settings import of_saved_run
 from cafe_flwr.server.checkpoints import Checkpoints, ServerState
 
-
 # Settings that may differ when a run is resumed: they do not change its numbers.
 FREE_ON_RESUME = frozenset(
     ("resume", "results-dir", "state-dir", "wait-seconds", "round-timeout", "round-retries", "min-available-nodes")
