@@ -288,9 +288,8 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
         "accuracy_per_exit": report.exits.accuracy,
         "temperatures": temperatures,
     }
-    size = sum(t.numel() for t in tensors.values())
+    asked, size = settings.to_run_config() | {"name": settings.run_name}, sum(t.numel() for t in tensors.values())
     info = RunInfo(token, 1, 1, [0], network.num_exits, size, macs_per_exit(network, data.train.x[:1]))
-    asked = {**settings.to_run_config(), "name": settings.run_name}
     summary = summarise(asked, info, [report], [], None, trained.seconds) | {
         "method": "central",
         "objective": settings.build_method().objective.name,

@@ -77,7 +77,7 @@ def fail(reason: object) -> NoReturn:
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Errors that are for people are shown as such."""
+    """Errors that are for people are shown as a sentence, without a traceback."""
     try:
         yield
     except (ValueError, OSError, InUse) as error:

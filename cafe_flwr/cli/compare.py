@@ -85,7 +85,7 @@ def compare(
 
 @contextmanager
 def _stopping() -> Iterator[None]:
-    """Ctrl-C ends the command, with what is to be known then."""
+    """Ctrl-C ends the command with a sentence on how to go on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -194,7 +194,7 @@ class _Watch:
         self._ended = self._rounds = 0  # runs that have ended, and their rounds
 
     def note(self, event: Event | None) -> None:
-        """An event, or none for a while: in both cases rounds may have been done."""
+        """Show an event; also without one (None), rounds may have been done meanwhile."""
         if event and event.ended:
             self._end(event)
         elif event:

@@ -26,7 +26,7 @@ _Client = Annotated[int | None, typer.Option(help="Whose network; needed where t
 
 @dataclass(frozen=True)
 class Own:
-    """Options that say where the client's data are, and of what its own app is made."""
+    """Options that say where the client's data are, and which app of its own it has."""
 
     data: Annotated[
         Path | None,
@@ -43,7 +43,7 @@ class Own:
     ] = None
 
     def parts(self) -> Any:
-        """Of the app, None for the package's own."""
+        """Parts of the client's own app; None for the package's own."""
         if self.app is None:
             return None
         from cafe_flwr.app.source import parts_of
@@ -51,7 +51,7 @@ class Own:
         return parts_of(self.app)
 
     def entries(self) -> dict[str, Any]:
-        """Of the node-config; a value that is no TOML is taken as it stands."""
+        """Entries of the node-config; a value that is no TOML is taken as it stands."""
         entries: dict[str, Any] = {}
         for pair in self.node_config or []:
             key, equals, value = pair.partition("=")

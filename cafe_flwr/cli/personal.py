@@ -66,7 +66,7 @@ class Evaluating:
 
 
 class Format(StrEnum):
-    """Of exported graphs."""
+    """Formats of exported graphs."""
 
     onnx = "onnx"
     torch = "torch"

@@ -57,8 +57,8 @@ def in_words(detail: Mapping[str, Any], known: Iterable[str], what: str = "key")
 
     Examples
     --------
-    >>> in_words({"type": "extra_forbidden", "loc": ("sweep", "sets")}, ["seeds", "settings"])
-    "sweep: unknown key 'sets'; did you mean 'seeds'?"
+    >>> in_words({"type": "extra_forbidden", "loc": ("sweep", "setings")}, ["seeds", "settings"])
+    "sweep: unknown key 'setings'; did you mean 'settings'?"
     """
     if not detail["loc"]:  # raised by a rule about several values
         return str(detail["ctx"]["error"])

@@ -35,11 +35,11 @@ class RowResult:
     chosen: dict[str, Any] = field(default_factory=dict)
 
     def by_seed(self, figure: str) -> dict[int, float]:
-        """A figure of every seed."""
+        """A figure, by seed."""
         return {seed: run.figures.get(figure, math.nan) for seed, run in self.runs.items()}
 
     def of(self, figure: str) -> Statistic:
-        """A figure over seeds."""
+        """Mean and spread of a figure over the seeds."""
         return statistic(self.by_seed(figure).values())
 
 
@@ -80,7 +80,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        """Of the page."""
+        """Title of the page."""
         return self.experiment.title or self.experiment.name
 
 
@@ -120,7 +120,7 @@ def _file(result: RowResult, seed: int, run: PlannedRun | None, failures: Mappin
 
 
 def make_table(experiment: Experiment, condition: Condition, rows: list[RowResult]) -> ConditionTable:
-    """Sort the rows of a condition, and work out what takes more than one of them."""
+    """Sort the rows of a condition, and compare them with the baseline and with each other."""
     means = {row.label: row.of("accuracy").mean for row in rows}
     rows = sorted(rows, key=lambda row: -means[row.label] if math.isfinite(means[row.label]) else math.inf)
     baseline = next((row for row in rows if row.label in experiment.baseline_rows and row.runs), None)
@@ -140,7 +140,7 @@ def make_table(experiment: Experiment, condition: Condition, rows: list[RowResul
 
 
 def budget_line(budget: str, rows: Sequence[RowResult]) -> str:
-    """What was asked for, and the gradient steps per client that were measured."""
+    """The budget that was asked for, and the gradient steps per client that were measured."""
     measured: dict[str, list[str]] = {}
     for row in rows:
         if row.runs:
@@ -156,7 +156,7 @@ def budget_line(budget: str, rows: Sequence[RowResult]) -> str:
 
 
 def fairness_lines(rows: Sequence[RowResult]) -> list[str]:
-    """What the records say about clients' data and participants, row against row; and whose work was left out."""
+    """What the records say about clients' data and participants, row against row; and how much work was left out."""
     lines = []
     first: dict[int, Finished] = {}
     for row in rows:

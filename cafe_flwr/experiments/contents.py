@@ -80,20 +80,20 @@ class Sweep(Part):
     validation_share: float = Field(0.25, gt=0, lt=1)
     """Share of each client's training split that trials are judged on instead of its test split."""
     trials: Candidates = {}
-    """Candidates of rows without own ones."""
+    """Candidates of all rows that have none of their own."""
     own: dict[str, Candidates] = {}
-    """Candidates of single rows, by label."""
+    """Candidates of single rows, by their label."""
 
 
 class Smoke(Part):
     """The experiment at a size that shows within minutes that everything runs. Its figures mean nothing."""
 
     settings: SomeSettings = {}
-    """In the place of those of all rows."""
+    """Settings that replace those of all rows."""
     seeds: list[int] = Field([0], min_length=1)
-    """In the place of the experiment's."""
+    """Seeds that replace the experiment's."""
     vary: Candidates | None = None
-    """In the place of the experiment's; none: as it has it."""
+    """What is varied instead; none: what the experiment varies."""
     rows: list[str] = []
     """Labels of the rows that run; by default all."""
 
@@ -104,7 +104,7 @@ class Contents(Part):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
     """Name of the experiment's folder below the folder of all results."""
     title: str = ""
-    """Of the page; by default the name."""
+    """Title of the page; by default the name."""
     seeds: list[int] = Field(min_length=1)
     """Seeds of every row."""
     budget: Literal["equal", "published"] = "equal"
@@ -191,7 +191,7 @@ def short(key: str) -> str:
 
 
 def words(condition: Condition) -> str:
-    """A condition as a person reads it; empty if nothing is varied.
+    """A condition as text; empty if nothing is varied.
 
     Examples
     --------
@@ -202,5 +202,5 @@ def words(condition: Condition) -> str:
 
 
 def settings_words(settings: Mapping[str, Any]) -> str:
-    """Settings as a person reads them: ``mu=2.0, learning-rate=0.1``."""
+    """Settings as text: ``mu=2.0, learning-rate=0.1``."""
     return ", ".join(f"{short(key)}={value}" for key, value in settings.items())

@@ -48,7 +48,7 @@ class Estimate:
     jobs: int
 
     def words(self) -> str:
-        """For people.
+        """The estimate as a sentence.
 
         Examples
         --------
@@ -112,7 +112,7 @@ def estimate(runs: Sequence[PlannedRun], jobs: int) -> Estimate:
 
 
 def _run_seconds(run: PlannedRun, measured: Measured) -> float:
-    """Of the rounds that are not done yet."""
+    """Seconds of the rounds that are not done yet."""
     s = run.settings
     rounds = max(0, s.num_server_rounds - run.rounds_done)
     participants = max(1, round(s.federation.fraction_train * s.num_clients))
@@ -135,7 +135,7 @@ def _loss(network: EarlyExitNetwork, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _activations(network: EarlyExitNetwork, x: Tensor, y: Tensor) -> int:
-    """Bytes that the forward pass keeps for the backward pass, weights not counted; a step that warms up, too."""
+    """Bytes that the forward pass keeps for the backward pass, weights not counted. The step also warms up."""
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept: dict[int, int] = {}
 
@@ -161,7 +161,7 @@ def _seconds(compute: Any) -> float:
 
 
 def _num_examples(data: FederatedData, client: ClientData) -> int:
-    """Of all clients; if the data set does not say, from the first client."""
+    """Examples of all clients; if the data set does not say how many, as if all had those of the first client."""
     if data.num_examples:
         return data.num_examples
     return data.num_clients * sum(len(split) for split in (client.train, client.calibration, client.test))

@@ -1,4 +1,4 @@
-"""Runs of an experiment in worker processes: as many at a time as asked for, one thread each, none in another's way."""
+"""Runs of an experiment in worker processes: so many at a time, with one thread each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cafe_flwr.experiments.plan import PlannedRun
 
 
 class Event(NamedTuple):
-    """Something that happened to a run: it started, or it ended; with the reason if it failed."""
+    """A run has started, or ended; with the reason if it failed."""
 
     run: PlannedRun
     ended: bool
@@ -70,7 +70,7 @@ def execute(runs: Sequence[PlannedRun], jobs: int) -> Generator[Event | None, No
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Processes started inside find one thread prescribed to every numerical library."""
+    """Processes that are started inside use one thread in every numerical library."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
@@ -110,7 +110,7 @@ def _work_off(waiting: deque[PlannedRun], events: Queue[Event], lifeline: Connec
 
 
 def _begin_worker(lifeline: Connection) -> None:
-    """Set up a worker: one thread, and no life of its own when the command ends."""
+    """Set up a worker: one thread, and it ends when the command ends."""
     import torch
 
     torch.set_num_threads(1)
@@ -155,7 +155,7 @@ def _last_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet(log: Path) -> Iterator[None]:
-    """Everything that this process says goes to a file."""
+    """Everything that this process prints or logs goes to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     loggers = [logger, logging.getLogger("py.warnings")]
     before = [(each.handlers[:], each.level, each.propagate) for each in loggers]

@@ -32,7 +32,7 @@ def row_colours(table: ConditionTable) -> dict[str, str]:
 
 
 def _plain(label: str, width: int = 18) -> str:
-    """A label for a figure: broken into lines, and no formula whatever is in it."""
+    """A label for a figure: broken into lines, and never read as a formula."""
     return textwrap.fill(label, width).replace("$", r"\$")
 
 

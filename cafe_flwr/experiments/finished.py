@@ -1,4 +1,4 @@
-"""What a finished run has to say in a comparison, read from its results folder."""
+"""What a comparison needs of a finished run, read from its results folder."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ def render(comparison: Comparison) -> str:
 
 
 def write_comparison(comparison: Comparison) -> Path:
-    """Write ``runs.csv``, ``table.csv``, ``table.md`` and the page to the experiment's folder; the page's path."""
+    """Write ``runs.csv``, ``table.csv``, ``table.md`` and the page into the experiment's folder; return its path."""
     folder = comparison.folder
     write_atomically(folder / "runs.csv", csv_text(run_lines(comparison)))
     write_atomically(folder / "table.csv", csv_text(table_lines(comparison)))

@@ -26,7 +26,7 @@ class PlannedRun:
 
     @property
     def name(self) -> str:
-        """Of its folder: row, condition, trial and seed."""
+        """Name of its folder, from row, condition, trial and seed."""
         return self.settings.name
 
     @property
@@ -41,7 +41,7 @@ class PlannedRun:
 
     @property
     def rounds_done(self) -> int:
-        """Rounds on record."""
+        """Number of rounds on record."""
         try:
             return (self.folder / "rounds.jsonl").read_text().count("\n")
         except OSError:

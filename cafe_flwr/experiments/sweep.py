@@ -31,7 +31,7 @@ class RowSweep:
 
     @property
     def best(self) -> int | None:
-        """Position of the trial with the highest mean over seeds, the first of equals; None as long as one is missing.
+        """Position of the trial with the highest mean over seeds, the first of equals; None until all are over.
 
         A trial that failed with a seed is out.
         """
@@ -41,7 +41,7 @@ class RowSweep:
         return int(np.nanargmax(means))
 
     def to_json(self) -> dict[str, Any]:
-        """For ``sweep.json``."""
+        """The entry of ``sweep.json``."""
         return {
             "row": self.row,
             "condition": dict(self.condition),

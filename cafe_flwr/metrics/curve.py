@@ -1,4 +1,4 @@
-"""What accuracy a given cost buys: the accuracy–MACs curve of dynamic inference."""
+"""The accuracy–MACs curve of dynamic inference: what accuracy a given cost buys."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def plain_words(run: Run) -> str:
 
 
 def left_out(run: Run) -> dict[tuple[str, str], str]:
-    """Clients whose work did not enter some rounds: client and reason → the rounds, ``5, 7–9``."""
+    """Clients whose work was left out of rounds: client and reason → the rounds, ``5, 7–9``."""
     found: dict[tuple[str, str], list[int]] = {}
     for line in run.rounds:
         for client, reason in (line.get("left_out") or {}).items():

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the files of its results folder, written after every round."""
+"""The files of a run's results folder, written after every round and at the end."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Recorder:
         write_atomically(self.folder / "summary.json", to_json(summary, indent=2))
 
     def close(self) -> bool:
-        """Make ``clients.parquet`` from what there is, also after a run that failed; whether there is anything."""
+        """Make ``clients.parquet`` from what there is, also after a run that failed; return whether anything is."""
         if self._run is None:
             return False
         import pandas as pd

@@ -55,7 +55,7 @@ def scaled(value: float, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: ``3 min 20 s``."""
+    """Seconds in words: ``3 min 20 s``."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
@@ -182,7 +182,7 @@ def _read_table(path: Path) -> dict[Any, Any]:
 
 
 def _derive(rounds: list[dict[str, Any]], accuracy: pd.DataFrame, measured: dict[str, Any]) -> dict[str, Any]:
-    """What a summary would say, from the other records; None for what they do not tell."""
+    """Entries of the summary from the other records; None for what they do not tell."""
     last = rounds[-1] if rounds else {}
     per_exit = accuracy.mean().tolist() if len(accuracy) else numbers(last.get("accuracy_per_exit"), accuracy.shape[1])
     seen = [value for value in per_exit if math.isfinite(value)]

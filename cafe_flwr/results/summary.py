@@ -1,4 +1,4 @@
-"""The figures of a finished run."""
+"""The figures of a finished run: what ``summary.json`` holds."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _bytes(rounds: Sequence[Mapping[str, Any]], num_parameters: int) -> dict[str
 
 
 def _teacher_weights(plan: RoundPlan | None) -> dict[str, Any] | None:
-    """Whose weight is how large in whose mixture; None where nothing is mixed."""
+    """Weight of every client in every mixture; None where nothing is mixed."""
     if plan is None or plan.weights is None:
         return None
     return {

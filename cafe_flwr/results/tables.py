@@ -55,7 +55,7 @@ def last_five_line(run: Run) -> str:
 
 
 def kind_rows(run: Run) -> list[dict[str, str]]:
-    """What clients hold that are not alike, and how good they are; empty where all are alike."""
+    """What clients of unequal networks hold, and how good they are; empty where all are alike."""
     rows = []
     for kind in run.get("kinds") or []:
         accuracy = numbers(kind.get("accuracy_per_exit"), run.num_exits)
