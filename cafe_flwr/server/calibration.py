@@ -15,8 +15,7 @@ from cafe_flwr.risk.client_calibration import Request, decide, in_groups
 from cafe_flwr.risk.counts import pooled_path
 from cafe_flwr.risk.path import Histogram
 from cafe_flwr.risk.pooled import ClientCertificate
-from cafe_flwr.server.directory import Directory, describe_request
-from cafe_flwr.server.errors import last_line
+from cafe_flwr.server.directory import Directory, describe_request, last_line
 from cafe_flwr.settings import Settings
 from cafe_flwr.wire.calibration import certificate_to_json, counts_from_json, histogram_from_json, path_to_json
 from cafe_flwr.wire.codec import failures_of, prefixed, record_of
