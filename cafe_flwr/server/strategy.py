@@ -91,7 +91,7 @@ class FederatedStrategy(FedAvg):
         State of an earlier run to go on from, see :class:`cafe_flwr.server.checkpoints.Checkpoints`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (public constructor: a run is described by it, all by name)
         self,
         *args: Any,
         method: Method,
