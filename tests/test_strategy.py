@@ -544,6 +544,37 @@ def test_one_node_that_hosts_all_clients_is_enough(tmp_path):
     CafeDistill(num_rounds=1, num_clients=3, local=FULL_BATCH, wait_seconds=0.0).start(grid)
 
 
+class Subclass(CafeDistill):
+    """What users of Flower override: who takes part, what is sent along, what becomes of the average."""
+
+    def sample(self, server_round, available, purpose="participants"):
+        return available[:2]
+
+    def configure_train(self, server_round, arrays, config, grid):
+        config["mine"] = server_round
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        halved = ArrayRecord({name: Array(array.numpy() * 0.5) for name, array in arrays.items()})
+        self.halved[server_round] = np.concatenate([array.numpy().ravel() for array in halved.values()])
+        return halved, metrics
+
+
+def test_a_subclass_overrides_what_it_likes(tmp_path):
+    """The halved average is what clients are sent next, and what the run ends with."""
+    notes, grid = Notes(), grid_of(tmp_path)
+    strategy = Subclass(num_rounds=2, num_clients=N, local=FULL_BATCH, wait_seconds=0.0, callbacks=[notes])
+    strategy.halved = {}
+    result = strategy.start(grid)
+    assert [record.participants for record in notes.records.values()] == [[0, 1], [0, 1]]
+    sent = [message.content for message, _ in grid.of_type("train")]
+    assert [content["config"]["mine"] for content in sent] == [1, 1, 2, 2]
+    np.testing.assert_array_equal(sent[2]["arrays"]["flat"].numpy()[: len(strategy.halved[1])], strategy.halved[1])
+    final = np.concatenate([array.numpy().ravel() for array in result.arrays.values()])
+    np.testing.assert_array_equal(final, strategy.halved[2])
+
+
 def test_without_training_nothing_changes(tmp_path):
     """`fraction_train = 0` skips training in Flower's strategies, and evaluates only."""
     result, _, grid = start(tmp_path, fraction_train=0.0, fraction_evaluate=1.0, run={"num_rounds": 2})

@@ -43,7 +43,7 @@ class CafeDistill(FederatedStrategy):
         result = strategy.start(grid, initial_arrays=ArrayRecord(network.state_dict()))
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (public constructor: the settings of the method)
         self,
         *args: Any,
         num_rounds: int | None = None,

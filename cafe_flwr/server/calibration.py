@@ -18,8 +18,7 @@ from cafe_flwr.risk.counts import pooled_path
 from cafe_flwr.risk.options import Calibration
 from cafe_flwr.risk.path import Histogram
 from cafe_flwr.risk.pooled import ClientCertificate
-from cafe_flwr.server.directory import Directory, describe_request
-from cafe_flwr.server.errors import last_line
+from cafe_flwr.server.directory import Directory, describe_request, last_line
 from cafe_flwr.server.options import Federation
 from cafe_flwr.wire.calibration import certificate_to_json, counts_from_json, histogram_from_json, path_to_json
 from cafe_flwr.wire.codec import failures_of, prefixed, record_of

@@ -14,7 +14,6 @@ from flwr.serverapp import Grid
 from cafe_flwr import __version__
 from cafe_flwr.core.log import logger
 from cafe_flwr.methods.base import Method, settings_of
-from cafe_flwr.server.errors import last_line
 from cafe_flwr.wire.capacity import Kind, are_unequal
 from cafe_flwr.wire.codec import method_config
 from cafe_flwr.wire.describe import NodeInfo
@@ -37,19 +36,10 @@ class Directory:
         Names of the records in messages.
     request
         What every node is asked (:func:`describe_request`).
-
-    Attributes
-    ----------
-    poll_seconds
-        How often to look for nodes while waiting for them.
-    grace_seconds
-        How long to wait for a sound node when all that are there failed.
-    late_seconds
-        How long a round waits for the answer of a node that has just come.
-    retry_seconds
-        A node that failed to answer is asked again after so long.
     """
 
+    # How often to look for nodes while waiting for them, and how long to wait for: a sound node when all that are there
+    # failed; the answer, in a round, of a node that has just come; before a node is asked again that did not answer.
     poll_seconds = 1.0
     grace_seconds = 5.0
     late_seconds = 10.0
@@ -271,3 +261,9 @@ def _clients(info: NodeInfo) -> str:
     """The clients of a node, and its name if it has one."""
     name = f" ({info.name})" if info.name else ""
     return f"clients {', '.join(map(str, info.clients)) or '(none)'}{name}"
+
+
+def last_line(reason: str | None) -> str:
+    """The line of a traceback that says what happened."""
+    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
+    return lines[-1].removesuffix("'>") if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>

@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from flwr.app import Message
 
 from cafe_flwr.server.checkpoints import ServerState
-from cafe_flwr.server.errors import last_line
+from cafe_flwr.server.directory import last_line
 from cafe_flwr.server.requests import PendingRequest
 from cafe_flwr.server.run import StrategyPart
 from cafe_flwr.wire.bounds import check_norm, far_longer, norm, times_median

@@ -38,25 +38,10 @@ class RequestWriter(StrategyPart):
         config: Mapping[str, Any],
         message_type: str,
     ) -> list[PendingRequest]:
-        """Messages that ask clients to train, or to evaluate.
+        """Messages that ask clients to train, or to evaluate after a round.
 
-        Parameters
-        ----------
-        state
-            The server's state, with the shared part that is sent.
-        server_round
-            The round; for an evaluation the last one that was finished.
-        clients, plan
-            Participants, and the plan whose rows are theirs.
-        config
-            The user's own entries, sent along.
-        message_type
-            ``MessageType.TRAIN`` or ``MessageType.EVALUATE``.
-
-        Raises
-        ------
-        ValueError
-            If values are too large for the wire.
+        ``plan`` has a row for every client; ``config`` is the user's own, sent along. ValueError if values are too
+        large for the wire.
         """
         run, trains = self.run, message_type == MessageType.TRAIN
         row_of = {client: row for row, client in enumerate(clients)}

@@ -18,14 +18,20 @@ from cafe_flwr.server.aggregation import Aggregator
 from cafe_flwr.server.callbacks import RoundCallback, RunInfo
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.directory import Directory, describe_request
-from cafe_flwr.server.errors import RoundFailed
 from cafe_flwr.server.evaluation import PersonalEvaluation
-from cafe_flwr.server.gathering import Gathering
 from cafe_flwr.server.log import RunLog
 from cafe_flwr.server.planning import RoundPlanner
 from cafe_flwr.server.replies import ReplyReader
 from cafe_flwr.server.requests import PendingRequest, RequestWriter, check_reserved
-from cafe_flwr.server.rounds import CurrentRound, EvaluateOnServer, RoundCost, RoundLoop, round_record
+from cafe_flwr.server.rounds import (
+    CurrentRound,
+    EvaluateOnServer,
+    Gathering,
+    RoundCost,
+    RoundFailed,
+    RoundLoop,
+    round_record,
+)
 from cafe_flwr.server.run import RunConstants, check_arguments
 from cafe_flwr.server.sampling import sample_clients
 from cafe_flwr.server.shared import ask_initial, by_name, taken_up
@@ -84,7 +90,7 @@ class FederatedStrategy(FedAvg):
         State of an earlier run to go on from, see :class:`cafe_flwr.server.checkpoints.Checkpoints`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (public constructor: a run is described by it, all by name)
         self,
         *args: Any,
         method: Method,
