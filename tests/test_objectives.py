@@ -311,7 +311,7 @@ def test_an_objective_can_be_given_as_an_object_and_travels_under_flat_names(nam
     }
     built = method_from(name, sent)
     assert built == method
-    assert trained(built, steps=1)[0].loss == trained(method, steps=1)[0].loss != trained(plain, steps=1)[0].loss
+    assert trained(built)[0].loss == trained(method)[0].loss != trained(plain)[0].loss
 
 
 def test_the_example_of_the_documentation_runs():
