@@ -269,12 +269,20 @@ def test_shipped_experiments_can_run(tmp_path: Path) -> None:
             "row 'fedavg learnig-rate=0.1': unknown setting 'learnig-rate'; did you mean 'learning-rate'?",
         ),
         ({"rows": [{"method": "fedavg", "settings": {"learning-rate": [0.1]}}]}, "learning-rate should be"),
-        ({"rows": [{"method": "fedavg", "settings": {"mu": 0.1}}]}, "fedavg has no setting 'mu'"),
-        ({"settings": {**TINY, "dataset": "cifar10", "data-dir": "/nowhere"}}, "there is no folder /nowhere/cifar10"),
+        (
+            {"rows": [{"method": "fedavg", "settings": {"mu": 0.1}}]},
+            "row 'fedavg mu=0.1': mu would change nothing: it is read with method = 'cafedistill'",
+        ),
+        ({"settings": {**TINY, "dataset": "cifar10", "data.dir": "/nowhere"}}, "there is no folder /nowhere/cifar10"),
         (
             {"sweep": {"seeds": [1], "trials": {"fedprox.mu": [0.1]}}},
-            "row 'fedavg': fedavg has no setting 'fedprox-mu'",
+            "row 'fedavg': fedprox.mu would change nothing: it is read with method = 'fedprox', and",
         ),
+        (
+            {"settings": {**TINY, "ditto.pull": 0.2}},
+            "settings: ditto.pull would change nothing: it is read with method = 'ditto', and",
+        ),
+        ({"vary": {"data.max-tokens": [8, 9]}}, "vary: data.max-tokens would change nothing: it is read with dataset"),
         (
             {"settings": {**TINY, "data.partition": "pathological", "data.classes-per-client": 11}},
             "row 'cafedistill': the pathological partition",
@@ -457,3 +465,31 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> 
     done = command(file, "--results-dir", tmp_path, "--only", "fedavg")
     assert done.exit_code == 0, done.output
     assert "1 of 1 runs are finished already" in done.output
+
+
+def test_common_settings_are_left_out_of_rows_that_do_not_read_them(tmp_path: Path) -> None:
+    """One row reads each of them; a setting of a row is never left out."""
+    settings = {**TINY, "mu": 0.9, "fedprox.mu": 0.5}
+    ours, theirs = plan_runs(experiment(rows=["cafedistill", "fedprox"], settings=settings), tmp_path)
+    assert (ours.settings.mu, theirs.settings.fedprox.mu) == (0.9, 0.5)
+    assert (theirs.settings.mu, ours.settings.fedprox.mu) == (0.6, 0.01)
+    for run in (ours, theirs):
+        run.settings.check_read()
+
+
+def test_settings_are_in_tables_or_have_a_dot_or_their_name_of_before(tmp_path: Path, caplog: Any) -> None:
+    """The same experiment: all places take all three; labels and folders are called as ever."""
+    tables = {"settings": {"train": {"momentum": 0.5}}, "vary": {"data": {"rotations": [1, 4]}}}
+    tables["rows"] = [{"method": "ditto", "settings": {"ditto": {"pull": 0.2}}}]
+    dots = {"settings": {"train.momentum": 0.5}, "vary": {"data.rotations": [1, 4]}}
+    dots["rows"] = [{"method": "ditto", "settings": {"ditto.pull": 0.2}}]
+    before = {"settings": {"momentum": 0.5}, "vary": {"rotations": [1, 4]}}
+    before["rows"] = [{"method": "ditto", "settings": {"ditto-pull": 0.2}}]
+    contents = ({"name": "same", "seeds": [0], **content} for content in (tables, dots, before))
+    one, other, old = (plan_runs(read_experiment(write(tmp_path, content)), tmp_path) for content in contents)
+    assert one == other == old
+    assert [run.name for run in one] == ["ditto-pull-0.2--rotations-1-seed0", "ditto-pull-0.2--rotations-4-seed0"]
+    with pytest.raises(ValueError, match=r"'momentum' and 'train.momentum' are the same setting"):
+        read_experiment(
+            write(tmp_path, {**before, "name": "x", "seeds": [0], "settings": {"momentum": 0, "train.momentum": 0}})
+        )
