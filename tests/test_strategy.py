@@ -277,9 +277,9 @@ def test_the_exponential_schedule_shrinks_from_the_first_round_on(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"learning_rate_decay": 0.9}, "learning-rate-decay = 0.9 is of learning-rate-schedule = 'exponential'"),
-        ({"learning_rate_decay": 1.5}, "learning-rate-decay should be less than or equal to 1, got 1.5"),
-        ({"learning_rate_schedule": "steps"}, "learning-rate-schedule should be 'cosine' or 'exponential'"),
+        ({"learning_rate_decay": 0.9}, "learning-rate-decay = 0.9 is of train.learning-rate-schedule = 'exponential'"),
+        ({"learning_rate_decay": 1.5}, "learning_rate_decay must be at most 1, got 1.5"),
+        ({"learning_rate_schedule": "steps"}, "learning_rate_schedule must be one of cosine, exponential"),
         (
             {"learning_rate_schedule": "exponential", "learning_rate_decay": 1e-9, "num_rounds": 99},
             "learning-rate-decay = 1e-09 shrinks the learning rate to 0 within 99 rounds",

@@ -8,7 +8,7 @@ from typing import Any
 from cafe_flwr.methods.base import Method
 from cafe_flwr.server.directory import Directory
 from cafe_flwr.server.options import Federation
-from cafe_flwr.training.options import LocalBudget, Schedule, learning_rate_at
+from cafe_flwr.training.options import LocalBudget, Schedule, check_training, learning_rate_at
 from cafe_flwr.wire.keys import WIRES, Keys
 from cafe_flwr.wire.options import Bounds, Privacy
 
@@ -82,7 +82,7 @@ def check_arguments(run: RunConstants) -> None:
     values: dict[str, Any] = {name: getattr(run, name) for name in names}
     values |= {} if run.num_clients is None else {"num_clients": run.num_clients}
     Federation(num_server_rounds=run.num_rounds, **values)
-    Schedule(run.learning_rate_schedule, run.learning_rate_decay)
+    check_training(run.local, Schedule(run.learning_rate_schedule, run.learning_rate_decay), run.num_rounds)
     for name in ("fraction_train", "fraction_evaluate"):
         if not 0 <= getattr(run, name) <= 1:
             raise ValueError(f"{name} must lie between 0 and 1, got {getattr(run, name)}")
