@@ -30,8 +30,9 @@ from cafe_flwr.training.trainer import LocalTrainer
 from cafe_flwr.wire.averaging import weighted
 from cafe_flwr.wire.codec import clients_in
 from cafe_flwr.wire.privacy import release
+from cafe_flwr.wire.reports import ClientReport
 from cafe_flwr.wire.slices import View
-from cafe_flwr.wire.train import ClientReport, TrainReply, TrainRequest
+from cafe_flwr.wire.train import TrainReply, TrainRequest
 
 
 @dataclass(frozen=True)
