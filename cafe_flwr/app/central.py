@@ -126,40 +126,51 @@ def train_central(
     if budget.epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {budget.epochs}")
     own = objective or Objective(objective="safe-kd")
-    num_examples = len(data.train)
-    size = min(budget.batch_size, max(num_examples, 1))
     lesson = own.begin(network, rng_for(seed, 0, 0, "objective"))
     weights = torch.tensor(own.weights(network.num_exits), device=data.train.x.device)
-    losses: list[Tensor] = []
-    history: list[Epoch] = []
-    steps = 0
     start = time.perf_counter()
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        value = lesson.terms(x, y, network(x)) @ weights
-        losses.append(value.detach())
-        return value
-
     with _bar(budget.epochs if progress else 0) as show:
+        history = _History(network, data, budget.batch_size, show)
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            value = lesson.terms(x, y, network(x)) @ weights
+            history.losses.append(value.detach())
+            return value
 
         def after_step() -> None:
-            nonlocal steps
             lesson.after_step()
-            steps += 1
-            if steps * size < num_examples * (len(history) + 1):  # a batch may reach over the end of an epoch
-                return
-            with evaluating(network):
-                accuracy = evaluate(network, data.calibration).accuracy if len(data.calibration) else []
-            history.append(Epoch(len(history) + 1, torch.stack(losses).mean().item(), accuracy))
-            losses.clear()
-            show(history[-1])
+            history.after_step()
 
         options = LoopOptions(after_step=after_step, augment=data.augment)
         with seeded(int(rng_for(seed, 0, 0, "torch").integers(2**63))):  # for networks that draw, e.g. dropout
             train(network, data.train, loss, budget, rng_for(seed, 0, 0, "batches"), options)
     network.eval()
     check_finite(network.state_dict())
-    return Trained(network, history, steps, time.perf_counter() - start, lesson.teacher)
+    return Trained(network, history.epochs, history.steps, time.perf_counter() - start, lesson.teacher)
+
+
+class _History:
+    """Counts steps, and looks at the network when they make an epoch."""
+
+    def __init__(
+        self, network: EarlyExitNetwork, data: ClientData, batch_size: int, show: Callable[[Epoch], None]
+    ) -> None:
+        self.network, self.data, self.show = network, data, show
+        self.size = min(batch_size, max(len(data.train), 1))
+        self.steps = 0
+        self.losses: list[Tensor] = []  # of the steps since the last epoch
+        self.epochs: list[Epoch] = []
+
+    def after_step(self) -> None:
+        self.steps += 1
+        if self.steps * self.size < len(self.data.train) * (len(self.epochs) + 1):
+            return  # a batch may reach over the end of an epoch
+        watched = self.data.calibration
+        with evaluating(self.network):
+            accuracy = evaluate(self.network, watched).accuracy if len(watched) else []
+        self.epochs.append(Epoch(len(self.epochs) + 1, torch.stack(self.losses).mean().item(), accuracy))
+        self.losses.clear()
+        self.show(self.epochs[-1])
 
 
 @contextmanager
