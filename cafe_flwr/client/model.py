@@ -85,23 +85,7 @@ class ClientModel:
         *,
         apart: bool = False,
     ) -> LocalTask:
-        """The client's work of the round, with the network as it starts from it.
-
-        Parameters
-        ----------
-        request
-            What the server asks for.
-        client
-            Whose work.
-        shared
-            The client's shared tensors as they were sent, by name.
-        store
-            Holds the client's personal tensors.
-        data
-            The client's.
-        apart
-            Whether the task gets a network of its own.
-        """
+        """The client's work of the round, with the network as it starts from it; ``apart``: one of the task's own."""
         network = copy.deepcopy(self.network) if apart else self.network
         download = self._download(request, client)
         row = request.clients.index(client)
