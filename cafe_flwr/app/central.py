@@ -116,6 +116,7 @@ def train_central(
     Examples
     --------
     >>> from cafe_flwr.networks import ConvNet
+    >>> from cafe_flwr.data import Split
     >>> none = Split(torch.zeros(0, 1, 16, 16), torch.zeros(0, dtype=torch.int64))
     >>> data = ClientData(Split(torch.zeros(8, 1, 16, 16), torch.tensor([0, 1] * 4)), none, none)
     >>> budget = LocalBudget(epochs=2, batch_size=4)
