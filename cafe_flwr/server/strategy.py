@@ -203,8 +203,7 @@ class FederatedStrategy(FedAvg):
     def summary(self) -> None:
         """Log the configuration."""
         logger.info("\t├──> Settings of %s:", self.method.name)
-        unread = self.method.unread()
-        settings = {name: value for name, value in settings_of(self.method).items() if name not in unread}
+        settings = {k: value for k, value in settings_of(self.method).items() if k not in self.method.unread()}
         for i, (name, value) in enumerate(settings.items()):
             logger.info("\t│\t%s %s: %s", "└──" if i == len(settings) - 1 else "├──", name.replace("_", "-"), value)
         local = self.local
@@ -904,11 +903,8 @@ class CafeDistill(FederatedStrategy):
         T; students join over its first half. None: as many as ``start`` is told.
     mu, distill_weight, temperature
         μ of matching (the authors' α), λ and τ of distillation.
-    conflict, selection, match_by, write_back, solver, classifier_start
-        Ablations and variants, see :class:`cafe_flwr.settings.Settings`.
-    objective
-        What stands where the published method has cross-entropies: an
-        :class:`cafe_flwr.training.objectives.Objective` or the name of one (docs/objectives.md).
+    conflict, selection, match_by, write_back, solver, classifier_start, objective
+        Ablations and variants, see :class:`cafe_flwr.settings.Settings`; objectives by name or as docs/objectives.md says.
 
     Raises
     ------
