@@ -29,20 +29,8 @@ EXCEPTIONS: dict[str, int] = {
     "benchmarks/inference.py:measure": 41,
     "benchmarks/local_training.py:main": 52,
     "benchmarks/risk.py:against_mapie": 44,
-    "cafe_flwr/app/central.py:train_central": 63,
-    "cafe_flwr/app/central.py:run_central": 56,
-    "cafe_flwr/app/joining.py": 512,
-    "cafe_flwr/app/joining.py:package": 44,
     "cafe_flwr/app/parts.py:federation": 43,
-    "cafe_flwr/client/app.py": 798,
-    "cafe_flwr/client/app.py:_Node": 233,
-    "cafe_flwr/client/app.py:_Node.describe": 51,
-    "cafe_flwr/client/app.py:_Node.train": 42,
     "cafe_flwr/data/federation.py:load_federation": 111,
-    "cafe_flwr/training/loop.py:train": 61,
-    "cafe_flwr/wire/train.py": 395,
-    "cafe_flwr/wire/train.py:TrainRequest.from_message": 44,
-    "cafe_flwr/wire/train.py:TrainReply.from_message": 86,
 }
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
