@@ -16,8 +16,9 @@ from cafe_flwr.server.run import StrategyPart
 from cafe_flwr.wire.averaging import weighted, weighted_mean
 from cafe_flwr.wire.evaluate import FinalReport
 from cafe_flwr.wire.keys import METRICS, PHASES
+from cafe_flwr.wire.reports import ClientReport
 from cafe_flwr.wire.slices import mean_of_holders
-from cafe_flwr.wire.train import ClientReport, TrainReply
+from cafe_flwr.wire.train import TrainReply
 
 Average = Callable[[list[RecordDict], str], MetricRecord]
 

@@ -12,7 +12,7 @@ from cafe_flwr.methods.server import ClientRecord, RoundPlan, ServerRound, joine
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.run import StrategyPart
 from cafe_flwr.wire.capacity import Kind
-from cafe_flwr.wire.train import ClientReport
+from cafe_flwr.wire.reports import ClientReport
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from cafe_flwr.server.run import StrategyPart
 from cafe_flwr.wire.bounds import check_norm, far_longer, norm, times_median
 from cafe_flwr.wire.capacity import Kind
 from cafe_flwr.wire.codec import clients_in
-from cafe_flwr.wire.train import TrainReply
+from cafe_flwr.wire.train import Expected, TrainReply
 
 
 class _Reply(Protocol):
@@ -83,9 +83,7 @@ class ReplyReader(StrategyPart):
             raise ValueError(f"it reports clients {sorted(unknown)}, which were not asked")
         view = directory.view(reported)
         sent = view.take(state.shared)
-        reply = TrainReply.from_message(
-            message,
-            run.keys,
+        expected = Expected(
             digest=state.digest,
             shared_size=view.size,
             upload_size={client: kind.upload.size for client, kind in kinds.items()},
@@ -94,6 +92,7 @@ class ReplyReader(StrategyPart):
             base=sent,
             counted=view.weight(1 if plain else directory.examples(client) for client in reported),
         )
+        reply = TrainReply.from_message(message, run.keys, expected)
         if reply.reports:
             check_norm(reply.update(sent), run.bounds.max_norm, "its update")
         if reply.server_round != server_round:

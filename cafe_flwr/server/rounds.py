@@ -18,7 +18,8 @@ from cafe_flwr.server.directory import Directory
 from cafe_flwr.server.replies import Replies
 from cafe_flwr.server.requests import PendingRequest
 from cafe_flwr.server.run import RunConstants, StrategyPart
-from cafe_flwr.wire.train import ClientReport, TrainReply
+from cafe_flwr.wire.reports import ClientReport
+from cafe_flwr.wire.train import TrainReply
 
 EvaluateOnServer = Callable[[int, ArrayRecord], MetricRecord | None]
 
