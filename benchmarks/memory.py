@@ -112,7 +112,7 @@ def main() -> None:
                 num_rounds=1,
                 local=LocalBudget(batch_size=BATCH, steps=2, learning_rate=0.01, momentum=0.9),
             )
-            peak = peak_of(lambda: strategy.start(InProcessGrid(app, 1, {"device": "cpu"})), torch.device("cpu"))  # noqa: B023
+            peak = peak_of(lambda: strategy.start(InProcessGrid(app, 1, {"compute.device": "cpu"})), torch.device("cpu"))  # noqa: B023
         good &= report(
             f"a simulated client of {name}, ResNet-18, 32×32, 100 classes, batch {BATCH}, on cpu", peak, parts
         )

@@ -46,7 +46,7 @@ def without_interruption(settings, client):
     network.train()
     for t in range(ROUNDS):
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * settings.learning_rate_decay**t
+            group["lr"] = settings.learning_rate * settings.train.learning_rate_decay**t
         size = min(settings.train.batch_size, len(data))
         for index in batches(len(data), size, STEPS * size, rng_for(settings.seed, t + 1, client, "batches")):
             optimizer.zero_grad()

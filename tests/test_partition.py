@@ -146,7 +146,7 @@ def test_a_parquet_file_without_the_column_says_which_it_has(tmp_path):
     assert load_federation(path, 6, partition="natural", partition_column="writer").num_clients == 6
     with pytest.raises(ValueError, match=r"partition-column = 'style': .* no such column; it has label, writer"):
         load_federation(path, 3, partition="natural", partition_column="style")
-    with pytest.raises(ValueError, match="label-groups = 2 is not for partition = 'natural'"):
+    with pytest.raises(ValueError, match="label-groups = 2 is not for data.partition = 'natural'"):
         load_federation(path, 6, partition="natural", partition_column="writer", label_groups=2)
 
 
