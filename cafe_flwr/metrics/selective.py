@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from cafe_flwr.metrics.clients import worst_share
-from cafe_flwr.metrics.early_exit import THRESHOLDS
+from cafe_flwr.metrics.early_exit import THRESHOLDS, first_exit
 from cafe_flwr.metrics.exits import ECE_BINS
 
 LOWER_IS_WORSE = frozenset({"accuracy", "accuracy_full", "coverage", "macs_reduction"})
@@ -186,10 +186,8 @@ def leaving_curve(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -
     Curve(coverage=array([0.5, 1. ]), risk=array([0. , 0.5]))
     """
     points: dict[float, float] = {}
-    for threshold in THRESHOLDS[::-1]:
-        passes = confidence >= threshold
-        passes[:, -1] = True
-        measures = Outcome.of(passes.argmax(axis=1), correct).measures([1.0] * correct.shape[1])
+    for exits in first_exit(confidence, THRESHOLDS[::-1, None]):
+        measures = Outcome.of(exits, correct).measures([1.0] * correct.shape[1])
         if measures["coverage"] > 0:
             points.setdefault(measures["coverage"], measures["selective_risk"])
     return Curve(np.array([*points]), np.array([*points.values()]))

@@ -37,6 +37,21 @@ class ThresholdPath:
     def __len__(self) -> int:
         return len(self.thresholds)
 
+    def chosen(
+        self, position: int, left: NDArray[np.int64], harmed: NDArray[np.int64], trials: NDArray[np.int64], n: int
+    ) -> dict[str, Any]:
+        """What ``ExitThresholds`` say of a position where ``left`` of n examples leave, ``harmed`` of ``trials`` wrong.
+
+        Position −1, "none is certified": never leave early.
+        """
+        found = position >= 0
+        return {
+            "thresholds": tuple(self.thresholds[position]) if found else (np.inf,) * self.thresholds.shape[1],
+            "certified": found,
+            "coverage": float(left[position] / max(n, 1)) if found else 0.0,
+            "realised_risk": float(harmed[position] / max(trials[position], 1)) if found else 0.0,
+        }
+
     def first(self, confidence: Floats) -> NDArray[np.intp]:
         """First position at which each exit would let an example go, (N, m − 1); U = at none."""
         positions = [
