@@ -1,6 +1,7 @@
 # Needs Python >= 3.11 and make. Everything is installed into .venv, and nothing outside this folder is changed.
 PYTHON ?= python3
 BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE  # without it every process compiles what it imports: half a minute each
 
 .PHONY: help demo compare test lint bench bundle deploy-check clean
 

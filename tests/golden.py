@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import platform
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -69,7 +70,7 @@ class WatchedGrid(InProcessGrid):
 
 def run(method: str, form: str) -> dict[str, Any]:
     """A run of a method: hashes of messages, networks and state, records; and figures for other machines."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("PYTEST_DEBUG_TEMPROOT")) as folder:
         settings = small_settings(Path(folder), method=method, **_RUN, **FORMS[form])
         if form == "resumed":
             run_until(settings, 2)
