@@ -111,17 +111,10 @@ def exit_shares(decay: float, num_exits: int) -> NDArray[np.float64]:
 
 
 def thresholds_for_shares(confidence: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Thresholds (m − 1) by which about these shares of the examples leave at each exit, the most confident first.
+    """Thresholds (m − 1) by which about these shares (m) of the examples leave, the most confident first.
 
-    At least as many examples have left after each exit as the shares say; equal confidences leave together. Thresholds
-    lie halfway between the last confidence that leaves and the first that stays.
-
-    Parameters
-    ----------
-    confidence
-        (N, m).
-    shares
-        (m,), of sum 1.
+    At least as many examples, of confidences (N, m), have left after each exit as the shares, of sum 1, say; equal
+    confidences leave together. Thresholds lie halfway between the last confidence that leaves and the first that stays.
 
     Examples
     --------

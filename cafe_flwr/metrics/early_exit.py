@@ -17,14 +17,8 @@ THRESHOLDS = np.append(np.linspace(0.0, 1.0, 101), np.inf)
 class DynamicCounts(NamedTuple):
     """Counts of examples at every threshold of ``THRESHOLDS``; they add up over clients.
 
-    Attributes
-    ----------
-    left
-        (thresholds, m): leave at each exit.
-    correct
-        (thresholds,): classified correctly at the exit they leave by.
-    changed
-        (thresholds,): right there and wrong at the last exit, or the other way round.
+    ``left``, (thresholds, m): leave at each exit. ``correct``, (thresholds,): are right where they leave.
+    ``changed``, (thresholds,): are right there and wrong at the last exit, or the other way round.
     """
 
     left: NDArray[np.int64]
@@ -62,12 +56,7 @@ def first_exit(confidence: NDArray[np.floating[Any]], thresholds: ArrayLike) -> 
 def dynamic_counts(logits: Tensor, y: Tensor) -> DynamicCounts:
     """How dynamic inference would go at every threshold: leave at the first exit with max-prob ≥ θ.
 
-    Parameters
-    ----------
-    logits
-        (m, N, C).
-    y
-        Labels, (N,).
+    From logits (m, N, C) and labels (N,).
     """
     confidence, label = logits.softmax(dim=2).max(dim=2)
     return counts_at(confidence.T.numpy(), (label == y).T.numpy(), THRESHOLDS[:, None])

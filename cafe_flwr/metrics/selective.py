@@ -38,14 +38,7 @@ def scale_logits(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
 
 
 def confidence_and_correct(logits: Tensor, y: Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Highest class probability, and whether that class is right: (N, m) each.
-
-    Parameters
-    ----------
-    logits
-        (m, N, C), scaled or not.
-    y
-        Labels, (N,).
+    """Highest class probability, and whether that class is right, (N, m) each, from logits (m, N, C) and labels (N,).
 
     Examples
     --------
@@ -150,12 +143,7 @@ class Curve(NamedTuple):
 def risk_coverage(confidence: ArrayLike, correct: ArrayLike) -> Curve:
     """Share of errors among the most confident share of the examples (Geifman & El-Yaniv, arXiv 1705.08500).
 
-    Examples of equal confidence cannot be told apart, so they enter together.
-
-    Parameters
-    ----------
-    confidence, correct
-        Of one exit, (N,).
+    Of one exit, (N,). Examples of equal confidence cannot be told apart, so they enter together.
 
     Examples
     --------
@@ -172,13 +160,8 @@ def risk_coverage(confidence: ArrayLike, correct: ArrayLike) -> Curve:
 def leaving_curve(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> Curve:
     """Risk against coverage of the dynamic network: one threshold for all exits, from strict to lax.
 
-    Coverage is the share of the examples that leaves before the last exit, risk the share of errors among them. Of
+    Coverage is the share of the examples, (N, m), that leaves before the last exit, risk that of errors among them. Of
     thresholds with equal coverage the strictest counts.
-
-    Parameters
-    ----------
-    confidence, correct
-        (N, m).
 
     Examples
     --------
@@ -194,12 +177,7 @@ def leaving_curve(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -
 
 
 def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = ECE_BINS) -> list[dict[str, float]]:
-    """Mean confidence, accuracy and share of the examples of every bin of confidence that has any.
-
-    Parameters
-    ----------
-    confidence, correct
-        Of one exit, (N,).
+    """Mean confidence, accuracy and share of one exit's examples, (N,), in every bin of confidence that has any.
 
     Examples
     --------
@@ -229,12 +207,7 @@ def calibration_error(bins: Sequence[dict[str, float]]) -> float:
 def over_clients(values: ArrayLike, weights: ArrayLike, measure: str) -> dict[str, Any]:
     """Mean, n-weighted mean, standard deviation and worst tenth over clients; clients with NaN are left out.
 
-    Parameters
-    ----------
-    values, weights
-        Of the clients: what was measured, and on how many examples.
-    measure
-        Its name, which says whether low or high values are the worst.
+    Of what was measured of each client, on how many examples; the measure's name says whether low or high is worst.
 
     Examples
     --------

@@ -35,18 +35,10 @@ def put_together(
     guarantee: str,
     shifted: bool = False,
 ) -> dict[str, Any]:
-    """The part of ``evaluation.json`` that is measured: by client, and over clients under every condition.
+    """The part of ``evaluation.json`` that is measured: by client (one at least), and over clients by condition.
 
-    Parameters
-    ----------
-    found
-        The clients' evaluations, one at least.
-    pooled
-        Thresholds by risk, as :func:`cafe_flwr.personal.client_evaluation.certify_together` gives them.
-    guarantee
-        What they were calibrated for.
-    shifted
-        Whether the test examples are distributed otherwise than those of calibration even as they are.
+    ``pooled`` are thresholds by risk from all clients' calibration examples together, ``guarantee`` what they were
+    calibrated for; ``shifted`` says whether even clean test examples are distributed otherwise than calibration's.
     """
     clean = [c.measured[CLEAN] for c in found]
     confidence, correct = np.concatenate([m.confidence for m in clean]), np.concatenate([m.correct for m in clean])

@@ -190,18 +190,10 @@ class PersonalStore:
         base: int,
         resumable_from: int,
     ) -> None:
-        """Write the version of a round.
+        """Write the version of a round: personal parameters by name, after training from version ``base``.
 
-        Parameters
-        ----------
-        client, server_round
-            Whose state, and after which round.
-        tensors
-            Personal parameters by name.
-        base
-            Version that training started from. Versions between it and this one were never acknowledged: they go.
-        resumable_from
-            Oldest round that the run may be resumed from; versions that are not needed for it go, too.
+        Versions between ``base`` and this one were never acknowledged: they go. So do those that are not needed to
+        resume the run from round ``resumable_from`` or later.
 
         Raises
         ------

@@ -86,10 +86,7 @@ def fixed_path(num_exits: int) -> ThresholdPath:
 def client_histogram(confidence: ArrayLike, correct: ArrayLike) -> Histogram:
     """A client's counts of examples and errors by bin of confidence, common to all clients, for :func:`pooled_path`.
 
-    Parameters
-    ----------
-    confidence, correct
-        (N, m) each, as for ``cafe_flwr.risk.calibrate``; of other examples than those that :func:`count` gets.
+    Of confidences and outcomes (N, m), of other examples than those that :func:`count` gets.
     """
     values = checked_confidence(confidence)
     right = checked_correct(correct, values.shape)

@@ -81,16 +81,10 @@ class PathCounts(NamedTuple):
 
 
 def count_along(path: ThresholdPath, confidence: Floats, harm: NDArray[np.bool_]) -> PathCounts:
-    """What examples do at every position of a path, in one pass over them.
+    """What examples do at every position of a path, from confidences (N, m), in one pass over them.
 
-    Exit k takes an example from the position at which it would let it go until an exit before it does.
-
-    Parameters
-    ----------
-    confidence
-        (N, m).
-    harm
-        Whether an example comes to harm if it leaves at exit k, (N, m − 1).
+    Exit k takes an example from the position at which it would let it go until an exit before it does. ``harm`` says
+    whether an example comes to harm if it leaves at exit k, (N, m − 1).
     """
     size = len(path) + 1
     first = path.first(confidence)
