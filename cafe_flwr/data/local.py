@@ -164,14 +164,19 @@ def _read_images(rows: Any, column: str, image_size: int, origin: str) -> NDArra
             images.append(_to_pixels(rows[row][column], image_size))
         except Exception as error:
             raise ValueError(f"row {row} of {origin} holds no image that can be read: {error}") from error
-    if len({len(image) for image in images}) > 1:  # some are grey, some are not
-        images = [np.repeat(image, 3, axis=0) if len(image) == 1 else image for image in images]
+    images = alike(images)
     if len({image.dtype for image in images}) > 1:
         images = [normalised(image) for image in images]
     shapes = {image.shape for image in images}
     if len(shapes) != 1:
         raise ValueError(f"images of {origin} have {len(shapes)} different shapes: set image-size")
     return np.stack(images)
+
+
+def alike(images: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Images (C, H, W) of three channels, if some are grey and some are not; else as they are."""
+    mixed = len({len(image) for image in images}) > 1
+    return [np.repeat(image, 3, axis=0) if mixed and len(image) == 1 else image for image in images]
 
 
 def to_array(image: Any, size: int) -> NDArray[np.float32]:
