@@ -96,14 +96,7 @@ HUB_SETS = {
 class OpenSet:
     """A data set that has been opened; pictures are decoded when they are asked for.
 
-    Attributes
-    ----------
-    about
-        What it is.
-    labels
-        (N,) int64, 0..C−1.
-    class_names
-        In the order of the labels.
+    ``labels`` are (N,) int64, 0..C−1, and ``class_names`` in their order.
     """
 
     about: HubSet

@@ -18,16 +18,9 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 class LocalSet(NamedTuple):
     """A set that has been read.
 
-    Attributes
-    ----------
-    images
-        (N, C, H, W): pixels (uint8) where all images are of 8 bits, else float32, about −1..1.
-    labels
-        (N,) int64, 0..K−1.
-    class_names
-        In the order of the labels.
-    column
-        Values of a column of the file, (N,), by its name; ValueError if there is none of this name.
+    ``images``, (N, C, H, W): pixels (uint8) where all images are of 8 bits, else float32, about −1..1. ``labels``: (N,)
+    int64, 0..K−1; ``class_names`` in their order. ``column`` gives the values of a column of the file, (N,), by its
+    name; ValueError if there is none of this name.
     """
 
     images: NDArray[np.uint8] | NDArray[np.float32]

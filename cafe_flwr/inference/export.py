@@ -27,18 +27,10 @@ _KINDS = {"onnx": ("onnx",), "torch": ("torch",), "both": ("onnx", "torch")}
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export left behind.
+    """What an export left behind: a folder, the names of its files, and notes, a sentence each, for the user.
 
-    Attributes
-    ----------
-    folder
-        Where it is.
-    files
-        Names of the files in it.
-    difference
-        By kind of graph: largest difference of its logits from the network's on the example; None: not verified.
-    notes
-        What the user should know, a sentence each.
+    ``difference``, by kind of graph: largest difference of its logits from the network's on the example; None: not
+    verified.
     """
 
     folder: Path

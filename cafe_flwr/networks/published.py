@@ -27,19 +27,8 @@ MAX_LENGTH = 200
 class PublishedConvNet(ImageNetwork):
     """Three blocks of 3×3 convolution without padding (128 channels, stride 1), ReLU and 2×2 max pooling; no norm.
 
-    An exit is the mean over all positions and a linear layer.
-
-    Parameters
-    ----------
-    input_shape
-        (channels, height, width) of the images.
-    num_classes
-        C.
-
-    Raises
-    ------
-    ValueError
-        If these are not images of at least 22×22 pixels.
+    An exit is the mean over all positions and a linear layer. ``input_shape`` is (channels, height, width) of the
+    images, of 22×22 pixels at least.
 
     Examples
     --------
@@ -63,8 +52,8 @@ class PublishedConvNet(ImageNetwork):
 class PublishedResNet18(ImageNetwork):
     """ResNet-18 with batch norm and the CIFAR stem; the exits have the width of their stage: 64, 128, 256 and 512.
 
-    An exit is the mean over all positions and a linear layer. Parameters are those of :class:`PublishedConvNet`; images
-    have at least 8×8 pixels.
+    An exit is the mean over all positions and a linear layer. ``input_shape`` is (channels, height, width) of the
+    images, of 8×8 pixels at least.
 
     Examples
     --------
@@ -85,19 +74,8 @@ class PublishedTransformer(TextNetwork):
     Layers are normed after each part (post-norm), with ReLU, as torch has them by default. Embeddings are scaled by
     √192 and sinusoidal positions added. Padding is attended to like any other token: the authors mask nothing.
 
-    Parameters
-    ----------
-    num_classes
-        C.
-    vocabulary
-        Number of tokens, padding included.
-    max_length
-        Longest text, in tokens: up to the published 200.
-
-    Raises
-    ------
-    ValueError
-        If ``max_length`` is more, or (when called) the input is not tokens or is too long.
+    The vocabulary is the number of tokens, padding included; ``max_length`` that of the longest text, up to the
+    published 200. ValueError if it is more, or (when called) the input is not tokens or is too long.
 
     Examples
     --------

@@ -99,16 +99,10 @@ def certify(
 class Measured:
     """One client's network on its test examples, as they are or corrupted.
 
-    Attributes
-    ----------
-    exits
-        Name of a measure in ``PER_EXIT`` → its value at every exit, (m,).
-    confidence, correct
-        (N, m), confidences with temperatures fitted on the whole calibration split.
-    counts
-        Of dynamic inference at every threshold of ``metrics.THRESHOLDS``, with these confidences.
-    own
-        Risk → what becomes of the examples under the client's own thresholds, where it has some.
+    ``exits``: by name of a measure in ``PER_EXIT`` its value at every exit, (m,). ``confidence`` and ``correct``, (N,
+    m), with temperatures fitted on the whole calibration split; so are the ``counts`` of dynamic inference at every
+    threshold of ``metrics.THRESHOLDS``. ``own``: by risk, what becomes of the examples under the client's own
+    thresholds, if any.
     """
 
     exits: Mapping[str, list[float]]
@@ -131,18 +125,9 @@ class Measured:
 class ClientEvaluation:
     """What is known of a client before clients are put together.
 
-    Attributes
-    ----------
-    values
-        Value range of its images, None if none was corrupted.
-    macs
-        Of leaving at each exit.
-    confidence, correct
-        Of its calibration examples, (N, m), with the temperatures.
-    certificates
-        Its own thresholds by risk.
-    measured
-        On its test examples, by condition.
+    ``values`` is the value range of its images, None if none was corrupted; ``macs`` those of leaving at each exit;
+    ``confidence`` and ``correct``, (N, m), are of its calibration examples, with its temperatures; ``certificates`` its
+    own thresholds by risk; ``measured`` its test examples by condition.
     """
 
     client: int

@@ -64,15 +64,9 @@ class ThresholdPath:
 class PathCounts(NamedTuple):
     """Integer counts of examples at every position of a path, (U,) each.
 
-    Attributes
-    ----------
-    left
-        Leave early.
-    harmed
-        Leave early, and come to harm (for example: are wrong) there.
-    ever_harmed
-        Come to harm at this or a stricter position. With three exits or more an example can leave wrong by exit 2 at a
-        strict position and right by exit 1 at a laxer one, so ``harmed`` need not grow along the path; this does.
+    ``left``: leave early. ``harmed``: leave early, and come to harm (for example: are wrong) there. ``ever_harmed``:
+    come to harm at this or a stricter position. With three exits or more an example can leave wrong by exit 2 at a
+    strict position and right by exit 1 at a laxer one, so ``harmed`` need not grow along the path; this does.
     """
 
     left: NDArray[np.int64]

@@ -56,14 +56,9 @@ def pooled_crc(counts: Sequence[ClientCounts], risk: float) -> int:
 class EveryMixture:
     """A certificate for every mixture of the clients it covers.
 
-    Attributes
-    ----------
-    positions
-        Of each client along the path; −1 = not covered.
-    bounds
-        U⁺(E_j, A_j; δ/J) there, at most α; 1 where not covered.
-    common
-        Laxest position that is certified for all clients at once, or −1; for a network without personal thresholds.
+    ``positions`` of each client along the path, −1 = not covered; ``bounds`` U⁺(E_j, A_j; δ/J) there, at most α, 1
+    where not covered; ``common``, the laxest position that is certified for all clients at once, or −1: for a network
+    without personal thresholds.
     """
 
     positions: tuple[int, ...]
@@ -88,16 +83,9 @@ def every_mixture(
     wrong certificate needs the first position of the walk that is too risky to pass, with probability ≤ δ/J; the union
     over clients gives δ. Being covered is part of what is tested, so it may depend on the counts.
 
-    Parameters
-    ----------
-    counts
-        One client each.
-    risk, confidence_level
-        α and 1 − δ, in (0, 1).
-    proposals
-        Counts along the same path of *other* examples of each client (those of its histogram, say): its walk then
-        starts where they say that it most likely passes. Without them it starts where 2·n_min examples should leave
-        early, judged by the other clients' coverage, which serves clients that are alike (and not a lone one).
+    ``proposals`` are counts along the same path of *other* examples of each client (those of its histogram, say): its
+    walk then starts where they say that it most likely passes. Without them it starts where 2·n_min examples should
+    leave early, judged by the other clients' coverage, which serves clients that are alike (and not a lone one).
     """
     level = (1 - confidence_level) / len(_checked(counts, risk, confidence_level, proposals))
     walks = [_walk(counts, j, risk, level, proposals) for j in range(len(counts))]
@@ -111,16 +99,10 @@ def every_mixture(
 
 @dataclass(frozen=True)
 class ClientCertificate:
-    """What is certified of one client.
+    """What is certified of one client, on the basis of ``"itself"``, ``"every-mixture"`` or ``"mixture"``.
 
-    Attributes
-    ----------
-    basis
-        ``"itself"``, ``"every-mixture"``, ``"mixture"`` or ``"not certified"``.
-    thresholds
-        To be used; infinite where nothing is certified. Its ``describe()`` states the claim.
-    reason
-        Why nothing is certified; empty otherwise.
+    Where nothing is (``"not certified"``) the thresholds are infinite and there is a reason. Otherwise the thresholds'
+    ``describe()`` states the claim.
     """
 
     basis: str
@@ -138,29 +120,14 @@ def certify(
     simultaneous: bool = False,
     proposals: Sequence[ClientCounts] | None = None,
 ) -> list[ClientCertificate]:
-    """For every client, the thresholds it may use and the claim that goes with them.
+    """For every client, the thresholds it may use and the claim that goes with them, from its counts along ``path``.
 
-    A client with ``enough`` examples is tested alone. ``itself``: P(wrong | left early) ≤ α with confidence 1 − δ, for
-    this client; of many such claims a share δ may fail. With ``simultaneous``, ``every-mixture``: the same for all that
-    get it at once (:func:`every_mixture`), which needs more examples. The smaller clients are pooled. ``mixture``:
-    :func:`pooled_crc` over them, a claim about their average. Who is pooled is decided by the number of examples and
-    never by errors, and pooled clients all use the pooled position: otherwise the average would not be that of those
-    who use it.
-
-    Parameters
-    ----------
-    counts
-        One client each, along ``path``.
-    risk, confidence_level
-        α and 1 − δ, in (0, 1).
-    path
-        That was counted along.
-    enough
-        Examples from which a client is tested alone; without it 2·n_min.
-    simultaneous
-        Whether clients tested alone shall be certified all at once.
-    proposals
-        As for :func:`every_mixture`.
+    A client with ``enough`` examples (2·n_min, unless it is said) is tested alone. ``itself``: P(wrong | left early) ≤
+    α with confidence 1 − δ, for this client; of many such claims a share δ may fail. With ``simultaneous``,
+    ``every-mixture``: the same for all that get it at once (:func:`every_mixture`, also on ``proposals``), which needs
+    more examples. The smaller clients are pooled. ``mixture``: :func:`pooled_crc` over them, a claim about their
+    average. Who is pooled is decided by the number of examples and never by errors, and pooled clients all use the
+    pooled position: otherwise the average would not be that of those who use it.
 
     Examples
     --------
