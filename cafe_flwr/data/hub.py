@@ -31,11 +31,9 @@ class HubSet:
     repository
         Its name on the hub.
     splits
-        Splits that are put together before they are dealt out to clients.
+        Are put together before they are dealt out to clients.
     inputs, labels
         Columns.
-    num_classes
-        C.
     image_size
         Height and width of its images, which have three colours; 0: it holds texts.
     pixels

@@ -106,26 +106,14 @@ def partition_naturally(
 ) -> list[NDArray[np.int64]]:
     """Positions that each client gets where clients are the values of a column, or several clients share a value.
 
-    With v different values, in sorted order, client i has examples of value i mod v only.
-
-    Parameters
-    ----------
-    column
-        Its name, for messages.
-    values
-        Of every example; names or numbers.
-    labels
-        (N,), 0..C−1.
-    num_clients
-        A multiple of v.
-    rule
-        How a value is dealt out to its num_clients/v clients: at random, in parts of one size, or by the Dirichlet
-        partition of its labels, with draws of its own for every value.
+    With v different values, in sorted order, client i has examples of value i mod v only; num_clients is a multiple of
+    v. By the rule a value is dealt out to its num_clients/v clients: at random, in parts of one size, or by the
+    Dirichlet partition of its labels, with draws of its own for every value.
 
     Raises
     ------
     ValueError
-        If values are missing or do not suit so many clients; the message says what to change.
+        If values are missing or do not suit so many clients; the message names the column and says what to change.
 
     Examples
     --------

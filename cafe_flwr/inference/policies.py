@@ -102,12 +102,9 @@ class Margin(_ByShare):
 
 @dataclass(frozen=True)
 class Patience:
-    """Leave when so many exits in a row say the same (PABEE, arXiv 2006.04152, whose patience is one less).
+    """Leave when ``count`` exits in a row say the same (PABEE, arXiv 2006.04152, whose patience is one less).
 
-    Parameters
-    ----------
-    count
-        Exits that must agree, this one included: 1 leaves at the first exit, more than m − 1 never leaves early.
+    This exit is counted: 1 leaves at the first exit, more than m − 1 never leaves early.
 
     Examples
     --------

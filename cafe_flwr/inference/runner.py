@@ -28,14 +28,8 @@ _Part = tuple[Tensor, Tensor, Tensor]
 class Prediction:
     """What a network says about N rows.
 
-    Attributes
-    ----------
-    labels
-        (N,) int64, 0..C−1.
-    exits
-        (N,) int64: where each row left, 0..m−1.
-    confidence
-        (N,) float32: the largest probability there, after the exit's temperature.
+    ``labels`` are (N,) int64, 0..C−1; ``exits`` (N,) int64, where each row left, 0..m−1; ``confidence`` (N,) float32,
+    the largest probability there, after the exit's temperature.
 
     Examples
     --------

@@ -53,14 +53,8 @@ def confidence_and_correct(logits: Tensor, y: Tensor) -> tuple[NDArray[np.float6
 class Outcome:
     """How examples fared that left where their thresholds said, as counts; they add up over clients.
 
-    Attributes
-    ----------
-    left
-        (m,): examples that leave at each exit.
-    early_wrong
-        Wrong, among those that leave before the last exit.
-    correct, full_correct
-        Right at the exit they leave by; right at the last exit.
+    ``left``, (m,): leave at each exit. ``early_wrong``: are wrong, among those that leave before the last exit.
+    ``correct``, ``full_correct``: are right at the exit they leave by; at the last exit.
 
     Examples
     --------
