@@ -65,7 +65,7 @@ class Measured(NamedTuple):
     undocumented: bool = False
 
 
-def of_file(path: Path, root: Path = ROOT) -> Iterator[Measured]:
+def of_file(path: Path, root: Path) -> Iterator[Measured]:
     """The file, and all that it defines."""
     text, name = path.read_text(encoding="utf-8"), path.relative_to(root).as_posix()
     module = ast.parse(text)
@@ -98,11 +98,9 @@ def _docstring_lines(node: ast.AST) -> int:
 
 def complaints(root: Path = ROOT) -> list[str]:
     """What is over a limit, and what lacks a docstring, in words."""
-    found, measured = (
-        [],
-        [m for folder in FOLDERS for path in sorted((root / folder).rglob("*.py")) for m in of_file(path)],
-    )
-    for name, kind, lines, undocumented in measured:
+    found = []
+    paths = [path for folder in FOLDERS for path in sorted((root / folder).rglob("*.py"))]
+    for name, kind, lines, undocumented in (m for path in paths for m in of_file(path, root)):
         limit = max(EXCEPTIONS.get(name, 0), LINES[kind])
         if lines > limit:
             found.append(f"{name} has {lines} lines, {limit} at most: split it by idea")
