@@ -97,12 +97,7 @@ def _load(partitioner: Any, parts: int, columns: dict[str, NDArray[np.int64]]) -
 
 
 def partition_naturally(
-    column: str,
-    values: Sequence[Any],
-    labels: NDArray[np.int64],
-    num_clients: int,
-    rule: Rule = EVEN,
-    seed: int = 0,
+    column: str, values: Sequence[Any], labels: NDArray[np.int64], num_clients: int, rule: Rule = EVEN, seed: int = 0
 ) -> list[NDArray[np.int64]]:
     """Positions that each client gets where clients are the values of a column, or several clients share a value.
 

@@ -168,11 +168,7 @@ class PerExit:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, as ``cafe_flwr.personal.export`` takes them: ``None`` = never leave there."""
-        return {
-            **plain_values(self.thresholds, self.temperatures),
-            "fingerprint": self.fingerprint,
-            "guarantee": None,
-        }
+        return {**plain_values(self.thresholds, self.temperatures), "fingerprint": self.fingerprint, "guarantee": None}
 
 
 def largest_probability(logits: Tensor) -> Tensor:

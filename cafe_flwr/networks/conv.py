@@ -144,10 +144,7 @@ def _blocks(
         )
         cells = min(_CELLS, min(size) >> (k + 1))
         projection = nn.Sequential(
-            average(cells),
-            nn.Flatten(),
-            nn.Linear(cells ** len(size) * width, features),
-            nn.LayerNorm(features),
+            average(cells), nn.Flatten(), nn.Linear(cells ** len(size) * width, features), nn.LayerNorm(features)
         )
         exits.append(Exit(projection, features, num_classes))
     return stages, exits

@@ -109,10 +109,7 @@ def _blocks(channels: int, width: int, stride: int, norm: Callable[[int], nn.Mod
     shortcut = None
     if stride != 1 or channels != width:
         shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), norm(width))
-    return [
-        BasicBlock(channels, width, stride, shortcut, norm_layer=norm),
-        BasicBlock(width, width, norm_layer=norm),
-    ]
+    return [BasicBlock(channels, width, stride, shortcut, norm_layer=norm), BasicBlock(width, width, norm_layer=norm)]
 
 
 def _projection(channels: int, features: int) -> nn.Module:

@@ -29,11 +29,7 @@ if TYPE_CHECKING:
 
 
 def put_together(
-    found: Sequence[ClientEvaluation],
-    pooled: Mapping[float, Certificate],
-    *,
-    guarantee: str,
-    shifted: bool = False,
+    found: Sequence[ClientEvaluation], pooled: Mapping[float, Certificate], *, guarantee: str, shifted: bool = False
 ) -> dict[str, Any]:
     """The part of ``evaluation.json`` that is measured: by client (one at least), and over clients by condition.
 

@@ -23,15 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from cafe_flwr.core.files import (
-    STATE_VERSION,
-    Damaged,
-    checksum,
-    to_json,
-    version_path,
-    versions_in,
-    write_atomically,
-)
+from cafe_flwr.core.files import STATE_VERSION, Damaged, checksum, to_json, version_path, versions_in, write_atomically
 from cafe_flwr.core.locks import locked
 from cafe_flwr.core.log import logger
 
@@ -182,13 +174,7 @@ class PersonalStore:
                 )
 
     def save(
-        self,
-        client: int,
-        server_round: int,
-        tensors: Mapping[str, Tensor],
-        *,
-        base: int,
-        resumable_from: int,
+        self, client: int, server_round: int, tensors: Mapping[str, Tensor], *, base: int, resumable_from: int
     ) -> None:
         """Write the version of a round: personal parameters by name, after training from version ``base``.
 

@@ -64,11 +64,7 @@ def controlled_position(ever_harmed: NDArray[np.int64], num_examples: int, risk:
 
 
 def likeliest_start(
-    trials: NDArray[np.floating[Any]],
-    harmed: NDArray[Any],
-    among: NDArray[Any],
-    risk: float,
-    delta: float,
+    trials: NDArray[np.floating[Any]], harmed: NDArray[Any], among: NDArray[Any], risk: float, delta: float
 ) -> int:
     """Position of a path whose test, at level δ, most likely passes, judged by other data than those tested.
 

@@ -141,10 +141,7 @@ class ExitThresholds:
 
 def plain_values(thresholds: Sequence[float], temperatures: Sequence[float]) -> dict[str, list[Any]]:
     """Both for JSON, which knows no infinity: ``None`` = never leave there."""
-    return {
-        "thresholds": [t if math.isfinite(t) else None for t in thresholds],
-        "temperatures": list(temperatures),
-    }
+    return {"thresholds": [t if math.isfinite(t) else None for t in thresholds], "temperatures": list(temperatures)}
 
 
 def checked_temperatures(temperatures: Sequence[float], num_exits: int) -> tuple[float, ...]:
