@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE  # without it every process compiles what it imports: half a minute each
 
-.PHONY: help demo compare test lint bench bundle deploy-check clean
+.PHONY: help demo compare test test-fast lint bench bundle deploy-check clean
 
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -23,7 +23,10 @@ compare: .venv/.installed ## The short comparison of methods; writes its table i
 
 test: lint ## Lint, types and all tests: first those in one process, two files at a time, then real nodes and servers
 	$(BIN)/python -m pytest -m "not flower" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m flower tests
+	$(BIN)/python -m pytest -m flower -n 2 --dist loadgroup tests
+
+test-fast: .venv/.installed ## The quick tests of every part, without processes: a minute and a half on two cores
+	$(BIN)/python -m pytest -m "not flower and not slow" -n 2 --dist loadfile
 
 lint: .venv/.installed ## Lint and types only
 	$(BIN)/ruff check .

@@ -9,12 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from cafe_flwr.app.launch import private_superlink
+
 torch.set_num_threads(1)
 
 # A small run waits for the disk a hundred times. In memory it makes the same calls, and they take no time.
 _MEMORY = Path("/dev/shm")
 if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 4 * 2**30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))  # pytest's name for where its folders go
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of real processes get time."""
+    for item in items:
+        if item.get_closest_marker("flower"):
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +42,14 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: there is no folder {folder}; set CAFE_FLWR_DATA to one")
     return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def superlink() -> Iterator[dict[str, str]]:
+    """Environment of a SuperLink in simulation mode, one for all tests."""
+    with private_superlink() as env:
+        # Actors of the simulation share two cores: a thread each.
+        yield {**env, "OMP_NUM_THREADS": "1"}
 
 
 class FlowerLog(logging.Handler):

@@ -233,6 +233,7 @@ def test_slugs_keep_letters_digits_and_dots() -> None:
     assert slug("μ = 0.1") == "0.1"
 
 
+@pytest.mark.slow
 def test_shipped_experiments_can_run(tmp_path: Path) -> None:
     """Those on data sets of the hub: on made-up copies, at their smoke size; test_smoke.py has their small sizes."""
     published = set(METHODS) - {"cafedistill-text", "cafedistill-prior", "local-kd", "depthfl", "scalefl"}
@@ -399,6 +400,7 @@ class Deadly(PlannedRun):
         return os._exit, (3,)
 
 
+@pytest.mark.slow
 def test_processes_run_side_by_side_and_one_that_dies_or_fails_stops_no_other(tmp_path: Path) -> None:
     """Four runs on two processes: one dies with its process, one fails, two finish, with one thread each."""
     good = plan_runs(experiment(seeds=[0, 1], rows=["fedavg"]), tmp_path)
@@ -418,6 +420,7 @@ def test_processes_run_side_by_side_and_one_that_dies_or_fails_stops_no_other(tm
     assert dict(os.environ) == before
 
 
+@pytest.mark.slow
 def test_who_stops_listening_stops_the_workers(tmp_path: Path) -> None:
     (run,) = plan_runs(experiment(rows=["fedavg"], settings={**TINY, "num-server-rounds": 5000}), tmp_path)
     with contextlib.closing(execute([run], jobs=2)) as events:
@@ -427,6 +430,7 @@ def test_who_stops_listening_stops_the_workers(tmp_path: Path) -> None:
     assert state_of(run) == "resumable"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals")
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> None:
     """The second row takes 5,000 rounds; when the first has finished, the command is interrupted, then given again."""

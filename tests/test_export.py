@@ -152,6 +152,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
     return case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILD)
 def test_device_stops_where_computing_everything_says(cases: Callable[[str], Case], name: str) -> None:
     case = cases(name)
@@ -270,6 +271,7 @@ def test_the_network_is_left_as_it_is(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in network.parameters())
 
 
+@pytest.mark.slow
 def test_other_thresholds(cases: Callable[[str], Case], tmp_path: Path) -> None:
     """None: never; θ; infinite: never here. Temperatures of the thresholds are used, all 1 if they have none."""
     case, x = cases("mlp"), cases("mlp").x[:2]
@@ -569,6 +571,7 @@ def test_predict_file_refuses(cases: Callable[[str], Case], tmp_path: Path) -> N
     assert not list(tmp_path.glob("out.*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_report")
 def test_export_of_a_client(tmp_path: Path) -> None:
     settings = small_settings(tmp_path, num_server_rounds=1, num_clients=2, classifier_start="own")

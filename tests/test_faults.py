@@ -228,6 +228,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", FAULTS)
 def test_a_reply_that_cannot_be_used_leaves_its_client_out(tmp_path, reference, flower_log, what):
     change, reason = FAULTS[what]

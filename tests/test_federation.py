@@ -151,6 +151,7 @@ def test_the_area_in_the_summary_is_that_of_its_curve(finished):
     assert summary["accuracy_macs_area"] == pytest.approx(area / (points[-1][0] - points[0][0]))
 
 
+@pytest.mark.slow
 def test_steps_of_fine_tuning_count(tmp_path, no_report):
     """Four rounds of two steps and fine-tuning worth three; with two phases each its own, twice as many."""
     for method, changes, steps in (
@@ -564,6 +565,7 @@ def test_an_undisturbed_run_warns_of_nothing(tmp_path, no_report, flower_log):
     assert ours == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "unlabelled"), [("cafedistill", 1), ("cafedistill-text", 0)])
 def test_it_learns(tmp_path, no_report, method, unlabelled):
     """Twelve rounds bring all exits far above chance (0.1), and the second half of them is no waste.
@@ -601,6 +603,7 @@ def reference(tmp_path_factory, request):
     return Recorded.read(settings.results), result.arrays, varied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_nodes", [1, 2, 3, CLIENTS, 8])
 def test_numbers_do_not_depend_on_how_clients_are_grouped_on_nodes(tmp_path, reference, no_report, num_nodes):
     """Bit for bit: shared parameters, personal files, tables. Only the bytes differ: a backbone travels once a node."""
@@ -747,6 +750,7 @@ def test_heads_of_exits_that_do_not_train_stay_as_they_are_on_disk(tmp_path, no_
 # --- evaluation in some rounds only ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cafedistill", "cafedistill-text", "ditto"])
 def test_rounds_without_evaluation_change_no_other_number(tmp_path, no_report, method):
     """`evaluate-every = 3` and T = 4: rounds 3 and 4 are evaluated. Elsewhere accuracies are null and the long table
@@ -859,6 +863,7 @@ def test_two_and_two_rounds_are_four(tmp_path, undisturbed, no_report, flower_lo
     assert "damaged" not in flower_log.text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -887,6 +892,7 @@ def truncate(path, to=0.6):
     path.write_bytes(content[: int(len(content) * to)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", [0.0, 0.02, 0.6, 0.999])
 def test_a_half_written_checkpoint_is_reported_and_the_one_before_is_used(
     tmp_path, undisturbed, no_report, flower_log, to

@@ -676,6 +676,7 @@ def test_the_published_network_is_the_personal_one_and_gives_the_accuracies_repo
             torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6, msg=name)
 
 
+@pytest.mark.slow
 @plain_methods
 def test_with_the_switches_every_method_runs_and_the_prior_is_log_pi_exactly(tmp_path, variant):
     """`prior` adds log π_i to the logits of client i's personal network at every exit, no more and no less: the
@@ -706,6 +707,7 @@ def test_all_methods_take_the_same_number_of_steps(run):
         assert [r.local_steps for r in record.reports] == [BUDGET.steps] * N
 
 
+@pytest.mark.slow
 @plain_methods
 @pytest.mark.parametrize(
     ("budget", "expected"),
@@ -757,9 +759,13 @@ def test_steps_after_the_last_round_are_fine_tuning_and_are_counted(tmp_path, va
 # --- what does not matter --------------------------------------------------------------------------------------------
 
 
-def test_the_grouping_of_clients_on_nodes_does_not_matter(tmp_path, run):
-    """Three nodes, {0, 3}, {1} and {2}, are four of one client each, bit for bit."""
-    grouped = federate(tmp_path, run.variant, num_nodes=3)
+@pytest.mark.slow
+def test_neither_the_grouping_of_clients_on_nodes_nor_what_a_process_did_before_matters(tmp_path, run):
+    """Three nodes, {0, 3}, {1} and {2}, in a process that has run the method with other settings, are four fresh ones
+    of one client each, bit for bit."""
+    app = toy_app(build=lambda: toy_network(exits=2))
+    quietly(tmp_path / "before", (run.variant[0], {"equal_steps": False}), N, rounds=2, app=app)
+    grouped = federate(tmp_path / "then", run.variant, num_nodes=3, app=app)
     assert_same_outcome(grouped, run)
     for client in range(N):
         assert same_tensors(grouped.kept(client, T), run.kept(client, T))
@@ -778,13 +784,7 @@ def test_another_seed_gives_other_personal_networks(tmp_path, variant):
         assert not same_tensors(runs[0].published[client], runs[1].published[client])
 
 
-def test_what_a_process_did_before_does_not_matter(tmp_path, run):
-    """A process that has run the method with other settings gives the same as a fresh one."""
-    app = toy_app(build=lambda: toy_network(exits=2))
-    quietly(tmp_path / "before", (run.variant[0], {"equal_steps": False}), N, rounds=2, app=app)
-    assert_same_outcome(federate(tmp_path / "then", run.variant, N, app=app), run)
-
-
+@pytest.mark.slow
 @some_variants
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, variant):
     """2 + 2 rounds are 4, with partial participation and a checkpoint on disk in between."""
@@ -816,6 +816,7 @@ def coming_and_going(monkeypatch):
     return participants
 
 
+@pytest.mark.slow
 @some_variants
 def test_absent_clients_neither_stop_the_run_nor_change(tmp_path, coming_and_going, variant):
     """A client comes back with the personal state it left with; one may come for the first time in any round, which
@@ -837,6 +838,7 @@ def test_absent_clients_neither_stop_the_run_nor_change(tmp_path, coming_and_goi
         assert strict_json(to_json(record.to_json()))["participants"] == coming_and_going[server_round]
 
 
+@pytest.mark.slow
 @some_variants
 def test_clients_that_fail_are_left_out_and_the_others_go_on(tmp_path, variant):
     """Two nodes, {0, 2} and {1, 3}. Client 3's training data are not numbers: it is left out in every round, its
@@ -877,6 +879,7 @@ def test_clients_that_fail_are_left_out_and_the_others_go_on(tmp_path, variant):
         assert all(torch.isfinite(t).all() for t in tensors.values()), f"client {client}"
 
 
+@pytest.mark.slow
 @plain_methods
 def test_a_client_that_comes_later_gets_on(tmp_path, variant):
     """The device of client 2 registers before round 2: it trains from then on and has a network at the end."""
@@ -890,6 +893,7 @@ def test_a_client_that_comes_later_gets_on(tmp_path, variant):
     assert sorted(done.published) == [0, 1, 2]
 
 
+@pytest.mark.slow
 @some_variants
 def test_a_single_client_with_a_single_class_is_enough(tmp_path, variant):
     """Nobody to learn from, and classes that nobody has: all numbers stay finite."""
@@ -906,6 +910,7 @@ def test_a_single_client_with_a_single_class_is_enough(tmp_path, variant):
             np.testing.assert_allclose(record.plan.weights, [[1.0]])
 
 
+@pytest.mark.slow
 @some_variants
 def test_a_network_with_a_single_exit_works_or_is_refused_before_the_first_round(tmp_path, variant):
     """DepthFL's exits teach one another: it needs two, and says so."""
@@ -921,6 +926,7 @@ def test_a_network_with_a_single_exit_works_or_is_refused_before_the_first_round
     assert all(np.isfinite(r.train_loss) for record in done.notes.records.values() for r in record.reports)
 
 
+@pytest.mark.slow
 @own_variants
 def test_every_setting_runs_at_other_values(tmp_path, variant):
     """Two rounds, the last of which all clients enter with a download of their own: finite networks come out."""
@@ -949,6 +955,7 @@ def knowledge(method, clients, participants=(1, 4, 9), exits=2, *, reverse=False
     return ServerRound(4, 20, participants, exits, known, schema, np.random.default_rng(1))
 
 
+@pytest.mark.slow
 @every_method
 def test_a_plan_is_for_the_participants_in_their_order(name):
     """Whoever is known: none of them, one, all, or only others. Weights are shares."""
@@ -990,6 +997,7 @@ def test_a_plan_does_not_depend_on_the_order_of_what_is_known_and_changes_none_o
             np.testing.assert_array_equal(rounds[0].known[client].similarity, similarity)
 
 
+@pytest.mark.slow
 @every_method
 def test_what_is_concluded_is_of_those_who_reported_and_changes_nothing_else(name):
     """Of three participants two report, one of them for the first time: what the server keeps of them is finite and of
@@ -1022,6 +1030,7 @@ def test_what_is_concluded_is_of_those_who_reported_and_changes_nothing_else(nam
             assert not task.pairs.among([1, 4, 9]).any()
 
 
+@pytest.mark.slow
 @every_method
 def test_training_is_repeatable_and_leaves_the_network_trainable(name):
     """The same start and generator give the same outcome bit for bit; nothing stays frozen, the backbone has moved: all

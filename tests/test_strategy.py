@@ -303,6 +303,7 @@ def patch_participants(monkeypatch, participants):
 AWAY = {1: [0, 1, 2], 2: [0, 1], 3: [0, 1], 4: [0, 1], 5: [0, 1, 2], 6: [0, 1, 2]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_staleness", "forgotten_in"), [(0, []), (1, [4, 5]), (2, [5]), (3, []), (4, [])])
 def test_absent_clients_teach_until_they_are_forgotten(tmp_path, monkeypatch, max_staleness, forgotten_in):
     """Client 2 is seen in round 1 and then not until round 5: when round t is planned it has been away for t − 2."""
@@ -374,6 +375,7 @@ def test_the_last_matching_is_remembered(tmp_path, monkeypatch):
     assert list(plans[3][1].weight_rows) == [0, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "mu"), [(False, 2.0), (True, 0.2)], ids=["released", "from the text"])
 def test_osqp_gives_the_same_run_as_the_closed_form(tmp_path, text, mu):
     def matching(**settings):
@@ -462,6 +464,7 @@ def test_selection_of_the_text_reading_is_what_clients_are_told(tmp_path, select
         assert [told[c] for c in range(9)] == notes.records[t].plan.active.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("selection", "first"), [("shallow-first", [9, 0]), ("none", [9, 9])])
 def test_levels_are_what_clients_are_told(tmp_path, selection, first):
     """All begin with exit 1, or with all. Exits are told as far as the level, which the server keeps for the client."""
@@ -520,6 +523,7 @@ def test_keyword_arguments_of_fedavg_mean_what_they_mean():
     assert CafeDistill(min_train_nodes=7).min_train_nodes == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fraction", "minimum", "expected"), [(1.0, 1, 9), (0.5, 1, 4), (0.1, 3, 3), (0.1, 1, 1), (0.5, 100, 9)]
 )
@@ -605,6 +609,7 @@ def test_a_client_without_test_data_does_not_spoil_the_evaluation(tmp_path):
     assert nobody.train_metrics_clientapp == {}
 
 
+@pytest.mark.slow
 def test_evaluation_of_some_clients_is_seeded(tmp_path):
     def evaluated(folder, seed):
         _, _, grid = start(tmp_path / folder, fraction_evaluate=0.4, min_evaluate_nodes=1, num_clients=5, seed=seed)
@@ -675,6 +680,7 @@ def test_metrics_functions_get_a_record_for_every_client(tmp_path):
         assert [r.metric_records["metrics"]["num-examples"] for r in records] == [9] * 5
 
 
+@pytest.mark.slow
 def test_records_may_have_other_names_on_both_sides(tmp_path):
     names = {"weighted_by_key": "samples", "arrayrecord_key": "model", "configrecord_key": "orders"}
     app = toy_app(keys=Keys(arrays="model", config="orders", weight="samples"))
@@ -823,6 +829,7 @@ def test_a_line_without_accuracies_says_so_by_leaving_them_out(tmp_path, flower_
         assert line["local_steps"] == FULL_BATCH.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -1000,6 +1007,7 @@ def test_fine_tuning_after_the_last_round_teaches_what_the_rounds_did_not(tmp_pa
     assert losses[5] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["cafedistill", "cafedistill-plus", "cafedistill-prior", "cafedistill-text", "fedrod", "fedamp", "ditto"]
 )

@@ -218,15 +218,16 @@ def test_a_block_whose_holders_are_all_away_stays_as_it_was(tmp_path):
     assert not any(both[name].data == first[name].data for name in shallow)
 
 
-@pytest.mark.parametrize("num_nodes", [1, 2, 3])
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cafedistill", "cafedistill-text", "depthfl"])
-def test_numbers_do_not_depend_on_how_unequal_clients_are_grouped_on_nodes(tmp_path, no_report, method, num_nodes):
+def test_numbers_do_not_depend_on_how_unequal_clients_are_grouped_on_nodes(tmp_path, no_report, method):
     """Bit for bit, but for the bytes: a block travels once a node."""
-    for n in (N, num_nodes):
+    for n in (N, 1, 2, 3):
         settings = small_settings(tmp_path / str(n), method=method, **UNEQUAL)
         run_small(settings, n)
-    one, other = (Recorded.read((tmp_path / str(n)) / "small") for n in (N, num_nodes))
-    one.assert_same(other, but=TRAFFIC)
+    one, *others = (Recorded.read((tmp_path / str(n)) / "small") for n in (N, 1, 2, 3))
+    for other in others:
+        one.assert_same(other, but=TRAFFIC)
 
 
 def test_half_precision_costs_half_and_gives_nearly_the_same(tmp_path, no_report):
@@ -278,6 +279,7 @@ def test_a_narrower_network_is_as_the_whole_one_in_all_else():
 NARROW = {"depth_shares": "1x0.5:0.2,3x0.5:0.4", "learning_rate": 0.05, "local_steps": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["scalefl", "cafedistill", "cafedistill-plus", "cafedistill-text", "cafedistill-prior", "fedamp"]
 )
@@ -438,6 +440,7 @@ def test_the_report_says_who_holds_what(finished):
     assert "<td>1 exit</td>" in page
 
 
+@pytest.mark.slow
 def test_networks_of_all_depths_are_calibrated_exported_and_leave_early(finished, tmp_path):
     settings, depths = finished
     run = FinishedRun(settings.results)
@@ -466,6 +469,7 @@ def test_networks_of_a_kind_are_evaluated_together_and_no_others(finished):
     assert len(found["macs_per_exit"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["cafedistill", "cafedistill-plus", "cafedistill-text", "cafedistill-prior", "pfedgraph"]
 )
@@ -480,6 +484,7 @@ def test_two_and_two_rounds_are_four_for_unequal_clients(tmp_path, no_report, me
     Recorded.read(parts.results).assert_same(Recorded.read(whole.results))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_unequal_clients(tmp_path, no_report, method):
     """Nobody is left out, every network has the exits of its client, and learns."""
@@ -661,6 +666,7 @@ NEGATIVE = json.dumps([["stages.0.0.weight", [-1, 5]]])
 ALIEN = json.dumps([["stages.0.0.weight", [9, 9]]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lie", "message"),
     [
