@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from cafe_flwr.core.lazy import lazily
 
 if TYPE_CHECKING:
+    from cafe_flwr.training.loop import LoopOptions as LoopOptions
     from cafe_flwr.training.loop import Outcome as Outcome
     from cafe_flwr.training.loop import batches as batches
     from cafe_flwr.training.loop import frozen as frozen
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __getattr__ = lazily(
     __name__,
     {
-        "cafe_flwr.training.loop": "Outcome batches frozen pull snapshot train",
+        "cafe_flwr.training.loop": "LoopOptions Outcome batches frozen pull snapshot train",
         "cafe_flwr.training.options": "DEFAULT_BUDGET OPTIMIZERS LocalBudget learning_rate_at",
     },
 )
