@@ -20,16 +20,7 @@ IN_ROOT = 7
 # What is still over, with today's figure in place of the limit: these may only fall.
 EXCEPTIONS: dict[str, int] = {
     "cafe_flwr/app/parts.py:federation": 43,
-    "cafe_flwr/cli/__init__.py": 386,
-    "cafe_flwr/cli/__init__.py:compare": 66,
-    "cafe_flwr/cli/__init__.py:_run_all": 43,
     "cafe_flwr/data/federation.py:load_federation": 111,
-    "cafe_flwr/experiments/comparison.py": 456,
-    "cafe_flwr/experiments/file.py": 687,
-    "cafe_flwr/results/page.py:render": 45,
-    "cafe_flwr/results/run.py": 379,
-    "cafe_flwr/results/run.py:read_run": 42,
-    "cafe_flwr/results/summary.py:summarise": 69,
     "cafe_flwr/server/accounting.py:epsilon": 41,
     "cafe_flwr/server/calibration.py:calibrate_federation": 65,
     "cafe_flwr/server/strategy.py": 968,
