@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.data import digits
 from cafe_flwr.data.options import Data
-from cafe_flwr.data.partition import partition_labels, partition_naturally, stratified_split
+from cafe_flwr.data.partition import Rule, partition_labels, partition_naturally, stratified_split
 from cafe_flwr.data.shifts import check_rotations, check_shifts, rotate, shift_labels
 from cafe_flwr.data.sources import Source, source_of
 from cafe_flwr.data.split import ClientData, Split
@@ -65,7 +65,7 @@ class FederatedData:
         return len(self.class_names)
 
 
-def load_federation(
+def load_federation(  # noqa: PLR0913 (public; options.Data has them all)
     dataset: str,
     num_clients: int,
     *,
@@ -224,21 +224,12 @@ def _parts(options: Data, source: Source, num_clients: int, seed: int) -> list[N
             source.column(options.partition_column),
             source.labels,
             num_clients,
-            split=options.natural_split,
-            alpha=options.dirichlet_alpha,
-            capped=options.dirichlet_cap,
-            seed=seed,
+            Rule(options.natural_split, options.dirichlet_alpha, capped=options.dirichlet_cap),
+            seed,
         )
-    parts = partition_labels(
-        source.labels,
-        num_clients,
-        options.partition,
-        options.dirichlet_alpha,
-        options.classes_per_client,
-        seed,
-        0 if source.read is None else groups,  # labels that are rendered need not be dealt out
-        capped=options.dirichlet_cap,
-    )
+    rule = Rule(options.partition, options.dirichlet_alpha, options.classes_per_client, options.dirichlet_cap)
+    dealt = 0 if source.read is None else groups  # labels that are rendered need not be dealt out
+    parts = partition_labels(source.labels, num_clients, rule, seed, dealt)
     if source.read is None and groups:
         return [parts[client % groups] for client in range(num_clients)]
     return parts
