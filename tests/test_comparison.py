@@ -306,7 +306,7 @@ class Real:
         self.done = self.again()
 
     def again(self, *options: str) -> Any:
-        return call(self.file, "--results-dir", self.results, "--jobs", 2, "--update-markdown", self.readme, *options)
+        return call(self.file, "--results-dir", self.results, "--jobs", 1, "--update-markdown", self.readme, *options)
 
     def csv(self, name: str) -> list[dict[str, str]]:
         with open(self.home / name, newline="") as file:

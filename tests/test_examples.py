@@ -20,7 +20,7 @@ from flwr.app import ConfigRecord
 from safetensors.numpy import load_file
 
 from cafe_flwr import CafeDistill
-from cafe_flwr.app.launch import private_superlink, run_app
+from cafe_flwr.app.launch import run_app
 from cafe_flwr.core.text import kebab
 from cafe_flwr.methods import CafeDistillMethod, settings_of
 from cafe_flwr.metrics import THRESHOLDS
@@ -242,13 +242,13 @@ def test_an_answer_of_another_protocol_is_refused(kind, stops, by_hand, tmp_path
 
 
 @pytest.mark.flower
-def test_hand_written_clients_in_flowers_simulation_engine(by_hand, tmp_path):
+@pytest.mark.xdist_group("simulation")
+def test_hand_written_clients_in_flowers_simulation_engine(superlink, by_hand, tmp_path):
     """The same metrics as in one process, but for the last digits: processes differ in their threads."""
     expected = metrics_of(by_hand, tmp_path, rounds=2)
     saved = tmp_path / "engine.json"
-    with private_superlink() as env:
-        config = [f'metrics-file="{saved}"', "num-server-rounds=2"]
-        status = run_app(EXAMPLES / "hand-written-client", {**env, "OMP_NUM_THREADS": "1"}, config)
+    config = [f'metrics-file="{saved}"', "num-server-rounds=2"]
+    status = run_app(EXAMPLES / "hand-written-client", superlink, config)
     assert status.completed, status
     found = json.loads(saved.read_text())
     assert found.keys() == expected.keys()
