@@ -61,9 +61,11 @@ def federate(job: dict[str, Any], seed: int, folder: str) -> Path:
 
 def measure(results: Path, epochs: int) -> dict[str, float]:
     """Mean test accuracy over exits and newcomers, by way of getting a network."""
-    from cafe_flwr.app.joining import package_run, train_newcomer
+    from cafe_flwr.app.joining import package_run
     from cafe_flwr.app.parts import build_network, federation
-    from cafe_flwr.client.app import Workplace, seeded
+    from cafe_flwr.client.model import ClientModel
+    from cafe_flwr.client.newcomer import train_newcomer
+    from cafe_flwr.core.random import seeded
     from cafe_flwr.metrics import evaluate
     from cafe_flwr.personal import FinishedRun
     from cafe_flwr.settings import Settings
@@ -76,10 +78,10 @@ def measure(results: Path, epochs: int) -> dict[str, float]:
     for client in range(settings.num_clients - NEWCOMERS, settings.num_clients):
         data = federation(settings).load(client)
 
-        def fresh() -> Workplace:
+        def fresh() -> ClientModel:
             with seeded(settings.seed):
                 network = build_network(settings)
-            return Workplace(network, method, snapshot(network))
+            return ClientModel(network, method, snapshot(network))
 
         work = fresh()
         start, _ = train_newcomer(work, package, client, data, epochs)

@@ -114,7 +114,7 @@ def superlink(
 
 
 @app.command()
-def supernode(
+def supernode(  # noqa: PLR0913 (the options of the command)
     node: Annotated[str, typer.Argument(help="Its name.")],
     superlink: Annotated[str, typer.Option(help="Address of the SuperLink or its gate, host:port.")],
     clients: Annotated[str, typer.Option(help="Numbers of the clients it hosts: '3' or '3,7'.")],

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cafe_flwr.client.app import seeded
-from cafe_flwr.core.random import rng_for
+from cafe_flwr.core.random import rng_for, seeded
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.data import ClientData
 from cafe_flwr.methods.starts import classifier_start

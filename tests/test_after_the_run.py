@@ -31,11 +31,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cafe_flwr import EarlyExitNetwork, __version__
-from cafe_flwr.app.joining import Package, join, mean_head, mean_heads, package, package_run
+from cafe_flwr.app.joining import RunFacts, mean_head, package, package_run
 from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.app.source import NodeNetwork, parts_of
 from cafe_flwr.cli import app
-from cafe_flwr.client.app import Workplace, seeded
+from cafe_flwr.client.model import ClientModel
+from cafe_flwr.client.newcomer import Newcomer, join, mean_heads
+from cafe_flwr.core.random import seeded
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.data import Split
 from cafe_flwr.device import load
@@ -47,6 +49,7 @@ from cafe_flwr.networks import Exit
 from cafe_flwr.personal import FinishedRun, fingerprint
 from cafe_flwr.personal.calibration import read_thresholds
 from cafe_flwr.personal.evaluation import evaluate_run
+from cafe_flwr.personal.package import Package
 from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.settings import Settings
@@ -366,7 +369,7 @@ def test_a_newcomer_gets_a_network_better_than_the_mean_and_than_its_own_effort(
 
     with seeded(ended.settings.seed):
         network = build_network(ended.settings)
-    work = Workplace(network, ended.settings.build_method(), snapshot(network))
+    work = ClientModel(network, ended.settings.build_method(), snapshot(network))
     names = network.head_names(2)
     network.load_state_dict({**work.weights, **got.shared})
     for k in range(3):
@@ -533,12 +536,12 @@ def test_data_that_does_not_fit_is_refused_before_training(ended: Ended, tmp_pat
     network = build_network(ended.settings)
     small = replace(data, test=Split(data.test.x[..., :12], data.test.y))
     with pytest.raises(ValueError, match=r"inputs of the test split have shape \(1, 16, 12\), the network takes"):
-        join(got, NEWCOMER, network, small, tmp_path)
+        join(got, Newcomer(NEWCOMER, tmp_path), network, small)
     unknown = replace(data, train=Split(data.train.x, torch.arange(len(data.train)) % 10 + 5))
     with pytest.raises(ValueError, match=r"its train split has labels 5\.\.14, expected 0\.\.9"):
-        join(got, NEWCOMER, network, unknown, tmp_path)
+        join(got, Newcomer(NEWCOMER, tmp_path), network, unknown)
     with pytest.raises(ValueError, match="epochs must be at least 1"):
-        join(got, NEWCOMER, network, data, tmp_path, epochs=0)
+        join(got, Newcomer(NEWCOMER, tmp_path, epochs=0), network, data)
     assert not list(tmp_path.iterdir())
 
 
@@ -546,16 +549,16 @@ def test_only_a_finished_run_of_the_method_makes_a_package(ended: Ended, tmp_pat
     results = Path(shutil.copytree(ended.results, tmp_path / "results"))
     state = Checkpoints(results / "checkpoint").load()
     assert state is not None
-    options = {"budget": ended.settings.build_budget(), "num_rounds": 12}
+    facts = RunFacts(ended.settings.build_budget(), num_rounds=12)
     with pytest.raises(
         ValueError,
         match="only a federation of cafedistill, cafedistill-plus, cafedistill-text can be joined when it has ended, "
         "not of ditto",
     ):
-        package(build_network(ended.settings), METHODS["ditto"](), state, **options)
+        package(build_network(ended.settings), METHODS["ditto"](), state, facts)
     wider = build_network(ended.settings.model_copy(update={"feature_width": 12}))
     with pytest.raises(ValueError, match="made with another network or method"):
-        package(wider, ended.settings.build_method(), state, **options)
+        package(wider, ended.settings.build_method(), state, facts)
     (results / "checkpoint" / "round-000012.safetensors").unlink()
     with pytest.raises(ValueError, match="has finished 11 of 12 rounds: let the run end"):
         package_run(results)
@@ -581,9 +584,10 @@ def test_a_federation_of_one_s_own_can_be_joined_in_python(tmp_path: Path, metho
     strategy.start(DeviceGrid(toy_app(build=normed_network), ["0,1,2"], tmp_path / "state"))
     with seeded(0):
         network = normed_network()
-    made = package(network, strategy.method, strategy.state, budget=budget, num_rounds=3)
+    made = package(network, strategy.method, strategy.state, RunFacts(budget, num_rounds=3))
     made.save(tmp_path / "p.safetensors")
-    result = join(Package.load(tmp_path / "p.safetensors"), 7, network, toy_data(7), tmp_path / "new", epochs=3)
+    newcomer = Newcomer(7, tmp_path / "new", epochs=3)
+    result = join(Package.load(tmp_path / "p.safetensors"), newcomer, network, toy_data(7))
     assert result.report.local_steps > 0
     published = load_file(tmp_path / "new" / "client-7.safetensors")
     assert "stages.0.1.running_mean" in made.shared
@@ -601,7 +605,7 @@ def test_newcomers_start_from_the_mean_of_what_clients_sent(tmp_path: Path, meth
     strategy.start(DeviceGrid(toy_app(), ["0,1,2"], tmp_path))
     with seeded(0):
         network = toy_network()
-    made = package(network, strategy.method, strategy.state, budget=budget, num_rounds=2)
+    made = package(network, strategy.method, strategy.state, RunFacts(budget, num_rounds=2))
     examples = np.array([12, 17, 22]) / 51
     sent = np.stack([strategy.state.known[client].upload for client in range(3)]).astype(np.float64)
     mean = torch.from_numpy(examples @ sent).float()

@@ -3,18 +3,19 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from cafe_flwr.app.central import central_settings, run_central, train_central
+from cafe_flwr.app.central import SAFE_KD, central_settings, run_central, train_central
 from cafe_flwr.core.random import rng_for
-from cafe_flwr.data import Split
+from cafe_flwr.data import ClientData, Split
 from cafe_flwr.metrics import evaluate
 from cafe_flwr.networks import ConvNet, EarlyExitNetwork, Exit
 from cafe_flwr.personal import FinishedRun
-from cafe_flwr.training import batches
+from cafe_flwr.training import LocalBudget, batches
 from cafe_flwr.training.losses import cross_entropies
 from cafe_flwr.training.objectives.base import READS, Objective
 
@@ -36,6 +37,11 @@ def images(n=20, seed=0):
     return Split(patterns[y] + 0.5 * torch.randn(n, 1, 8, 8, generator=generator), y)
 
 
+def held(train, watch=None):
+    """These examples to train on, and others to watch."""
+    return ClientData(train, watch or images(0), images(0))
+
+
 def network():
     torch.manual_seed(0)
     return ConvNet((1, 8, 8), num_classes=4)
@@ -45,9 +51,8 @@ def test_plain_training_is_a_loop_of_adamw_written_out():
     """Its state lives through all epochs; mean of the exits' cross-entropies; batches in the seeded order."""
     data, net = images(20), network()
     other = copy.deepcopy(net)
-    trained = train_central(
-        net, data, objective=Objective(), epochs=3, batch_size=8, learning_rate=0.01, weight_decay=0.1, seed=5
-    )
+    budget = replace(SAFE_KD, epochs=3, batch_size=8, learning_rate=0.01, weight_decay=0.1)
+    trained = train_central(net, held(data), budget, objective=Objective(), seed=5)
     optimizer = torch.optim.AdamW(other.parameters(), 0.01, weight_decay=0.1)
     losses = []
     for index in batches(20, 8, 60, rng_for(5, 0, 0, "batches")):
@@ -71,11 +76,9 @@ def test_training_learns_repeats_and_depends_on_its_seed(objective):
     for seed in (1, 1, 2):
         trained = train_central(
             network(),
-            data,
+            held(data),
+            replace(SAFE_KD, epochs=8, learning_rate=0.01, batch_size=8),
             objective=Objective(objective=objective),
-            epochs=8,
-            learning_rate=0.01,
-            batch_size=8,
             seed=seed,
         )
         assert trained.history[-1].loss < trained.history[0].loss
@@ -95,7 +98,8 @@ def test_the_teacher_averages_over_all_epochs():
     def after(epochs):
         net = network()
         objective = Objective(objective="safe-kd", ema_decay=0.5)
-        return train_central(net, data, objective=objective, epochs=epochs, batch_size=8, learning_rate=0.01)
+        budget = replace(SAFE_KD, epochs=epochs, batch_size=8, learning_rate=0.01)
+        return train_central(net, held(data), budget, objective=objective)
 
     end = after(3)
     parts = [network().state_dict(), *(after(e).network.state_dict() for e in (1, 2)), end.network.state_dict()]
@@ -114,8 +118,9 @@ def drawing_network():
 
 def test_watching_changes_nothing_and_sees_the_network_as_it_is():
     data = images(20)
-    seen = train_central(drawing_network(), data, epochs=3, batch_size=8, watch=images(40, seed=1), seed=2)
-    blind = train_central(drawing_network(), data, epochs=3, batch_size=8, seed=2)
+    budget = replace(SAFE_KD, epochs=3, batch_size=8)
+    seen = train_central(drawing_network(), held(data, images(40, seed=1)), budget, seed=2)
+    blind = train_central(drawing_network(), held(data), budget, seed=2)
     same = blind.network.state_dict()
     assert all(torch.equal(t, same[n]) for n, t in seen.network.state_dict().items())
     assert seen.history[-1].accuracy_per_exit == evaluate(seen.network, images(40, seed=1)).accuracy
@@ -124,17 +129,18 @@ def test_watching_changes_nothing_and_sees_the_network_as_it_is():
 
 
 def test_a_bar_can_be_shown(capsys):
-    train_central(network(), images(8), epochs=2, batch_size=8, watch=images(8), progress=True)
+    train_central(network(), held(images(8), images(8)), replace(SAFE_KD, epochs=2, batch_size=8), progress=True)
     assert "epoch 2/2" in capsys.readouterr().out
 
 
 def test_what_cannot_be_is_refused():
     with pytest.raises(ValueError, match="epochs must be at least 1, got 0"):
-        train_central(network(), images(), epochs=0)
+        train_central(network(), held(images()), replace(SAFE_KD, epochs=0))
     with pytest.raises(ValueError, match="no training examples"):
-        train_central(network(), images(0), epochs=1)
-    with pytest.raises(ValueError, match=r"NaN or infinite values in .*: lower learning_rate"):
-        train_central(network(), images(), objective=Objective(), epochs=3, optimizer="sgd", learning_rate=1e30)
+        train_central(network(), held(images(0)), replace(SAFE_KD, epochs=1))
+    diverging = LocalBudget(epochs=3, learning_rate=1e30)
+    with pytest.raises(ValueError, match=r"NaN or infinite values in .*: lower learning-rate"):
+        train_central(network(), held(images()), diverging, objective=Objective())
 
 
 # --- a results folder ------------------------------------------------------------------------------------------------

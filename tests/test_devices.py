@@ -13,7 +13,7 @@ from federations import INPUTS, Recorded, run_small, small_settings, toy_app, to
 from torch import nn
 
 from cafe_flwr.app.launch import simulation_resources, with_resources
-from cafe_flwr.client.app import Workplace
+from cafe_flwr.client.model import ClientModel
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.data import Split
 from cafe_flwr.methods import METHODS, LocalTask
@@ -261,7 +261,7 @@ def test_all_methods_compute_on_the_device_of_the_network_alone(method, fake_gpu
     """The node's own code around them: the client's tensors begin and end on the CPU, downloads arrive there."""
     with fake_gpu:
         network = ConvNet((1, 16, 16), num_classes=10)
-    work = Workplace(network, method, {name: t.cpu() for name, t in snapshot(network).items()})
+    work = ClientModel(network, method, {name: t.cpu() for name, t in snapshot(network).items()})
     data = Split(torch.randn(32, 1, 16, 16), torch.randint(10, (32,)))
     download = {name: torch.randn(work.tensors[name].shape) for name in method.download_names(network)}
     task = LocalTask(

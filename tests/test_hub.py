@@ -20,7 +20,7 @@ from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.hub import HUB_SETS
 from cafe_flwr.data.tokenizer import Tokenizer
 from cafe_flwr.personal import FinishedRun
-from cafe_flwr.training import LocalBudget, train
+from cafe_flwr.training import LocalBudget, LoopOptions, train
 
 IMAGES = ("cifar10", "cifar100", "tiny-imagenet")
 
@@ -220,7 +220,14 @@ def batches_seen(split, seed, augment=None):
         seen.append(x.clone())
         return network(y[:, None].float()).mean()
 
-    train(network, split, loss, LocalBudget(batch_size=4, steps=5), np.random.default_rng(seed), augment=augment)
+    train(
+        network,
+        split,
+        loss,
+        LocalBudget(batch_size=4, steps=5),
+        np.random.default_rng(seed),
+        LoopOptions(augment=augment),
+    )
     return torch.cat(seen)
 
 

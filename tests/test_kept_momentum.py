@@ -18,8 +18,7 @@ from federations import (
 from torch import nn
 
 from cafe_flwr.app.parts import build_network, federation
-from cafe_flwr.client.app import seeded
-from cafe_flwr.core.random import rng_for
+from cafe_flwr.core.random import rng_for, seeded
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.training import LocalBudget, batches
 from cafe_flwr.training.optimizer_state import given_back, taken

@@ -22,7 +22,8 @@ from cafe_flwr.wire.codec import method_config, prefixed
 from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.evaluate import FinalReport
 from cafe_flwr.wire.keys import PHASES, Keys
-from cafe_flwr.wire.train import ClientReport, TrainReply, TrainRequest
+from cafe_flwr.wire.reports import ClientReport
+from cafe_flwr.wire.train import Expected, TrainReply, TrainRequest
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -286,7 +287,7 @@ def reply(clients, failures=None, exits=3):
 
 def read(message, keys=None, exits=3, **changes):
     expected = {"digest": "abc", "shared_size": SHARED, "upload_size": UP, "num_exits": exits} | changes
-    return TrainReply.from_message(message, keys or Keys(), **expected)
+    return TrainReply.from_message(message, keys or Keys(), Expected(**expected))
 
 
 @pytest.mark.parametrize("keys", [Keys(), OTHER_KEYS])

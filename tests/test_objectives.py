@@ -13,7 +13,7 @@ from cafe_flwr.methods import METHODS, LocalTask
 from cafe_flwr.networks import EarlyExitNetwork, Exit
 from cafe_flwr.networks.safe_kd import safe_kd_exit
 from cafe_flwr.networks.statistics import evaluating
-from cafe_flwr.training import LocalBudget, train
+from cafe_flwr.training import LocalBudget, LoopOptions, train
 from cafe_flwr.training.losses import (
     consistency,
     cross_entropies,
@@ -422,7 +422,7 @@ def test_adamw_is_torchs():
         loss_of(other)(data.x, data.y).backward()
         optimizer.step()
     calls = []
-    train(network, data, loss_of(network), budget, rng(), after_step=lambda: calls.append(None))
+    train(network, data, loss_of(network), budget, rng(), LoopOptions(after_step=lambda: calls.append(None)))
     for name, t in network.state_dict().items():
         torch.testing.assert_close(t, other.state_dict()[name], rtol=1e-4, atol=1e-5)
     assert len(calls) == 2

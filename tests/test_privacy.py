@@ -28,7 +28,7 @@ from cafe_flwr.server.accounting import epsilon
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.wire.keys import Keys
 from cafe_flwr.wire.privacy import Privacy, clipped, release
-from cafe_flwr.wire.train import TrainReply, TrainRequest
+from cafe_flwr.wire.train import Expected, TrainReply, TrainRequest
 
 N, T = 4, 3
 
@@ -173,7 +173,7 @@ def exchanged(grid, info, wire="float32"):
     for message, reply in grid.of_type("train"):
         request = TrainRequest.from_message(message, Keys(), download_size=info.download.size, **sizes)
         expected = {"digest": info.digest, "upload_size": info.upload.size, "num_exits": 3, "wire": wire}
-        yield request, TrainReply.from_message(reply, Keys(), base=request.shared, **sizes, **expected)
+        yield request, TrainReply.from_message(reply, Keys(), Expected(base=request.shared, **sizes, **expected))
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from reference_released import Reference
 from safetensors.torch import load_file
 from torch import nn
 
-from cafe_flwr.client.app import Workplace
+from cafe_flwr.client.model import ClientModel
 from cafe_flwr.methods import METHODS
 from cafe_flwr.methods.pairs import Pairs
 from cafe_flwr.metrics import evaluate
@@ -466,7 +466,7 @@ SHIPPED = {
 
 def values_of(method, network):
     """Values that a client alone on its node receives and sends in a round."""
-    schemas = Workplace(network, method, network.state_dict()).schemas
+    schemas = ClientModel(network, method, network.state_dict()).schemas
     return 2 * schemas["shared"].size + schemas["upload"].size + schemas["download"].size
 
 

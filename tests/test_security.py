@@ -16,7 +16,7 @@ from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.wire.bounds import MAX_NORM, Bounds, check_norm, far_longer
 from cafe_flwr.wire.keys import Keys
 from cafe_flwr.wire.privacy import Privacy
-from cafe_flwr.wire.train import TrainReply, TrainRequest
+from cafe_flwr.wire.train import Expected, TrainReply, TrainRequest
 
 N, T, BAD = 6, 4, 2
 HEAD = CLASSES * 4 + CLASSES  # of the last exit, at the end of what a client sends
@@ -275,9 +275,7 @@ def test_a_reply_of_another_protocol_is_refused():
     content["config"]["protocol"] = 99
     content["metrics"] = MetricRecord()
     with pytest.raises(ValueError, match="it speaks message protocol 99, this server 1"):
-        TrainReply.from_message(
-            Message(content, 5, "train"), Keys(), digest="x", shared_size=0, upload_size=0, num_exits=3
-        )
+        TrainReply.from_message(Message(content, 5, "train"), Keys(), Expected("x", 0, upload_size=0, num_exits=3))
 
 
 # --- half precision ---

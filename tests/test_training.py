@@ -11,7 +11,7 @@ from torch import nn
 
 from cafe_flwr.data import Split
 from cafe_flwr.networks import ConvNet
-from cafe_flwr.training import LocalBudget, Outcome, batches, learning_rate_at, pull, snapshot, train
+from cafe_flwr.training import LocalBudget, LoopOptions, Outcome, batches, learning_rate_at, pull, snapshot, train
 
 
 @settings(deadline=None)
@@ -143,7 +143,9 @@ POINTS = Split(torch.tensor([1.0, 3.0]), torch.tensor([0, 3]), torch.tensor([[0]
 
 def fit(budget, line=None, **how):
     line = line or Line()
-    outcome = train(line, POINTS, lambda x, y: ((line.w * x - y) ** 2).mean(), budget, np.random.default_rng(0), **how)
+    outcome = train(
+        line, POINTS, lambda x, y: ((line.w * x - y) ** 2).mean(), budget, np.random.default_rng(0), LoopOptions(**how)
+    )
     return line, outcome
 
 
@@ -317,7 +319,7 @@ def test_only_the_named_parameters_train_and_the_others_stay_bit_for_bit(part):
     names = {"personal": net.personal_names(), "shared": net.shared_names(), "one": ["exits.0.head.weight"], "all": []}
     all_exits(net)(images().x, images().y).backward()
     before = snapshot(net)
-    train(net, images(), all_exits(net), BUDGET, np.random.default_rng(0), only=names[part])
+    train(net, images(), all_exits(net), BUDGET, np.random.default_rng(0), LoopOptions(only=names[part]))
     trained = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
     assert trained == set(names[part] or before)
     assert all(p.requires_grad for p in net.parameters())
@@ -341,7 +343,7 @@ def test_what_does_not_train_counts_nothing_in_the_norm():
             lambda x, y: ((line.w * x + line.b - y) ** 2).mean(),
             budget,
             np.random.default_rng(0),
-            only=only,
+            LoopOptions(only=only),
         )
         return line.w.item(), line.b.item()
 
@@ -364,7 +366,7 @@ def test_after_an_error_all_parameters_can_be_trained_again():
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        train(net, images(), loss, BUDGET, np.random.default_rng(0), only=net.personal_names())
+        train(net, images(), loss, BUDGET, np.random.default_rng(0), LoopOptions(only=net.personal_names()))
     assert all(p.requires_grad for p in net.parameters())
 
 
@@ -381,8 +383,7 @@ def test_tensors_beside_the_network_train_with_it():
             lambda x, y: ((line.w * x + b - y) ** 2).mean(),
             LocalBudget(batch_size=2, steps=1, learning_rate=0.1, **how),
             np.random.default_rng(0),
-            also=[b] if also else [],
-            only=only,
+            LoopOptions(also=[b] if also else [], only=only),
         )
         return line.w.item(), b.item()
 
@@ -441,7 +442,7 @@ def test_parts_of_a_round_follow_one_another_and_are_the_whole_together(n, batch
             batches_seen.append(x.tolist())
             return (line.w * x).square().mean()
 
-        outcome = train(line, data, loss, budget, np.random.default_rng(3), part=part)
+        outcome = train(line, data, loss, budget, np.random.default_rng(3), LoopOptions(part=part))
         assert outcome.steps == len(batches_seen)
         return batches_seen
 
@@ -467,7 +468,7 @@ def test_several_rounds_worth_of_steps_go_on_through_the_examples(n, steps, epoc
         seen.append(x.int().tolist())
         return (line.w * x).square().mean()
 
-    outcome = train(line, data, loss, budget, np.random.default_rng(0), times=times)
+    outcome = train(line, data, loss, budget, np.random.default_rng(0), LoopOptions(times=times))
     draws = times * (epochs * n if epochs else steps * min(4, n))
     assert sum(map(len, seen)) == draws
     assert outcome.steps == len(seen) == -(-draws // min(4, n))
@@ -519,7 +520,7 @@ def test_the_pull_is_the_gradient_of_half_the_squared_distance():
         lambda x, y: first_exit(pulled, x, y),
         BUDGET,
         np.random.default_rng(0),
-        adjust=pull(pulled, anchor, 0.3),
+        LoopOptions(adjust=pull(pulled, anchor, 0.3)),
     )
     train(reference, images(), lambda x, y: with_penalty(reference, x, y), BUDGET, np.random.default_rng(0))
     start = snapshot(network())
@@ -532,7 +533,9 @@ def test_no_pull_is_no_change_bit_for_bit():
     free, held = network(), network()
     train(free, images(), all_exits(free), BUDGET, np.random.default_rng(0))
     anchor = {name: t + 1.0 for name, t in snapshot(held).items()}
-    train(held, images(), all_exits(held), BUDGET, np.random.default_rng(0), adjust=pull(held, anchor, 0.0))
+    train(
+        held, images(), all_exits(held), BUDGET, np.random.default_rng(0), LoopOptions(adjust=pull(held, anchor, 0.0))
+    )
     assert all(torch.equal(a, b) for a, b in zip(free.parameters(), held.parameters(), strict=True))
 
 

@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 
 from cafe_flwr.app.parts import build_network, federation
-from cafe_flwr.client.app import final_report, seeded
+from cafe_flwr.client.evaluation import evaluate_personal, publish_personal
 from cafe_flwr.core.files import to_json, write_atomically
-from cafe_flwr.core.random import rng_for
+from cafe_flwr.core.random import rng_for, seeded
 from cafe_flwr.core.schema import Schema, digest
 from cafe_flwr.cost import macs_per_exit
-from cafe_flwr.data.augmentation import Augmentation
-from cafe_flwr.data.split import Split
+from cafe_flwr.data.split import ClientData
 from cafe_flwr.metrics.exits import evaluate
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.statistics import evaluating
+from cafe_flwr.personal.published import Metadata
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.results.summary import summarise
 from cafe_flwr.server.callbacks import RunInfo
 from cafe_flwr.settings import Settings
-from cafe_flwr.training.loop import snapshot, train
+from cafe_flwr.training.loop import LoopOptions, check_finite, train
 from cafe_flwr.training.objectives.base import Objective
 from cafe_flwr.training.options import LocalBudget
 
@@ -77,21 +77,17 @@ class Trained:
     teacher: EarlyExitNetwork | None = None
 
 
+SAFE_KD = LocalBudget(batch_size=64, epochs=30, learning_rate=3e-4, weight_decay=0.05, optimizer="adamw")
+"""How SAFE-KD trains, as :data:`DEFAULTS` say it in settings."""
+
+
 def train_central(
     network: EarlyExitNetwork,
-    data: Split,
+    data: ClientData,
+    budget: LocalBudget = SAFE_KD,
     *,
     objective: Objective | None = None,
-    epochs: int = 30,
-    optimizer: str = "adamw",
-    learning_rate: float = 3e-4,
-    weight_decay: float = 0.05,
-    momentum: float = 0.0,
-    max_grad_norm: float = 0.0,
-    batch_size: int = 64,
     seed: int = 0,
-    watch: Split | None = None,
-    augment: Augmentation | None = None,
     progress: bool = False,
 ) -> Trained:
     """Train a network on one data set, at a constant learning rate; the EMA teacher lives through the whole training.
@@ -101,81 +97,80 @@ def train_central(
     network
         Trained in place, on the device where it and the data are.
     data
-        Training examples.
+        Training examples and how they are varied; every epoch's accuracy is taken on the calibration split if it has
+        examples.
+    budget
+        Batch size, passes over the data (1 or more), and optimiser.
     objective
         What every exit minimises; SAFE-KD if None.
-    epochs
-        Passes over the data, 1 or more.
-    optimizer, learning_rate, weight_decay, momentum, max_grad_norm, batch_size
-        As in :class:`cafe_flwr.training.LocalBudget`; the defaults are SAFE-KD's.
     seed
         Of the order of the examples, of dropout, and of adversarial inputs.
-    watch
-        Examples on which every epoch's accuracy is taken.
-    augment
-        Varies the inputs of every mini-batch.
     progress
         Show a bar.
 
     Raises
     ------
     ValueError
-        If a setting cannot be, or training ends with NaN or infinite values.
+        If the budget counts steps, or training ends with NaN or infinite values.
 
     Examples
     --------
     >>> from cafe_flwr.networks import ConvNet
-    >>> data = Split(torch.zeros(8, 1, 16, 16), torch.tensor([0, 1] * 4))
-    >>> trained = train_central(ConvNet((1, 16, 16), num_classes=2), data, epochs=2, batch_size=4)
+    >>> none = Split(torch.zeros(0, 1, 16, 16), torch.zeros(0, dtype=torch.int64))
+    >>> data = ClientData(Split(torch.zeros(8, 1, 16, 16), torch.tensor([0, 1] * 4)), none, none)
+    >>> budget = LocalBudget(epochs=2, batch_size=4)
+    >>> trained = train_central(ConvNet((1, 16, 16), num_classes=2), data, budget)
     >>> trained.steps, len(trained.history)
     (4, 2)
     """
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if budget.epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {budget.epochs}")
     own = objective or Objective(objective="safe-kd")
-    budget = LocalBudget(
-        batch_size=batch_size,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        optimizer=optimizer,
-    )
-    size = min(batch_size, max(len(data), 1))
     lesson = own.begin(network, rng_for(seed, 0, 0, "objective"))
-    weights = torch.tensor(own.weights(network.num_exits), device=data.x.device)
-    losses: list[Tensor] = []
-    history: list[Epoch] = []
-    steps = 0
+    weights = torch.tensor(own.weights(network.num_exits), device=data.train.x.device)
     start = time.perf_counter()
+    with _bar(budget.epochs if progress else 0) as show:
+        history = _History(network, data, budget.batch_size, show)
 
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        value = lesson.terms(x, y, network(x)) @ weights
-        losses.append(value.detach())
-        return value
-
-    with _bar(epochs if progress else 0) as show:
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            value = lesson.terms(x, y, network(x)) @ weights
+            history.losses.append(value.detach())
+            return value
 
         def after_step() -> None:
-            nonlocal steps
             lesson.after_step()
-            steps += 1
-            if steps * size < len(data) * (len(history) + 1):  # a batch may reach over the end of an epoch
-                return
-            with evaluating(network):
-                accuracy = evaluate(network, watch).accuracy if watch is not None else []
-            history.append(Epoch(len(history) + 1, torch.stack(losses).mean().item(), accuracy))
-            losses.clear()
-            show(history[-1])
+            history.after_step()
 
+        options = LoopOptions(after_step=after_step, augment=data.augment)
         with seeded(int(rng_for(seed, 0, 0, "torch").integers(2**63))):  # for networks that draw, e.g. dropout
-            rng = rng_for(seed, 0, 0, "batches")
-            train(network, data, loss, budget, rng, after_step=after_step, augment=augment)
+            train(network, data.train, loss, budget, rng_for(seed, 0, 0, "batches"), options)
     network.eval()
-    if broken := [name for name, t in network.state_dict().items() if not t.isfinite().all()]:
-        raise ValueError(f"training ended with NaN or infinite values in {', '.join(broken[:3])}: lower learning_rate")
-    return Trained(network, history, steps, time.perf_counter() - start, lesson.teacher)
+    check_finite(network.state_dict())
+    return Trained(network, history.epochs, history.steps, time.perf_counter() - start, lesson.teacher)
+
+
+class _History:
+    """Counts steps, and looks at the network when they make an epoch."""
+
+    def __init__(
+        self, network: EarlyExitNetwork, data: ClientData, batch_size: int, show: Callable[[Epoch], None]
+    ) -> None:
+        self.network, self.data, self.show = network, data, show
+        self.size = min(batch_size, max(len(data.train), 1))
+        self.steps = 0
+        self.losses: list[Tensor] = []  # of the steps since the last epoch
+        self.epochs: list[Epoch] = []
+
+    def after_step(self) -> None:
+        self.steps += 1
+        if self.steps * self.size < len(self.data.train) * (len(self.epochs) + 1):
+            return  # a batch may reach over the end of an epoch
+        watched = self.data.calibration
+        with evaluating(self.network):
+            accuracy = evaluate(self.network, watched).accuracy if len(watched) else []
+        self.epochs.append(Epoch(len(self.epochs) + 1, torch.stack(self.losses).mean().item(), accuracy))
+        self.losses.clear()
+        self.show(self.epochs[-1])
 
 
 @contextmanager
@@ -244,6 +239,33 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
     ValueError
         If the folder holds a run, or the settings are not those of training in one place.
     """
+    _check(settings, folder)
+    data = federation(settings).load(0)
+    with seeded(settings.seed):
+        network = build_network(settings)
+    method = settings.build_method()
+    trained = train_central(
+        network, data, settings.build_budget(), objective=method, seed=settings.seed, progress=progress
+    )
+    evaluated = evaluate_personal(0, network, data, trained.steps)
+    token, tensors = secrets.token_hex(8), network.state_dict()
+    size = sum(t.numel() for t in tensors.values())
+    info = RunInfo(token, 1, 1, [0], network.num_exits, size, macs_per_exit(network, data.train.x[:1]))
+    summary = summarise(settings, info, [evaluated.report], [], None, trained.seconds) | {
+        "method": "central",
+        "objective": method.objective,
+        "history": [asdict(epoch) for epoch in trained.history],
+    }
+    write_atomically(folder / "settings.json", to_json(settings.to_run_config(), indent=2))
+    which = digest(Schema.of(tensors, list(tensors)))
+    metadata = Metadata(run=token, round=1, method="central", digest=which, seed=settings.seed)
+    publish_personal(PersonalStore(folder / "personal", token), network, data, evaluated, metadata)
+    write_atomically(folder / "summary.json", to_json(summary, indent=2))
+    return summary
+
+
+def _check(settings: Settings, folder: Path) -> None:
+    """ValueError if the folder holds a run, or the settings are not those of training in one place."""
     for switch in ("prior", "distill"):
         if getattr(settings, switch):
             raise ValueError(f"{switch} is of a client in a federation: training in one place does not take it")
@@ -256,46 +278,3 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
         raise ValueError("training in one place has one client and counts epochs: make settings by central_settings")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another name, or remove it")
-    data = federation(settings).load(0)
-    with seeded(settings.seed):
-        network = build_network(settings)
-    trained = train_central(
-        network,
-        data.train,
-        objective=settings.build_method(),
-        epochs=settings.local_epochs,
-        optimizer=settings.optimizer,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        momentum=settings.build_budget().momentum,
-        max_grad_norm=settings.max_grad_norm,
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        watch=data.calibration if len(data.calibration) else None,
-        augment=data.augment,
-        progress=progress,
-    )
-    report, temperatures = final_report(0, network, data, trained.steps)
-    token, tensors = secrets.token_hex(8), snapshot(network)
-    facts = {
-        "run": token,
-        "round": 1,
-        "method": "central",
-        "digest": digest(Schema.of(tensors, list(tensors))),
-        "num_exits": network.num_exits,
-        "num_classes": network.num_classes,
-        "personal": network.personal_names(),
-        "accuracy_per_exit": report.exits.accuracy,
-        "temperatures": temperatures,
-    }
-    size = sum(t.numel() for t in tensors.values())
-    info = RunInfo(token, 1, 1, [0], network.num_exits, size, macs_per_exit(network, data.train.x[:1]))
-    summary = summarise(settings, info, [report], [], None, trained.seconds) | {
-        "method": "central",
-        "objective": settings.build_method().objective,
-        "history": [asdict(epoch) for epoch in trained.history],
-    }
-    write_atomically(folder / "settings.json", to_json(settings.to_run_config(), indent=2))
-    PersonalStore(folder / "personal", token).publish(0, tensors, facts)
-    write_atomically(folder / "summary.json", to_json(summary, indent=2))
-    return summary

@@ -17,8 +17,10 @@ from typing import Any
 
 from flwr.app import Context, RecordDict
 
-from cafe_flwr.client.app import PARTS, Parts, check_data, seeded
-from cafe_flwr.core.random import rng_for
+from cafe_flwr.client.app import PARTS
+from cafe_flwr.client.description import check_fits
+from cafe_flwr.client.process import Parts
+from cafe_flwr.core.random import rng_for, seeded
 from cafe_flwr.data import digits
 from cafe_flwr.data.federation import FederatedData
 from cafe_flwr.data.own import load_own
@@ -284,18 +286,6 @@ def only_client(folder: Path) -> int:
     for client in unfinished:
         check_published(folder, client)
     raise ValueError(f"{folder} holds no personal network")
-
-
-def check_fits(data: ClientData, input_shape: Any, num_classes: int) -> None:
-    """ValueError if a network cannot take a client's data: labels that it does not know, or another shape."""
-    check_data(data, num_classes)
-    for name in ("train", "calibration", "test"):
-        x = getattr(data, name).x
-        if len(x) and tuple(x.shape[1:]) != tuple(input_shape):
-            raise ValueError(
-                f"inputs of the {name} split have shape {tuple(x.shape[1:])}, the network takes {tuple(input_shape)}: "
-                "give the data it was made for"
-            )
 
 
 def _rounds_of(folder: Path, client: int) -> list[int]:

@@ -151,19 +151,18 @@ def join(
     force: Annotated[bool, typer.Option("--force", help="Replace a personal network that is there already.")] = False,
 ) -> None:
     """Give a new client a personal network from a federation that has ended: no server, a few local epochs."""
-    from cafe_flwr.app.joining import EPOCHS, Package, join_from
+    from cafe_flwr.app.joining import join_from
+    from cafe_flwr.client.newcomer import EPOCHS, Newcomer
+    from cafe_flwr.personal.package import Package
 
     with errors():
         folder = _state_folder(state_dir)
         joined = join_from(
             Package.load(package),
-            client,
-            folder,
-            epochs=epochs or EPOCHS,
+            Newcomer(client, folder, epochs or EPOCHS, force),
             parts=_parts(app),
             data_dir=data,
             node_config=_entries(node_config),
-            replace_existing=force,
         )
     console.print(f"Accuracy of the exits before training: {_accuracies(joined.start.accuracy)}", highlight=False)
     console.print(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
+import torch
 
 
 def rng_for(seed: int, server_round: int, client: int, purpose: str) -> np.random.Generator:
@@ -30,3 +33,11 @@ def rng_for(seed: int, server_round: int, client: int, purpose: str) -> np.rando
     """
     key = (server_round, client + 1, zlib.crc32(purpose.encode()))
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global generator seeded inside, and as before outside."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -52,7 +52,7 @@ class Exported:
         return None not in self.difference.values()
 
 
-def export(
+def export(  # noqa: PLR0913 (public, all by name)
     network: EarlyExitNetwork,
     folder: Path,
     example: Tensor,

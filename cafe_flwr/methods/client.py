@@ -13,7 +13,7 @@ from cafe_flwr.core.options import setting as setting  # methods declare their s
 from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.split import Split
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
-from cafe_flwr.training.loop import train
+from cafe_flwr.training.loop import LoopOptions, train
 from cafe_flwr.training.objectives.base import Lesson
 from cafe_flwr.training.options import LocalBudget
 
@@ -128,21 +128,8 @@ class LocalTask:
         self.lesson = None
         of_this = f"{purpose}/{self.runs}/"
         kept = without_prefix(self.momentum, of_this) if self.budget.keep_momentum else None
-        outcome = train(
-            self.network,
-            self.data,
-            loss,
-            self.budget,
-            self.rng(purpose),
-            only=only,
-            also=also,
-            adjust=adjust,
-            after_step=self._after_step,
-            part=part,
-            times=times,
-            augment=self.augment,
-            kept=kept,
-        )
+        options = LoopOptions(only, also, adjust, self._after_step, part, times, self.augment, kept)
+        outcome = train(self.network, self.data, loss, self.budget, self.rng(purpose), options)
         self.lesson = None
         self.runs += 1
         if kept is not None:

@@ -65,7 +65,7 @@ class TextTransformer(EarlyExitNetwork):
     [(2, 4), (2, 4), (2, 4), (2, 4)]
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (public constructor: sizes)
         self,
         vocabulary: int,
         max_length: int,

@@ -22,7 +22,7 @@ RISKS = (0.01, 0.05, 0.10)
 SEVERITIES = (1, 3, 5)
 
 
-def evaluate_run(
+def evaluate_run(  # noqa: PLR0913 (public, all by name)
     run: PersonalNetworks,
     *,
     clients: Sequence[int] | None = None,

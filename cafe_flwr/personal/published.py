@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from cafe_flwr.core.files import STATE_VERSION
 from cafe_flwr.data import digits
@@ -17,6 +18,7 @@ from cafe_flwr.data.split import ClientData
 from cafe_flwr.networks.capacity import Held, Networks, networks_of
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.fingerprint import fingerprint_of
+from cafe_flwr.training.loop import snapshot
 
 _EMBEDDED_PIXELS = (0.3, 0.4)  # as cafe_flwr.data.digits renders them
 _LOCAL_PIXELS = (0.5, 0.5)  # as cafe_flwr.data.local reads them
@@ -44,6 +46,71 @@ class Personal:
     def temperatures(self) -> list[float]:
         """Temperature per exit, fitted on the client's calibration split."""
         return [float(t) for t in self.facts["temperatures"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """Where a published network comes from; :meth:`beside` adds what the network itself tells.
+
+    Attributes
+    ----------
+    run, round, method, digest, seed
+        Token of the run, the round that it was published after, name of the method, fingerprint of network and method,
+        seed.
+    modality, width
+        Of the client's part of the federation's network; left out where there is one modality, or it holds all.
+    class_names
+        In the order of the labels, where they are known and the settings do not tell.
+    joined
+        How a client got its network that joined when the federation had ended.
+    context
+        Settings of the run and of the node, from which network and data can be built again.
+    """
+
+    run: str
+    round: int
+    method: str
+    digest: str
+    seed: int
+    modality: str = ""
+    width: float = 1.0
+    class_names: Sequence[str] = ()
+    joined: Mapping[str, Any] | None = None
+    context: Mapping[str, Any] | None = None
+
+    def beside(
+        self,
+        network: EarlyExitNetwork,
+        tensors: Mapping[str, Tensor],
+        input_shape: Sequence[int],
+        accuracy_per_exit: Sequence[float],
+        temperatures: Sequence[float],
+    ) -> dict[str, Any]:
+        """Contents of ``client-<partition>.json``, to be published with the tensors (:func:`with_offset`)."""
+        return {
+            **{key: getattr(self, key) for key in ("run", "round", "method", "digest", "seed")},
+            **({"modality": self.modality} if self.modality else {}),
+            **({"width": self.width} if self.width < 1 else {}),
+            "num_exits": network.num_exits,
+            "num_classes": network.num_classes,
+            "input_shape": list(input_shape),
+            "personal": network.personal_names(),
+            "fingerprint": fingerprint_of(tensors),
+            "accuracy_per_exit": list(accuracy_per_exit),
+            "temperatures": list(temperatures),
+            **({"class_names": list(self.class_names)} if self.class_names else {}),
+            **({"joined": dict(self.joined)} if self.joined else {}),
+            **({"context": dict(self.context)} if self.context else {}),
+        }
+
+
+def with_offset(network: EarlyExitNetwork) -> dict[str, Tensor]:
+    """The network's tensors, on the CPU, with what is added to its logits in the biases of the classifiers."""
+    tensors = {name: tensor.cpu() for name, tensor in snapshot(network).items()}
+    if network.offset is not None:
+        for k in range(network.num_exits):
+            tensors[network.head_names(k)[1]] += network.offset.cpu()
+    return tensors
 
 
 def clients_of(folder: Path) -> list[int]:

@@ -15,7 +15,7 @@ from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.wire.capacity import Kind
 from cafe_flwr.wire.evaluate import FinalReport
 from cafe_flwr.wire.keys import PHASES
-from cafe_flwr.wire.train import ClientReport
+from cafe_flwr.wire.reports import ClientReport
 
 
 @dataclass(frozen=True)

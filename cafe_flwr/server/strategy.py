@@ -39,8 +39,9 @@ from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.evaluate import EvaluationReply, FinalReport
 from cafe_flwr.wire.keys import FLAT, METRICS, PHASES, PROTOCOL, RESERVED, RESERVED_PREFIXES, WIRES, Keys
 from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.reports import ClientReport
 from cafe_flwr.wire.slices import View, mean_of_holders
-from cafe_flwr.wire.train import ClientReport, TrainReply, TrainRequest
+from cafe_flwr.wire.train import Expected, TrainReply, TrainRequest
 
 DEFAULT_ROUNDS = 100
 
@@ -764,9 +765,7 @@ class FederatedStrategy(FedAvg):
             if unknown := set(reported) - kinds.keys():
                 raise ValueError(f"it reports clients {sorted(unknown)}, which were not asked")
             view = self._view(reported)
-            reply = TrainReply.from_message(
-                message,
-                self.keys,
+            expected = Expected(
                 digest=digest,
                 shared_size=view.size,
                 upload_size={client: kind.upload.size for client, kind in kinds.items()},
@@ -775,6 +774,7 @@ class FederatedStrategy(FedAvg):
                 base=view.take(shared),
                 counted=view.weight(1 if self._plain_mean else self._examples(client) for client in reported),
             )
+            reply = TrainReply.from_message(message, self.keys, expected)
             if reply.reports:
                 check_norm(reply.update(view.take(shared)), self.bounds.max_norm, "its update")
             if reply.server_round != server_round:

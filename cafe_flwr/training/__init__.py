@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from cafe_flwr.core.lazy import lazily
 
 if TYPE_CHECKING:
+    from cafe_flwr.training.loop import LoopOptions as LoopOptions
     from cafe_flwr.training.loop import Outcome as Outcome
     from cafe_flwr.training.loop import batches as batches
     from cafe_flwr.training.loop import frozen as frozen
@@ -20,6 +21,7 @@ __all__ = [
     "DEFAULT_BUDGET",
     "OPTIMIZERS",
     "LocalBudget",
+    "LoopOptions",
     "Outcome",
     "batches",
     "frozen",
@@ -35,6 +37,7 @@ __getattr__ = lazily(
         "DEFAULT_BUDGET": "cafe_flwr.training.options",
         "OPTIMIZERS": "cafe_flwr.training.options",
         "LocalBudget": "cafe_flwr.training.options",
+        "LoopOptions": "cafe_flwr.training.loop",
         "Outcome": "cafe_flwr.training.loop",
         "batches": "cafe_flwr.training.loop",
         "frozen": "cafe_flwr.training.loop",

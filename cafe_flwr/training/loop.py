@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -49,38 +50,12 @@ class Outcome(NamedTuple):
     steps: int
 
 
-def train(
-    network: nn.Module,
-    data: Split,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    budget: LocalBudget,
-    rng: np.random.Generator,
-    *,
-    only: Sequence[str] = (),
-    also: Sequence[Tensor] = (),
-    adjust: Callable[[], None] | None = None,
-    after_step: Callable[[], None] | None = None,
-    part: tuple[int, int] = (0, 1),
-    times: int = 1,
-    augment: Augmentation | None = None,
-    kept: dict[str, Tensor] | None = None,
-) -> Outcome:
-    """Run one round of local training in place, where the network is: mini-batches are brought there.
+@dataclass(frozen=True)
+class LoopOptions:
+    """What may be special about a call of :func:`train`; as it stands here, nothing is.
 
-    Parameters of exits that the loss does not touch get no gradient and do not change, weight decay included.
-
-    Parameters
+    Attributes
     ----------
-    network
-        Its parameters that require gradients are trained.
-    data
-        Training split, on any device.
-    loss
-        (x, y) → scalar.
-    budget
-        Steps, batch size and optimiser settings.
-    rng
-        Order of the examples, then their augmentation.
     only
         Names of the parameters to train; the others are frozen. All if empty.
     also
@@ -100,51 +75,115 @@ def train(
         What the optimiser remembers (:mod:`cafe_flwr.training.optimizer_state`) when it starts; afterwards what it
         remembers then. None: it starts at rest.
     """
+
+    only: Sequence[str] = ()
+    also: Sequence[Tensor] = ()
+    adjust: Callable[[], None] | None = None
+    after_step: Callable[[], None] | None = None
+    part: tuple[int, int] = (0, 1)
+    times: int = 1
+    augment: Augmentation | None = None
+    kept: dict[str, Tensor] | None = None
+
+
+def train(
+    network: nn.Module,
+    data: Split,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    budget: LocalBudget,
+    rng: np.random.Generator,
+    options: LoopOptions | None = None,
+) -> Outcome:
+    """Run one round of local training in place, where the network is: mini-batches are brought there.
+
+    Parameters of exits that the loss does not touch get no gradient and do not change, weight decay included.
+
+    Parameters
+    ----------
+    network
+        Its parameters that require gradients are trained.
+    data
+        Training split, on any device.
+    loss
+        (x, y) → scalar.
+    budget
+        Steps, batch size and optimiser settings.
+    rng
+        Order of the examples, then their augmentation.
+    options
+        What is special; nothing if None.
+    """
+    how = options or LoopOptions()
     network.train()
-    device, scaler = device_of(network), gradient_scaler(network)
-    todo = list(batches(len(data), budget.batch_size, times * budget.num_draws(len(data)), rng))
-    i, n = part
-    if len(todo) < n:
-        todo *= n  # a single mini-batch cannot be shared: every part takes it
-    todo = todo[len(todo) * i // n : len(todo) * (i + 1) // n]
-    with frozen(network, only):
+    device, todo = device_of(network), _share(batches_of(budget, len(data), rng, how.times), how.part)
+    with frozen(network, how.only):
         named: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        named.update({f"also.{i}": p for i, p in enumerate(also)})
-        parameters = list(named.values())
-        optimizer = budget.new_optimizer(parameters)
-        if kept is not None:
-            given_back(optimizer, list(named), kept)
+        named.update({f"also.{i}": p for i, p in enumerate(how.also)})
+        optimizer = budget.new_optimizer(list(named.values()))
+        if how.kept is not None:
+            given_back(optimizer, list(named), how.kept)
+        step = _stepper(optimizer, list(named.values()), gradient_scaler(network), budget.max_grad_norm, how.adjust)
         losses = []
         for positions in todo:
             index = torch.from_numpy(positions)
             x, y = moved(data.x[index], device), moved(data.y[index], device)
-            if augment is not None:
-                x = augment(x, rng)
+            if how.augment is not None:
+                x = how.augment(x, rng)
             optimizer.zero_grad(set_to_none=True)
             value = loss(x, y)
-            if scaler is None:
-                value.backward()
-            else:
-                scaler.scale(value).backward()
-                scaler.unscale_(optimizer)
-            if adjust is not None:
-                adjust()
-            if budget.max_grad_norm:
-                nn.utils.clip_grad_norm_(parameters, budget.max_grad_norm)
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)  # not taken where gradients were too large for float16
-                scaler.update()
-            if after_step is not None:
-                after_step()
+            step(value)
+            if how.after_step is not None:
+                how.after_step()
             losses.append(value.detach())
         optimizer.zero_grad(set_to_none=True)  # as large as the network, and of no use any more
-        if kept is not None:
-            kept.clear()
-            kept.update(taken(optimizer, list(named)))
+        if how.kept is not None:
+            how.kept.clear()
+            how.kept.update(taken(optimizer, list(named)))
     mean = torch.stack(losses).mean().item() if losses else math.nan
     return Outcome(mean, len(losses))
+
+
+def batches_of(
+    budget: LocalBudget, num_examples: int, rng: np.random.Generator, times: int = 1
+) -> list[NDArray[np.int64]]:
+    """Positions of the mini-batches of a round, or of ``times`` rounds' worth of them."""
+    return list(batches(num_examples, budget.batch_size, times * budget.num_draws(num_examples), rng))
+
+
+def _share(todo: list[NDArray[np.int64]], part: tuple[int, int]) -> list[NDArray[np.int64]]:
+    """The i-th of n nearly equal parts; where there are fewer mini-batches than parts, every part takes all."""
+    i, n = part
+    if len(todo) < n:
+        return todo
+    return todo[len(todo) * i // n : len(todo) * (i + 1) // n]
+
+
+def _stepper(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[Tensor],
+    scaler: torch.amp.GradScaler | None,
+    max_grad_norm: float,
+    adjust: Callable[[], None] | None,
+) -> Callable[[Tensor], None]:
+    """A function that takes one step down a loss."""
+
+    def step(value: Tensor) -> None:
+        if scaler is None:
+            value.backward()
+        else:
+            scaler.scale(value).backward()
+            scaler.unscale_(optimizer)
+        if adjust is not None:
+            adjust()
+        if max_grad_norm:
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)  # not taken where gradients were too large for float16
+            scaler.update()
+
+    return step
 
 
 @contextmanager
@@ -182,3 +221,10 @@ def pull(network: nn.Module, anchor: Mapping[str, Tensor], weight: float) -> Cal
 def snapshot(network: nn.Module) -> dict[str, Tensor]:
     """A copy of the network's tensors, by name."""
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """ValueError, naming up to three, if training has left tensors with NaN or infinite values."""
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"training ended with NaN or infinite values in {', '.join(broken[:3])}: lower learning-rate")

@@ -11,20 +11,28 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from numpy.typing import NDArray
 
 from cafe_flwr.core.text import kebab
-from cafe_flwr.training.options import LocalBudget
 from cafe_flwr.wire.keys import FLAT, PROTOCOL, Keys
-from cafe_flwr.wire.privacy import Privacy
 
 
-def budget_config(budget: LocalBudget) -> dict[str, Any]:
-    """``local.…``; that momentum is kept is said only where it is."""
-    names = [f.name for f in fields(LocalBudget) if f.name != "keep_momentum" or budget.keep_momentum]
-    return {f"local.{kebab(name)}": getattr(budget, name) for name in names}
+def entries(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values under the keys of a message: ``distill_weight`` of ``method.`` → ``method.distill-weight``."""
+    return {f"{prefix}{kebab(name)}": value for name, value in values.items()}
+
+
+def prefixed(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What :func:`entries` wrote."""
+    return {k.removeprefix(prefix).replace("-", "_"): v for k, v in config.items() if k.startswith(prefix)}
 
 
 def method_config(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A method and its settings, as every message to a node carries them."""
-    return {"method": name, **{f"method.{kebab(key)}": value for key, value in settings.items()}}
+    return {"method": name, **entries("method.", settings)}
+
+
+def scalars_of(kind: type[Any]) -> dict[str, type[int] | type[float]]:
+    """Fields of a dataclass that are one number, and which kind of number."""
+    numbers = {"int": int, "float": float}
+    return {f.name: numbers[str(f.type)] for f in fields(kind) if f.type in numbers}
 
 
 def failed(failures: Mapping[int, str]) -> dict[str, Any]:
@@ -75,6 +83,12 @@ def clients_in(message: Message, keys: Keys) -> list[int]:
     return ints_of(record_of(message, keys.config, ConfigRecord), "clients")
 
 
+def check_client(config: Mapping[str, Any]) -> None:
+    """ValueError, on the server, if a node's reply follows another version of the contract."""
+    if config.get("protocol") != PROTOCOL:
+        raise ValueError(f"it speaks message protocol {config.get('protocol')}, this server {PROTOCOL}")
+
+
 def check_server(config: Mapping[str, Any]) -> None:
     """ValueError, on the node, if the server's message follows another version of the contract (docs/messages.md)."""
     if config.get("protocol") != PROTOCOL:
@@ -103,11 +117,6 @@ def narrowed(values: NDArray[Any], wire: str) -> NDArray[Any]:
     return np.asarray(narrow)
 
 
-def privacy_config(privacy: Privacy) -> dict[str, Any]:
-    """The entries ``privacy.*`` of a request."""
-    return {f"privacy.{kebab(name)}": value for name, value in vars(privacy).items()}
-
-
 def read_flat(message: Message, key: str, wire: str) -> NDArray[Any]:
     """The one flat array of a record; ValueError if it is another."""
     record = record_of(message, key, ArrayRecord)
@@ -127,8 +136,3 @@ def ints_of(config: Mapping[str, Any], key: str) -> list[int]:
 def round_of(config: Mapping[str, Any]) -> int:
     """Number of the round that a message belongs to."""
     return int(config["server-round"])
-
-
-def prefixed(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Values whose key begins with the prefix, under Python names: ``method.distill-weight`` → ``distill_weight``."""
-    return {k.removeprefix(prefix).replace("-", "_"): v for k, v in config.items() if k.startswith(prefix)}

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from cafe_flwr.core.text import kebab
 from cafe_flwr.metrics.early_exit import DynamicCounts
 from cafe_flwr.metrics.exits import ExitMetrics
-from cafe_flwr.wire.codec import failed, failures_of, noted, notes_of, of_client, record_of
+from cafe_flwr.wire.codec import check_client, failed, failures_of, noted, notes_of, of_client, record_of, scalars_of
 from cafe_flwr.wire.keys import PROTOCOL, Keys
 
 
@@ -48,16 +48,6 @@ class FinalReport:
     adapted: ExitMetrics
     calibration: DynamicCounts
     test: DynamicCounts
-
-    _SCALARS = (
-        "client",
-        "train_examples",
-        "calibration_examples",
-        "test_examples",
-        "classes",
-        "local_steps",
-        "ensemble",
-    )
 
     def withheld(self) -> FinalReport:
         """What a client reports that keeps its metrics to itself: the size of its training split."""
@@ -95,7 +85,7 @@ class FinalReport:
 
     def to_record(self) -> MetricRecord:
         """As a Flower record of its own."""
-        values: dict[str, Any] = {kebab(name): getattr(self, name) for name in self._SCALARS}
+        values: dict[str, Any] = {kebab(name): getattr(self, name) for name in scalars_of(FinalReport)}
         values |= {f.name: getattr(self.exits, f.name) for f in fields(ExitMetrics)}
         values |= {f"adapted-{f.name}": getattr(self.adapted, f.name) for f in fields(ExitMetrics)}
         for split in ("calibration", "test"):
@@ -106,7 +96,7 @@ class FinalReport:
     @classmethod
     def from_record(cls, record: MetricRecord, num_exits: int | Mapping[int, int]) -> FinalReport:
         """Read what :meth:`to_record` wrote."""
-        scalars: dict[str, Any] = {name: record[kebab(name)] for name in cls._SCALARS}
+        scalars: dict[str, Any] = {name: record[kebab(name)] for name in scalars_of(cls)}
         width = of_client(num_exits, scalars["client"])
         exits, adapted = (
             ExitMetrics(**{f.name: record[prefix + f.name] for f in fields(ExitMetrics)})  # type: ignore[arg-type]
@@ -140,7 +130,6 @@ class EvaluationReply:
     def from_message(cls, message: Message, keys: Keys, *, num_exits: int | Mapping[int, int]) -> EvaluationReply:
         """Read a reply on the server; ValueError or KeyError if something is not there."""
         config = record_of(message, keys.config, ConfigRecord)
-        if config.get("protocol") != PROTOCOL:
-            raise ValueError(f"it speaks message protocol {config.get('protocol')}, this server {PROTOCOL}")
+        check_client(config)
         reports = [FinalReport.from_record(record, num_exits) for record in message.content.metric_records.values()]
         return cls(reports, failures_of(config), notes_of(config))

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from itertools import islice
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from cafe_flwr.metrics.exits import ExitMetrics
+from cafe_flwr.core.text import kebab
 from cafe_flwr.training.options import LocalBudget
 from cafe_flwr.wire.bounds import MAX_NORM, check_norm
 from cafe_flwr.wire.codec import (
-    budget_config,
+    check_client,
     check_server,
+    entries,
     failed,
     failures_of,
     filled,
@@ -28,14 +27,17 @@ from cafe_flwr.wire.codec import (
     notes_of,
     of_client,
     prefixed,
-    privacy_config,
     read_flat,
     record_of,
     round_of,
 )
-from cafe_flwr.wire.keys import FLAT, METRICS, PHASES, PROTOCOL, WIRES, Keys
+from cafe_flwr.wire.keys import FLAT, METRICS, PROTOCOL, WIRES, Keys
 from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.reports import ClientReport, columns_of, reports_of
 from cafe_flwr.wire.slices import Weight
+
+# Fields of a request that stand in its config as they are, in that order.
+_PLAIN = ("run", "seed", "digest", "server_round", "num_rounds", "resumable_from", "clients", "versions")
 
 
 @dataclass(frozen=True)
@@ -95,23 +97,17 @@ class TrainRequest:
         """As a Flower record; ``config`` is the user's own, sent along."""
         mine = [c for c in self.clients if c in self.downloads]
         flat = narrowed(np.concatenate([self.shared, *(self.downloads[c] for c in mine)]), self.wire)
+        budget = {k: v for k, v in vars(self.budget).items() if k != "keep_momentum" or v}  # said only where it is
         values = {
             **config,
             "protocol": PROTOCOL,
-            "run": self.run,
-            "seed": self.seed,
-            "digest": self.digest,
-            "server-round": self.server_round,
-            "num-rounds": self.num_rounds,
-            "resumable-from": self.resumable_from,
-            "clients": self.clients,
-            "versions": self.versions,
+            **entries("", {name: getattr(self, name) for name in _PLAIN}),
             "downloads": mine,
             "active-exits": self.active.flatten().tolist(),
             "evaluate": self.evaluate,
             **method_config(self.method, self.method_settings),
-            **budget_config(self.budget),
-            **({} if self.privacy == Privacy() else privacy_config(self.privacy)),
+            **entries("local.", budget),
+            **({} if self.privacy == Privacy() else entries("privacy.", vars(self.privacy))),
             **({} if self.wire == "float32" else {"wire-dtype": self.wire}),
             **({"plain-mean": True} if self.plain_mean else {}),
         }
@@ -130,15 +126,9 @@ class TrainRequest:
         wire = str(config.get("wire-dtype", "float32"))
         if wire not in WIRES:
             raise ValueError(f"the server's values are {wire!r}, this node reads {' and '.join(WIRES)}")
-        flat = read_flat(message, keys.arrays, wire).astype(np.float32, copy=False)
         with_download = ints_of(config, "downloads")
         sizes = [shared_size, *(of_client(download_size, client) for client in with_download)]
-        if len(flat) != sum(sizes):
-            raise ValueError(f"the request carries {len(flat)} values, this node's network needs {sum(sizes)}")
-        shared, *downloads = np.split(flat, np.cumsum(sizes)[:-1])
-        check_norm(shared, MAX_NORM, "the shared part received")
-        for client, download in zip(with_download, downloads, strict=True):
-            check_norm(download, MAX_NORM, f"what client {client} is sent of its own")
+        shared, *rest = _received(read_flat(message, keys.arrays, wire), sizes, with_download)
         clients, versions = ints_of(config, "clients"), ints_of(config, "versions")
         active = np.asarray(config.get("active-exits", []), dtype=bool)
         if len(versions) != len(clients) or (clients and active.size % len(clients)):
@@ -148,16 +138,13 @@ class TrainRequest:
             )
         return cls(
             run=str(config["run"]),
-            seed=int(config["seed"]),
             digest=str(config["digest"]),
-            server_round=int(config["server-round"]),
-            num_rounds=int(config["num-rounds"]),
-            resumable_from=int(config["resumable-from"]),
+            **{name: int(config[kebab(name)]) for name in ("seed", "server_round", "num_rounds", "resumable_from")},
             clients=clients,
             versions=versions,
             active=active.reshape(len(clients), -1),
             shared=shared,
-            downloads=dict(zip(with_download, downloads, strict=True)),
+            downloads=dict(zip(with_download, rest, strict=True)),
             method=str(config["method"]),
             method_settings=prefixed(config, "method."),
             budget=LocalBudget(**prefixed(config, "local.")),
@@ -168,52 +155,15 @@ class TrainRequest:
         )
 
 
-@dataclass(frozen=True)
-class ClientReport:
-    """One client's result of a round.
-
-    Attributes
-    ----------
-    client
-        Who.
-    num_examples, test_examples
-        Sizes of its training and test split.
-    train_loss
-        Mean loss of local training; NaN where it did not train.
-    local_steps
-        Gradient steps taken.
-    similarity
-        (m−1,): similarity of its student exits to its last exit; NaN where it cannot be measured.
-    before, after
-        Exits on the test split, before and after local training; NaN in rounds without evaluation, and for exits that
-        it does not hold.
-    seconds_train, seconds_evaluate
-        Time it took.
-    upload
-        Flat array of its own, not averaged.
-    """
-
-    client: int
-    num_examples: int
-    test_examples: int
-    train_loss: float
-    local_steps: int
-    similarity: list[float]
-    before: ExitMetrics
-    after: ExitMetrics
-    seconds_train: float
-    seconds_evaluate: float
-    upload: NDArray[np.float32]
-
-    def padded(self, num_exits: int) -> ClientReport:
-        """With NaN for the exits that the client does not hold."""
-        missing = [math.nan] * (num_exits - 1 - len(self.similarity))
-        return replace(
-            self,
-            similarity=[*self.similarity, *missing],
-            before=self.before.padded(num_exits),
-            after=self.after.padded(num_exits),
-        )
+def _received(flat: NDArray[Any], sizes: Sequence[int], clients: Sequence[int]) -> list[NDArray[np.float32]]:
+    """The shared part, and the downloads of these clients, out of a request's array; ValueError if they cannot be."""
+    if len(flat) != sum(sizes):
+        raise ValueError(f"the request carries {len(flat)} values, this node's network needs {sum(sizes)}")
+    parts = np.split(flat.astype(np.float32, copy=False), np.cumsum(sizes)[:-1])
+    names = ("the shared part received", *(f"what client {client} is sent of its own" for client in clients))
+    for part, name in zip(parts, names, strict=True):
+        check_norm(part, MAX_NORM, name)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -272,124 +222,99 @@ class TrainReply:
             **failed(self.failures),
             **noted(self.notes),
         }
-        metrics: dict[str, list[int] | list[float]] = {
-            keys.weight: [r.num_examples for r in self.reports],
-            "test-examples": [r.test_examples for r in self.reports],
-            "train-loss": [r.train_loss for r in self.reports],
-            "local-steps": [r.local_steps for r in self.reports],
-            "seconds-train": [r.seconds_train for r in self.reports],
-            "seconds-evaluate": [r.seconds_evaluate for r in self.reports],
-            "similarity": [s for r in self.reports for s in r.similarity],
-        }
-        for phase in PHASES:
-            for f in fields(ExitMetrics):
-                metrics[f"{f.name}-{phase}"] = [v for r in self.reports for v in getattr(getattr(r, phase), f.name)]
         shared = self.shared
         if self.wire == "float16" and self.reports:
             assert base is not None
             shared = shared - base if len(self.reports) == 1 else shared - self.weight * base.astype(np.float64)
-        # A sum takes two places of a single value.
-        wide = "float32" if self.wire == "float16" else "float64"
-        places = narrowed(shared, self.wire if len(self.reports) == 1 else wide).view(self.wire)
+        places = narrowed(shared, self.wire if len(self.reports) == 1 else _wide(self.wire)).view(self.wire)
         flat = np.concatenate([places, *(narrowed(r.upload, self.wire) for r in self.reports)])
         return RecordDict(
             {
                 keys.arrays: ArrayRecord({FLAT: Array(flat)}),
-                METRICS: MetricRecord(filled(metrics)),
+                METRICS: MetricRecord(filled(columns_of(self.reports, keys))),
                 keys.config: ConfigRecord(filled(config)),
             }
         )
 
     @classmethod
-    def from_message(
-        cls,
-        message: Message,
-        keys: Keys,
-        *,
-        digest: str,
-        shared_size: int,
-        upload_size: int | Mapping[int, int],
-        num_exits: int | Mapping[int, int],
-        wire: str = "float32",
-        base: NDArray[np.float32] | None = None,
-        counted: Weight | None = None,
-    ) -> TrainReply:
-        """Read a reply on the server; ValueError, in words, if anything in it is not as it should be.
-
-        Sizes are those of all, or by client. ``base`` is the shared part as the server has it, needed where the wire is
-        float16: the clients' differences to what they were sent, rounded, count from there, so that the server's own
-        keeps its digits.
-        """
+    def from_message(cls, message: Message, keys: Keys, expected: Expected) -> TrainReply:
+        """Read a reply on the server; ValueError, in words, if anything in it is not as it should be."""
         config = record_of(message, keys.config, ConfigRecord)
         metrics = record_of(message, METRICS, MetricRecord)
-        if config.get("protocol") != PROTOCOL:
-            raise ValueError(f"it speaks message protocol {config.get('protocol')}, this server {PROTOCOL}")
-        if config.get("digest") != digest:
-            raise ValueError(f"its network has fingerprint {config.get('digest')}, expected {digest}")
-        clients = ints_of(config, "clients")
-        failures = failures_of(config)
-        n = len(clients)
-        if not n:
-            nothing = np.zeros(0, dtype=np.float32)
-            return cls(round_of(config), digest, nothing, [], failures, wire)
-        flat = read_flat(message, keys.arrays, wire)
-        places = shared_size if n == 1 else 2 * shared_size
-        ends = np.cumsum([places, *(of_client(upload_size, client) for client in clients)])
-        if len(flat) != ends[-1]:
-            raise ValueError(f"its array has {len(flat)} values, expected {ends[-1]}")
-        shared: NDArray[Any] = flat[:places]
-        if n > 1:
-            shared = shared.view(np.float64 if wire == "float32" else np.float32)
-        uploads = np.split(flat[places:].astype(np.float32, copy=False), ends[1:-1] - places)
-        broken = sum(int((~np.isfinite(part)).sum()) for part in (shared, *uploads))
-        if broken:
-            raise ValueError(f"{broken} of the values in its array are NaN or infinite")
+        check_client(config)
+        if config.get("digest") != expected.digest:
+            raise ValueError(f"its network has fingerprint {config.get('digest')}, expected {expected.digest}")
+        clients, failures = ints_of(config, "clients"), failures_of(config)
+        shared: NDArray[Any] = np.zeros(0, dtype=np.float32)
+        reports: list[ClientReport] = []
+        if clients:
+            shared, uploads = _arrays(read_flat(message, keys.arrays, expected.wire), clients, expected)
+            reports = reports_of(metrics, keys, clients, uploads, expected.num_exits)
+            shared = _widened(shared, [report.num_examples for report in reports], expected)
+        notes, wire = notes_of(config), expected.wire
+        return cls(round_of(config), expected.digest, shared, reports, failures, wire, notes, expected.counted)
 
-        exits = [of_client(num_exits, client) for client in clients]
 
-        def column(key: str, widths: Sequence[int]) -> list[list[Any]]:
-            values = metrics.get(key, [])
-            if not isinstance(values, list) or len(values) != sum(widths):
-                raise ValueError(f"its metrics need {sum(widths)} values of {key!r}, got {values!r}")
-            rows = iter(values)
-            return [list(islice(rows, width)) for width in widths]
+@dataclass(frozen=True)
+class Expected:
+    """What the server expects of a reply, from what it has asked.
 
-        weights = [w[0] for w in column(keys.weight, [1] * n)]
-        if not all(isinstance(w, int) and 1 <= w < 2**53 for w in weights):
-            raise ValueError(f"{keys.weight!r} must be a whole number of at least 1 for every client, got {weights}")
-        if wire == "float16":
-            assert base is not None
-            counts: Weight = 1 if n == 1 else sum(weights) if counted is None else counted
-            wide = shared.astype(np.float64) + counts * base.astype(np.float64)
-            shared = wide if n > 1 else wide.astype(np.float32)
-        scalars = {
-            k: column(k, [1] * n)
-            for k in ("test-examples", "train-loss", "local-steps", "seconds-train", "seconds-evaluate")
-        }
-        if min(int(row[0]) for key in ("test-examples", "local-steps") for row in scalars[key]) < 0:
-            raise ValueError("its test examples and local steps must be 0 or more")
-        if n > 1 and np.abs(shared).max(initial=0.0) > sum(weights) * float(np.finfo(np.float32).max):
-            raise ValueError("its shared parameters are too large for float32")
-        similarity = column("similarity", [m - 1 for m in exits])
-        if any(abs(value) > 1.01 for row in similarity for value in row):  # NaN: it cannot be measured
-            raise ValueError("its similarities must lie between −1 and 1")
-        measured = {
-            phase: {f.name: column(f"{f.name}-{phase}", exits) for f in fields(ExitMetrics)} for phase in PHASES
-        }
-        reports = [
-            ClientReport(
-                client=clients[i],
-                num_examples=weights[i],
-                test_examples=int(scalars["test-examples"][i][0]),
-                train_loss=float(scalars["train-loss"][i][0]),
-                local_steps=int(scalars["local-steps"][i][0]),
-                similarity=similarity[i],
-                before=ExitMetrics(**{name: values[i] for name, values in measured["before"].items()}),
-                after=ExitMetrics(**{name: values[i] for name, values in measured["after"].items()}),
-                seconds_train=float(scalars["seconds-train"][i][0]),
-                seconds_evaluate=float(scalars["seconds-evaluate"][i][0]),
-                upload=uploads[i],
-            )
-            for i in range(n)
-        ]
-        return cls(round_of(config), digest, shared, reports, failures, wire, notes_of(config), counted)
+    Attributes
+    ----------
+    digest
+        Fingerprint of network and method.
+    shared_size
+        Values of the shared part that the clients reported hold together.
+    upload_size, num_exits
+        Of all clients, or by client.
+    wire
+        Type of the values that travel.
+    base
+        The shared part as the server has it, needed where the wire is float16: the clients' differences to what they
+        were sent, rounded, count from there, so that the server's own keeps its digits.
+    counted
+        Weight of every value of the shared part, where it is not that of all examples.
+    """
+
+    digest: str
+    shared_size: int
+    upload_size: int | Mapping[int, int]
+    num_exits: int | Mapping[int, int]
+    wire: str = "float32"
+    base: NDArray[np.float32] | None = None
+    counted: Weight | None = None
+
+
+def _arrays(
+    flat: NDArray[Any], clients: Sequence[int], expected: Expected
+) -> tuple[NDArray[Any], list[NDArray[np.float32]]]:
+    """The shared part, as it travels, and the clients' uploads, out of a reply's array."""
+    alone = len(clients) == 1
+    places = expected.shared_size if alone else 2 * expected.shared_size
+    ends = np.cumsum([places, *(of_client(expected.upload_size, client) for client in clients)])
+    if len(flat) != ends[-1]:
+        raise ValueError(f"its array has {len(flat)} values, expected {ends[-1]}")
+    shared: NDArray[Any] = flat[:places]
+    if not alone:
+        shared = shared.view(_wide(expected.wire))
+    uploads = np.split(flat[places:].astype(np.float32, copy=False), ends[1:-1] - places)
+    if broken := sum(int((~np.isfinite(part)).sum()) for part in (shared, *uploads)):
+        raise ValueError(f"{broken} of the values in its array are NaN or infinite")
+    return shared, uploads
+
+
+def _widened(shared: NDArray[Any], weights: Sequence[int], expected: Expected) -> NDArray[Any]:
+    """The shared part of one client in float32, or the sum over several in float64; ValueError if it is too large."""
+    if expected.wire == "float16":
+        assert expected.base is not None
+        counts: Weight = sum(weights) if expected.counted is None else expected.counted
+        wide = shared.astype(np.float64) + (1 if len(weights) == 1 else counts) * expected.base.astype(np.float64)
+        shared = wide if len(weights) > 1 else wide.astype(np.float32)
+    if len(weights) > 1 and np.abs(shared).max(initial=0.0) > sum(weights) * float(np.finfo(np.float32).max):
+        raise ValueError("its shared parameters are too large for float32")
+    return shared
+
+
+def _wide(wire: str) -> str:
+    """Type of a sum over clients: it takes two places of a single value."""
+    return "float32" if wire == "float16" else "float64"

@@ -1,0 +1,142 @@
+"""What a node answers to the strategy's first question: who is here, with which network and how much data."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+
+from cafe_flwr import __version__
+from cafe_flwr.client.model import ClientModel
+from cafe_flwr.client.node_config import name_of
+from cafe_flwr.client.process import NodeContext
+from cafe_flwr.core.log import logger
+from cafe_flwr.data.split import ClientData
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.placement import device_of
+from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.describe import NodeInfo
+
+SPLITS = ("train", "calibration", "test")
+
+
+def describe(here: NodeContext) -> NodeInfo:
+    """Whom the node hosts and can serve, with what; why it cannot serve the others, in words."""
+    process, node_config = here.process, here.context.node_config
+    clients, sizes, problems, models = [], [], [], []
+    macs: dict[int, list[int]] = {}  # by model
+    for client in here.hosted:
+        try:
+            model, data, notes = _checked(here, client)
+            for counted in (process.wholes[model.modality], model):
+                if id(counted) not in macs:
+                    macs[id(counted)] = _macs(counted, data, compiled=process.placement.compile)
+        except Exception as error:
+            logger.warning("client %d cannot serve: %s", client, error, exc_info=True)
+            problems.append(f"client {client} is left out: {error}")
+            continue
+        problems += [f"client {client} {note}" for note in notes]
+        clients.append(client)
+        sizes.append(len(data.train))
+        models.append(model)
+    kinds = [kind_of(model, macs[id(model)]) for model in models]
+    alike = not any(kind.name for kind in kinds)
+    different = list(dict.fromkeys(kinds))
+    largest = max(process.wholes.values(), key=lambda whole: whole.network.num_exits)
+    return NodeInfo(
+        version=__version__,
+        clients=clients,
+        num_examples=sizes,
+        problems=problems,
+        num_nodes=0 if "clients" in node_config else int(node_config.get("num-partitions", 0)),
+        digest=process.digest,
+        shared=process.shared,
+        upload=largest.schemas["upload"],
+        download=largest.schemas["download"],
+        num_exits=largest.network.num_exits,
+        num_parameters=_num_parameters(largest.network),
+        macs=macs.get(id(largest), [0] * largest.network.num_exits),
+        name=name_of(node_config),
+        kinds=[] if alike else different,
+        kind_of=[] if alike else [different.index(kind) for kind in kinds],
+    )
+
+
+def _checked(here: NodeContext, client: int) -> tuple[ClientModel, ClientData, list[str]]:
+    """A client's model and data, and what is unusual about the data; ValueError if it cannot take part."""
+    if here.process.trouble:
+        raise ValueError(here.process.trouble)
+    model, data = here.model(client), here.data(client)
+    notes = check_data(data, model.network.num_classes)
+    for name in SPLITS:
+        model.network.check_inputs(getattr(data, name).x)
+    return model, data, notes
+
+
+def _macs(model: ClientModel, data: ClientData, *, compiled: bool) -> list[int]:
+    from cafe_flwr.cost import macs_per_exit  # the other messages' processes need none of it
+
+    network = copy.deepcopy(model.network) if compiled else model.network
+    return macs_per_exit(network, data.train.x[:1].to(device_of(network)))
+
+
+def kind_of(model: ClientModel, macs: Sequence[int]) -> Kind:
+    """What clients with this model hold, as the server is told."""
+    depth, part = model.network.num_exits, ""
+    if model.held:
+        width = f" at width {model.held.width:g}" if model.held.width < 1 else ""
+        part = f"{depth} exit{'s' * (depth > 1)}{width}"
+    return Kind(
+        name=", ".join(filter(None, (model.modality, part))),
+        num_exits=depth,
+        num_parameters=_num_parameters(model.network),
+        macs=tuple(macs),
+        shared=model.shared,
+        upload=model.schemas["upload"],
+        download=model.schemas["download"],
+    )
+
+
+def _num_parameters(network: EarlyExitNetwork) -> int:
+    return sum(tensor.numel() for tensor in network.state_dict().values())
+
+
+def check_data(data: ClientData, num_classes: int) -> list[str]:
+    """What is unusual about a client's data, in words; ValueError if it cannot take part."""
+    if not len(data.train):
+        raise ValueError("its training split is empty")
+    for name in SPLITS:
+        x, y = getattr(data, name)[:2]
+        if y.dim() != 1 or len(x) != len(y):
+            raise ValueError(
+                f"its {name} split has inputs of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}: every "
+                "input needs one label"
+            )
+        if len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
+            raise ValueError(
+                f"its {name} split has labels {int(y.min())}..{int(y.max())}, expected 0..{num_classes - 1}"
+            )
+    if data.train.x.dtype not in (torch.float32, torch.uint8, torch.int64) or data.train.y.dtype != torch.int64:
+        raise ValueError(
+            "its inputs must be float32 (pixels of images: uint8; tokens of texts: int64) and its labels int64, got "
+            f"{data.train.x.dtype} and {data.train.y.dtype}"
+        )
+    notes = []
+    if len(data.train.y.unique()) == 1:
+        notes.append("has a single class in its training split; it takes part")
+    if not len(data.test):
+        notes.append("has an empty test split; it takes part, but its accuracy is unknown")
+    return notes
+
+
+def check_fits(data: ClientData, input_shape: Sequence[int], num_classes: int) -> None:
+    """ValueError if a network cannot take a client's data: labels that it does not know, or another shape."""
+    check_data(data, num_classes)
+    for name in SPLITS:
+        x = getattr(data, name).x
+        if len(x) and tuple(x.shape[1:]) != tuple(input_shape):
+            raise ValueError(
+                f"inputs of the {name} split have shape {tuple(x.shape[1:])}, the network takes {tuple(input_shape)}: "
+                "give the data it was made for"
+            )

@@ -1,0 +1,166 @@
+"""The network and the method of one run on a node, and how a client's tensors get into a task and out of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+from torch import Tensor
+
+from cafe_flwr.core.random import rng_for
+from cafe_flwr.core.schema import Schema, digest
+from cafe_flwr.data.split import ClientData
+from cafe_flwr.methods.base import Method
+from cafe_flwr.methods.client import LocalTask, without_prefix
+from cafe_flwr.methods.starts import classifier_start
+from cafe_flwr.methods.whole_model import UPDATE
+from cafe_flwr.networks.capacity import Held
+from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.placement import OnDevice, device_of
+from cafe_flwr.personal.store import PersonalStore
+from cafe_flwr.training.loop import snapshot
+from cafe_flwr.wire.train import TrainRequest
+
+MOMENTUM = "optimizer/"  # before the names of what the optimiser remembers, among a client's personal tensors
+KINDS = ("shared", "upload", "download", "personal")  # of tensors: what travels, and what stays
+
+
+@dataclass(frozen=True)
+class ClientModel:
+    """The network and the method of one run, with what follows from them; built once per process and kind of client.
+
+    Clients of a kind take turns with one network, unless each is given one of its own.
+    """
+
+    network: EarlyExitNetwork
+    method: Method
+    weights: Mapping[str, Tensor]
+    modality: str = ""
+    held: Held | None = None  # all, if None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a client has: the network's tensors and those the method keeps beside them, as they start."""
+        self.network.load_state_dict(self.weights)  # whatever the process has trained before
+        extra = {name: t.cpu() for name, t in self.method.extra_tensors(self.network).items()}
+        assert not extra.keys() & self.weights.keys()
+        return {**self.weights, **extra}
+
+    @cached_property
+    def initial(self) -> dict[str, Tensor]:
+        """What a client starts from that is not shared."""
+        shared = set(self.schemas["shared"].names)
+        return {name: tensor for name, tensor in self.tensors.items() if name not in shared}
+
+    def classifiers_at_start(self, seed: int, client: int) -> dict[str, Tensor]:
+        """What the client's personal classifiers start from, by name; empty where they start as they were built."""
+        personal = set(self.method.personal_names(self.network))
+        names = [name for name in self.network.classifier_names() if name in personal]
+        if self.method.classifier_start == "built":
+            return {}
+        return classifier_start(Schema.of(self.weights, names).entries, self.method.classifier_start, seed, client)
+
+    @cached_property
+    def schemas(self) -> dict[str, Schema]:
+        """What travels, and what stays."""
+        names = {kind: getattr(self.method, f"{kind}_names")(self.network) for kind in KINDS}
+        return {kind: Schema.of(self.tensors, names[kind]) for kind in KINDS}
+
+    @cached_property
+    def shared(self) -> Schema:
+        """The shared part under the federation's names: those of a modality have its name before them."""
+        before = f"{self.modality}/" if self.modality else ""
+        return Schema(tuple((before + name, shape) for name, shape in self.schemas["shared"].entries))
+
+    def begin(
+        self,
+        request: TrainRequest,
+        client: int,
+        shared: Mapping[str, Tensor],
+        store: PersonalStore,
+        data: ClientData,
+        *,
+        apart: bool = False,
+    ) -> LocalTask:
+        """The client's work of the round, with the network as it starts from it; ``apart``: one of the task's own."""
+        network = copy.deepcopy(self.network) if apart else self.network
+        download = self._download(request, client)
+        row = request.clients.index(client)
+        device = device_of(network)
+        start = self.classifiers_at_start(request.seed, client)
+        task = LocalTask(
+            network=network,
+            data=data.train,
+            active=request.active[row, : network.num_exits - 1].tolist(),
+            download={name: t.to(device) for name, t in download.items()},
+            budget=request.budget,
+            rng=partial(rng_for, request.seed, request.server_round, client),
+            private_rng=partial(store.private_rng, client),
+            server_round=request.server_round,
+            num_rounds=request.num_rounds,
+            initial=OnDevice({**self.weights, **start}, device),
+            augment=data.augment,
+        )
+        kept = store.load(client, request.versions[row]) or {}
+        if task.budget.keep_momentum:
+            task.momentum = without_prefix(kept, MOMENTUM)
+        # A client may have held another part before: what it holds no longer stays away, what is new starts anew.
+        same = {name for name in kept.keys() & self.tensors.keys() if kept[name].shape == self.tensors[name].shape}
+        tensors = {**self.initial, **start, **shared, **{name: kept[name] for name in same}}
+        self.put(task, self.method.receive(tensors, download, task.initial, data.train))
+        offset = self.method.offset(data.train, network.num_classes)
+        network.offset = None if offset is None else offset.to(device)
+        return task
+
+    def _download(self, request: TrainRequest, client: int) -> dict[str, Tensor]:
+        """What the server sent to this client alone, by name; empty if nothing."""
+        if client not in request.downloads:
+            return {}
+        return self.schemas["download"].unpack(request.downloads[client])
+
+    def known_start(self, request: TrainRequest, client: int, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a client without a past would start this round from: the server can tell, from what it has sent.
+
+        For updates since the common start: how far that is from it.
+        """
+        initial = {**self.weights, **self.classifiers_at_start(request.seed, client)}
+        start = self.method.receive({**self.initial, **initial, **shared}, self._download(request, client), initial)
+        moved = {
+            name: start[name.removeprefix(UPDATE)] - initial[name.removeprefix(UPDATE)]
+            for name in start
+            if name.startswith(UPDATE)
+        }
+        return {**start, **moved, **shared}
+
+    def put(self, task: LocalTask, tensors: Mapping[str, Tensor]) -> None:
+        """Give a task these tensors: the network's into its network, the others beside it, on its device."""
+        task.network.load_state_dict({name: tensors[name] for name in self.weights})
+        device = device_of(task.network)
+        task.state = {name: tensor.to(device) for name, tensor in tensors.items() if name not in self.weights}
+
+    def take(self, task: LocalTask) -> dict[str, Tensor]:
+        """The tensors of a task; the network's are its own, not copies."""
+        return {**task.network.state_dict(), **task.state}
+
+    @contextmanager
+    def deployed(self, task: LocalTask) -> Iterator[EarlyExitNetwork]:
+        """Inside, the task's network is the client's personal one, ready to be used; outside, as it was."""
+        tensors = self.take(task)
+        personal = self.method.deploy(tensors)
+        if personal is tensors:
+            yield task.network
+            return
+        kept = snapshot(task.network)
+        task.network.load_state_dict(personal)
+        try:
+            yield task.network
+        finally:
+            task.network.load_state_dict(kept)
+
+    @cached_property
+    def digest(self) -> str:
+        """Fingerprint of what travels and what stays."""
+        return digest(*(self.schemas[kind] for kind in KINDS))

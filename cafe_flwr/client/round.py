@@ -1,0 +1,259 @@
+"""A round on a node: evaluate, train and evaluate again every client asked for; one reply for all."""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from flwr.app import RecordDict
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cafe_flwr.client.model import MOMENTUM, ClientModel
+from cafe_flwr.client.privacy import stricter
+from cafe_flwr.client.process import NodeContext
+from cafe_flwr.core.log import logger
+from cafe_flwr.data.split import ClientData
+from cafe_flwr.methods.client import LocalResult, LocalTask
+from cafe_flwr.methods.exit_agreement import classifier_similarity
+from cafe_flwr.metrics.exits import ExitMetrics
+from cafe_flwr.networks.memory import free_memory, is_out_of_memory, reason_of
+from cafe_flwr.networks.placement import device_of
+from cafe_flwr.personal.store import PersonalStore
+from cafe_flwr.training.trainer import LocalTrainer
+from cafe_flwr.wire.averaging import weighted
+from cafe_flwr.wire.codec import clients_in
+from cafe_flwr.wire.privacy import release
+from cafe_flwr.wire.reports import ClientReport
+from cafe_flwr.wire.slices import View
+from cafe_flwr.wire.train import TrainReply, TrainRequest
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a message asks of the node's clients, and what is needed for it.
+
+    Attributes
+    ----------
+    here
+        The node.
+    request
+        What is asked, with the node's own demands on privacy.
+    store
+        Of the clients' personal tensors.
+    models
+        What each client works with.
+    view
+        Which values of the federation's shared part came with the message.
+    tensors
+        Shared tensors by client; of clients with one model, the same.
+    failures
+        Clients that could not do it and why, filled as the work goes on.
+    exhausted
+        Errors of clients whose memory ran out, until it is freed.
+    """
+
+    here: NodeContext
+    request: TrainRequest
+    store: PersonalStore
+    models: Mapping[int, ClientModel]
+    view: View
+    tensors: Mapping[int, Mapping[str, Tensor]]
+    failures: dict[int, str] = field(default_factory=dict)
+    exhausted: dict[int, Exception] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, here: NodeContext) -> Assignment:
+        """From a message; ValueError if it does not fit the node's network, or asks for what the node refuses."""
+        message, keys, process = here.message, here.node.keys, here.process
+        models = {client: here.model(client) for client in clients_in(message, keys)}
+        view = View(process.shared, [model.shared for model in models.values()])
+        downloads = {client: model.schemas["download"].size for client, model in models.items()}
+        request = TrainRequest.from_message(message, keys, shared_size=view.size, download_size=downloads)
+        if request.digest != process.digest:
+            raise ValueError(
+                f"the server's network has fingerprint {request.digest}, this node's {process.digest}: "
+                "network, number of classes and method must be the same on both"
+            )
+        if process.trouble:
+            raise ValueError(process.trouble)
+        request = replace(request, privacy=stricter(request.privacy, here.context.node_config))
+        store = PersonalStore(here.state_folder, request.run, message.metadata.created_at)
+        unpacked = {
+            id(model): model.schemas["shared"].unpack(view.part(request.shared, model.shared))
+            for model in {id(model): model for model in models.values()}.values()
+        }
+        return cls(here, request, store, models, view, {c: unpacked[id(model)] for c, model in models.items()})
+
+    def begin(self, client: int, data: ClientData, *, apart: bool = False) -> LocalTask:
+        """A client's task, as it starts into the round; ``apart``: with a network of its own."""
+        return self.models[client].begin(self.request, client, self.tensors[client], self.store, data, apart=apart)
+
+    @contextmanager
+    def trying(self, client: int, otherwise: str) -> Iterator[None]:
+        """Inside, an error is this client's alone: it is logged (``otherwise``) and told to the server."""
+        device = device_of(self.models[client].network)
+        try:
+            yield
+        except Exception as error:
+            logger.warning("client %d %s", client, otherwise, exc_info=True)
+            self.failures[client] = reason_of(error, device)
+            if is_out_of_memory(error):
+                self.exhausted[client] = error
+
+    def free_memory(self) -> None:
+        """After memory has run out: let go of what the errors hold on to, and of what PyTorch keeps for later."""
+        while self.exhausted:
+            client, error = self.exhausted.popitem()
+            traceback.clear_frames(error.__traceback__)
+            free_memory(self.models[client].network)
+
+
+def train(here: NodeContext, trainer: LocalTrainer) -> RecordDict:
+    """The round of all clients that a message asks for, ``trainer.at_once`` of them at a time; the reply's content."""
+    work = Assignment.read(here)
+    clients, done = work.request.clients, list[tuple[ClientReport, NDArray[np.float32]]]()
+    for start in range(0, len(clients), trainer.at_once):
+        done += _train_together(work, clients[start : start + trainer.at_once], trainer)
+        work.free_memory()
+    return _reply(work, done)
+
+
+def _reply(work: Assignment, done: Sequence[tuple[ClientReport, NDArray[np.float32]]]) -> RecordDict:
+    """What the clients report, and their shared parts: the one's own, or the weighted sum over several."""
+    request, reports = work.request, [report for report, _ in done]
+    view = View(work.here.process.shared, [work.models[report.client].shared for report in reports])
+    weights = [1 if request.plain_mean else report.num_examples for report in reports]
+    if len(done) == 1:
+        total: NDArray[Any] = done[0][1]
+    else:
+        total = np.zeros(view.size)
+        for part, (_, shared), weight in zip(view.parts, done, weights, strict=True):
+            view.add(total, part, weighted(shared, weight))
+    reply = TrainReply(
+        server_round=request.server_round,
+        digest=request.digest,
+        shared=total,
+        reports=reports,
+        failures=work.failures,
+        wire=request.wire,
+        notes=work.store.notes,
+        counted=view.weight(weights),
+    )
+    return reply.to_content(work.here.node.keys, work.view.part(request.shared, view.schema))
+
+
+class _Started(NamedTuple):
+    data: ClientData
+    task: LocalTask
+    before: ExitMetrics
+    seconds: float  # of evaluation
+
+
+def _train_together(
+    work: Assignment, clients: Sequence[int], trainer: LocalTrainer
+) -> list[tuple[ClientReport, NDArray[np.float32]]]:
+    """Reports of the clients that finish, and their shared parts, flat."""
+    otherwise = f"failed in round {work.request.server_round}"
+    started: dict[int, _Started] = {}
+    done = []
+    with ExitStack() as locks:
+        for client in clients:
+            with work.trying(client, otherwise):
+                data = work.here.data(client)
+                locks.enter_context(work.store.locked(client))
+                started[client] = _start(work, client, data, trainer, apart=len(clients) > 1)
+        begin = time.perf_counter()
+        method = work.here.process.method
+        results = trainer.train(method, [one.task for one in started.values()])
+        seconds = (time.perf_counter() - begin) / max(1, len(started))
+        for (client, one), result in zip(started.items(), results, strict=True):
+            with work.trying(client, otherwise):
+                if isinstance(result, Exception):
+                    raise result
+                done.append(_finish(work, client, one, result, seconds, trainer))
+    return done
+
+
+def _start(work: Assignment, client: int, data: ClientData, trainer: LocalTrainer, *, apart: bool) -> _Started:
+    """A client that is ready to train, measured as it starts."""
+    work.store.check_current(client, work.request.server_round)
+    task = work.begin(client, data, apart=apart)
+    begin = time.perf_counter()
+    before = _measure(work, client, task, data, trainer)
+    return _Started(data, task, before, time.perf_counter() - begin)
+
+
+def _finish(
+    work: Assignment, client: int, started: _Started, result: LocalResult, seconds: float, trainer: LocalTrainer
+) -> tuple[ClientReport, NDArray[np.float32]]:
+    """Measure and keep what a client has learned; its report, and its shared part, flat.
+
+    Its new personal state is on disk when this returns, and only then.
+    """
+    data, task, before, seconds_before = started
+    model, request = work.models[client], work.request
+    begin = time.perf_counter()
+    after = _measure(work, client, task, data, trainer)
+    seconds_after = time.perf_counter() - begin
+    tensors = model.take(task)
+    personal = {name: tensors[name].cpu() for name in model.schemas["personal"].names}
+    personal |= {MOMENTUM + name: tensor.cpu() for name, tensor in task.momentum.items()}
+    sent = _released(work, client, tensors)
+    version = request.versions[request.clients.index(client)]
+    work.store.save(client, request.server_round, personal, base=version, resumable_from=request.resumable_from)
+    tells = request.privacy.report_metrics
+    similarity = [0.0] * (task.network.num_exits - 1)
+    if tells:
+        similarity = result.similarity or classifier_similarity(task.network)
+    report = ClientReport(
+        client=client,
+        num_examples=len(data.train),
+        test_examples=len(data.test) if tells else 0,
+        train_loss=result.loss if tells else math.nan,
+        local_steps=task.steps,
+        similarity=similarity,
+        before=before,
+        after=after,
+        seconds_train=seconds,
+        seconds_evaluate=seconds_before + seconds_after,
+        upload=sent["upload"],
+    )
+    return report, sent["shared"]
+
+
+def _measure(work: Assignment, client: int, task: LocalTask, data: ClientData, trainer: LocalTrainer) -> ExitMetrics:
+    """Exits of the client's personal network on its test split, if the server asks and the client tells."""
+    if not (work.request.evaluate and work.request.privacy.report_metrics):
+        return ExitMetrics.unknown(task.network.num_exits)
+    with work.models[client].deployed(task) as network:
+        return trainer.evaluate([network], [data.test])[0]
+
+
+def _released(work: Assignment, client: int, tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    """The client's shared part and its upload, flat, as they leave it: clipped and noised if the request says so."""
+    model, request = work.models[client], work.request
+    flat = {kind: model.schemas[kind].pack(tensors) for kind in ("shared", "upload")}
+    privacy = request.privacy
+    if privacy.on:
+        known = model.known_start(request, client, work.tensors[client])
+        for kind, values in flat.items():
+            purpose = f"uplink {kind} {request.run} {request.server_round}"
+            flat[kind] = release(
+                values,
+                model.schemas[kind].pack(known),
+                privacy.clip_of(kind),
+                privacy.noise_multiplier,
+                lambda content, purpose=purpose: work.store.private_rng(client, f"{purpose} {content}"),  # type: ignore[misc]
+            )
+    if request.wire == "float16":
+        received = work.view.part(request.shared, model.shared)
+        model.schemas["shared"].check_half(flat["shared"] - received, "the update")
+        model.schemas["upload"].check_half(flat["upload"], "the upload")
+    return flat

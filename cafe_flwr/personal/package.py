@@ -1,0 +1,82 @@
+"""The file that a newcomer to a federation that has ended is given (docs/after-the-run.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from cafe_flwr import __version__
+from cafe_flwr.core.files import to_json, write_atomically
+from cafe_flwr.networks.fingerprint import fingerprint_of
+
+FORMAT, FORMAT_VERSION = "cafe-flwr-joining", 1
+_SHARED, _TEACHER = "shared.", "teacher."
+
+
+@dataclass(frozen=True)
+class Package:
+    """What a newcomer is given.
+
+    Attributes
+    ----------
+    facts
+        How the federation was trained, and what its network is; JSON values.
+    shared
+        The shared part after the last round, by name.
+    teacher
+        Mean of the heads that clients send, under their names; empty if it was left out, or where they send none.
+    """
+
+    facts: Mapping[str, Any]
+    shared: Mapping[str, Tensor]
+    teacher: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write it to one safetensors file, whole or not at all."""
+        tensors = {_SHARED + name: t for name, t in self.shared.items()}
+        tensors |= {_TEACHER + name: t for name, t in self.teacher.items()}
+        facts = {**self.facts, "fingerprint": fingerprint_of(tensors)}
+        content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, {"facts": to_json(facts)})
+        write_atomically(path, content)
+
+    @classmethod
+    def load(cls, path: Path) -> Package:
+        """Read what :meth:`save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If it is damaged, something else, or of another version of this package.
+        """
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such file; the server makes it, cafe-flwr join-package")
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"{path} is damaged, or no joining package: {error}") from None
+        if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+            raise ValueError(f"{path} is no joining package: cafe-flwr join-package makes one")
+        if (facts.get("format_version"), facts.get("version")) != (FORMAT_VERSION, __version__):
+            raise ValueError(
+                f"{path} was made by cafe-flwr {facts.get('version')} (format {facts.get('format_version')}), this is "
+                f"{__version__} (format {FORMAT_VERSION}): install the same version"
+            )
+        if facts.get("fingerprint") != fingerprint_of(tensors):
+            raise ValueError(f"{path} is damaged: its fingerprint is not that of what it holds; copy it again")
+        if broken := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
+            raise ValueError(f"{path}: {broken[0]} has NaN or infinite values")
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        return cls(facts, part(_SHARED), part(_TEACHER))
