@@ -380,13 +380,7 @@ class Loopback:
             status = self.status(run)
             return status if status.startswith("finished") else None
 
-        deadline = time.monotonic() + seconds
-        log = ["flwr", "log", str(run), _CONNECTION, "--stream"]  # ends with the run; to ask again and again costs more
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run(log, env=self.env, capture_output=True, check=False, timeout=seconds)
-        return wait_for(
-            ended, deadline - time.monotonic(), f"the end of run {run}", lambda: self.superlink.log()[-3000:], pause=1.0
-        )
+        return wait_for(ended, seconds, f"the end of run {run}", lambda: self.superlink.log()[-3000:], pause=1.0)
 
     def wait_round(self, run: int, results: Path, number: int, seconds: float = 180.0) -> None:
         """Wait until so many rounds of a run are in its results folder.

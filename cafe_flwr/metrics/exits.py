@@ -77,7 +77,7 @@ def exit_metrics(logits: Tensor, y: Tensor) -> ExitMetrics:
     y
         Labels, (N,).
     """
-    m, n, num_classes = logits.shape
+    m, n, _ = logits.shape
     if n == 0:
         return ExitMetrics.unknown(m)
     accuracy = (logits.argmax(dim=2) == y).float().mean(dim=1).tolist()
