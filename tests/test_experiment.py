@@ -315,6 +315,7 @@ def test_refused_options(tmp_path: Path, options: list[str], words: str) -> None
 # --- runs, one by one ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_new_resumable_finished_and_foreign(tmp_path: Path, no_report: None) -> None:
     """A run goes through its states; with other settings its folder belongs to another experiment."""
     run, other = plan_runs(experiment(settings={**TINY, "num-server-rounds": 3}), tmp_path)
@@ -340,6 +341,7 @@ def test_new_resumable_finished_and_foreign(tmp_path: Path, no_report: None) -> 
         check_folders(experiment(settings={**TINY, "num-server-rounds": 3}), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path: Path, no_report: None) -> None:
     (whole, _) = plan_runs(experiment(settings={**TINY, "num-server-rounds": 3}), tmp_path / "whole")
     (stopped, _) = plan_runs(experiment(settings={**TINY, "num-server-rounds": 3}), tmp_path / "stopped")
@@ -370,6 +372,7 @@ def test_a_run_says_nothing_aloud_and_leaves_the_log_as_it_was(
     assert (logger.handlers, logger.level, logger.propagate) == before
 
 
+@pytest.mark.slow
 def test_rows_start_from_the_same_weights_data_and_participants(tmp_path: Path, no_report: None) -> None:
     """At a learning rate of 1e-30 no weight moves in float32: what a run ends with is what it started from.
 
