@@ -307,7 +307,7 @@ class Real:
         self.done = self.again()
 
     def again(self, *options: str) -> Any:
-        return call(self.file, "--results-dir", self.results, "--jobs", 1, "--update-markdown", self.readme, *options)
+        return call(self.file, "--results-dir", self.results, "--jobs", 2, "--update-markdown", self.readme, *options)
 
     def csv(self, name: str) -> list[dict[str, str]]:
         with open(self.home / name, newline="") as file:
@@ -317,9 +317,21 @@ class Real:
         return dict(json.loads((self.home / parent / run / "summary.json").read_text()))
 
 
+def serial(runs: Any, jobs: int) -> Any:
+    """In place of worker processes, which test_experiment.py and test_smoke.py have: one run after the other, here."""
+    from cafe_flwr.experiments.execution import Event, run_one
+
+    for run in runs:
+        yield Event(run, ended=False)
+        yield Event(run, ended=True, failure=run_one(run))
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
-    return Real(tmp_path_factory.mktemp("comparison"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cafe_flwr.experiments.execution.execute", serial)
+        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        return Real(tmp_path_factory.mktemp("comparison"))
 
 
 @pytest.mark.slow
@@ -452,15 +464,6 @@ def test_more_rows_and_seeds_may_join(real: Real, tmp_path: Path) -> None:
     assert table.row("fedrep").missing == {2: "not run"}
     assert set(table.row("local").missing.values()) == {"no settings were chosen for it"}
     assert "fedrep, seed 2: not run" in notes(made, table)
-
-
-def serial(runs: Any, jobs: int) -> Any:
-    """In place of worker processes: one run after the other, here."""
-    from cafe_flwr.experiments.execution import Event, run_one
-
-    for run in runs:
-        yield Event(run, ended=False)
-        yield Event(run, ended=True, failure=run_one(run))
 
 
 @pytest.mark.slow
