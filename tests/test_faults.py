@@ -42,7 +42,7 @@ def reference(tmp_path_factory):
     """Client 2 takes part in round 1 only, and nothing goes wrong."""
     settings = toy_settings(tmp_path_factory.mktemp("reference"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         patch.setattr(
             strategy_module,
             "sample_clients",
@@ -420,9 +420,7 @@ def test_a_sum_that_no_float32_can_hold_is_like_an_infinite_one(tmp_path):
 def test_when_all_clients_fail_the_run_ends_with_all_reasons_and_keeps_what_it_has(tmp_path, monkeypatch, flower_log):
     """Three rounds of four are on disk, in every file, and the run can be resumed when the fault is mended."""
     pages = []
-    monkeypatch.setattr(
-        "cafe_flwr.results.run.write_report", lambda folder: pages.append(folder) or folder / "report.html"
-    )
+    monkeypatch.setattr("cafe_flwr.app.run.write_page", lambda folder: pages.append(folder) or folder / "report.html")
     reasons = {0: "ValueError: node 0 burns", 1: "RuntimeError: node 1 drowns", 3: "KeyError: 'node 3'"}
     mended = []
 

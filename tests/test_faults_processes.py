@@ -172,7 +172,7 @@ def in_one_process(field, settings, participants=None, left_out=()):
     for client, context in enumerate(grid.contexts.values()):
         context.node_config = field.node_config(client, settings.results.parent / "state")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         if participants:
             chosen = dict(enumerate(participants, start=1))
             patch.setattr(strategy_module, "sample_clients", lambda *_, server_round, **__: chosen[server_round])

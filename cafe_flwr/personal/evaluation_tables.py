@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cafe_flwr.metrics.curve import area_under_curve
-from cafe_flwr.metrics.early_exit import THRESHOLDS, DynamicCounts
+from cafe_flwr.metrics.curve import CostCurve
+from cafe_flwr.metrics.early_exit import DynamicCounts
 from cafe_flwr.metrics.selective import (
     OWN,
     POOLED,
@@ -29,11 +29,7 @@ if TYPE_CHECKING:
 
 
 def put_together(
-    found: Sequence[ClientEvaluation],
-    pooled: Mapping[float, Certificate],
-    *,
-    guarantee: str,
-    shifted: bool = False,
+    found: Sequence[ClientEvaluation], pooled: Mapping[float, Certificate], *, guarantee: str, shifted: bool = False
 ) -> dict[str, Any]:
     """The part of ``evaluation.json`` that is measured: by client, and over clients under every condition.
 
@@ -153,15 +149,9 @@ def _over(outcomes: Mapping[int, Outcome], risk: float, guarantee: str, macs: Se
 
 def _curve(counts: DynamicCounts, examples: int, macs: Sequence[float]) -> dict[str, Any]:
     """Accuracy against mean MACs at every threshold that all exits share."""
-    if not examples:
-        return {"threshold": [], "accuracy": [], "macs": [], "area": math.nan}
-    accuracy, cost = counts.correct / examples, (counts.left / examples) @ np.asarray(macs, dtype=np.float64)
-    return {
-        "threshold": THRESHOLDS.tolist(),
-        "accuracy": accuracy.tolist(),
-        "macs": cost.tolist(),
-        "area": area_under_curve(accuracy.tolist(), cost.tolist()),
-    }
+    mean_macs = (counts.left / max(examples, 1)) @ np.asarray(macs, dtype=np.float64)
+    curve = CostCurve.from_counts(counts, mean_macs)
+    return {**curve.points(), "area": curve.area}
 
 
 def long_table(found: Sequence[ClientEvaluation], pooled: Mapping[float, Certificate]) -> pd.DataFrame:
