@@ -7,6 +7,7 @@ leave for good.
 
 import json
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -127,6 +128,8 @@ class Field:
         return self.deployment.submit(self.app, {k: v for k, v in config.items() if v != defaults[k]})
 
     def completed(self, run):
+        follow = ["flwr", "log", str(run), "loopback", "--stream"]  # ends with the run
+        subprocess.run(follow, env=self.deployment.env, capture_output=True, check=False, timeout=900)
         assert self.deployment.wait(run, 900) == "finished:completed", self.deployment.log(run)
 
 
