@@ -7,7 +7,6 @@ leave for good.
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from sklearn.datasets import load_digits
 from cafe_flwr.app.run import run as run_federation
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.server import strategy as strategy_module
-from deploy.loopback import Loopback, wait_for
+from deploy.daemons import wait_for
+from deploy.loopback import Loopback
 
 pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("deployment")]
 
@@ -128,8 +128,6 @@ class Field:
         return self.deployment.submit(self.app, {k: v for k, v in config.items() if v != defaults[k]})
 
     def completed(self, run):
-        follow = ["flwr", "log", str(run), "loopback", "--stream"]  # ends with the run
-        subprocess.run(follow, env=self.deployment.env, capture_output=True, check=False, timeout=900)
         assert self.deployment.wait(run, 900) == "finished:completed", self.deployment.log(run)
 
 
