@@ -904,7 +904,7 @@ class CafeDistill(FederatedStrategy):
     mu, distill_weight, temperature
         μ of matching (the authors' α), λ and τ of distillation.
     conflict, selection, match_by, write_back, solver, classifier_start, objective
-        Ablations and variants, see :class:`cafe_flwr.settings.Settings`; objectives by name or as docs/objectives.md says.
+        Ablations and variants, see :class:`cafe_flwr.settings.Settings`; docs/objectives.md has the objectives.
 
     Raises
     ------
