@@ -21,7 +21,8 @@ from sklearn.datasets import load_digits
 from cafe_flwr.app.run import run as run_federation
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.server import strategy as strategy_module
-from deploy.loopback import Loopback, wait_for
+from deploy.daemons import wait_for
+from deploy.loopback import Loopback
 
 pytestmark = pytest.mark.flower
 
