@@ -54,9 +54,14 @@ class Replies(Generic[R]):
 
     @property
     def notes(self) -> dict[int, str]:
-        """What nodes noted about clients that they report, in the order of the clients."""
-        notes = {client: note for reply in self.good for client, note in reply.notes.items()}
-        return {report.client: notes[report.client] for report in self.reports if report.client in notes}
+        """What nodes noted about clients that they report themselves, in the order of the clients."""
+        found = {
+            report.client: reply.notes[report.client]
+            for reply in self.good
+            for report in reply.reports
+            if report.client in reply.notes
+        }
+        return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)
