@@ -31,9 +31,7 @@ class App:
 
     def run(self, num_nodes: int = 2, node_config: dict[str, Any] | None = None, **config: Any) -> None:
         """Run both parts, as ``flwr run`` would."""
-        self.serve(
-            InProcessGrid(self.client, num_nodes, {**self.config, **self._keys(config)}, node_config), **config
-        )
+        self.serve(InProcessGrid(self.client, num_nodes, {**self.config, **self._keys(config)}, node_config), **config)
 
     def _keys(self, config: dict[str, Any]) -> dict[str, Any]:
         """Keys of the run config for Python names, which leave the table out."""
