@@ -283,7 +283,7 @@ def todays(run_config: Mapping[str, Any]) -> dict[str, Any]:
     Raises
     ------
     ValueError
-        If a setting is there twice, such as under its name of before and its name of today.
+        If a setting is there twice, such as under its name of before and its name of today, or a table is a value.
 
     Examples
     --------
@@ -294,6 +294,9 @@ def todays(run_config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in leaves(run_config):
         if key in given:
             raise ValueError(f"{key!r} is there twice, in a table and with a dot: leave one out")
+        if key in TABLES:
+            name = next(k for k, o in OPTIONS.items() if o.table == key)
+            raise ValueError(f"{key} is a table of settings, got {value!r}: write {name} = {OPTIONS[name].default!r}")
         given[key] = value
     found: dict[str, Any] = {}
     former = []
@@ -334,9 +337,6 @@ def _explain(detail: Any) -> str:
         return f"unknown setting {key!r}; " + (
             f"did you mean {near!r}?" if near else f"known settings: {', '.join(OPTIONS)}"
         )
-    if key in TABLES:
-        name = next(k for k, o in OPTIONS.items() if o.table == key)
-        return f"{key} is a table of settings, got {value!r}: write {name} = {OPTIONS[name].default!r}, or the like"
     if isinstance(value, dict):
         return f"{key} is one value, got the table {value!r}: write {key} = {OPTIONS[key].default!r}, or the like"
     expected = detail["msg"].partition(" should ")[2] or detail["msg"]

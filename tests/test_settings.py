@@ -3,14 +3,19 @@
 import math
 import shutil
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from flwr.common.config import parse_config_args
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from cafe_flwr import CafeDistill
+from cafe_flwr.app import launch
 from cafe_flwr.app.manifest import MANIFESTS, PAGE, main, up_to_date
+from cafe_flwr.cli import app
 from cafe_flwr.coordination import SELECTIONS
 from cafe_flwr.core.options import options_of
 from cafe_flwr.data.options import Data, Heterogeneity
@@ -646,14 +651,15 @@ def test_tables_and_dots_are_the_same():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"federation": 3}, "^federation is a table of settings, got 3: write federation.fraction-train = 1.0, or the"),
+        ({"federation": 3}, "^federation is a table of settings, got 3: write federation.fraction-train = 1.0$"),
         ({"seed": {"a": 1}}, r"^seed is one value, got the table {'a': 1}: write seed = 0, or the like$"),
         (
             {"train": {"momentum": {"a": 1}}},
             r"^train.momentum is one value, got the table {'a': 1}: write train.momentum",
         ),
-        ({"federation": 1, "federation.fraction-train": 0.5}, "'federation' is there as a value and as a table"),
-        ({"federation.fraction-train": 0.5, "federation": 1}, "'federation' is there as a value and as a table"),
+        ({"federation": 1, "federation.fraction-train": 0.5}, "federation is a table of settings, got 1: write"),
+        ({"seed": 1, "seed.a": 2}, "'seed' is there as a value and as a table: leave one out"),
+        ({"seed.a": 2, "seed": 1}, "'seed' is there as a value and as a table: leave one out"),
         (
             {"federation": {"fraction-train": 0.5}, "federation.fraction-train": 0.5},
             "'federation.fraction-train' is there twice, in a table and with a dot: leave one out",
@@ -696,3 +702,59 @@ def test_of_many_old_names_some_are_told(flower_log):
     Settings.from_run_config({name: DEFAULTS[keys[0]] for name, keys in FORMER.items() if len(keys) == 1})
     assert f"and {len(FORMER) - 2 - 8} more" in flower_log.text()
     assert flower_log.text().count("last to read the old ones") == 1
+
+
+# --- on the command line ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_all_settings_or_a_table():
+    command = CliRunner()
+    listed = command.invoke(app, ["settings"], env={"COLUMNS": "200"})
+    assert listed.exit_code == 0
+    assert all(key in listed.output for key in OPTIONS)
+    table = command.invoke(app, ["settings", "ditto"], env={"COLUMNS": "200"})
+    assert "ditto.pull" in table.output
+    assert "train.batch-size" not in table.output
+    wrong = command.invoke(app, ["settings", "trian"])
+    assert wrong.exit_code == 1
+    assert "there is no table 'trian'; did you mean 'train'?" in wrong.output
+
+
+def test_flower_gets_one_flag_with_all_pairs(monkeypatch, tmp_path):
+    """Of two flags with keys of one table it would lose the first."""
+    calls = []
+    monkeypatch.setattr(launch, "flwr", lambda env, *given: calls.append(given) or {"success": False})
+    pairs = ["seed=1", "federation.fraction-train=0.5", "federation.wait-seconds=1.0"]
+    with pytest.raises(RuntimeError, match="Flower refused the run"):
+        launch.run_app(tmp_path, {}, pairs, ["num-supernodes=2", "client-resources-num-cpus=1"])
+    flags = [option for option in calls[0] if option.startswith(("--run-config", "--federation"))]
+    assert flags == [
+        f"--run-config={' '.join(pairs)}",
+        "--federation-config=num-supernodes=2 client-resources-num-cpus=1",
+    ]
+    given = parse_config_args([flags[0].partition("=")[2]])
+    assert given == {"seed": 1, "federation.fraction-train": 0.5, "federation.wait-seconds": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("ditto.pull=0.5", "ditto.pull = 0.5 would change nothing: it is read with method = 'ditto'"),
+        ("fraction-train=0.5 federation.fraction-train=0.4", "are the same setting"),
+        ("federation=1", "federation is a table of settings, got 1"),
+        ("fraktion-train=0.5", "did you mean 'federation.fraction-train'?"),
+    ],
+)
+def test_the_command_refuses_before_flower_starts(given, said):
+    done = CliRunner().invoke(app, ["run", str(ROOT), "--run-config", given], env={"COLUMNS": "400"})
+    assert done.exit_code == 1
+    assert said in done.output
+
+
+def test_the_command_takes_names_of_before_and_gives_flower_those_of_today(monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "run_app", lambda app, env, pairs, *_: seen.extend(pairs) or launch.RunStatus(1, "x"))
+    monkeypatch.setattr(launch, "private_superlink", lambda: nullcontext({}))
+    given = "fraction-train=0.5 objective='erde' ema-decay=0.9"
+    CliRunner().invoke(app, ["run", str(ROOT), "--run-config", given])
+    assert seen == ['objective="erde"', "federation.fraction-train=0.5", "erde.ema-decay=0.9"]
