@@ -118,6 +118,7 @@ def on_node(command: str, state: Path, *args: object, client: int = 3, fails: st
 # --- a node and its own network ---
 
 
+@pytest.mark.slow
 def test_a_node_evaluates_as_the_server_would(ended: Ended, state: Path) -> None:
     """Not a figure differs from those of the results folder, for the one client."""
     on_node("evaluate", state, "--no-corruptions")
@@ -133,6 +134,7 @@ def test_a_node_evaluates_as_the_server_would(ended: Ended, state: Path) -> None
     assert len(pd.read_parquet(state / "client-3.evaluation.parquet")) > 0
 
 
+@pytest.mark.slow
 def test_what_a_node_calibrates_and_exports_predicts_as_its_network(state: Path) -> None:
     on_node("calibrate", state, "--risk", "0.1")
     thresholds = read_thresholds(state, 3)
@@ -307,6 +309,7 @@ def shifted(client):
 """
 
 
+@pytest.mark.slow
 def test_a_project_of_one_s_own_names_its_client_app(
     tmp_path: Path, no_report: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +401,7 @@ def test_only_classifiers_move_while_a_newcomer_trains(
     assert seen == [True, True]
 
 
+@pytest.mark.slow
 def test_the_commands_of_a_node_work_for_a_newcomer(ended: Ended, tmp_path: Path) -> None:
     joined(ended, tmp_path)
     for command in ("evaluate", "calibrate", "export"):

@@ -151,6 +151,7 @@ def case(built):
     return again
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_last_exit_gives_what_the_backbone_gives(case):
     """Bit for bit, in evaluation; and the network trains if the backbone did."""
@@ -242,6 +243,7 @@ def test_gradients_reach_all_that_an_exit_uses(case):
             assert (parameter.grad is not None) == name.startswith(expected), name
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_state_round_trip_and_copy(case):
     """The weights loaded into another such network make it the same; a copy is independent."""
@@ -276,6 +278,7 @@ def test_early_exits_pool_as_their_family_does(case):
         assert linear.out_features == network.exits[-1].head.in_features
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["torchvision resnet18", "timm convnext", "timm vit", "torchvision swin"])
 def test_stages_and_exits_can_be_exported_for_any_batch_size(name):

@@ -52,6 +52,7 @@ def test_the_macs_budget_is_kept_on_calibration(seed, budget, n):
     assert policy.temperatures == tuple(fit_temperatures(logits, y))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
 def test_the_macs_budget_holds_on_other_examples_and_is_spent_well(budget):
     """Ten times: mean MACs near the budget; more accuracy than letting examples leave by lot for the same MACs."""
@@ -79,6 +80,7 @@ def test_the_whole_budget_may_leave_a_better_exit_than_the_last():
     assert share <= MACS[1] / MACS[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [0.0, 0.01, 0.05])
 def test_the_accuracy_budget_is_kept(loss):
     """On calibration always, and on others on average; a larger loss never costs more."""

@@ -49,6 +49,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return settings
 
 
+@pytest.mark.slow
 def test_every_client_gets_thresholds_that_its_network_takes(settings: Settings) -> None:
     run = FinishedRun(settings.results)
     found = calibrate_run(run, Request(risk=0.2))
@@ -73,6 +74,7 @@ def test_thresholds_of_one_network_are_refused_by_another(settings: Settings) ->
         EarlyExitRunner(run.personal(1).network, thresholds)
 
 
+@pytest.mark.slow
 def test_flower_gives_what_the_folder_gives(settings: Settings) -> None:
     """Nodes are asked by three messages; the certificates and the files are those of the local command."""
     run = FinishedRun(settings.results)

@@ -237,6 +237,7 @@ def read_page(page: str) -> Outside:
     return parser
 
 
+@pytest.mark.slow
 def test_the_page_is_self_contained_and_has_every_figure(tmp_path: Path) -> None:
     """Three figures: 18 rows, 8 of them in colours; ids are unique, text is escaped, formulas are left as text."""
     rows = many_rows()
@@ -317,11 +318,24 @@ class Real:
         return dict(json.loads((self.home / parent / run / "summary.json").read_text()))
 
 
+def serial(runs: Any, jobs: int) -> Any:
+    """In place of worker processes, which test_experiment.py and test_smoke.py have: one run after the other, here."""
+    from cafe_flwr.experiments.execution import Event, run_one
+
+    for run in runs:
+        yield Event(run, ended=False)
+        yield Event(run, ended=True, failure=run_one(run))
+
+
 @pytest.fixture(scope="module")
 def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
-    return Real(tmp_path_factory.mktemp("comparison"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cafe_flwr.experiments.execution.execute", serial)
+        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        return Real(tmp_path_factory.mktemp("comparison"))
 
 
+@pytest.mark.slow
 def test_everything_is_there_and_a_failed_trial_is_reported(real: Real) -> None:
     """Ten trials, of which one fails, and ten runs; the exit code says that something failed."""
     assert real.done.exit_code == 1, real.done.output
@@ -336,6 +350,7 @@ def test_everything_is_there_and_a_failed_trial_is_reported(real: Real) -> None:
         assert "NaN or infinite" in plain
 
 
+@pytest.mark.slow
 def test_the_sweep_chooses_on_validation_data(real: Real) -> None:
     sweep = json.loads((real.home / "sweep.json").read_text())
     assert sweep["validation_share"] == 0.25
@@ -354,6 +369,7 @@ def test_the_sweep_chooses_on_validation_data(real: Real) -> None:
         assert saved["num-server-rounds"] == 7
 
 
+@pytest.mark.slow
 def test_steps_are_equal_and_said_to_be(real: Real) -> None:
     """Seven rounds of two steps; FedBABU trains for two rounds and fine-tunes for five: 14 for everyone."""
     assert "budget: equal: 14 gradient steps per client in every row" in real.done.output
@@ -362,6 +378,7 @@ def test_steps_are_equal_and_said_to_be(real: Real) -> None:
     assert "checked: the same clients' data, and the same participants" in real.done.output
 
 
+@pytest.mark.slow
 def test_csv_files_agree_with_the_runs(real: Real) -> None:
     """Every run's figures as its summary has them; means, standard deviations and differences worked out from these."""
     runs, rows = real.csv("runs.csv"), {line["row"]: line for line in real.csv("table.csv")}
@@ -391,6 +408,7 @@ def test_csv_files_agree_with_the_runs(real: Real) -> None:
     assert line["chosen"].startswith("learning-rate=")
 
 
+@pytest.mark.slow
 def test_readme_page_and_terminal_show_the_same_rows(real: Real) -> None:
     text = (real.home / "table.md").read_text()
     assert text.startswith("# A real comparison\n")
@@ -404,6 +422,7 @@ def test_readme_page_and_terminal_show_the_same_rows(real: Real) -> None:
     assert "difference to cafedistill ± std (std. error)" in text
 
 
+@pytest.mark.slow
 def test_finished_runs_are_skipped_and_failed_ones_tried_again(real: Real, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
 
@@ -421,6 +440,7 @@ def test_finished_runs_are_skipped_and_failed_ones_tried_again(real: Real, monke
     assert tried == ["fedavg-prior--trial0-seed1000"]
 
 
+@pytest.mark.slow
 def test_a_changed_experiment_is_refused_by_name(real: Real, tmp_path: Path) -> None:
     changed = {**EXPERIMENT, "settings": {**EXPERIMENT["settings"], "momentum": 0.5}}  # type: ignore[dict-item]
     file = tmp_path / "real.yaml"
@@ -434,6 +454,7 @@ def test_a_changed_experiment_is_refused_by_name(real: Real, tmp_path: Path) -> 
     assert (real.home / "experiment.yaml").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_more_rows_and_seeds_may_join(real: Real, tmp_path: Path) -> None:
     """A new seed and row leave what is finished alone; until they have run, the table says so."""
     more = {**EXPERIMENT, "seeds": [0, 1, 2], "rows": [*EXPERIMENT["rows"], "local"]}  # type: ignore[misc]
@@ -446,15 +467,7 @@ def test_more_rows_and_seeds_may_join(real: Real, tmp_path: Path) -> None:
     assert "fedrep, seed 2: not run" in notes(made, table)
 
 
-def serial(runs: Any, jobs: int) -> Any:
-    """In place of worker processes: one run after the other, here."""
-    from cafe_flwr.experiments.execution import Event, run_one
-
-    for run in runs:
-        yield Event(run, ended=False)
-        yield Event(run, ended=True, failure=run_one(run))
-
-
+@pytest.mark.slow
 def test_a_failed_run_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None) -> None:
     monkeypatch.setattr("cafe_flwr.experiments.execution.execute", serial)
     settings = {**EXPERIMENT["settings"], "num-server-rounds": 1}  # type: ignore[dict-item]

@@ -89,6 +89,7 @@ def test_any_federation_in_any_round(federation, num_rounds, data):
     np.testing.assert_array_equal(active, reference_active(t, num_rounds, similarity, clients, exits))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(federation=federations(max_clients=5, max_exits=4))
 def test_exits_join_one_by_one_in_exactly_the_reference_order(federation):

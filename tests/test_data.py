@@ -659,6 +659,7 @@ def test_shifted_data_depend_on_the_seed_only(data):
 # Label groups.
 
 
+@pytest.mark.slow
 def test_clients_of_a_label_group_have_like_labels_and_groups_differ():
     """Total variation ½ Σ_c |p_c − q_c| of 20 clients in 5 groups, for all splits together."""
     for name in ("digits", "digit-pairs"):
@@ -690,6 +691,7 @@ def test_a_group_is_dealt_out_evenly_and_completely(partition, clients, groups):
         assert np.ptp(counts.sum(1)) <= 1
 
 
+@pytest.mark.slow
 def test_which_client_of_a_group_gets_an_example_is_left_to_chance():
     """Two clients share 60 examples: over 400 seeds client 0 gets each 200 times, standard deviation √400/2 = 10."""
     labels = np.repeat(np.arange(3), 20)
@@ -699,6 +701,7 @@ def test_which_client_of_a_group_gets_an_example_is_left_to_chance():
     assert np.abs(counts - 200).max() < 4.5 * 10
 
 
+@pytest.mark.slow
 def test_a_label_group_of_an_embedded_set_has_the_labels_of_its_first_client():
     alone = label_counts(load_federation("digit-pairs", 20))
     grouped = label_counts(load_federation("digit-pairs", 20, label_groups=5))
@@ -740,6 +743,7 @@ def test_pathological_label_groups_have_so_many_classes():
 # Rotations.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [0, 1, 2])
 @pytest.mark.parametrize("rotations", [2, 4])
 def test_undoing_a_quarter_turn_gives_the_unrotated_image_bit_for_bit(data, groups, rotations):

@@ -260,6 +260,7 @@ def test_systemd_accepts_the_units(tmp_path, damaged):
         assert (done.returncode == 0 and not done.stderr) is not damaged, done.stderr
 
 
+@pytest.mark.slow
 def test_compose_has_the_shape_of_its_specification(tmp_path):
     """By the specification's own JSON schema; and with a word that it does not know it has not."""
     if importlib.util.find_spec("check_jsonschema") is None:

@@ -138,6 +138,7 @@ def test_a_gpu_that_is_not_there_stops_the_run_before_its_first_round(tmp_path, 
     assert not (settings.results / "rounds.jsonl").exists() or not (settings.results / "rounds.jsonl").read_text()
 
 
+@pytest.mark.slow
 @needs_no_gpu
 def test_the_rest_goes_on_where_one_node_has_no_such_gpu(tmp_path, caplog):
     """The node-config of every node here says cpu: the run's setting asks in vain."""
@@ -151,6 +152,7 @@ def test_the_rest_goes_on_where_one_node_has_no_such_gpu(tmp_path, caplog):
     assert (settings.results / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_keeps_and_sends_float32(tmp_path):
     exact = small_settings(tmp_path / "a", name="exact", num_server_rounds=2)
     low = small_settings(tmp_path / "b", name="low", num_server_rounds=2, precision="bfloat16", channels_last=True)
@@ -255,6 +257,7 @@ def _listed(inputs):
     return [inputs] if isinstance(inputs, torch.Tensor) else inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [kind() for kind in METHODS.values()], ids=lambda method: method.name)
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 def test_all_methods_compute_on_the_device_of_the_network_alone(method, fake_gpu):
@@ -288,6 +291,7 @@ for name in "flwr ray pydantic torchvision flwr_datasets datasets scipy pandas t
 """
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_with_torch_and_numpy_alone(tmp_path):
     """Also in the processes that it starts."""
     (tmp_path / "sitecustomize.py").write_text(_BLOCKER)

@@ -25,6 +25,7 @@ def splits_of(client):
 # --- sentences ---
 
 
+@pytest.mark.slow
 def test_every_package_has_hundreds_of_sentences_all_different():
     data = sentences()
     assert len(set(data.texts)) == len(data.texts) == len(data.labels) == len(data.modules)

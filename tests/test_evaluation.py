@@ -168,6 +168,7 @@ def test_labels_that_certify_have_no_part_in_the_confidences() -> None:
     assert "never leave early" in spoilt[0.1].reason
 
 
+@pytest.mark.slow
 def test_certificates_hold_on_new_examples() -> None:
     """Over 60 draws the true risk of certified thresholds exceeds α = 0.1 in at most δ = 0.1 of them (+ 3 s.e.)."""
     fresh, labels = logits_of(20_000, seed=999)
@@ -199,6 +200,7 @@ def test_nothing_is_chosen_on_test_data() -> None:
     assert certify_together([a], **options) == certify_together([b], **options)
 
 
+@pytest.mark.slow
 def test_severity_is_measured_by_images_outside_the_test(finished: FinishedRun) -> None:
     data, network = finished.data(0), finished.personal(0).network
     brighter = replace(data, test=Split(10 * data.test.x, data.test.y, data.test.source))
@@ -355,6 +357,7 @@ def plain(evaluation: dict[str, Any]) -> Any:
     return json.loads(text)
 
 
+@pytest.mark.slow
 def test_page_with_and_without_evaluation(finished: FinishedRun, evaluation: dict[str, Any]) -> None:
     without, page = page_with(finished, None), page_with(finished, plain(evaluation))
     assert TITLE not in without
@@ -385,6 +388,7 @@ def keys_of(value: Any) -> set[str]:
     return {key for v in value for key in keys_of(v)} if isinstance(value, list) else set()
 
 
+@pytest.mark.slow
 def test_missing_and_null_entries_do_not_break_table_or_figures(
     finished: FinishedRun, evaluation: dict[str, Any]
 ) -> None:
@@ -400,6 +404,7 @@ def test_missing_and_null_entries_do_not_break_table_or_figures(
                 draw(replace(run, evaluation=broken))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["{", "[1]", "{}", '{"conditions": 3, "risks": null, "reliability": [[], 4]}'])
 def test_a_damaged_evaluation_leaves_the_page_standing(finished: FinishedRun, content: str) -> None:
     (finished.folder / "evaluation.json").write_text(content)

@@ -20,7 +20,7 @@ from flwr.app import ConfigRecord
 from safetensors.numpy import load_file
 
 from cafe_flwr import CafeDistill
-from cafe_flwr.app.launch import private_superlink, run_app
+from cafe_flwr.app.launch import run_app
 from cafe_flwr.core.text import kebab
 from cafe_flwr.methods import CafeDistillMethod, settings_of
 from cafe_flwr.metrics import THRESHOLDS
@@ -76,6 +76,7 @@ def test_a_foreign_app_needs_ten_added_lines():
     assert len(added) <= 10, "\n".join(added)
 
 
+@pytest.mark.slow
 def test_a_foreign_app_runs_before_and_after(foreign, tmp_path):
     """FedAvg gives one network for clients that see different shapes; afterwards each has one of its own."""
     rounds = 6
@@ -93,6 +94,7 @@ def test_a_foreign_app_runs_before_and_after(foreign, tmp_path):
 # --- a client written by hand ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_hand_written_client_does_not_need_this_package():
     program = (
         "import sys; sys.modules['cafe_flwr'] = None; from shapes.client_app import app; print(type(app).__name__)"
@@ -153,6 +155,7 @@ def reference(foreign, tmp_path_factory) -> tuple[WatchedGrid, Path]:
     return federate(foreign.client, folder), folder
 
 
+@pytest.mark.slow
 def test_hand_written_clients_get_the_numbers_of_make_client_app(by_hand, reference, tmp_path):
     """The server cannot tell them apart: heads on disk, shared weights, every metric, dynamic inference."""
     assert_same_federation(federate(by_hand.client, tmp_path), tmp_path, *reference)
@@ -168,6 +171,7 @@ def test_both_kinds_of_clients_in_one_federation(by_hand, foreign, reference, tm
     assert_same_federation(federate(either, tmp_path), tmp_path, *reference)
 
 
+@pytest.mark.slow
 def test_hand_written_clients_speak_float16(by_hand, reference, tmp_path):
     """Half of the bytes, nearly the same heads."""
     grid = federate(by_hand.client, tmp_path, wire="float16")
@@ -184,6 +188,7 @@ def test_the_hand_written_client_sends_nothing_without_the_privacy_asked_for(by_
         federate(by_hand.client, tmp_path, privacy=Privacy(clip_norm=1.0))
 
 
+@pytest.mark.slow
 def test_a_message_that_arrives_twice_is_answered_alike_by_the_hand_written_client(by_hand, tmp_path):
     grid = federate(by_hand.client, tmp_path)
     before = [personal_heads(grid, tmp_path, client) for client in range(3)]
@@ -242,13 +247,13 @@ def test_an_answer_of_another_protocol_is_refused(kind, stops, by_hand, tmp_path
 
 
 @pytest.mark.flower
-def test_hand_written_clients_in_flowers_simulation_engine(by_hand, tmp_path):
+@pytest.mark.xdist_group("simulation")
+def test_hand_written_clients_in_flowers_simulation_engine(superlink, by_hand, tmp_path):
     """The same metrics as in one process, but for the last digits: processes differ in their threads."""
     expected = metrics_of(by_hand, tmp_path, rounds=2)
     saved = tmp_path / "engine.json"
-    with private_superlink() as env:
-        config = [f'metrics-file="{saved}"', "num-server-rounds=2"]
-        status = run_app(EXAMPLES / "hand-written-client", {**env, "OMP_NUM_THREADS": "1"}, config)
+    config = [f'metrics-file="{saved}"', "num-server-rounds=2"]
+    status = run_app(EXAMPLES / "hand-written-client", superlink, config)
     assert status.completed, status
     found = json.loads(saved.read_text())
     assert found.keys() == expected.keys()
@@ -382,6 +387,7 @@ def traffic(folder: Path) -> Iterator[WatchedGrid]:
     yield grid
 
 
+@pytest.mark.slow
 def test_every_record_key_type_and_shape_is_as_documented(contract, tmp_path):
     """In both directions, clients that fail included; and nothing is documented that does not exist."""
     checked = Checked(contract)
@@ -428,6 +434,7 @@ def steps(tmp_path_factory) -> list[Path]:
     return [folder / str(step) for step in range(len(diffs) + 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", range(5))
 def test_the_quickstart_runs_after_every_step(step, steps, tmp_path, capsys):
     assert len(steps) == 5
@@ -439,6 +446,7 @@ def test_the_quickstart_runs_after_every_step(step, steps, tmp_path, capsys):
     assert len(values) == NUM_EXITS if step >= 3 else 0 <= values <= 1
 
 
+@pytest.mark.slow
 def test_the_quickstart_can_be_bundled(tmp_path, capsys):
     """What `flwr build` packs is enough to run."""
     flwr = Path(sys.executable).with_name("flwr")

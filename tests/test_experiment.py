@@ -223,22 +223,29 @@ def test_slugs_keep_letters_digits_and_dots() -> None:
     assert slug("μ = 0.1") == "0.1"
 
 
+SHIPPED = [path for path in sorted(Path("experiments").glob("*.yaml")) if not path.match("paper-*-small.yaml")]
+
+
 @pytest.mark.slow
-def test_shipped_experiments_can_run(tmp_path: Path) -> None:
-    """Those on data sets of the hub: on made-up copies, at their smoke size; test_smoke.py has their small sizes."""
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_experiments_can_run(tmp_path: Path, path: Path) -> None:
+    """Those on data sets of the hub: on made-up copies, at their smoke size; test_smoke.py has their small sizes.
+
+    With one seed: others have the same settings, networks and methods.
+    """
     published = set(METHODS) - {"cafedistill-text", "cafedistill-prior", "local-kd", "depthfl", "scalefl"}
-    for path in sorted(Path("experiments").glob("*.yaml")):
-        if path.stem.startswith("paper-") and path.stem.endswith("-small"):
-            continue
-        shipped = read_experiment(path)
-        assert shipped.name == path.stem
-        if (name := shipped.settings["dataset"]) in HUB_SETS:
-            assert {run.settings.dataset for run in plan_runs(shipped, tmp_path) + plan_trials(shipped, tmp_path)} == {
-                name
-            }
-            assert set(shipped.labels) == published
-            shipped = with_data_dir(smoke_size(shipped), write_stand_in(tmp_path, name, 400))
-        check_experiment(shipped, tmp_path / shipped.name)
+    shipped = read_experiment(path)
+    assert shipped.name == path.stem
+    if (name := shipped.settings["dataset"]) in HUB_SETS:
+        assert {run.settings.dataset for run in plan_runs(shipped, tmp_path) + plan_trials(shipped, tmp_path)} == {name}
+        assert set(shipped.labels) == published
+        shipped = with_data_dir(smoke_size(shipped), write_stand_in(tmp_path, name, 400))
+    sweep = shipped.sweep and shipped.sweep.model_copy(update={"seeds": shipped.sweep.seeds[:1]})
+    check_experiment(shipped.model_copy(update={"seeds": shipped.seeds[:1], "sweep": sweep}), tmp_path / shipped.name)
+
+
+def test_every_method_is_in_a_shipped_experiment() -> None:
+    assert SHIPPED
     assert set(METHODS) <= set(read_experiment(Path("experiments/digit-pairs.yaml")).labels)
 
 
@@ -298,6 +305,7 @@ def test_refused_options(tmp_path: Path, options: list[str], words: str) -> None
 # --- runs, one by one ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_new_resumable_finished_and_foreign(tmp_path: Path, no_report: None) -> None:
     """A run goes through its states; with other settings its folder belongs to another experiment."""
     run, other = plan_runs(experiment(settings={**TINY, "num-server-rounds": 3}), tmp_path)
@@ -323,6 +331,7 @@ def test_new_resumable_finished_and_foreign(tmp_path: Path, no_report: None) -> 
         check_folders(experiment(settings={**TINY, "num-server-rounds": 3}), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path: Path, no_report: None) -> None:
     (whole, _) = plan_runs(experiment(settings={**TINY, "num-server-rounds": 3}), tmp_path / "whole")
     (stopped, _) = plan_runs(experiment(settings={**TINY, "num-server-rounds": 3}), tmp_path / "stopped")
@@ -353,6 +362,7 @@ def test_a_run_says_nothing_aloud_and_leaves_the_log_as_it_was(
     assert (logger.handlers, logger.level, logger.propagate) == before
 
 
+@pytest.mark.slow
 def test_rows_start_from_the_same_weights_data_and_participants(tmp_path: Path, no_report: None) -> None:
     """At a learning rate of 1e-30 no weight moves in float32: what a run ends with is what it started from.
 

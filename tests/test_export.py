@@ -189,6 +189,7 @@ def test_onnx_logits_are_those_of_torch(cases: Callable[[str], Case], name: str)
             h = outputs[0]
 
 
+@pytest.mark.slow
 def test_torch_graphs_round_trip(cases: Callable[[str], Case]) -> None:
     case = cases("mlp")
     for size in (1, 3, 64):
@@ -352,6 +353,7 @@ class Noisy(nn.Module):
         return h + torch.rand(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "message"), [(Undecided(), "stage 1 of the network"), (Noisy(), "stage-1.pt2 gives")]
 )
@@ -367,6 +369,7 @@ def test_an_export_that_fails_changes_nothing(tmp_path: Path, stage: nn.Module, 
     assert list(tmp_path.iterdir()) == [folder]
 
 
+@pytest.mark.slow
 def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
     folder, x = tmp_path / "net", torch.ones(2, 5)
 
@@ -393,6 +396,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path: Path) -> None:
         write(1)
 
 
+@pytest.mark.slow
 def test_without_the_extra(cases: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases("mlp")
     with monkeypatch.context() as patch:
@@ -531,6 +535,7 @@ def test_predict_file_of_arrays(cases: Callable[[str], Case], tmp_path: Path) ->
     assert one[1:4] == rows[0][1:4]
 
 
+@pytest.mark.slow
 def test_predict_file_reads_images_as_training_does(cases: Callable[[str], Case], tmp_path: Path) -> None:
     case = cases("conv, colour")
     rng = np.random.default_rng(0)
@@ -548,6 +553,7 @@ def test_predict_file_reads_images_as_training_does(cases: Callable[[str], Case]
     assert [row.confidence for row in rows] == expected.confidence.tolist()
 
 
+@pytest.mark.slow
 def test_predict_file_refuses(cases: Callable[[str], Case], tmp_path: Path) -> None:
     case, mlp = cases("conv, colour"), cases("mlp")
     np.save(tmp_path / "wide.npy", np.zeros((2, 6), np.float32))

@@ -264,6 +264,7 @@ def test_a_reply_that_never_comes_leaves_its_client_out(tmp_path, reference, flo
     assert_left_out_in_round_2(settings, result.arrays, reference, reason, flower_log)
 
 
+@pytest.mark.slow
 def test_replies_lost_round_after_round_cost_only_those_rounds(tmp_path):
     """Client 2 trains in rounds 2, 3 and 4, but no reply arrives: each time, and in round 5, it starts from what it was
     last heard of, round 1, and that is still on its disk."""
@@ -309,6 +310,7 @@ def test_an_error_without_a_reason_is_reported_as_that(tmp_path, reference, flow
     assert_left_out_in_round_2(settings, result.arrays, reference, "its node failed: no reason given", flower_log)
 
 
+@pytest.mark.slow
 def test_a_reply_that_comes_twice_or_to_no_question_counts_once(tmp_path):
     class Echo(WatchedGrid):
         def pull_messages(self, message_ids):
@@ -364,6 +366,7 @@ def diverging(client):
     return data
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_nodes", [1, 2, N])
 def test_a_client_whose_training_diverges_is_left_out_and_keeps_its_old_heads(tmp_path, flower_log, num_nodes):
     """Its reason names the tensors and says what may help; nothing of it is written or averaged; the others do as if it
@@ -413,6 +416,7 @@ def test_a_sum_that_no_float32_can_hold_is_like_an_infinite_one(tmp_path):
 # --- when all fail ---
 
 
+@pytest.mark.slow
 def test_when_all_clients_fail_the_run_ends_with_all_reasons_and_keeps_what_it_has(tmp_path, monkeypatch, flower_log):
     """Three rounds of four are on disk, in every file, and the run can be resumed when the fault is mended."""
     pages = []
@@ -1007,6 +1011,7 @@ def test_clients_of_one_or_two_examples_take_part(tmp_path):
     assert [line["left_out"] for line in lines_of(settings)] == [{}] * T
 
 
+@pytest.mark.slow
 def test_more_nodes_than_clients(tmp_path):
     """Seven nodes, four clients: three nodes have nothing to do and are not asked to do it."""
     settings = toy_settings(tmp_path)
@@ -1112,6 +1117,7 @@ def test_the_engine_needs_a_node():
         InProcessGrid(toy_app(), 0)
 
 
+@pytest.mark.slow
 def test_what_a_client_does_to_a_message_does_not_reach_the_server(tmp_path):
     """In Flower every message is a copy; so it is here."""
 

@@ -71,6 +71,7 @@ def test_pooled_control_by_hand():
     assert pooled_crc([clients[0] + clients[1]], 0.05) == 1  # from sums alone
 
 
+@pytest.mark.slow
 def test_pooled_control_holds_on_average_over_clients_by_their_size():
     """Weights n_j + 1; clients differ, and the loss is not the same along the path for any two."""
     rng, splits, risk, sizes, scales = np.random.default_rng(0), 600, 0.1, [6, 15, 40, 80], [9.0, 5.0, 2.0, 1.0]
@@ -112,6 +113,7 @@ def test_a_common_position_is_one_that_every_client_walked_over():
     assert every_mixture([first, first], 0.1, proposals=[first, first]).common == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proposals", [False, True])
 def test_every_mixture_rarely_covers_any_client_that_is_too_risky(proposals):
     """All clients a hair above α wherever one looks: each certificate is wrong, and one in δ of the runs has any."""

@@ -555,6 +555,7 @@ def test_every_setting_of_the_data_set_reaches_it(tmp_path, monkeypatch):
     assert seen == {names.get(key, key): value for key, value in (given | alone).items()}
 
 
+@pytest.mark.slow
 def test_an_undisturbed_run_warns_of_nothing(tmp_path, no_report, flower_log):
     """A warning must mean something: that a client is left out, state is damaged, a node is gone."""
     run_small(small_settings(tmp_path))
@@ -612,6 +613,7 @@ def test_numbers_do_not_depend_on_how_clients_are_grouped_on_nodes(tmp_path, ref
     Recorded.read(settings.results).assert_same(recorded, but=() if num_nodes == CLIENTS else per_grouping)
 
 
+@pytest.mark.slow
 def test_fewer_nodes_need_fewer_bytes_and_one_client_a_node_fewer_than_fedavg(tmp_path, no_report):
     """`bytes_*_per_client_round` against 4 bytes a parameter, FedAvg of the whole network."""
     down = {}
@@ -629,6 +631,7 @@ def test_fewer_nodes_need_fewer_bytes_and_one_client_a_node_fewer_than_fedavg(tm
     assert down[1] < down[CLIENTS] / 2
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, no_report):
     """Byte for byte, apart from times and from where it was written."""
     runs = {}
@@ -662,6 +665,7 @@ class ShuffledGrid(InProcessGrid):
         return [replies[i] for i in self.rng.permutation(len(replies))]
 
 
+@pytest.mark.slow
 def test_partial_participation_is_seeded_by_client_not_by_node(tmp_path, no_report):
     """Half of 6 clients: the same seed takes the same ones although nodes have other ids and other orders."""
     runs = []
@@ -680,6 +684,7 @@ def test_partial_participation_is_seeded_by_client_not_by_node(tmp_path, no_repo
     assert first != other
 
 
+@pytest.mark.slow
 def test_heads_on_disk_have_a_version_for_every_round_their_client_took_part_in_and_no_other(tmp_path, no_report):
     settings = small_settings(tmp_path, fraction_train=0.4, num_server_rounds=8)
     heads = {}
@@ -703,6 +708,7 @@ def test_heads_on_disk_have_a_version_for_every_round_their_client_took_part_in_
     assert sorted(heads) == sorted((f"client-{c}", t) for c, rounds in took_part.items() for t in rounds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cafedistill", "cafedistill-text"])
 def test_heads_of_exits_that_do_not_train_stay_as_they_are_on_disk(tmp_path, no_report, method):
     """T = 10 and 5 clients: N_t = 2, 4, 6, 8, 10 of 10 student exits with cafedistill-text. With cafedistill exit 1 of
@@ -772,6 +778,7 @@ def test_rounds_without_evaluation_change_no_other_number(tmp_path, no_report, m
     replace(some, rows=always.rows).assert_same(always, but=measured)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_rounds_are_not_evaluated(tmp_path, no_report):
     """2 + 2 = 4 also where the last round before the stop has no accuracies."""
     whole = small_settings(tmp_path / "whole", evaluate_every=3, **STOPPED)
@@ -782,6 +789,7 @@ def test_a_stopped_run_goes_on_where_rounds_are_not_evaluated(tmp_path, no_repor
     Recorded.read(settings.results).assert_same(Recorded.read(whole.results))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounds", [4, 2], ids=["finished", "stopped before the first evaluation"])
 def test_the_report_of_a_run_with_rounds_without_evaluation(tmp_path, rounds):
     """Page and table are written, and have the numbers there are."""
@@ -846,6 +854,7 @@ def resume(settings, **changes):
     return run_small(again, app=digits_app()).arrays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["asked to", "after it was recorded", "before it was recorded"])
 def test_two_and_two_rounds_are_four(tmp_path, undisturbed, no_report, flower_log, how):
     """A run that stops after round 2, or dies in round 3 when clients have trained already, and is resumed, leaves the
@@ -904,6 +913,7 @@ def test_a_half_written_checkpoint_is_reported_and_the_one_before_is_used(
     Recorded.read(settings.results).assert_same(recorded)
 
 
+@pytest.mark.slow
 def test_half_written_lines_are_dropped_on_resume(tmp_path, undisturbed, no_report):
     """A crash may leave a piece of a line at the end of both growing files."""
     settings = stopped_run(tmp_path, "asked to")
@@ -921,6 +931,7 @@ def personal_versions(settings, client):
     return sorted((settings.results / "personal" / "versions").glob(f"*/client-{client}/round-*.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_damaged_personal_version_is_made_again_when_its_round_is(tmp_path, undisturbed, no_report, flower_log):
     """A crash that damaged the checkpoint of round 2 and personal files of round 2: nothing is lost but the round."""
     settings = stopped_run(tmp_path, "asked to")
@@ -936,6 +947,7 @@ def test_a_damaged_personal_version_is_made_again_when_its_round_is(tmp_path, un
     Recorded.read(settings.results).assert_same(recorded)
 
 
+@pytest.mark.slow
 def test_a_damaged_personal_version_that_is_needed_is_reported_and_the_one_before_is_used(
     tmp_path, undisturbed, no_report, flower_log
 ):
@@ -950,6 +962,7 @@ def test_a_damaged_personal_version_that_is_needed_is_reported_and_the_one_befor
     assert (settings.results / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_resume_of_a_finished_run_changes_nothing_but_times(tmp_path, no_report):
     settings = small_settings(tmp_path, **STOPPED)
     arrays = run_small(settings).arrays
@@ -989,6 +1002,7 @@ def test_resume_with_other_settings_is_refused(tmp_path, no_report, changes, mes
     assert {p: p.read_bytes() for p in settings.results.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.slow
 def test_settings_that_change_no_number_may_change_on_resume(tmp_path, undisturbed, no_report):
     settings = stopped_run(tmp_path / "here", "asked to")
     moved = tmp_path / "moved"
@@ -997,6 +1011,7 @@ def test_settings_that_change_no_number_may_change_on_resume(tmp_path, undisturb
     assert same_arrays(arrays, undisturbed[1])
 
 
+@pytest.mark.slow
 def test_a_run_of_a_version_that_knew_fewer_settings_is_resumed(tmp_path, undisturbed, no_report):
     settings = stopped_run(tmp_path, "asked to")
     path = settings.results / "settings.json"
@@ -1032,6 +1047,7 @@ def test_resume_with_another_network_is_refused(tmp_path, no_report):
 # --- harmless repetition ---
 
 
+@pytest.mark.slow
 def test_a_train_message_that_arrives_twice_is_harmless(tmp_path, no_report):
     """The same reply, the same files, and the same run afterwards: Flower may deliver a message again."""
     settings = small_settings(tmp_path, fraction_train=0.6)
@@ -1073,6 +1089,7 @@ def test_a_train_message_that_arrives_twice_is_harmless(tmp_path, no_report):
 # --- the results folder ---
 
 
+@pytest.mark.slow
 def test_a_run_of_the_same_name_moves_the_old_one_aside(tmp_path, no_report):
     """Three runs: the first two are whole under other names, oldest first."""
     for mu in (0.1, 0.2, 0.3):
@@ -1149,6 +1166,7 @@ def test_results_of_an_unusable_accuracy_are_null_in_json(tmp_path, no_report):
         assert facts["temperatures"] == [1.0] * EXITS
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_before_it_wrote_its_settings_is_not_in_the_way(tmp_path):
     settings = small_settings(tmp_path)
     settings.results.mkdir(parents=True)

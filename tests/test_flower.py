@@ -6,7 +6,6 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,17 +17,10 @@ from cafe_flwr.app.run import run
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.settings import Settings
 
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("simulation")]
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {"num-server-rounds": 2, "num-clients": 6, "examples-per-client": 50, "dataset": "digits"}
-
-
-@pytest.fixture(scope="module")
-def superlink() -> Iterator[dict[str, str]]:
-    with private_superlink() as env:
-        # Actors of the simulation share two cores: a thread each.
-        yield {**env, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")

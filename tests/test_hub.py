@@ -55,6 +55,7 @@ def splits_of(client):
 # --- the whole path ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rows", "settings"),
     [
@@ -272,6 +273,7 @@ def test_without_a_network_the_error_says_how_to_place_a_local_copy():
         assert "set data-dir = '<data-dir>'" in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_command_that_the_error_names_is_one_that_there_is():
     program = Path(sys.executable).with_name("hf")
     told = subprocess.run([program, "download", "--help"], capture_output=True, text=True, check=True).stdout
@@ -363,6 +365,7 @@ def test_a_device_reads_its_own_copy_and_never_a_path_of_the_run(tmp_path, no_re
 # --- what leaves a run: images as pixels, in graphs for devices ---
 
 
+@pytest.mark.slow
 def test_an_exported_network_takes_pixels_and_predicts_the_same(tmp_path, no_report):
     pytest.importorskip("onnxruntime")
     from cafe_flwr.inference.predict import predict_file

@@ -1,11 +1,12 @@
 """What devices and GPU benchmarks use needs torch and numpy, and nothing else."""
 
+import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-import torch
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,17 +49,32 @@ print(cafe_flwr.__version__)
 """
 
 
+def installed_with(*names: str) -> set[str]:
+    """Distributions that are there when these are installed, in this environment's versions."""
+    found: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            needs = (Requirement(need) for need in metadata.requires(name) or ())
+            left += [need.name for need in needs if need.marker is None or need.marker.evaluate({"extra": ""})]
+    return found
+
+
 def test_pure_parts_work_where_only_torch_and_numpy_are_installed(tmp_path):
-    """A new environment with those two: the package imports, coordinates, matches teachers and trains a client."""
-    uv = Path(sys.executable).with_name("uv")
-    python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "env"], check=True)
-    packages = [f"torch=={torch.__version__.partition('+')[0]}", f"numpy=={np.__version__}"]
-    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *packages], check=True)
+    """Those two with what they need, and nothing else of this environment: the package imports, coordinates, matches
+    teachers and trains a client."""
+    (tmp_path / "packages").mkdir()
+    for name in installed_with("torch", "numpy"):
+        for top in {path.parts[0] for path in metadata.files(name) or ()} - {"..", "__pycache__"}:
+            target = tmp_path / "packages" / top
+            if not target.exists():
+                target.symlink_to(Path(metadata.distribution(name).locate_file(top)))
     done = subprocess.run(
-        [python, "-W", "error", "-c", PROGRAM],
+        [sys.executable, "-S", "-W", "error", "-c", PROGRAM],  # without this environment's own packages
         cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT)},
+        env={"PYTHONPATH": f"{tmp_path / 'packages'}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
     )

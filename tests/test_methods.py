@@ -633,6 +633,7 @@ def loaded(tensors):
     return network
 
 
+@pytest.mark.slow
 def test_a_client_goes_on_from_what_it_was_sent_and_what_it_kept(run):
     """Training finds the shared part of the message, and personal tensors where the last round left them; methods
     that send a client something of its own put it in its place."""
@@ -753,6 +754,7 @@ def test_a_client_with_a_single_batch_still_trains_both_things(name):
     assert [n for n, name in of_networks.items() if name in NETWORK and torch.equal(trained[n], initial()[name])] == []
 
 
+@pytest.mark.slow
 @plain_methods
 def test_steps_after_the_last_round_are_fine_tuning_and_are_counted(tmp_path, variant):
     """FedBABU: 5 rounds' worth unless told otherwise. The others: none."""
@@ -782,6 +784,7 @@ def test_neither_the_grouping_of_clients_on_nodes_nor_what_a_process_did_before_
             assert a.upload.tobytes() == b.upload.tobytes()
 
 
+@pytest.mark.slow
 @plain_methods
 def test_another_seed_gives_other_personal_networks(tmp_path, variant):
     options = {"rounds": 1, "num_rounds": 1, "num_clients": 2}
@@ -987,6 +990,7 @@ def test_a_plan_is_for_the_participants_in_their_order(name):
                     assert (plan.weights >= 0).all()
 
 
+@pytest.mark.slow
 @every_method
 def test_a_plan_does_not_depend_on_the_order_of_what_is_known_and_changes_none_of_it(name):
     for variant in of_method(name):
@@ -1074,6 +1078,7 @@ def test_training_is_repeatable_and_leaves_the_network_trainable(name):
 # --- the example of docs/methods.md ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_example_of_the_documentation_is_a_method_that_works(tmp_path, monkeypatch):
     """As it is printed: classifiers are sent up, their average by examples comes down, and it pulls. Without a pull it
     is FedPer, bit for bit."""

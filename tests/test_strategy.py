@@ -336,6 +336,7 @@ def test_a_stale_head_teaches_as_it_was_last_seen(tmp_path, monkeypatch):
         last[config["server-round"], asked(message)[0]] = reply.content["arrays"]["flat"].numpy()[-15:]
 
 
+@pytest.mark.slow
 def test_own_teachers_exchange_nothing_but_the_shared_part(tmp_path):
     """`teachers = own`: no classifier leaves a client, none comes down."""
     _, notes, grid = start(tmp_path, text={"teachers": "own"})
@@ -349,6 +350,7 @@ def test_own_teachers_exchange_nothing_but_the_shared_part(tmp_path):
     assert all(record.plan.weights is None for record in notes.records.values())
 
 
+@pytest.mark.slow
 def test_own_teachers_are_mu_zero(tmp_path):
     """The limit μ → 0 (all weight on oneself) is local distillation, up to when the teacher is read: the own head at
     the start of the round against the own head of the moment. With one step a round there is no difference."""
@@ -438,6 +440,7 @@ def test_an_exit_that_has_not_trained_is_like_no_other(tmp_path):
         assert report.similarity[1] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("selection", "expected"),
     [
@@ -564,6 +567,7 @@ def test_without_num_clients_every_node_is_a_client(tmp_path):
     assert notes.records[1].participants == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_evaluation_by_clients_when_asked_for(tmp_path):
     """`fraction_evaluate = 1`: accuracy and loss per exit, averaged by test examples; in the last round the same as the
     final evaluation of the personal networks."""
@@ -589,6 +593,7 @@ def test_evaluation_by_clients_when_asked_for(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_client_without_test_data_does_not_spoil_the_evaluation(tmp_path):
     """Its accuracy is unknown and counts nothing; where nobody has test data there is no metric."""
 
@@ -987,6 +992,7 @@ def test_a_level_that_there_is_not_is_refused_before_anything_is_sent(tmp_path):
         assert grid.of_type("train") == []
 
 
+@pytest.mark.slow
 def test_fine_tuning_after_the_last_round_teaches_what_the_rounds_did_not(tmp_path):
     """FedBABU's classifiers are as they began until the end; then five rounds' worth of steps must bring the loss on
     the client's own examples down, not in name only: the schedule's last learning rate is next to nothing."""
@@ -1031,6 +1037,7 @@ def seeded_state(seed=0):
     return toy_network().state_dict()
 
 
+@pytest.mark.slow
 def test_initial_arrays_of_the_seed_are_the_same_as_none(tmp_path):
     """All of the network or its shared part: names that are not shared do not matter."""
     none, _, _ = start(tmp_path / "none", seed=5)
@@ -1041,6 +1048,7 @@ def test_initial_arrays_of_the_seed_are_the_same_as_none(tmp_path):
         assert same_arrays(none.arrays, given.arrays)
 
 
+@pytest.mark.slow
 def test_initial_arrays_are_where_the_clients_start(tmp_path):
     """Weights of another seed: they are what travels in round 1, and the outcome differs."""
     other = seeded_state(77)
@@ -1070,6 +1078,7 @@ def test_initial_arrays_that_are_not_finite_end_the_run_with_the_reason(tmp_path
         start(tmp_path, run={"initial_arrays": ArrayRecord(state)})
 
 
+@pytest.mark.slow
 def test_initial_arrays_in_double_precision_are_taken(tmp_path):
     state = seeded_state()
     arrays = ArrayRecord({name: Array(t.double().numpy()) for name, t in state.items()})
@@ -1107,6 +1116,7 @@ def test_num_rounds_of_start_stops_earlier(tmp_path):
             start(tmp_path, run={"num_rounds": rounds})
 
 
+@pytest.mark.slow
 def test_num_rounds_of_start_alone_is_what_schedules_span(tmp_path):
     """As with Flower's own strategies, which are told only here."""
     told, one, _ = start(tmp_path / "start", num_rounds=None, run={"num_rounds": 6})
@@ -1128,6 +1138,7 @@ def test_a_strategy_can_be_started_again(tmp_path):
     assert notes.run.first_round == 1
 
 
+@pytest.mark.slow
 def test_a_foreign_project_resumes_from_a_checkpoint(tmp_path):
     """`resume_from` takes what Checkpoints gives, without any of the package's settings."""
 
@@ -1146,6 +1157,7 @@ def test_a_foreign_project_resumes_from_a_checkpoint(tmp_path):
     assert same_arrays(resumed.arrays, whole.arrays)
 
 
+@pytest.mark.slow
 def test_callbacks_are_told_the_run_every_round_and_the_end(tmp_path):
     _, notes, _ = start(tmp_path, num_clients=4, num_nodes=2)
     network = toy_network()
@@ -1281,6 +1293,7 @@ def drawing_network():
     return network
 
 
+@pytest.mark.slow
 def test_networks_that_draw_random_numbers_are_seeded_by_client(tmp_path):
     """Dropout draws from torch's global generator: seeded for each client and round, whoever trains before it in the
     same process, and left as it was."""

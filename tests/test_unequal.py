@@ -106,6 +106,7 @@ def by_name(flat, schema):
     return {name: piece.reshape(shape) for (name, shape), piece in zip(schema.entries, pieces, strict=True)}
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_the_mean_of_every_value_is_that_of_its_holders(data):
     """Against a loop over all values, for any parts of clients on any nodes; what nobody holds stays as it was."""
@@ -230,6 +231,7 @@ def test_numbers_do_not_depend_on_how_unequal_clients_are_grouped_on_nodes(tmp_p
         one.assert_same(other, but=TRAFFIC)
 
 
+@pytest.mark.slow
 def test_half_precision_costs_half_and_gives_nearly_the_same(tmp_path, no_report):
     found = {}
     for wire in ("float32", "float16"):
@@ -381,6 +383,7 @@ def finished(tmp_path_factory):
     return settings, depths
 
 
+@pytest.mark.slow
 def test_a_personal_network_has_the_exits_its_client_holds(finished):
     settings, depths = finished
     run = FinishedRun(settings.results)
@@ -426,6 +429,7 @@ def test_students_of_a_round_are_those_that_clients_hold(finished):
     assert rounds[-1]["active_exits"] == holders
 
 
+@pytest.mark.slow
 def test_the_text_s_budget_counts_the_students_that_there_are(finished, tmp_path, no_report):
     students = sum(depth - 1 for depth in finished[1].values())
     settings = small_settings(tmp_path, method="cafedistill-text", **UNEQUAL)
@@ -513,6 +517,7 @@ def teacher_weights_of(tmp_path, peers):
     return plan.weights, same
 
 
+@pytest.mark.slow
 def test_all_may_teach_or_only_those_that_hold_the_same(tmp_path):
     weights, same = teacher_weights_of(tmp_path / "alike", "alike")
     assert (weights[~same] == 0).all()
@@ -544,6 +549,7 @@ def test_deeper_clients_teach_by_the_exit_that_a_client_holds(tmp_path):
     assert weights[0, 1:].max() > 0
 
 
+@pytest.mark.slow
 def test_of_equal_clients_the_choice_of_peers_changes_nothing(tmp_path, no_report):
     peers = ("all", "alike", "deeper")
     runs = [small_settings(tmp_path / each, method="cafedistill-text", text_peers=each) for each in peers]
@@ -695,6 +701,7 @@ def test_a_node_that_names_impossible_kinds_is_refused_and_the_others_go_on(tmp_
     assert {request.content["config"]["clients"][0] for request, _ in grid.of_type("train")} == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cafedistill", "cafedistill-text", "depthfl"])
 def test_a_resumed_run_knows_what_clients_held_that_are_away(tmp_path, no_report, method):
     """Clients 1 and 4, the only ones of two exits, and client 0 are gone after round 2: with cafedistill-text their
@@ -721,6 +728,7 @@ def test_a_resumed_run_knows_what_clients_held_that_are_away(tmp_path, no_report
         assert summary["teacher_weights"]["clients"] == list(range(N))
 
 
+@pytest.mark.slow
 def test_where_nobody_holds_the_last_exit_there_is_nothing_to_say_of_it(tmp_path, flower_log):
     settings = small_settings(tmp_path, depth_shares="2:1.0")
     run_small(settings, 2)

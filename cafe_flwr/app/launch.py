@@ -116,8 +116,8 @@ def run_app(
     run_id = int(answer["run-id"])
     log = subprocess.Popen(["flwr", "log", str(run_id), _CONNECTION, "--stream"], env=env)
     try:
+        log.wait()  # it ends with the run
         status = _wait_until_finished(env, run_id)
-        time.sleep(2 * _POLL_SECONDS)  # the last lines of the log
     except KeyboardInterrupt:
         flwr(env, "stop", str(run_id), _CONNECTION, "--format", "json")
         raise

@@ -36,17 +36,11 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
-        "METHODS": "cafe_flwr.methods.registry",
-        "CafeDistillMethod": "cafe_flwr.methods.cafedistill",
-        "ClientRecord": "cafe_flwr.methods.server",
-        "Conclusion": "cafe_flwr.methods.server",
-        "LocalResult": "cafe_flwr.methods.client",
-        "LocalTask": "cafe_flwr.methods.client",
-        "Method": "cafe_flwr.methods.base",
-        "RoundPlan": "cafe_flwr.methods.server",
-        "ServerRound": "cafe_flwr.methods.server",
-        "joined_plans": "cafe_flwr.methods.server",
-        "setting": "cafe_flwr.core.options",
-        "settings_of": "cafe_flwr.methods.base",
+        "cafe_flwr.core.options": "setting",
+        "cafe_flwr.methods.base": "Method settings_of",
+        "cafe_flwr.methods.cafedistill": "CafeDistillMethod",
+        "cafe_flwr.methods.client": "LocalResult LocalTask",
+        "cafe_flwr.methods.registry": "METHODS",
+        "cafe_flwr.methods.server": "ClientRecord Conclusion RoundPlan ServerRound joined_plans",
     },
 )

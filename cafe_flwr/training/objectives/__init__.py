@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from cafe_flwr.training.objectives.registry import OBJECTIVES as OBJECTIVES
     from cafe_flwr.training.objectives.safe_kd import SafeKD as SafeKD
 
-_HOMES = {
-    "ERDE": "erde",
-    "OBJECTIVES": "registry",
-    "CrossEntropy": "cross_entropy",
-    "NeoKD": "neo_kd",
-    "Objective": "base",
-    "ObjectiveState": "base",
-    "SafeKD": "safe_kd",
-}
-
 __all__ = ["ERDE", "OBJECTIVES", "CrossEntropy", "NeoKD", "Objective", "ObjectiveState", "SafeKD"]
 
-__getattr__ = lazily(__name__, {name: f"{__name__}.{home}" for name, home in _HOMES.items()})
+__getattr__ = lazily(
+    __name__,
+    {
+        "cafe_flwr.training.objectives.base": "Objective ObjectiveState",
+        "cafe_flwr.training.objectives.cross_entropy": "CrossEntropy",
+        "cafe_flwr.training.objectives.erde": "ERDE",
+        "cafe_flwr.training.objectives.neo_kd": "NeoKD",
+        "cafe_flwr.training.objectives.registry": "OBJECTIVES",
+        "cafe_flwr.training.objectives.safe_kd": "SafeKD",
+    },
+)
