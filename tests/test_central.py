@@ -70,12 +70,8 @@ def test_plain_training_is_a_loop_of_adamw_written_out():
     assert trained.teacher is None
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
-=======
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", sorted(READS))
->>>>>>> main
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_training_learns_repeats_and_depends_on_its_seed(objective):
     data, outcomes = images(32), []
     for seed in (1, 1, 2):
