@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from cafe_flwr.metrics.early_exit import first_exit
 from cafe_flwr.risk import calibrate, folds, required_examples, risk_report
 from cafe_flwr.risk.exact_tests import binomial_p_values
 from cafe_flwr.risk.path import count_along, histogram, path_from, quantile_edges
@@ -123,6 +125,15 @@ def simulate() -> bool:
     return held
 
 
+def right_if_left(
+    confidence: NDArray[Any], correct: NDArray[np.bool_], x: NDArray[Any], *thresholds: float
+) -> NDArray[np.float64]:
+    """Of the examples x, positions among all: 1 if right where they leave early, 0 if wrong, NaN if they stay."""
+    rows = x.ravel().astype(int)
+    exits = first_exit(confidence[rows], thresholds)
+    return np.where(exits < len(thresholds), correct[rows, exits].astype(float), np.nan)
+
+
 def against_mapie(splits: int = 20) -> bool:
     """Valid positions of the same path by MAPIE's Learn-then-Test; whether ours include them, and both are alike."""
     from mapie.risk_control import BinaryClassificationController, BinaryRisk
@@ -141,17 +152,9 @@ def against_mapie(splits: int = 20) -> bool:
         path = path_from(histogram(quantile_edges(seen), seen, harm[proposal]))
         counts = count_along(path, confidence[certification], harm[certification])
         tested = np.flatnonzero(counts.left > 0)
-
-        def leaves(
-            x: NDArray[Any], *thresholds: float, c: NDArray[Any] = confidence, y: NDArray[np.bool_] = correct
-        ) -> NDArray[np.float64]:
-            index = x.ravel().astype(int)
-            passed = c[index, :-1] >= np.array(thresholds)
-            right = y[index, passed.argmax(axis=1)].astype(float)
-            return np.where(passed.any(axis=1), right, np.nan)  # 1 right, 0 wrong, NaN stays
-
+        outcome = partial(right_if_left, confidence, correct)
         controller = BinaryClassificationController(
-            leaves, wrong_if_left, risk, 1 - DELTA, wrong_if_left, path.thresholds[tested], "bonferroni"
+            outcome, wrong_if_left, risk, 1 - DELTA, wrong_if_left, path.thresholds[tested], "bonferroni"
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -17,9 +17,9 @@ __all__ = ["CafeDistill", "EarlyExitNetwork", "__version__", "attach_exits", "ma
 __getattr__ = lazily(
     __name__,
     {
-        "CafeDistill": "cafe_flwr.server.cafedistill",
-        "EarlyExitNetwork": "cafe_flwr.networks.early_exit",
-        "attach_exits": "cafe_flwr.networks.attach",
-        "make_client_app": "cafe_flwr.client.app",
+        "cafe_flwr.client.app": "make_client_app",
+        "cafe_flwr.networks.attach": "attach_exits",
+        "cafe_flwr.networks.early_exit": "EarlyExitNetwork",
+        "cafe_flwr.server.cafedistill": "CafeDistill",
     },
 )

@@ -17,14 +17,7 @@ SELECTIONS = ("shallow-first", "deep-first", "random", "none")
 def student_budget(server_round: int, num_rounds: int, num_students: int) -> int:
     """N_t = ceil(R(t) · students) with the ramp R(t) = min(2t/T, 1), in exact integer arithmetic.
 
-    Parameters
-    ----------
-    server_round
-        Round t, 1..T.
-    num_rounds
-        T.
-    num_students
-        (m − 1) · n_t, the student exits of all participants.
+    Of round t = 1..T and (m − 1) · n_t students, the student exits of all participants.
 
     Examples
     --------
@@ -115,16 +108,8 @@ def active_exits(
 def conflict_ramp(server_round: int, num_rounds: int, num_exits: int, conflict: float) -> float:
     """R = clip( (2t/T)·(1 − 1/m) + conflict, 0, 1 − 1/m ): the share of all exits that may train as students.
 
-    Parameters
-    ----------
-    server_round
-        1..T; the formula's t is one less, and 0 in the first round.
-    num_rounds
-        T.
-    num_exits
-        m.
-    conflict
-        Mean over all pairs (i, j) of participants of min(S_ij, 0): 0 or less, it slows the ramp down.
+    Of rounds 1..T, where the formula's t is one less, and 0 in the first round. The conflict is the mean over all pairs
+    (i, j) of participants of min(S_ij, 0): 0 or less, it slows the ramp down.
 
     Examples
     --------
@@ -142,22 +127,17 @@ def conflict_ramp(server_round: int, num_rounds: int, num_exits: int, conflict: 
 def student_levels(levels: ArrayLike, share: float, agreement: ArrayLike) -> NDArray[np.int64]:
     """The level of every participant: its deepest exit that trains as a student, counted from 0.
 
-    The budget B = ⌊R·m·n⌋ goes to exit 0 of all participants, then to exit 1, …; where it does not reach for all, those
-    with the least conflict get the exit and the others keep the level they had. Ties go to the client that comes first.
+    The budget B = ⌊R·m·n⌋, with the share R of :func:`conflict_ramp`, goes to exit 0 of all participants, then to exit
+    1, …; where it does not reach for all, those with the least conflict get the exit and the others keep the level they
+    had. Ties go to the client that comes first.
 
     Parameters
     ----------
     levels
-        (n,) ℓ_i so far, 0..m−2.
-    share
-        R of :func:`conflict_ramp`, at most 1 − 1/m.
+        (n,) ℓ_i so far, 0..m−2; the result is likewise.
     agreement
         (n, m−1): 0 or less; the larger, the less client i's exit k is in conflict. As released, the column sums
         Σ_j min(S_ij, 0), the same for every exit.
-
-    Returns
-    -------
-    (n,) ℓ_i, 0..m−2.
 
     Examples
     --------

@@ -70,10 +70,7 @@ def macs_without_early_exits(network: EarlyExitNetwork, example: Tensor) -> int:
 def expected_macs(exit_shares: ArrayLike, macs: Sequence[int]) -> float:
     """Σ_k r_k C_k: mean MACs, from the share of the examples that leaves at each exit (docs/method.md).
 
-    Raises
-    ------
-    ValueError
-        If the shares are not one per exit, from 0 up, of sum 1.
+    ValueError if the shares are not one per exit, from 0 up, of sum 1.
 
     Examples
     --------

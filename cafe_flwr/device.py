@@ -30,14 +30,8 @@ _NEEDED = {
 class Predictions(NamedTuple):
     """What an exported network says about a batch.
 
-    Attributes
-    ----------
-    labels
-        (B,) int64, 0..C−1.
-    exits
-        (B,) int64: where each row left, 0..m−1.
-    confidence
-        (B,) float32: the largest probability there, after the exit's temperature.
+    ``labels`` are (B,) int64, 0..C−1; ``exits`` (B,) int64, where each row left, 0..m−1; ``confidence`` (B,) float32,
+    the largest probability there, after the exit's temperature.
     """
 
     labels: NDArray[np.int64]

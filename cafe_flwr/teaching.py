@@ -116,16 +116,9 @@ def check_solver(solver: str, key: str = "solver") -> None:
 
 
 def simplex_qp(hessian: ArrayLike, linear: ArrayLike, solver: str = "osqp") -> NDArray[np.float64] | None:
-    """argmin_{w ∈ Δ} ½ wᵀHw + qᵀw by a solver of `qpsolvers`; None if it finds none.
+    """argmin_{w ∈ Δ} ½ wᵀHw + qᵀw by a solver that `qpsolvers` finds installed; None if it finds none.
 
-    Parameters
-    ----------
-    hessian
-        H, (n, n), positive semidefinite.
-    linear
-        q, (n,).
-    solver
-        A solver that qpsolvers finds installed.
+    H is (n, n), positive semidefinite, q (n,).
 
     Examples
     --------

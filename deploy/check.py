@@ -21,9 +21,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.certificates import make_authority
+from deploy.daemons import SuperNode, wait_for
 from deploy.explain import explain
 from deploy.job import CLIENTS, ROUNDS, UNDISTURBED, load_module, node_config, run_config, write_data
-from deploy.loopback import Loopback, SuperNode, wait_for
+from deploy.loopback import Loopback
 
 ROOT = Path(__file__).resolve().parent.parent
 _SAME = ("participants", "left_out", "accuracy_per_exit", "accuracy_per_exit_after", "train_loss", "active_exits")
@@ -156,7 +157,7 @@ class Check:
         wait_for(lambda: not deployment.superlink.apps() or None, 60, "the end of the ServerApp")
         deployment.superlink.start()
         happened = self._resume(3)
-        if ended := [name for name in _names() if not deployment.nodes[name].alive]:
+        if ended := [f"node-{k}" for k in range(CLIENTS) if not deployment.nodes[f"node-{k}"].alive]:
             raise NotKept(f"{', '.join(ended)} ended")
         return happened
 
@@ -189,8 +190,7 @@ class Check:
 
     def kill_node(self) -> str:
         """Kill a node while its ClientApp is at work, and the ClientApp with it, as when the machine loses power."""
-        node = self.deployment.nodes["node-1"]
-        app = node.wait_for_app()
+        app = (node := self.deployment.nodes["node-1"]).wait_for_app()
         started = len(_rounds(self.results))
         node.kill()
         with contextlib.suppress(Exception):
@@ -252,12 +252,7 @@ class Check:
 def run_check(keep: Path | None = None, console: Console | None = None) -> int:
     """Run the check, print its table; 1 if a promise was not kept, 130 if it was interrupted, else 0.
 
-    Parameters
-    ----------
-    keep
-        Empty folder for logs, credentials and results, which stays; None: a temporary one.
-    console
-        Where to print.
+    Logs, credentials and results go to ``keep``, an empty folder, and stay; without one to a temporary folder.
     """
     console = console or Console()
     if keep is not None and keep.exists() and any(keep.iterdir()):
@@ -273,8 +268,8 @@ def run_check(keep: Path | None = None, console: Console | None = None) -> int:
             return 130
     table = Table("promised", "what happened", "ok", box=box.SIMPLE_HEAD)
     marks = {True: "[green]yes[/]", False: "[red]NO[/]", None: "–"}
-    for outcome in outcomes:
-        table.add_row(escape(outcome.promised), escape(outcome.happened), marks[outcome.kept])
+    for promised, happened, kept in outcomes:
+        table.add_row(escape(promised), escape(happened), marks[kept])
     console.print(table)
     return 1 if any(outcome.kept is False for outcome in outcomes) else 0
 
@@ -312,10 +307,6 @@ def _prepare(folder: Path) -> None:
     with zipfile.ZipFile(load_module(ROOT / "scripts" / "bundle.py").bundle(ROOT, folder)) as archive:
         archive.extractall(folder / "app")
     write_data(folder / "data")
-
-
-def _names() -> list[str]:
-    return [f"node-{client}" for client in range(CLIENTS)]
 
 
 def _refused(node: SuperNode, words: str) -> str:

@@ -91,7 +91,7 @@ def run_reference(folder: Path) -> None:
     }
     app = load_module(folder / "app" / "client_app.py").app
     settings.results.mkdir(parents=True)
-    recorder = RecorderOfSome(settings.results, settings)
+    recorder = RecorderOfSome(settings.results, settings.to_run_config())
     with contextlib.suppress(Enough):
         build_strategy(settings, recorder).start(InProcessGrid(app, 1, settings.to_run_config(), node))
     recorder.close()

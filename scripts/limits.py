@@ -19,27 +19,8 @@ IN_ROOT = 7
 
 # What is still over, with today's figure in place of the limit: these may only fall.
 EXCEPTIONS: dict[str, int] = {
-    "cafe_flwr/data/partition.py:partition_labels": 57,
-    "cafe_flwr/inference/export.py:export": 51,
-    "cafe_flwr/personal/evaluation.py:evaluate_run": 43,
-    "cafe_flwr/risk/pooled.py:certify": 49,
-    "cafe_flwr/risk/selective.py:calibrate": 51,
-    "deploy/check.py": 359,
-    "deploy/loopback.py": 483,
-    "benchmarks/inference.py:measure": 41,
-    "benchmarks/local_training.py:main": 52,
-    "benchmarks/risk.py:against_mapie": 44,
     "cafe_flwr/app/parts.py:federation": 43,
-    "cafe_flwr/cli/__init__.py": 386,
-    "cafe_flwr/cli/__init__.py:compare": 66,
-    "cafe_flwr/cli/__init__.py:_run_all": 43,
     "cafe_flwr/data/federation.py:load_federation": 111,
-    "cafe_flwr/experiments/comparison.py": 456,
-    "cafe_flwr/experiments/file.py": 687,
-    "cafe_flwr/results/page.py:render": 45,
-    "cafe_flwr/results/run.py": 379,
-    "cafe_flwr/results/run.py:read_run": 42,
-    "cafe_flwr/results/summary.py:summarise": 69,
     "cafe_flwr/settings.py": 599,
     "cafe_flwr/settings.py:Settings": 448,
 }

@@ -83,4 +83,4 @@ def flower_log() -> Iterator[FlowerLog]:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs write no page: it takes longer than all the rest of a small run."""
-    monkeypatch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from cafe_flwr import EarlyExitNetwork, make_client_app
 from cafe_flwr.app.parts import build_networks, federation, modality_of
-from cafe_flwr.app.run import build_strategy
+from cafe_flwr.app.run import build_strategy, open_results_of
 from cafe_flwr.app.run import run as run_federation
 from cafe_flwr.data import ClientData, Split
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.networks import Exit
-from cafe_flwr.results.folder import Results, open_results
+from cafe_flwr.results.folder import Results
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.settings import Settings
 
@@ -110,7 +110,7 @@ def run_small(settings: Settings, num_nodes: int = 2, app: Any = None, grid: InP
 def run_until(settings: Settings, last_round: int, num_nodes: int = 2, app: Any = None) -> None:
     """Run the first rounds only, as a run that is stopped there would leave it."""
     with results_of(settings) as results:
-        recorder = Recorder(results.folder, settings)
+        recorder = Recorder(results.folder, settings.to_run_config())
         grid = InProcessGrid(app or digits_app(), num_nodes, settings.to_run_config())
         try:
             build_strategy(settings, recorder, results.state).start(grid, num_rounds=last_round)
@@ -121,7 +121,7 @@ def run_until(settings: Settings, last_round: int, num_nodes: int = 2, app: Any 
 @contextmanager
 def results_of(settings: Settings) -> Iterator[Results]:
     """The results folder of a run, locked inside."""
-    results = open_results(settings)
+    results = open_results_of(settings)
     with results.lock:
         yield results
 

@@ -85,7 +85,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Ended:
         evaluate_every=12,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         grid = DeviceGrid(digits_app(), ["0,1", "2,3"], folder / "state")
         for context in grid.contexts.values():
             context.run_config = settings.to_run_config()

@@ -37,7 +37,7 @@ from cafe_flwr.wire.calibration import (
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """A finished run with enough calibration examples for pooled claims."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         settings = small_settings(
             tmp_path_factory.mktemp("runs"),
             num_server_rounds=12,

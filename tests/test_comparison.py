@@ -21,20 +21,17 @@ from cafe_flwr.cli import app
 from cafe_flwr.experiments.comparison import (
     Comparison,
     ConditionTable,
-    Finished,
     RowResult,
-    RowSweep,
     budget_line,
-    choose,
     compare,
     fairness_lines,
-    macs_to_reach,
     make_table,
-    paired_difference,
-    statistic,
 )
 from cafe_flwr.experiments.file import Experiment, read_experiment
-from cafe_flwr.experiments.page import render
+from cafe_flwr.experiments.finished import Finished
+from cafe_flwr.experiments.page import render, write_comparison
+from cafe_flwr.experiments.statistics import paired_difference, statistic
+from cafe_flwr.experiments.sweep import RowSweep, choose
 from cafe_flwr.experiments.tables import (
     BEGIN,
     END,
@@ -44,8 +41,8 @@ from cafe_flwr.experiments.tables import (
     points,
     terminal_table,
     update_markdown,
-    write_comparison,
 )
+from cafe_flwr.metrics.curve import CostCurve
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
@@ -57,7 +54,11 @@ def finished(accuracy: float, *, curve: tuple[list[float], list[float]] | None =
     figures |= {f"bytes_{way}_per_client_round": 1000.0 for way in ("up", "down")} | {"bytes_per_client_round": 2000.0}
     figures |= changes.pop("figures", {})
     same: dict[str, Any] = {"data": [[0, 10, 2, 8, 3]], "participants": [[0], [0]], "left_out": 0, **changes}
-    return Finished(figures, curve or ([accuracy - 0.05, accuracy + 0.05], [0.25, 1.0]), **same)
+    return Finished(figures, cost_curve(*(curve or ([accuracy - 0.05, accuracy + 0.05], [0.25, 1.0]))), **same)
+
+
+def cost_curve(accuracy: list[float], macs: list[float]) -> CostCurve:
+    return CostCurve(np.arange(len(macs)) / len(macs), np.array(accuracy), np.array(macs))
 
 
 def row(label: str, *runs: Finished, method: str = "fedavg") -> RowResult:
@@ -104,8 +105,8 @@ def test_differences_are_paired_by_seed() -> None:
 def test_macs_to_reach_takes_the_cheapest_point() -> None:
     """0.6 is reached at 0.9, 0.4 and 1.0 of the MACs: 0.4. An accuracy of 0.8 is never reached."""
     accuracy, macs = [0.65, 0.6, 0.5, 0.7], [0.9, 0.4, 0.2, 1.0]
-    assert macs_to_reach(0.6, accuracy, macs) == 0.4
-    assert macs_to_reach(0.8, accuracy, macs) is None
+    assert cost_curve(accuracy, macs).macs_to_reach(0.6) == 0.4
+    assert math.isnan(cost_curve(accuracy, macs).macs_to_reach(0.8))
 
 
 def test_macs_are_compared_with_the_best_baseline_of_the_same_seed() -> None:

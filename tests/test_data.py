@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from cafe_flwr.data import digits, load_federation, rotate, shift_labels
 from cafe_flwr.data.digits import SPLITS, digit_pools
 from cafe_flwr.data.local import LocalSet
-from cafe_flwr.data.partition import partition_labels, stratified_split
+from cafe_flwr.data.partition import Rule, partition_labels, stratified_split
 from cafe_flwr.networks.preprocessing import SYMMETRIC
 
 # Small federations of both embedded sets: (name, clients, settings).
@@ -282,7 +282,7 @@ def test_what_cannot_be_served_is_an_error_that_says_why(dataset, clients, optio
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_partition_deals_out_every_example_once(partition, seed):
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(7), 60))
-    parts = partition_labels(labels, 9, partition, alpha=0.3, classes_per_client=3, seed=seed)
+    parts = partition_labels(labels, 9, Rule(partition, 0.3, 3), seed)
     assert len(parts) == 9
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(labels)))
     if partition == "dirichlet":
@@ -678,9 +678,9 @@ def test_a_group_is_dealt_out_evenly_and_completely(partition, clients, groups):
     """What a group's clients have together is a part of the partition over groups; in size and in every class two of
     them differ by one example at most."""
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), 60))
-    options = {"partition": partition, "alpha": 1.0, "classes_per_client": 7, "seed": 1}
-    parts = partition_labels(labels, clients, **options, label_groups=groups)
-    shared = partition_labels(labels, groups, **options)
+    rule = Rule(partition, 1.0, 7)
+    parts = partition_labels(labels, clients, rule, 1, groups)
+    shared = partition_labels(labels, groups, rule, 1)
     assert len(parts) == clients
     for g in range(groups):
         members = parts[g::groups]
@@ -693,8 +693,7 @@ def test_a_group_is_dealt_out_evenly_and_completely(partition, clients, groups):
 def test_which_client_of_a_group_gets_an_example_is_left_to_chance():
     """Two clients share 60 examples: over 400 seeds client 0 gets each 200 times, standard deviation √400/2 = 10."""
     labels = np.repeat(np.arange(3), 20)
-    options = {"partition": "dirichlet", "alpha": 1.0, "classes_per_client": 1, "label_groups": 1}
-    drawn = [partition_labels(labels, 2, seed=seed, **options)[0] for seed in range(400)]
+    drawn = [partition_labels(labels, 2, Rule("dirichlet", 1.0), seed, 1)[0] for seed in range(400)]
     counts = np.bincount(np.concatenate(drawn), minlength=60)
     assert counts.sum() == 400 * 30
     assert np.abs(counts - 200).max() < 4.5 * 10

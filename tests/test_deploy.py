@@ -32,8 +32,9 @@ from deploy.__main__ import app
 from deploy.certificates import make_authority, make_node_key, make_server_certificate
 from deploy.check import Check, NotTried, run_check
 from deploy.commands import SuperLinkOptions, SuperNodeOptions, connection, node_config, node_environment
+from deploy.daemons import wait_for
 from deploy.explain import explain
-from deploy.loopback import Loopback, wait_for
+from deploy.loopback import Loopback
 
 ROOT = Path(__file__).resolve().parent.parent
 UNITS = ROOT / "deploy" / "systemd"

@@ -35,7 +35,7 @@ from cafe_flwr.personal.client_evaluation import CLEAN, certify, certify_togethe
 from cafe_flwr.personal.evaluation import evaluate_run
 from cafe_flwr.personal.evaluation_tables import put_together
 from cafe_flwr.results.inference import TITLE, evaluation_table
-from cafe_flwr.results.run import write_report
+from cafe_flwr.results.page import write_report
 from cafe_flwr.risk import folds
 
 

@@ -21,21 +21,11 @@ from typer.testing import CliRunner
 from cafe_flwr.cli import app
 from cafe_flwr.data.hub import HUB_SETS
 from cafe_flwr.data.stand_ins import write_stand_in
+from cafe_flwr.experiments.contents import slug
 from cafe_flwr.experiments.execution import execute, run_one
-from cafe_flwr.experiments.file import (
-    Experiment,
-    PlannedRun,
-    check_experiment,
-    check_folders,
-    plan_runs,
-    plan_trials,
-    read_experiment,
-    read_summary,
-    slug,
-    smoke_size,
-    state_of,
-    with_data_dir,
-)
+from cafe_flwr.experiments.file import Experiment, read_experiment, smoke_size, with_data_dir
+from cafe_flwr.experiments.folders import check_folders, read_summary, state_of
+from cafe_flwr.experiments.plan import PlannedRun, check_experiment, plan_runs, plan_trials
 from cafe_flwr.methods import METHODS
 from tests.federations import Recorded, run_until
 

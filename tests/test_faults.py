@@ -44,7 +44,7 @@ def reference(tmp_path_factory):
     """Client 2 takes part in round 1 only, and nothing goes wrong."""
     settings = toy_settings(tmp_path_factory.mktemp("reference"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         patch.setattr(FederatedStrategy, "sample", lambda self, t, *_: [0, 1, 2, 3] if t == 1 else [0, 1, 3])
         arrays = run_small(settings, N, app=toy_app()).arrays
     return Recorded.read(settings.results), arrays
@@ -414,9 +414,7 @@ def test_a_sum_that_no_float32_can_hold_is_like_an_infinite_one(tmp_path):
 def test_when_all_clients_fail_the_run_ends_with_all_reasons_and_keeps_what_it_has(tmp_path, monkeypatch, flower_log):
     """Three rounds of four are on disk, in every file, and the run can be resumed when the fault is mended."""
     pages = []
-    monkeypatch.setattr(
-        "cafe_flwr.results.run.write_report", lambda folder: pages.append(folder) or folder / "report.html"
-    )
+    monkeypatch.setattr("cafe_flwr.app.run.write_page", lambda folder: pages.append(folder) or folder / "report.html")
     reasons = {0: "ValueError: node 0 burns", 1: "RuntimeError: node 1 drowns", 3: "KeyError: 'node 3'"}
     mended = []
 

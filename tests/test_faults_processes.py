@@ -21,7 +21,8 @@ from sklearn.datasets import load_digits
 from cafe_flwr.app.run import run as run_federation
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.server.strategy import FederatedStrategy
-from deploy.loopback import Loopback, wait_for
+from deploy.daemons import wait_for
+from deploy.loopback import Loopback
 
 pytestmark = pytest.mark.flower
 
@@ -164,7 +165,7 @@ def in_one_process(field, settings, participants=None, left_out=()):
     for client, context in enumerate(grid.contexts.values()):
         context.node_config = field.node_config(client, settings.results.parent / "state")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         if participants:
             chosen = dict(enumerate(participants, start=1))
             patch.setattr(FederatedStrategy, "sample", lambda self, server_round, *_: chosen[server_round])

@@ -36,7 +36,7 @@ from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.methods import METHODS
 from cafe_flwr.results.recorder import Recorder
-from cafe_flwr.results.run import final_table
+from cafe_flwr.results.tables import final_table
 from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.wire.privacy import Privacy
 
@@ -597,7 +597,7 @@ def reference(tmp_path_factory, request):
     """One client a node, the plainest grouping, with everything on that depends on who is who."""
     varied = {"method": request.param, "fraction_train": 0.7, "num_server_rounds": 5, **VARIED[request.param]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         settings = small_settings(tmp_path_factory.mktemp("reference"), **varied)
         result = run_small(settings, num_nodes=CLIENTS)
     return Recorded.read(settings.results), result.arrays, varied
@@ -695,7 +695,7 @@ def test_heads_on_disk_have_a_version_for_every_round_their_client_took_part_in_
 
     grid = WatchedGrid(digits_app(), 2, settings.to_run_config())
     with results_of(settings) as results:
-        build_strategy(settings, Watch(results.folder, settings)).start(grid)
+        build_strategy(settings, Watch(results.folder, settings.to_run_config())).start(grid)
     took_part = {}
     for message, reply in grid.of_type("train"):
         assert not reply.has_error()
@@ -727,7 +727,7 @@ def test_heads_of_exits_that_do_not_train_stay_as_they_are_on_disk(tmp_path, no_
 
     grid = InProcessGrid(digits_app(), 2, settings.to_run_config())
     with results_of(settings) as results:
-        build_strategy(settings, Watch(results.folder, settings)).start(grid, num_rounds=6)
+        build_strategy(settings, Watch(results.folder, settings.to_run_config())).start(grid, num_rounds=6)
     network = build_network(settings)
     torch.manual_seed(settings.seed)
     initial = build_network(settings).state_dict()
@@ -808,7 +808,7 @@ STOPPED = {"fraction_train": 0.6, "num_clients": 5, "mu": 0.2}
 def undisturbed(tmp_path_factory):
     """Four rounds at a stretch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         settings = small_settings(tmp_path_factory.mktemp("undisturbed"), **STOPPED)
         arrays = run_small(settings).arrays
     return Recorded.read(settings.results), arrays
@@ -824,7 +824,7 @@ def stopped_run(folder, how, last_round=2, **changes):
     if how == "asked to":
         run_until(settings, last_round)
         return settings
-    recorder = Recorder(settings.results, settings)
+    recorder = Recorder(settings.results, settings.to_run_config())
 
     class Bomb:
         def on_start(self, run):
@@ -963,7 +963,7 @@ def test_resume_of_a_finished_run_changes_nothing_but_times(tmp_path, no_report)
 
 def test_a_run_that_died_in_its_final_evaluation_is_finished_by_resume(tmp_path, undisturbed, no_report):
     settings = small_settings(tmp_path, **STOPPED)
-    strategy = build_strategy(settings, Recorder(settings.results, settings))
+    strategy = build_strategy(settings, Recorder(settings.results, settings.to_run_config()))
 
     def die(messages):
         if any(message.metadata.message_type == "evaluate" for message in messages):

@@ -5,11 +5,12 @@ import json
 import pytest
 from federations import results_of, run_small, small_settings
 
+from cafe_flwr.app.run import open_results_of
 from cafe_flwr.core.older_settings import METHODS_THEN, RENAMED, of_saved_run, renamed
-from cafe_flwr.experiments.file import check_experiment, read_experiment
+from cafe_flwr.experiments.file import read_experiment
+from cafe_flwr.experiments.plan import check_experiment
 from cafe_flwr.methods import METHODS
 from cafe_flwr.personal import FinishedRun
-from cafe_flwr.results.folder import open_results
 from cafe_flwr.settings import Settings
 
 TODAY = set(Settings().to_run_config())
@@ -141,4 +142,4 @@ def test_the_folder_of_an_old_run_is_read_but_not_gone_on_with_by_another_method
     with pytest.raises(ValueError, match="'cafedistill-text' now"):
         _ = FinishedRun(settings.results).run_config
     with pytest.raises(ValueError, match=r"cannot resume .*'cafedistill-text' now"):
-        open_results(again.model_copy(update={"method": "cafedistill"}))
+        open_results_of(again.model_copy(update={"method": "cafedistill"}))

@@ -15,7 +15,7 @@ from PIL import Image
 from cafe_flwr.app.parts import federation
 from cafe_flwr.data import load_federation
 from cafe_flwr.data.hub import open_set
-from cafe_flwr.data.partition import partition_labels, partition_naturally
+from cafe_flwr.data.partition import Rule, partition_labels, partition_naturally
 from cafe_flwr.data.tokenizer import Tokenizer, words
 from cafe_flwr.personal import FinishedRun
 from cafe_flwr.personal.calibration import calibrate_run
@@ -46,13 +46,13 @@ def test_a_client_at_its_fair_share_gets_no_more():
     """Classes are dealt out in order: who holds more than N/n of those before has nothing of the next."""
     labels = np.repeat(np.arange(10), 300)
     for seed in range(5):
-        parts = partition_labels(labels, 12, "dirichlet", 0.3, 1, seed, capped=True)
+        parts = partition_labels(labels, 12, Rule("dirichlet", 0.3, capped=True), seed)
         assert sorted(np.concatenate(parts).tolist()) == list(range(3000))
         counts = np.stack([np.bincount(labels[part], minlength=10) for part in parts])
         before = np.cumsum(counts, axis=1) - counts
         assert not counts[before > 3000 / 12].any()
         assert (before > 3000 / 12).any()  # otherwise this shows nothing
-        free = partition_labels(labels, 12, "dirichlet", 0.3, 1, seed)
+        free = partition_labels(labels, 12, Rule("dirichlet", 0.3), seed)
         assert max(map(len, parts)) <= max(map(len, free))
 
 
@@ -63,7 +63,7 @@ def test_a_client_at_its_fair_share_gets_no_more():
 def test_every_example_goes_to_one_client_of_its_value(split):
     rng = np.random.default_rng(0)
     values, labels = rng.choice(STYLES, 900, p=(0.2, 0.3, 0.5)).tolist(), rng.integers(5, size=900)
-    parts = partition_naturally("style", values, labels, 9, split=split, alpha=0.3, seed=1)
+    parts = partition_naturally("style", values, labels, 9, Rule(split, 0.3), seed=1)
     assert sorted(np.concatenate(parts).tolist()) == list(range(900))
     assert [{values[row] for row in part} for part in parts] == [{STYLES[i % 3]} for i in range(9)]
     shares = np.stack([np.bincount(labels[part], minlength=5) / len(part) for part in parts])
@@ -73,9 +73,9 @@ def test_every_example_goes_to_one_client_of_its_value(split):
         assert differ < 0.15
     else:
         assert differ > 0.3
-    again = partition_naturally("style", values, labels, 9, split=split, alpha=0.3, seed=1)
+    again = partition_naturally("style", values, labels, 9, Rule(split, 0.3), seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
-    other = partition_naturally("style", values, labels, 9, split=split, alpha=0.3, seed=2)
+    other = partition_naturally("style", values, labels, 9, Rule(split, 0.3), seed=2)
     assert any(not np.array_equal(a, b) for a, b in zip(parts, other, strict=True))
 
 

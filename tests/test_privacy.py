@@ -17,12 +17,11 @@ from federations import (
     toy_network,
 )
 
-from cafe_flwr.app.run import build_strategy
+from cafe_flwr.app.run import build_strategy, open_results_of
 from cafe_flwr.client.privacy import stricter
 from cafe_flwr.core.text import kebab
 from cafe_flwr.methods import CafeDistillMethod
 from cafe_flwr.personal.store import PersonalStore
-from cafe_flwr.results.folder import open_results
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.server.accounting import epsilon
 from cafe_flwr.server.strategy import FederatedStrategy
@@ -154,8 +153,8 @@ def federate(folder, privacy=None, num_nodes=N, app=None, wire="float32", node_c
     """A run of the toys with the strategy's privacy; the grid that watched it, and the lines of its rounds."""
     settings = small_settings(folder, **{"num_clients": N, "num_server_rounds": T, "batch_size": 8, **changes})
     grid = WatchedGrid(app or toy_app(), num_nodes, settings.to_run_config(), node_config)
-    results = open_results(settings)
-    recorder = Recorder(results.folder, settings)
+    results = open_results_of(settings)
+    recorder = Recorder(results.folder, settings.to_run_config())
     try:
         strategy = build_strategy(settings, recorder)
         strategy.privacy, strategy.wire = privacy or Privacy(), wire

@@ -62,7 +62,7 @@ class Failing:
 def undisturbed(tmp_path_factory):
     settings = toy_settings(tmp_path_factory.mktemp("undisturbed"), min_train_nodes=3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         arrays = run_small(settings, N, app=toy_app()).arrays
     return Recorded.read(settings.results), arrays
 

@@ -17,18 +17,9 @@ from rich.console import Console
 
 from cafe_flwr.coordination import active_exits
 from cafe_flwr.results.figures import draw_accuracy
-from cafe_flwr.results.page import left_out
-from cafe_flwr.results.run import (
-    duration,
-    dynamic_line,
-    final_table,
-    number,
-    numbers,
-    percent,
-    read_run,
-    scaled,
-    write_report,
-)
+from cafe_flwr.results.page import left_out, write_report
+from cafe_flwr.results.run import duration, number, numbers, percent, read_run, scaled
+from cafe_flwr.results.tables import dynamic_line, final_table
 from cafe_flwr.teaching import teacher_weights
 
 

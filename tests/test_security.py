@@ -7,10 +7,9 @@ import pytest
 from federations import CLASSES, FaultyApp, WatchedGrid, asked, small_settings, strict_json, toy_app
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from cafe_flwr.app.run import build_strategy
+from cafe_flwr.app.run import build_strategy, open_results_of
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.methods import CafeDistillMethod
-from cafe_flwr.results.folder import open_results
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.server.shared import ask_initial
 from cafe_flwr.server.strategy import FederatedStrategy
@@ -36,8 +35,8 @@ def federate(folder, fault=None, num_nodes=N, wire="float32", bounds=None, priva
     defaults = {"num_clients": N, "num_server_rounds": T, "batch_size": 8}
     settings = small_settings(folder, **{**defaults, **changes})
     grid = WatchedGrid(FaultyApp(toy_app(), meddle), num_nodes, settings.to_run_config())
-    results = open_results(settings)
-    recorder = Recorder(results.folder, settings)
+    results = open_results_of(settings)
+    recorder = Recorder(results.folder, settings.to_run_config())
     try:
         strategy = build_strategy(settings, recorder)
         strategy.wire, strategy.privacy = wire, privacy or Privacy()
@@ -55,7 +54,7 @@ def federate(folder, fault=None, num_nodes=N, wire="float32", bounds=None, priva
 def honest(tmp_path_factory):
     """Nobody is hostile."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         return federate(tmp_path_factory.mktemp("honest"))
 
 
@@ -63,7 +62,7 @@ def honest(tmp_path_factory):
 def honest_text(tmp_path_factory):
     """The same with the reading from the text."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         return federate(tmp_path_factory.mktemp("honest"), method="cafedistill-text")
 
 
@@ -71,7 +70,7 @@ def honest_text(tmp_path_factory):
 def without(tmp_path_factory):
     """Client 2 is there, but nothing it sends is used: all its replies are half as long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         return federate(tmp_path_factory.mktemp("without"), lambda flat: flat[: len(flat) // 2])
 
 

@@ -16,15 +16,8 @@ from cafe_flwr.cli import app
 from cafe_flwr.data.hub import HUB_SETS, open_set
 from cafe_flwr.data.stand_ins import write_stand_in
 from cafe_flwr.experiments.estimate import _PROCESS, _SIZES, estimate, measure
-from cafe_flwr.experiments.file import (
-    Experiment,
-    check_experiment,
-    plan_runs,
-    plan_trials,
-    read_experiment,
-    smoke_size,
-    with_data_dir,
-)
+from cafe_flwr.experiments.file import Experiment, read_experiment, smoke_size, with_data_dir
+from cafe_flwr.experiments.plan import check_experiment, plan_runs, plan_trials
 from cafe_flwr.settings import Settings
 
 PAPER = [Path("experiments") / f"paper-{name}.yaml" for name in HUB_SETS]
@@ -129,7 +122,7 @@ def test_the_papers_experiments_are_what_is_published(path):
 @pytest.mark.parametrize("name", ["cifar10", "ag-news"])
 def test_a_papers_experiment_runs_at_its_smoke_size_on_made_up_files(name, tmp_path, no_report, monkeypatch):
     """Two rows of it, in real worker processes; the page, tables and folder say what they are."""
-    monkeypatch.setattr("cafe_flwr.cli._SMOKE_ROWS", 120)
+    monkeypatch.setattr("cafe_flwr.cli.compare._SMOKE_ROWS", 120)
     content = yaml.safe_load((Path("experiments") / f"paper-{name}.yaml").read_text())
     content["smoke"]["rows"] = ["cafedistill", "fedavg"]
     content["smoke"]["settings"]["num-server-rounds"] = 2

@@ -709,7 +709,7 @@ def test_a_resumed_run_knows_what_clients_held_that_are_away(tmp_path, no_report
     parts = small_settings(tmp_path / "parts", **settings)
     grid = devices(tmp_path / "parts" / "state")
     with results_of(parts) as results:
-        recorder = Recorder(results.folder, parts)
+        recorder = Recorder(results.folder, parts.to_run_config())
         build_strategy(parts, recorder, results.state).start(grid, num_rounds=2)
         recorder.close()
     again = type(parts).from_run_config({**parts.to_run_config(), "resume": True})

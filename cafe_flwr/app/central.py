@@ -116,6 +116,7 @@ def train_central(
     Examples
     --------
     >>> from cafe_flwr.networks import ConvNet
+    >>> from cafe_flwr.data import Split
     >>> none = Split(torch.zeros(0, 1, 16, 16), torch.zeros(0, dtype=torch.int64))
     >>> data = ClientData(Split(torch.zeros(8, 1, 16, 16), torch.tensor([0, 1] * 4)), none, none)
     >>> budget = LocalBudget(epochs=2, batch_size=4)
@@ -251,7 +252,8 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
     token, tensors = secrets.token_hex(8), network.state_dict()
     size = sum(t.numel() for t in tensors.values())
     info = RunInfo(token, 1, 1, [0], network.num_exits, size, macs_per_exit(network, data.train.x[:1]))
-    summary = summarise(settings, info, [evaluated.report], [], None, trained.seconds) | {
+    asked = settings.to_run_config() | {"name": settings.run_name}
+    summary = summarise(asked, info, [evaluated.report], [], None, trained.seconds) | {
         "method": "central",
         "objective": method.objective,
         "history": [asdict(epoch) for epoch in trained.history],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
+from cafe_flwr.app.page import write_page
 from cafe_flwr.core.log import logger
-from cafe_flwr.results.folder import open_results
+from cafe_flwr.results.folder import Results, open_results
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.strategy import FederatedStrategy
@@ -40,6 +43,12 @@ def build_strategy(
     )
 
 
+def open_results_of(settings: Settings) -> Results:
+    """The results folder of the settings, made ready: see :func:`cafe_flwr.results.folder.open_results`."""
+    defaults = Settings.from_run_config({}).to_run_config()
+    return open_results(settings.results, settings.to_run_config(), defaults=defaults)
+
+
 def run(grid: Grid, settings: Settings) -> Result:
     """Run a federation from its settings and leave the results folder behind.
 
@@ -52,10 +61,19 @@ def run(grid: Grid, settings: Settings) -> Result:
     """
     if unread := settings.unread():
         logger.warning("%s does not read %s", settings.method, ", ".join(unread))
-    results = open_results(settings)
-    recorder = Recorder(results.folder, settings, results.state)
+    results = open_results_of(settings)
+    recorder = Recorder(results.folder, settings.to_run_config(), results.state)
     try:
         return build_strategy(settings, recorder, results.state).start(grid)
     finally:
-        recorder.close()
+        if recorder.close():
+            _report(results.folder)
         results.lock.close()
+
+
+def _report(folder: Path) -> None:
+    """Write the page, also after a run that failed."""
+    try:
+        logger.info("Report: %s", write_page(folder))
+    except Exception:  # the run's own outcome, or error, counts more than its page
+        logger.exception("No report could be written; try: cafe-flwr report %s", folder)

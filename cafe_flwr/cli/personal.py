@@ -1,68 +1,115 @@
-"""Commands about personal networks after a run: calibrate, evaluate, export, predict; and training in one place."""
+"""Commands about the personal networks of a run: calibrate, evaluate, export, predict."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cafe_flwr.core.locks import InUse
+from cafe_flwr.cli.common import bar, console, errors, with_groups
 
 if TYPE_CHECKING:
-    from cafe_flwr.inference.export import Exported
+    from cafe_flwr.personal.published import PersonalNetworks
 
-console = Console()
+Results = Annotated[Path, typer.Argument(help="A results folder.", metavar="RESULTS")]
+FoldsSeed = Annotated[int, typer.Option(help="Of the split of calibration examples into two folds.")]
 
-_Results = Annotated[Path, typer.Argument(help="A results folder.", metavar="RESULTS")]
+
+@dataclass(frozen=True)
+class Claim:
+    """Options of a calibration: what is to hold."""
+
+    risk: Annotated[float, typer.Option(help="Share α of errors that is allowed, in (0, 1).")] = 0.05
+    confidence_level: Annotated[float, typer.Option(help="How surely, 1 − δ in (0, 1).")] = 0.9
+
+    def calibrate(self, own: PersonalNetworks, **further: Any) -> None:
+        """Find thresholds for the networks, and print who is certified by what."""
+        from cafe_flwr.personal.calibration import calibrate_run
+        from cafe_flwr.risk.client_calibration import Request
+
+        with bar("calibrating") as progress:
+            found = calibrate_run(own, Request(self.risk, self.confidence_level, **further), progress)
+        show_calibration(found)
+
+
+@dataclass(frozen=True)
+class Evaluating:
+    """Options of an evaluation."""
+
+    risk: Annotated[list[float] | None, typer.Option(help="Risks α to evaluate; by default 0.01, 0.05, 0.1.")] = None
+    corruptions: Annotated[bool, typer.Option(help="Also under corrupted inputs.")] = True
+    seed: Annotated[int, typer.Option(help="Of corruptions and folds.")] = 0
+
+    def evaluate(self, own: PersonalNetworks, clients: list[int] | None = None) -> None:
+        """Evaluate the networks, and print the table."""
+        from cafe_flwr.data.corruptions import CORRUPTIONS
+        from cafe_flwr.personal.evaluation import RISKS, evaluate_run
+        from cafe_flwr.results.inference import evaluation_table
+
+        with bar("evaluating") as progress:
+            found = evaluate_run(
+                own,
+                clients=clients,
+                risks=tuple(self.risk or RISKS),
+                corruptions=tuple(CORRUPTIONS) if self.corruptions else (),
+                seed=self.seed,
+                progress=progress,
+            )
+        console.print(evaluation_table(found))
 
 
 class Format(StrEnum):
-    """Of exported graphs."""
+    """Formats of exported graphs."""
 
     onnx = "onnx"
     torch = "torch"
     both = "both"
 
 
-# Options of the commands for a results folder, and of those for a node (cafe_flwr.cli.node).
-RiskOption = Annotated[float, typer.Option(help="Share α of errors that is allowed, in (0, 1).")]
-ConfidenceOption = Annotated[float, typer.Option(help="How surely, 1 − δ in (0, 1).")]
-FoldsSeedOption = Annotated[int, typer.Option(help="Of the split of calibration examples into two folds.")]
-RisksOption = Annotated[list[float] | None, typer.Option(help="Risks α to evaluate; by default 0.01, 0.05, 0.1.")]
-CorruptionsOption = Annotated[bool, typer.Option(help="Also under corrupted inputs.")]
-EvaluationSeedOption = Annotated[int, typer.Option(help="Of corruptions and folds.")]
-MaxProbOption = Annotated[
-    float | None, typer.Option(help="Leave at this probability, in place of calibrated thresholds.")
-]
-FormatOption = Annotated[Format, typer.Option(help="Of the graphs.")]
+@dataclass(frozen=True)
+class Exporting:
+    """Options of an export."""
+
+    max_prob: Annotated[
+        float | None, typer.Option(help="Leave at this probability, in place of calibrated thresholds.")
+    ] = None
+    format: Annotated[Format, typer.Option(help="Of the graphs.")] = Format.onnx
+
+    def export(self, own: PersonalNetworks, client: int, to: Path) -> None:
+        """Export a client's network, and print what was written and what must be known of it."""
+        from cafe_flwr.personal.export import export_client
+
+        written = export_client(own, client, to, max_prob=self.max_prob, format=self.format.value)
+        for kind, difference in written.difference.items():
+            checked = "not verified" if difference is None else f"verified, logits differ by at most {difference:.1e}"
+            console.print(f"{kind}: {checked}", highlight=False)
+        for note in written.notes:
+            console.print(f"· {escape(note)}", soft_wrap=True, highlight=False)
+        console.print(f"Exported: {written.folder}", soft_wrap=True)
 
 
+@with_groups
 def calibrate(
-    folder: _Results,
-    risk: RiskOption = 0.05,
-    confidence_level: ConfidenceOption = 0.9,
+    *,
+    folder: Results,
+    claim: Claim,
     simultaneous: Annotated[
         bool, typer.Option("--simultaneous", help="Clients certified by themselves shall all be right at once.")
     ] = False,
-    seed: FoldsSeedOption = 0,
+    seed: FoldsSeed = 0,
 ) -> None:
     """Find, for every client, thresholds to leave early at a risk you state, and say what is certified of whom."""
     from cafe_flwr.app.finished_run import FinishedRun
-    from cafe_flwr.personal.calibration import calibrate_run
-    from cafe_flwr.risk.client_calibration import Request
 
-    with errors(), bar("calibrating") as progress:
-        request = Request(risk, confidence_level, simultaneous, seed)
-        found = calibrate_run(FinishedRun(folder), request, progress)
-    show_calibration(found)
+    with errors():
+        claim.calibrate(FinishedRun(folder), simultaneous=simultaneous, seed=seed)
     console.print(f"Thresholds: {folder / 'personal'}/client-*.thresholds.json", soft_wrap=True)
 
 
@@ -82,61 +129,37 @@ def show_calibration(found: Mapping[str, Any]) -> None:
         console.print(f"· {basis}, e.g. {escape(claim)}", soft_wrap=True, highlight=False)
 
 
+@with_groups
 def evaluate(
-    folder: _Results,
-    risk: RisksOption = None,
-    corruptions: CorruptionsOption = True,
-    seed: EvaluationSeedOption = 0,
+    *,
+    folder: Results,
+    options: Evaluating,
     clients: Annotated[str | None, typer.Option(help="Only these, such as 0,3,5.")] = None,
 ) -> None:
     """Accuracy, calibration, risk and coverage of every client's personal network, also under corrupted inputs."""
     from cafe_flwr.app.finished_run import FinishedRun
-    from cafe_flwr.data.corruptions import CORRUPTIONS
-    from cafe_flwr.personal.evaluation import RISKS, evaluate_run
-    from cafe_flwr.results.inference import evaluation_table
-    from cafe_flwr.results.run import write_report
+    from cafe_flwr.app.page import write_page
 
     with errors():
-        with bar("evaluating") as progress:
-            found = evaluate_run(
-                FinishedRun(folder),
-                clients=_numbers(clients) if clients else None,
-                risks=tuple(risk or RISKS),
-                corruptions=tuple(CORRUPTIONS) if corruptions else (),
-                seed=seed,
-                progress=progress,
-            )
-        console.print(evaluation_table(found))
-        console.print(f"Report: {write_report(folder)}", soft_wrap=True)
+        options.evaluate(FinishedRun(folder), _numbers(clients) if clients else None)
+        console.print(f"Report: {write_page(folder)}", soft_wrap=True)
 
 
+@with_groups
 def export(
-    folder: _Results,
+    *,
+    folder: Results,
     client: Annotated[int, typer.Option(help="Whose personal network.")],
     to: Annotated[
         Path | None, typer.Option(help="Folder to write; by default RESULTS/exported/client-<client>.")
     ] = None,
-    max_prob: MaxProbOption = None,
-    format: FormatOption = Format.onnx,
+    options: Exporting,
 ) -> None:
     """Write a client's network as one graph per stage with its exit, for devices that have onnxruntime and numpy."""
     from cafe_flwr.app.finished_run import FinishedRun
-    from cafe_flwr.personal.export import export_client
 
-    target = to or folder / "exported" / f"client-{client}"
     with errors():
-        written = export_client(FinishedRun(folder), client, target, max_prob=max_prob, format=format.value)
-    show_export(written)
-
-
-def show_export(written: Exported) -> None:
-    """Print what an export has written, and what must be known of it."""
-    for kind, difference in written.difference.items():
-        checked = "not verified" if difference is None else f"verified, logits differ by at most {difference:.1e}"
-        console.print(f"{kind}: {checked}", highlight=False)
-    for note in written.notes:
-        console.print(f"· {escape(note)}", soft_wrap=True, highlight=False)
-    console.print(f"Exported: {written.folder}", soft_wrap=True)
+        options.export(FinishedRun(folder), client, to or folder / "exported" / f"client-{client}")
 
 
 def predict(
@@ -160,29 +183,3 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--clients must be numbers like 0,3,5, got {text!r}") from None
-
-
-@contextmanager
-def errors() -> Iterator[None]:
-    """Errors that are for people are shown as such."""
-    try:
-        yield
-    except (ValueError, OSError, InUse) as error:
-        Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
-        raise typer.Exit(1) from None
-
-
-@contextmanager
-def bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar that is told (done, of how many)."""
-    from rich.progress import Progress
-
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    for command in (calibrate, evaluate, export, predict):
-        app.command()(command)

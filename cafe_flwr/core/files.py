@@ -53,23 +53,14 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_replaceable(folder: Path, manifest: str, kind: str) -> None:
-    """Refuse to replace anything but a folder of the same kind: its manifest names its kind and all its files.
+    """Refuse to replace anything but a new or empty folder, or one of the same kind: all its files are in its manifest.
 
-    Parameters
-    ----------
-    folder
-        New, empty, or with a manifest.
-    manifest
-        Name of that JSON file; it has the keys ``format``, which must be ``kind``, and ``files``.
+    ``manifest`` is the name of a JSON file with the keys ``format``, which must be ``kind``, and ``files``.
 
     Raises
     ------
     ValueError
         If something would be lost that was not written with the manifest.
-
-    Examples
-    --------
-    >>> check_replaceable(Path("not/there/yet"), "manifest.json", "cafe-flwr-export")
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return

@@ -8,17 +8,18 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """``__getattr__`` of a package, given the module that defines each of its public names.
+    """``__getattr__`` of a package, given the names that each module defines, with spaces between.
 
     Examples
     --------
-    >>> lazily("here", {"dumps": "json"})("dumps")([1])
+    >>> lazily("here", {"json": "dumps loads"})("dumps")([1])
     '[1]'
     """
+    home_of = {name: module for module, names in homes.items() for name in names.split()}
 
     def attribute(name: str) -> Any:
-        if name not in homes:
+        if name not in home_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(homes[name]), name)
+        return getattr(import_module(home_of[name]), name)
 
     return attribute

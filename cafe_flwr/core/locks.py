@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 _POLL_SECONDS = 0.1
 
@@ -15,12 +16,11 @@ class InUse(RuntimeError):
     """Another process has the lock."""
 
 
-@contextmanager
-def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
-    """Hold a lock file inside; nobody else does.
+def hold(path: Path, what: str, seconds: float = 0.0) -> IO[str]:
+    """Take a lock file, until what is returned is closed or the process ends, however that ends.
 
-    The lock belongs to the open file, so it ends with the process, however that ends. The file stays, with the number
-    of the process that had it last. Where the system has no such locks (Windows), nobody is kept out.
+    The lock belongs to the open file. The file stays, with the number of the process that had it last. Where the system
+    has no such locks (Windows), nobody is kept out. On network file systems locks hold as far as those pass them on.
 
     Parameters
     ----------
@@ -35,6 +35,27 @@ def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
     ------
     InUse
         If another process still has it, with that process's number.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+")  # noqa: SIM115 (open as long as the lock is held)
+    deadline = time.monotonic() + seconds
+    while not _locks(file):
+        if time.monotonic() >= deadline:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            file.close()
+            waited = f", also after {seconds:g} s" if seconds else ""
+            raise InUse(f"{what} is in use by another process (pid {holder}){waited}")
+        time.sleep(_POLL_SECONDS)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+@contextmanager
+def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
+    """:func:`hold` a lock file inside.
 
     Examples
     --------
@@ -43,26 +64,18 @@ def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
     ...     int((Path(folder) / "a.lock").read_text()) == os.getpid()
     True
     """
+    with hold(path, what, seconds):
+        yield
+
+
+def _locks(file: IO[str]) -> bool:
+    """Whether the file is locked for this process now."""
     try:
         import fcntl
     except ImportError:
-        yield
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + seconds
-    with open(path, "a+") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    file.seek(0)
-                    holder = file.read().strip() or "unknown"
-                    waited = f", also after {seconds:g} s" if seconds else ""
-                    raise InUse(f"{what} is in use by another process (pid {holder}){waited}") from None
-            time.sleep(_POLL_SECONDS)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -11,23 +11,13 @@ import torch
 
 
 def rng_for(seed: int, server_round: int, client: int, purpose: str) -> np.random.Generator:
-    """The one random generator for (seed, round, client, purpose).
+    """The one random generator for (seed, round, client, purpose): different purposes never share numbers.
 
-    Parameters
-    ----------
-    seed
-        Seed of the run.
-    server_round
-        Round, 0 for what happens before the first one.
-    client
-        Client (data partition), or -1 for the server.
-    purpose
-        What the numbers are for, e.g. ``"batches"``. Different purposes never share numbers.
+    Round 0 is for what happens before the first one; client −1 is the server. The purpose is e.g. ``"batches"``.
 
     Examples
     --------
-    >>> a = rng_for(0, 3, 7, "batches").integers(1000)
-    >>> b = rng_for(0, 3, 7, "batches").integers(1000)
+    >>> a, b = (rng_for(0, 3, 7, "batches").integers(1000) for _ in range(2))
     >>> bool(a == b)
     True
     """

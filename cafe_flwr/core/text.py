@@ -1,9 +1,10 @@
-"""Names in words: kebab-case, the nearest known name, and what may stand in a line of a log."""
+"""Names and errors in words: kebab-case, the nearest known name, pydantic's errors as sentences."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 MAX_NAME = 60
 
@@ -22,3 +23,50 @@ def kebab(name: str) -> str:
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name most like this one, if any is."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def nearest(name: str, known: Iterable[str], listed: str = "known") -> str:
+    """A hint for a name that is not known: the one most like it, or all that there are.
+
+    Examples
+    --------
+    >>> nearest("fedavgg", ["fedavg", "local"]), nearest("x", ["fedavg", "local"], "known methods")
+    ("did you mean 'fedavg'?", 'known methods: fedavg, local')
+    """
+    known = list(known)
+    near = closest(name, known)
+    return f"did you mean {near!r}?" if near else f"{listed}: {', '.join(known)}"
+
+
+def place(steps: Iterable[int | str]) -> str:
+    """Where something stands in nested lists and mappings: ``rows[2].method``."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
+
+
+def in_words(detail: Mapping[str, Any], known: Iterable[str], what: str = "key") -> str:
+    """One of pydantic's errors as a sentence.
+
+    Parameters
+    ----------
+    detail
+        An item of ``ValidationError.errors()``.
+    known
+        Names that may stand at its place.
+    what
+        What such a name is called.
+
+    Examples
+    --------
+    >>> in_words({"type": "extra_forbidden", "loc": ("sweep", "setings")}, ["seeds", "settings"])
+    "sweep: unknown key 'setings'; did you mean 'settings'?"
+    """
+    if not detail["loc"]:  # raised by a rule about several values
+        return str(detail["ctx"]["error"])
+    *outer, name = detail["loc"]
+    where = f"{place(outer)}: " if outer else ""
+    if detail["type"] == "extra_forbidden":
+        return f"{where}unknown {what} {name!r}; {nearest(str(name), known, f'known {what}s')}"
+    if detail["type"] == "missing":
+        return f"{where}the {what} {name!r} is missing"
+    expected = detail["msg"].partition(" should ")[2] or detail["msg"]
+    return f"{place(detail['loc'])} should {expected}, got {detail['input']!r}"

@@ -12,23 +12,11 @@ if TYPE_CHECKING:
     from cafe_flwr.data.split import ClientData as ClientData
     from cafe_flwr.data.split import Split as Split
 
-__all__ = [
-    "ClientData",
-    "FederatedData",
-    "Split",
-    "load_federation",
-    "rotate",
-    "shift_labels",
-]
-
 __getattr__ = lazily(
     __name__,
     {
-        "ClientData": "cafe_flwr.data.split",
-        "FederatedData": "cafe_flwr.data.federation",
-        "Split": "cafe_flwr.data.split",
-        "load_federation": "cafe_flwr.data.federation",
-        "rotate": "cafe_flwr.data.shifts",
-        "shift_labels": "cafe_flwr.data.shifts",
+        "cafe_flwr.data.federation": "FederatedData load_federation",
+        "cafe_flwr.data.shifts": "rotate shift_labels",
+        "cafe_flwr.data.split": "ClientData Split",
     },
 )

@@ -12,12 +12,8 @@ from torch import Tensor
 class Augmentation(NamedTuple):
     """Random crops of an image with a border, and mirror images: what is usual for CIFAR and Tiny-ImageNet.
 
-    Attributes
-    ----------
-    padding
-        Width of the border, of value 0 (in pixels: black); the crop has the size of the image.
-    flip
-        Mirror every other image, left to right.
+    The border of ``padding`` pixels has the value 0 (black); the crop has the size of the image. With ``flip`` every
+    other image is mirrored, left to right.
 
     Examples
     --------

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.data.augmentation import Augmentation
+from cafe_flwr.data.local import alike
 from cafe_flwr.data.partition import stratified_split
 from cafe_flwr.data.split import ClientData, Split
 from cafe_flwr.data.tokenizer import Tokenizer
@@ -140,9 +141,8 @@ def _labels(values: Iterable[Any]) -> Tensor:
 def _stacked(values: Sequence[Any], image_size: int) -> Tensor:
     """Inputs in one tensor, (N, …)."""
     arrays = [_array(value, image_size) for value in values]
-    pictures = [a for a, value in zip(arrays, values, strict=True) if _is_picture(value)]
-    if len({len(picture) for picture in pictures}) > 1:  # some are grey, some are not
-        arrays = [np.repeat(a, 3, axis=0) if len(a) == 1 else a for a in arrays]
+    if all(map(_is_picture, values)):
+        arrays = alike(arrays)
     shapes = {array.shape for array in arrays}
     if len(shapes) > 1:
         some = ", ".join(map(str, sorted(shapes)[:3]))

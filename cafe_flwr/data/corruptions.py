@@ -28,12 +28,8 @@ class ValueRange(NamedTuple):
 def value_range(x: Tensor) -> ValueRange:
     """The range of nearly all pixel values of images (N, C, H, W): from the 0.5 % to the 99.5 % quantile.
 
-    Not minimum and maximum, which noise in the images would move.
-
-    Raises
-    ------
-    ValueError
-        If there are no pixels, or all are the same.
+    Not minimum and maximum, which noise in the images would move. ValueError if there are no pixels, or all are the
+    same.
 
     Examples
     --------
@@ -86,14 +82,9 @@ def _resize(size: int, new: int) -> Tensor:
 
 
 class Corruption(NamedTuple):
-    """A kind of corruption.
+    """A kind of corruption: strengths for severities 1..5, and what it does.
 
-    Attributes
-    ----------
-    strengths
-        For severities 1..5.
-    apply
-        Of images, strength, width of the value range and generator; gives new images.
+    ``apply`` takes images, strength, width of the value range and generator; it gives new images.
     """
 
     strengths: tuple[float, float, float, float, float]
@@ -112,14 +103,12 @@ CORRUPTIONS: dict[str, Corruption] = {
 def corrupt(
     x: Tensor, name: str, severity: int, rng: np.random.Generator, *, values: tuple[float, float] | None = None
 ) -> Tensor:
-    """Corrupted copies of images; the given ones stay as they are.
+    """Corrupted copies of images (N, C, H, W) float32; the given ones stay as they are.
 
     Results are clipped to the value range; for an image that goes beyond it, to the image's own.
 
     Parameters
     ----------
-    x
-        (N, C, H, W) float32.
     name
         One of ``CORRUPTIONS``.
     severity

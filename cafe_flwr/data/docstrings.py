@@ -41,17 +41,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
 class Sentences(NamedTuple):
-    """All sentences of the task.
-
-    Attributes
-    ----------
-    texts
-        N sentences, all different.
-    labels
-        (N,) int64: positions in ``PACKAGES``.
-    modules
-        (N,) int64: number of the source file each sentence is from.
-    """
+    """All sentences of the task, N different ones, with labels (positions in ``PACKAGES``) and numbers of files."""
 
     texts: tuple[str, ...]
     labels: NDArray[np.int64]
@@ -90,18 +80,10 @@ def sentences() -> Sentences:
 
 
 def draw(num_examples: int, shares: Sequence[float], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of ``sentences()`` for a federation, as many of every package as can be, and the split that each is for.
+    """Rows of ``sentences()`` for a federation, ascending, as many of every package as can be, and the split of each.
 
-    Parameters
-    ----------
-    num_examples
-        How many are wanted; fewer where a package has no more.
-    shares
-        Of train, calibration and test: about these shares of a package's sentences, in whole modules.
-
-    Returns
-    -------
-    Rows, ascending, and for each 0, 1 or 2.
+    So many examples are drawn in all, fewer where a package has no more. Splits are 0, 1 or 2 (train, calibration and
+    test), about these shares of a package's sentences, in whole modules.
     """
     data = sentences()
     rng = rng_for(seed, 0, -1, "docstrings")

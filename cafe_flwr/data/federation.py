@@ -27,7 +27,7 @@ from cafe_flwr.data import digits, docstrings
 from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.hub import HUB_SETS, open_set
 from cafe_flwr.data.local import read_local
-from cafe_flwr.data.partition import partition_labels, partition_naturally, stratified_split
+from cafe_flwr.data.partition import Rule, partition_labels, partition_naturally, stratified_split
 from cafe_flwr.data.shifts import check_rotations, check_shifts, rotate, shift_labels
 from cafe_flwr.data.split import ClientData, Split
 from cafe_flwr.data.tokenizer import Tokenizer
@@ -210,15 +210,12 @@ def load_federation(
             source.column(partition_column),
             source.labels,
             num_clients,
-            split=natural_split,
-            alpha=alpha,
-            capped=capped,
-            seed=seed,
+            Rule(natural_split, alpha, capped=capped),
+            seed,
         )
     else:
-        parts = partition_labels(
-            source.labels, num_clients, partition, alpha, classes_per_client, seed, groups, capped=capped
-        )
+        rule = Rule(partition, alpha, classes_per_client, capped)
+        parts = partition_labels(source.labels, num_clients, rule, seed, groups)
     if source.read is None and label_groups:
         parts = [parts[client % label_groups] for client in range(num_clients)]
 

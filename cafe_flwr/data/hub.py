@@ -31,11 +31,9 @@ class HubSet:
     repository
         Its name on the hub.
     splits
-        Splits that are put together before they are dealt out to clients.
+        Are put together before they are dealt out to clients.
     inputs, labels
         Columns.
-    num_classes
-        C.
     image_size
         Height and width of its images, which have three colours; 0: it holds texts.
     pixels
@@ -96,14 +94,7 @@ HUB_SETS = {
 class OpenSet:
     """A data set that has been opened; pictures are decoded when they are asked for.
 
-    Attributes
-    ----------
-    about
-        What it is.
-    labels
-        (N,) int64, 0..C−1.
-    class_names
-        In the order of the labels.
+    ``labels`` are (N,) int64, 0..C−1, and ``class_names`` in their order.
     """
 
     about: HubSet

@@ -18,16 +18,9 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 class LocalSet(NamedTuple):
     """A set that has been read.
 
-    Attributes
-    ----------
-    images
-        (N, C, H, W): pixels (uint8) where all images are of 8 bits, else float32, about −1..1.
-    labels
-        (N,) int64, 0..K−1.
-    class_names
-        In the order of the labels.
-    column
-        Values of a column of the file, (N,), by its name; ValueError if there is none of this name.
+    ``images``, (N, C, H, W): pixels (uint8) where all images are of 8 bits, else float32, about −1..1. ``labels``: (N,)
+    int64, 0..K−1; ``class_names`` in their order. ``column`` gives the values of a column of the file, (N,), by its
+    name; ValueError if there is none of this name.
     """
 
     images: NDArray[np.uint8] | NDArray[np.float32]
@@ -164,14 +157,19 @@ def _read_images(rows: Any, column: str, image_size: int, origin: str) -> NDArra
             images.append(_to_pixels(rows[row][column], image_size))
         except Exception as error:
             raise ValueError(f"row {row} of {origin} holds no image that can be read: {error}") from error
-    if len({len(image) for image in images}) > 1:  # some are grey, some are not
-        images = [np.repeat(image, 3, axis=0) if len(image) == 1 else image for image in images]
+    images = alike(images)
     if len({image.dtype for image in images}) > 1:
         images = [normalised(image) for image in images]
     shapes = {image.shape for image in images}
     if len(shapes) != 1:
         raise ValueError(f"images of {origin} have {len(shapes)} different shapes: set image-size")
     return np.stack(images)
+
+
+def alike(images: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Images (C, H, W) of three channels, if some are grey and some are not; else as they are."""
+    mixed = len({len(image) for image in images}) > 1
+    return [np.repeat(image, 3, axis=0) if mixed and len(image) == 1 else image for image in images]
 
 
 def to_array(image: Any, size: int) -> NDArray[np.float32]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,23 +16,42 @@ MIN_EXAMPLES = 10
 """Of the smallest client, all splits together."""
 
 
-def partition_labels(
-    labels: NDArray[np.int64],
-    num_clients: int,
-    partition: str,
-    alpha: float,
-    classes_per_client: int,
-    seed: int,
-    label_groups: int = 0,
-    *,
-    capped: bool = False,
-) -> list[NDArray[np.int64]]:
-    """Positions of ``labels`` that each client gets, by a partitioner of flwr-datasets.
+class Rule(NamedTuple):
+    """How examples are dealt out: ``"dirichlet"`` or ``"pathological"``, by labels; ``"even"``, at random.
 
-    With ``label_groups`` the partition is one over so many groups, each dealt out evenly to its clients. ``capped``, of
-    the Dirichlet partition: classes are dealt out one after another, in the order of their labels, and a client (or
-    group) that holds more than its fair share, N/n examples, gets nothing of those that are left. So does the code of
-    Yurochkin et al. (arXiv 1905.12022), and PFLlib's after it.
+    ``alpha`` is of the Dirichlet partition, and so is ``capped``: classes are dealt out one after another, in the order
+    of their labels, and a client (or group) that holds more than its fair share, N/n examples, gets nothing of those
+    that are left. So does the code of Yurochkin et al. (arXiv 1905.12022), and PFLlib's after it.
+    ``classes_per_client`` is of the pathological partition.
+    """
+
+    kind: str = "dirichlet"
+    alpha: float = 0.1
+    classes_per_client: int = 10
+    capped: bool = False
+
+    def partitioner(self, parts: int, smallest: int, seed: int) -> Any:
+        """Of flwr-datasets, by a column ``label``; Dirichlet ones give every part ``smallest`` examples or more."""
+        from flwr_datasets.partitioner import DirichletPartitioner, PathologicalPartitioner
+
+        if self.kind == "dirichlet":
+            return DirichletPartitioner(
+                parts, "label", self.alpha, min_partition_size=smallest, self_balancing=self.capped, seed=seed
+            )
+        if self.kind == "pathological":
+            return PathologicalPartitioner(
+                parts, "label", self.classes_per_client, class_assignment_mode="first-deterministic", seed=seed
+            )
+        raise ValueError(f"partition must be 'dirichlet' or 'pathological', got {self.kind!r}")
+
+
+EVEN = Rule("even")
+
+
+def partition_labels(
+    labels: NDArray[np.int64], num_clients: int, rule: Rule, seed: int, label_groups: int = 0
+) -> list[NDArray[np.int64]]:
+    """Positions of ``labels`` that each client gets; of ``label_groups``, each is dealt out evenly to its clients.
 
     Raises
     ------
@@ -40,88 +59,56 @@ def partition_labels(
         If the data cannot serve so many clients; the message says what to change.
     """
     logging.getLogger("datasets").setLevel(logging.ERROR)
-    from datasets import Dataset
-    from flwr_datasets.partitioner import DirichletPartitioner, Partitioner, PathologicalPartitioner
-
     groups = label_groups or num_clients
-    partitioner: Partitioner
-    minimum = MIN_EXAMPLES
-    if partition == "dirichlet":
-        smallest = minimum * -(-num_clients // groups)  # group of clients
-        partitioner = DirichletPartitioner(
-            groups, "label", alpha=alpha, min_partition_size=smallest, self_balancing=capped, seed=seed
-        )
-    elif partition == "pathological":
-        partitioner = PathologicalPartitioner(
-            groups, "label", classes_per_client, class_assignment_mode="first-deterministic", seed=seed
-        )
-    else:
-        raise ValueError(f"partition must be 'dirichlet' or 'pathological', got {partition!r}")
-    if num_clients * minimum > len(labels):
+    partitioner = rule.partitioner(groups, MIN_EXAMPLES * -(-num_clients // groups), seed)
+    if num_clients * MIN_EXAMPLES > len(labels):
         raise ValueError(
-            f"{len(labels)} examples cannot serve {num_clients} clients with at least {minimum} each: "
+            f"{len(labels)} examples cannot serve {num_clients} clients with at least {MIN_EXAMPLES} each: "
             "lower num-clients or give more data"
         )
-    partitioner.dataset = Dataset.from_dict({"label": labels, "position": np.arange(len(labels))})
+    try:
+        parts = _load(partitioner, groups, {"label": labels, "position": np.arange(len(labels))})
+        if label_groups:
+            parts = _deal(labels, parts, num_clients, rng_for(seed, 0, -1, "label groups"))
+        if (smallest := min(map(len, parts))) < MIN_EXAMPLES:
+            raise ValueError(f"the smallest client would have {smallest} of at least {MIN_EXAMPLES} examples")
+        return parts
+    except ValueError as error:
+        advice = (
+            "raise dirichlet-alpha or the number of examples, or lower num-clients"
+            if rule.kind == "dirichlet"
+            else "change classes-per-client, lower num-clients or raise the number of examples"
+        )
+        grouped = f" in {label_groups} label groups" if label_groups else ""
+        raise ValueError(
+            f"the {rule.kind} partition of {len(labels)} examples over {num_clients} clients{grouped} failed "
+            f"({error}): {advice}"
+        ) from error
+
+
+def _load(partitioner: Any, parts: int, columns: dict[str, NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+    """Values of the column ``position`` in each part."""
+    from datasets import Dataset
+
+    partitioner.dataset = Dataset.from_dict(columns)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns at every retry; what counts is whether it succeeds
-        try:
-            shared = [np.asarray(partitioner.load_partition(g)["position"], dtype=np.int64) for g in range(groups)]
-            parts = shared
-            if label_groups:
-                parts = _deal(labels, shared, num_clients, rng_for(seed, 0, -1, "label groups"))
-            smallest = min(len(part) for part in parts)
-            if smallest < minimum:
-                raise ValueError(f"the smallest client would have {smallest} of at least {minimum} examples")
-            return parts
-        except ValueError as error:
-            advice = (
-                "raise dirichlet-alpha or the number of examples, or lower num-clients"
-                if partition == "dirichlet"
-                else "change classes-per-client, lower num-clients or raise the number of examples"
-            )
-            grouped = f" in {label_groups} label groups" if label_groups else ""
-            raise ValueError(
-                f"the {partition} partition of {len(labels)} examples over {num_clients} clients{grouped} failed "
-                f"({error}): {advice}"
-            ) from error
+        return [np.asarray(partitioner.load_partition(k)["position"], dtype=np.int64) for k in range(parts)]
 
 
 def partition_naturally(
-    column: str,
-    values: Sequence[Any],
-    labels: NDArray[np.int64],
-    num_clients: int,
-    *,
-    split: str = "even",
-    alpha: float = 0.1,
-    capped: bool = False,
-    seed: int = 0,
+    column: str, values: Sequence[Any], labels: NDArray[np.int64], num_clients: int, rule: Rule = EVEN, seed: int = 0
 ) -> list[NDArray[np.int64]]:
     """Positions that each client gets where clients are the values of a column, or several clients share a value.
 
-    With v different values, in sorted order, client i has examples of value i mod v only.
-
-    Parameters
-    ----------
-    column
-        Its name, for messages.
-    values
-        Of every example; names or numbers.
-    labels
-        (N,), 0..C−1.
-    num_clients
-        A multiple of v.
-    split
-        How a value is dealt out to its num_clients/v clients: ``"even"``, at random, in parts of one size; or
-        ``"dirichlet"``, by labels as :func:`partition_labels` does it, with draws of its own for every value.
-    alpha, capped
-        Of the Dirichlet partition.
+    With v different values, in sorted order, client i has examples of value i mod v only; num_clients is a multiple of
+    v. By the rule a value is dealt out to its num_clients/v clients: at random, in parts of one size, or by the
+    Dirichlet partition of its labels, with draws of its own for every value.
 
     Raises
     ------
     ValueError
-        If values are missing or do not suit so many clients; the message says what to change.
+        If values are missing or do not suit so many clients; the message names the column and says what to change.
 
     Examples
     --------
@@ -152,29 +139,25 @@ def partition_naturally(
         positions = np.flatnonzero(value == place)
         own_seed = int(rng_for(seed, 0, -1, f"natural {place}").integers(2**31))
         try:
-            parts = _split_value(labels[positions], clients, split, alpha, capped, own_seed)
+            parts = _split_value(labels[positions], clients, rule, own_seed)
         except ValueError as error:
             raise ValueError(f"natural-split of the value {name!r} of {column!r}: {error}") from error
         dealt |= {k * len(names) + place: positions[part] for k, part in enumerate(parts)}
     return [dealt[client] for client in range(num_clients)]
 
 
-def _split_value(
-    labels: NDArray[np.int64], num_clients: int, split: str, alpha: float, capped: bool, seed: int
-) -> list[NDArray[np.int64]]:
+def _split_value(labels: NDArray[np.int64], num_clients: int, rule: Rule, seed: int) -> list[NDArray[np.int64]]:
     """Positions, among the examples of one value, of each of its clients."""
     if num_clients == 1:
         return [np.arange(len(labels))]
-    if split == "dirichlet":
-        return partition_labels(labels, num_clients, "dirichlet", alpha, 1, seed, capped=capped)
-    if split != "even":
-        raise ValueError(f"natural-split must be 'even' or 'dirichlet', got {split!r}")
-    from datasets import Dataset
+    if rule.kind == "dirichlet":
+        return partition_labels(labels, num_clients, rule, seed)
+    if rule.kind != "even":
+        raise ValueError(f"natural-split must be 'even' or 'dirichlet', got {rule.kind!r}")
     from flwr_datasets.partitioner import IidPartitioner
 
-    partitioner = IidPartitioner(num_clients)
-    partitioner.dataset = Dataset.from_dict({"position": np.random.default_rng(seed).permutation(len(labels))})
-    return [np.asarray(partitioner.load_partition(k)["position"], dtype=np.int64) for k in range(num_clients)]
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    return _load(IidPartitioner(num_clients), num_clients, {"position": shuffled})
 
 
 def _distinct(column: str, values: Sequence[Any]) -> tuple[list[Any], NDArray[np.int64]]:

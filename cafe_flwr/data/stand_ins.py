@@ -75,22 +75,10 @@ def rows_of(name: str, start: int, stop: int) -> Dataset:
 
 
 def write_stand_in(home: Path, name: str, rows: int, *, saved: bool = False) -> Path:
-    """Write a set of so many rows into ``home/<name>``, three quarters of them for training.
+    """Write a set of ``HUB_SETS``, of 4 rows or more, into ``home/<name>``, three quarters of them for training.
 
-    Parameters
-    ----------
-    home
-        What ``data-dir`` is then set to.
-    name
-        Of ``HUB_SETS``.
-    rows
-        All splits together, 4 or more.
-    saved
-        As ``DatasetDict.save_to_disk`` writes it, not as the hub's parquet files.
-
-    Returns
-    -------
-    ``home``.
+    ``home``, which is returned, is what ``data-dir`` is then set to. With ``saved`` the set is written as
+    ``DatasetDict.save_to_disk`` does it, not as the hub's parquet files.
 
     Raises
     ------

@@ -17,24 +17,11 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 class Tokenizer(NamedTuple):
-    """Texts → tokens, (N, L) int64; short texts are filled up with 0.
+    """Texts → tokens, (N, L) int64, of the first L words; short texts are filled up with 0.
 
     A word's token is its CRC-32 mod (vocabulary − 1), plus 1: the same on every machine. Words that share a token
     cannot be told apart: of 5,000 different words in a vocabulary of 8,192, nearly every second one has such a double.
-
-    Attributes
-    ----------
-    max_tokens
-        L, words of a text that are kept.
-    vocabulary
-        Number of tokens, 0 (no word) included.
-    cut
-        Cut texts that are longer; else they are an error.
-
-    Raises
-    ------
-    ValueError
-        If a text is longer and shall not be cut.
+    The vocabulary is the number of tokens, 0 (no word) included. Longer texts are cut, or else a ValueError.
 
     Examples
     --------

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from cafe_flwr.data.federation import FederatedData
 from cafe_flwr.data.split import ClientData
-from cafe_flwr.experiments.file import PlannedRun
+from cafe_flwr.experiments.plan import PlannedRun
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.statistics import evaluating
 from cafe_flwr.results.run import duration, scaled
@@ -30,35 +30,19 @@ _SIZES = (  # settings that what is measured depends on
 
 @dataclass(frozen=True)
 class Measured:
-    """What a network costs on this machine, in one thread.
+    """What a network costs on this machine, in one thread."""
 
-    Attributes
-    ----------
-    step
-        Seconds of a gradient step.
-    evaluation
-        Seconds of the evaluation of one example.
-    network
-        Bytes of the weights.
-    activations
-        Bytes that a step keeps for the way back.
-    example
-        Bytes of one example's inputs.
-    examples
-        Of all clients, all splits.
-    """
-
-    step: float
-    evaluation: float
-    network: int
-    activations: int
-    example: int
-    examples: int
+    step: float  # seconds of a gradient step
+    evaluation: float  # seconds of the evaluation of one example
+    network: int  # bytes of the weights
+    activations: int  # bytes that a step keeps for the backward pass
+    example: int  # bytes of one example's inputs
+    examples: int  # of all clients, all splits
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of several runs: seconds on the clock, and bytes of memory of all processes together."""
+    """Wall-clock seconds and bytes of memory of several runs, all processes together."""
 
     seconds: float
     memory: float
@@ -66,7 +50,7 @@ class Estimate:
     jobs: int
 
     def words(self) -> str:
-        """For people.
+        """The estimate as a sentence.
 
         Examples
         --------
@@ -106,19 +90,12 @@ def measure(settings: Settings) -> Measured:
 
 
 def estimate(runs: Sequence[PlannedRun], jobs: int) -> Estimate:
-    """Time and memory of runs that have not finished, ``jobs`` at a time.
+    """Time and memory of runs (one at least) that have not finished, ``jobs`` processes at a time.
 
     Time: gradient steps, evaluations, and a few seconds a run for its start and its page. Memory: in every worker the
     libraries, the clients' data (which are decoded once and kept), four times the network (weights, gradients,
     momentum, the server's), what all participants of a round reply, and one batch's activations; and the libraries once
-    more.
-
-    Parameters
-    ----------
-    runs
-        One at least.
-    jobs
-        Processes at a time.
+    more for the command itself.
     """
     known: dict[tuple[Any, ...], Measured] = {}
     seconds, memory, steps = [], [], []
@@ -135,7 +112,7 @@ def estimate(runs: Sequence[PlannedRun], jobs: int) -> Estimate:
 
 
 def _run_seconds(run: PlannedRun, measured: Measured) -> float:
-    """Of the rounds that are not done yet."""
+    """Seconds of the rounds that are not done yet."""
     s = run.settings
     rounds = max(0, s.num_server_rounds - run.rounds_done)
     participants = max(1, round(s.fraction_train * s.num_clients))
@@ -158,7 +135,7 @@ def _loss(network: EarlyExitNetwork, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _activations(network: EarlyExitNetwork, x: Tensor, y: Tensor) -> int:
-    """Bytes that the forward pass keeps for the backward pass, weights not counted; a step that warms up, too."""
+    """Bytes that the forward pass keeps for the backward pass, weights not counted. The step also warms up."""
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept: dict[int, int] = {}
 
@@ -184,7 +161,7 @@ def _seconds(compute: Any) -> float:
 
 
 def _num_examples(data: FederatedData, client: ClientData) -> int:
-    """Of all clients; if the data set does not say, from the first client."""
+    """Examples of all clients; if the data set does not say how many, as if all had those of the first client."""
     if data.num_examples:
         return data.num_examples
     return data.num_clients * sum(len(split) for split in (client.train, client.calibration, client.test))

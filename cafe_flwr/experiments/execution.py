@@ -1,4 +1,4 @@
-"""Runs of an experiment in worker processes: as many at a time as asked for, one thread each, none in another's way."""
+"""Runs of an experiment in worker processes: so many at a time, with one thread each."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from queue import Empty, Queue
 from typing import NamedTuple
 
 from cafe_flwr.core.log import logger
-from cafe_flwr.experiments.file import PlannedRun, state_of
+from cafe_flwr.experiments.folders import state_of
+from cafe_flwr.experiments.plan import PlannedRun
 
 
 class Event(NamedTuple):
-    """Something that happened to a run: it started, or it ended; with the reason if it failed."""
+    """A run has started, or ended; with the reason if it failed."""
 
     run: PlannedRun
     ended: bool
@@ -31,17 +32,10 @@ class Event(NamedTuple):
 
 
 def execute(runs: Sequence[PlannedRun], jobs: int) -> Generator[Event | None, None, None]:
-    """Run in worker processes with one thread each; the order is that of the runs.
+    """Run what is not finished in worker processes with one thread each, ``jobs`` at a time, in the order of the runs.
 
     A run that fails, or takes its process with it, ends with a reason, and the others go on. When the caller stops
-    listening (closes the generator, or ends in whatever way) the workers end at once; what they were at can be resumed.
-
-    Parameters
-    ----------
-    runs
-        What is not finished yet.
-    jobs
-        Processes at a time.
+    listening (closes the generator, or ends in whatever way) the workers end at once; their runs can be resumed.
 
     Yields
     ------
@@ -76,7 +70,7 @@ def execute(runs: Sequence[PlannedRun], jobs: int) -> Generator[Event | None, No
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Processes started inside find one thread prescribed to every numerical library."""
+    """Processes that are started inside use one thread in every numerical library."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
@@ -116,7 +110,7 @@ def _work_off(waiting: deque[PlannedRun], events: Queue[Event], lifeline: Connec
 
 
 def _begin_worker(lifeline: Connection) -> None:
-    """Set up a worker: one thread, and no life of its own when the command ends."""
+    """Set up a worker: one thread, and it ends when the command ends."""
     import torch
 
     torch.set_num_threads(1)
@@ -132,9 +126,7 @@ def _begin_worker(lifeline: Connection) -> None:
 def run_one(run: PlannedRun) -> str | None:
     """Run a run in this process, from its checkpoint if it has one.
 
-    Returns
-    -------
-    None, or the reason why it failed: the last line of the exception. The whole is in the run's log.
+    Returns None, or the reason why it failed: the last line of the exception, which the run's log has in full.
     """
     from cafe_flwr.app.parts import build_networks, federation, modality_of
     from cafe_flwr.app.run import run as run_federation
@@ -163,7 +155,7 @@ def _last_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet(log: Path) -> Iterator[None]:
-    """Everything that this process says goes to a file."""
+    """Everything that this process prints or logs goes to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     loggers = [logger, logging.getLogger("py.warnings")]
     before = [(each.handlers[:], each.level, each.propagate) for each in loggers]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -11,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cafe_flwr.core.files import write_atomically
-from cafe_flwr.experiments.comparison import EQUAL_MACS, Comparison, ConditionTable, RowResult, Statistic, statistic
-from cafe_flwr.experiments.file import settings_words, words
+from cafe_flwr.experiments.comparison import EQUAL_MACS, Comparison, ConditionTable, RowResult
+from cafe_flwr.experiments.contents import settings_words, words
+from cafe_flwr.experiments.statistics import Statistic, statistic
 from cafe_flwr.results.run import scaled
 
 if TYPE_CHECKING:
@@ -191,10 +190,7 @@ def markdown(comparison: Comparison) -> str:
 def between_markers(path: Path) -> tuple[str, str]:
     """What stands before and after the place for the tables in a Markdown file, markers included.
 
-    Raises
-    ------
-    ValueError
-        If the file cannot be read, or the two markers do not stand there once each and in order.
+    Raises ValueError if the file cannot be read, or the two markers do not stand there once each and in order.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -206,35 +202,9 @@ def between_markers(path: Path) -> tuple[str, str]:
 
 
 def update_markdown(path: Path, comparison: Comparison) -> None:
-    """Put the tables between the markers of a Markdown file, in place of what stands there.
-
-    Raises
-    ------
-    ValueError
-        See :func:`between_markers`.
-    """
+    """Put the tables between the markers of a Markdown file; raises as :func:`between_markers`."""
     before, after = between_markers(path)
     write_atomically(path, f"{before}\n\n{markdown(comparison)}\n{after}")
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_comparison(comparison: Comparison) -> Path:
-    """Write ``runs.csv``, ``table.csv``, ``table.md`` and ``comparison.html`` to the experiment's folder.
-
-    Returns
-    -------
-    Path of the page.
-    """
-    from cafe_flwr.experiments.page import render
-
-    folder = comparison.folder
-    write_atomically(folder / "runs.csv", _csv(_run_lines(comparison)))
-    write_atomically(folder / "table.csv", _csv(_table_lines(comparison)))
-    write_atomically(folder / "table.md", f"# {comparison.title}\n\n{markdown(comparison)}")
-    write_atomically(folder / "comparison.html", render(comparison))
-    return folder / "comparison.html"
 
 
 def figure_names(comparison: Comparison) -> list[str]:
@@ -243,7 +213,7 @@ def figure_names(comparison: Comparison) -> list[str]:
     return list(dict.fromkeys(name for run in runs for name in run.figures))
 
 
-def _run_lines(comparison: Comparison) -> list[dict[str, Any]]:
+def run_lines(comparison: Comparison) -> list[dict[str, Any]]:
     """A line per run; figures are shares, bytes and seconds; ``difference`` is of ``accuracy``."""
     lines: list[dict[str, Any]] = []
     for table in comparison.tables:
@@ -260,7 +230,7 @@ def _run_lines(comparison: Comparison) -> list[dict[str, Any]]:
     return lines
 
 
-def _table_lines(comparison: Comparison) -> list[dict[str, Any]]:
+def table_lines(comparison: Comparison) -> list[dict[str, Any]]:
     """A line per row and condition: mean and standard deviation of all figures, and differences to the reference."""
     lines: list[dict[str, Any]] = []
     for table in comparison.tables:
@@ -281,12 +251,8 @@ def _table_lines(comparison: Comparison) -> list[dict[str, Any]]:
     return lines
 
 
-def _csv(lines: Sequence[Mapping[str, Any]]) -> str:
+def csv_text(lines: Sequence[Mapping[str, Any]]) -> str:
     """Text of a CSV file; NaN is an empty field."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in line.items()} for line in lines
-    )
-    return buffer.getvalue()
+    import pandas as pd
+
+    return pd.DataFrame(lines, dtype=object).to_csv(index=False, lineterminator="\n")

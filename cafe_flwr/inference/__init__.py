@@ -15,29 +15,11 @@ if TYPE_CHECKING:
     from cafe_flwr.inference.runner import Prediction as Prediction
     from cafe_flwr.risk.thresholds import ExitThresholds as ExitThresholds
 
-__all__ = [
-    "EarlyExitRunner",
-    "Entropy",
-    "ExitThresholds",
-    "Margin",
-    "MaxProb",
-    "Patience",
-    "PerExit",
-    "Policy",
-    "Prediction",
-]
-
 __getattr__ = lazily(
     __name__,
     {
-        "EarlyExitRunner": "cafe_flwr.inference.runner",
-        "Entropy": "cafe_flwr.inference.policies",
-        "ExitThresholds": "cafe_flwr.risk.thresholds",
-        "Margin": "cafe_flwr.inference.policies",
-        "MaxProb": "cafe_flwr.inference.policies",
-        "Patience": "cafe_flwr.inference.policies",
-        "PerExit": "cafe_flwr.inference.policies",
-        "Policy": "cafe_flwr.inference.policies",
-        "Prediction": "cafe_flwr.inference.runner",
+        "cafe_flwr.inference.policies": "Entropy Margin MaxProb Patience PerExit Policy",
+        "cafe_flwr.inference.runner": "EarlyExitRunner Prediction",
+        "cafe_flwr.risk.thresholds": "ExitThresholds",
     },
 )

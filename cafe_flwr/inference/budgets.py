@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cafe_flwr.inference.policies import PerExit
 from cafe_flwr.metrics.curve import cheapest, check_examples
-from cafe_flwr.metrics.early_exit import THRESHOLDS, DynamicCounts
+from cafe_flwr.metrics.early_exit import THRESHOLDS, DynamicCounts, counts_at
 from cafe_flwr.metrics.selective import confidence_and_correct, scale_logits
 from cafe_flwr.metrics.temperature import fit_temperatures
 
@@ -76,19 +76,14 @@ def for_accuracy(
     Parameters
     ----------
     logits, y, macs, fingerprint
-        As for :func:`for_macs`.
+        As for :func:`for_macs`; errors, too.
     loss_allowed
         Of accuracy, 0.01 for a point; 0 or more.
-
-    Raises
-    ------
-    ValueError
-        If the examples do not fit.
 
     Examples
     --------
     >>> import torch
-    >>> z = torch.tensor([[[3.0, 0.0], [0.2, 0.0]], [[3.0, 0.0], [0.0, 3.0]]])  # the second example needs exit 2
+    >>> z = torch.tensor([[[3.0, 0.0], [0.2, 0.0]], [[3.0, 0.0], [0.0, 3.0]]])  # as for for_macs
     >>> thresholds = for_accuracy(z, torch.tensor([0, 1]), [10, 40], loss_allowed=0.0)
     >>> thresholds.leaves(0, z[0] / thresholds.temperatures[0], z[0].argmax(1, keepdim=True))
     tensor([ True, False])
@@ -116,17 +111,10 @@ def exit_shares(decay: float, num_exits: int) -> NDArray[np.float64]:
 
 
 def thresholds_for_shares(confidence: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Thresholds (m − 1) by which about these shares of the examples leave at each exit, the most confident first.
+    """Thresholds (m − 1) by which about these shares (m) of the examples leave, the most confident first.
 
-    At least as many examples have left after each exit as the shares say; equal confidences leave together. Thresholds
-    lie halfway between the last confidence that leaves and the first that stays.
-
-    Parameters
-    ----------
-    confidence
-        (N, m).
-    shares
-        (m,), of sum 1.
+    At least as many examples, of confidences (N, m), have left after each exit as the shares, of sum 1, say; equal
+    confidences leave together. Thresholds lie halfway between the last confidence that leaves and the first that stays.
 
     Examples
     --------
@@ -163,20 +151,4 @@ def _candidates(
     m = len(logits)
     by_share = [thresholds_for_shares(confidence, exit_shares(q, m)) for q in _DECAYS]
     thresholds = np.stack([*by_share, *(np.full(m - 1, t) for t in THRESHOLDS)])
-    return thresholds, _count(thresholds, confidence, correct), temperatures
-
-
-def _count(
-    thresholds: NDArray[np.float64], confidence: NDArray[np.float64], correct: NDArray[np.bool_]
-) -> DynamicCounts:
-    """Who leaves where, and how many are right, for each of the thresholds (U, m − 1)."""
-    n, m = correct.shape
-    left, right, changed = [], [], []
-    for row in thresholds:
-        passes = np.concatenate([confidence[:, :-1] >= row, np.ones((n, 1), dtype=bool)], axis=1)
-        exits = passes.argmax(axis=1)
-        outcome = correct[np.arange(n), exits]
-        left.append(np.bincount(exits, minlength=m))
-        right.append(outcome.sum())
-        changed.append((outcome != correct[:, -1]).sum())
-    return DynamicCounts(*(np.array(c, dtype=np.int64) for c in (left, right, changed)))
+    return thresholds, counts_at(confidence, correct, thresholds), temperatures

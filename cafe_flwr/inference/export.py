@@ -27,18 +27,10 @@ _KINDS = {"onnx": ("onnx",), "torch": ("torch",), "both": ("onnx", "torch")}
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export left behind.
+    """What an export left behind: a folder, the names of its files, and notes, a sentence each, for the user.
 
-    Attributes
-    ----------
-    folder
-        Where it is.
-    files
-        Names of the files in it.
-    difference
-        By kind of graph: largest difference of its logits from the network's on the example; None: not verified.
-    notes
-        What the user should know, a sentence each.
+    ``difference``, by kind of graph: largest difference of its logits from the network's on the example; None: not
+    verified.
     """
 
     folder: Path
@@ -121,35 +113,48 @@ def export(  # noqa: PLR0913 (public, all by name)
     copied, example = on_cpu(network), example.detach().cpu()
     scale = EarlyExitRunner(copied, policy, temperatures=temperatures).temperatures  # refuses what does not fit
     logits_of(copied, example)
-    manifest: dict[str, Any] = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "num_exits": network.num_exits,
-        "num_classes": network.num_classes,
+    manifest = {
+        **_about(copied, example),
         "class_names": [str(name) for name in class_names],
-        "input": {"shape": list(example.shape[1:]), "dtype": str(example.dtype).removeprefix("torch.")},
         "pixels": _check_pixels(pixels),
         "temperatures": list(scale) or [1.0] * network.num_exits,
         "thresholds": policy.to_dict(),
         "macs_per_exit": _macs(copied, example, notes),
-        "fingerprint": fingerprint(copied),
-        "versions": {name: _version(name) for name in ("cafe-flwr", "torch", "onnx", "onnxscript", "onnxruntime")},
         "facts": dict(facts or {}),
     }
     with atomic_folder(folder) as draft:
-        files = write_graphs(copied, draft, example, _KINDS[format])
-        gaps = {kind: difference(copied, draft, example, kind) for kind in _KINDS[format]}
-        stages = range(network.num_exits)
-        manifest["stages"] = [{kind: f"stage-{k}.{SUFFIXES[kind]}" for kind in _KINDS[format]} for k in stages]
-        manifest["files"] = {name: hashlib.sha256((draft / name).read_bytes()).hexdigest() for name in files}
-        manifest["difference"] = gaps
-        try:
-            (draft / MANIFEST).write_text(to_json(manifest, indent=1), encoding="utf-8")
-        except TypeError as error:
-            raise ValueError(f"facts must be numbers, texts, lists and dictionaries: {error}") from None
-    if None in gaps.values():
+        _write(draft, copied, example, _KINDS[format], manifest)
+    if None in manifest["difference"].values():
         notes.append(f"The graphs were not verified: onnxruntime is not installed here ({INSTALL}).")
-    return Exported(folder, (*files, MANIFEST), gaps, tuple(notes))
+    return Exported(folder, (*manifest["files"], MANIFEST), manifest["difference"], tuple(notes))
+
+
+def _write(
+    draft: Path, network: EarlyExitNetwork, example: Tensor, kinds: Sequence[str], manifest: dict[str, Any]
+) -> None:
+    """Graphs, and the manifest with their names, checksums and differences."""
+    files = write_graphs(network, draft, example, kinds)
+    manifest["difference"] = {kind: difference(network, draft, example, kind) for kind in kinds}
+    stages = range(network.num_exits)
+    manifest["stages"] = [{kind: f"stage-{k}.{SUFFIXES[kind]}" for kind in kinds} for k in stages]
+    manifest["files"] = {name: hashlib.sha256((draft / name).read_bytes()).hexdigest() for name in files}
+    try:
+        (draft / MANIFEST).write_text(to_json(manifest, indent=1), encoding="utf-8")
+    except TypeError as error:
+        raise ValueError(f"facts must be numbers, texts, lists and dictionaries: {error}") from None
+
+
+def _about(network: EarlyExitNetwork, example: Tensor) -> dict[str, Any]:
+    """What a manifest says of the network itself, and of what wrote it."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "num_exits": network.num_exits,
+        "num_classes": network.num_classes,
+        "input": {"shape": list(example.shape[1:]), "dtype": str(example.dtype).removeprefix("torch.")},
+        "fingerprint": fingerprint(network),
+        "versions": {name: _version(name) for name in ("cafe-flwr", "torch", "onnx", "onnxscript", "onnxruntime")},
+    }
 
 
 def _policy(given: object, early: int, temperatures: Sequence[float]) -> tuple[ExitThresholds | PerExit, list[str]]:

@@ -21,14 +21,7 @@ INSTALL = "pip install 'cafe-flwr[export]'"
 
 
 def on_cpu(network: EarlyExitNetwork) -> EarlyExitNetwork:
-    """A copy in evaluation mode on the CPU, with the offset.
-
-    Examples
-    --------
-    >>> from cafe_flwr.networks import ConvNet
-    >>> on_cpu(ConvNet((1, 16, 16), num_classes=10)).training
-    False
-    """
+    """A copy in evaluation mode on the CPU, with the offset."""
     copied = copy.deepcopy(network).cpu().eval().requires_grad_(False)
     if copied.offset is not None:
         copied.offset = copied.offset.detach().cpu()
@@ -38,33 +31,13 @@ def on_cpu(network: EarlyExitNetwork) -> EarlyExitNetwork:
 def write_graphs(network: EarlyExitNetwork, folder: Path, example: Tensor, kinds: Sequence[str]) -> dict[str, str]:
     """Write ``stage-<k>.onnx`` and ``stage-<k>.pt2``, as ``kinds`` asks for; the result has the kind of each file.
 
-    Graph k takes the output ``h`` of stage k − 1 (the input, if k is 0), with any batch size, and gives ``h_next`` and
-    ``logits``; the last one gives ``logits`` only.
-
-    Parameters
-    ----------
-    network
-        From :func:`on_cpu`.
-    folder
-        Is there.
-    example
-        A batch of inputs, (B, …), B ≥ 1.
-    kinds
-        ``"onnx"``, ``"torch"`` or both.
+    :func:`cafe_flwr.inference.export.export` says what a graph takes and gives. The network is from :func:`on_cpu`, the
+    example a batch of inputs, (B, …), B ≥ 1.
 
     Raises
     ------
     ValueError
         If torch cannot write a stage as a graph, or ONNX is not installed.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from cafe_flwr.networks import ConvNet
-    >>> network = on_cpu(ConvNet((1, 16, 16), num_classes=10))
-    >>> with tempfile.TemporaryDirectory() as home:
-    ...     list(write_graphs(network, Path(home), torch.zeros(1, 1, 16, 16), ["torch"]))
-    ['stage-0.pt2', 'stage-1.pt2', 'stage-2.pt2']
     """
     h = example[:2] if len(example) > 1 else example.repeat(2, *[1] * (example.dim() - 1))  # 1 would be taken as fixed
     written = {}
@@ -88,19 +61,7 @@ def write_graphs(network: EarlyExitNetwork, folder: Path, example: Tensor, kinds
 
 
 def logits_of(network: EarlyExitNetwork, example: Tensor) -> list[Tensor]:
-    """Logits of all exits on the example.
-
-    Raises
-    ------
-    ValueError
-        If the network cannot compute it, or gives NaN or infinity.
-
-    Examples
-    --------
-    >>> from cafe_flwr.networks import ConvNet
-    >>> len(logits_of(ConvNet((1, 16, 16), num_classes=10), torch.zeros(1, 1, 16, 16)))
-    3
-    """
+    """Logits of all exits on the example; ValueError if it cannot be computed, or gives NaN or infinity."""
     if example.dim() < 2 or not len(example):
         raise ValueError(f"the example must be a batch (B, …) with B ≥ 1, got the shape {tuple(example.shape)}")
     try:
@@ -116,22 +77,8 @@ def logits_of(network: EarlyExitNetwork, example: Tensor) -> list[Tensor]:
 def difference(network: EarlyExitNetwork, folder: Path, example: Tensor, kind: str) -> float | None:
     """Largest difference of the graphs' logits from the network's, on the example and on its first row alone.
 
-    None if it cannot be computed, because onnxruntime is not installed.
-
-    Raises
-    ------
-    ValueError
-        If it is above 1e-4 (relative to the largest logit, where that is above 1).
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> from cafe_flwr.networks import ConvNet
-    >>> network, x = on_cpu(ConvNet((1, 16, 16), num_classes=10)), torch.zeros(1, 1, 16, 16)
-    >>> with tempfile.TemporaryDirectory() as home:
-    ...     _ = write_graphs(network, Path(home), x, ["torch"])
-    ...     difference(network, Path(home), x, "torch") < 1e-4
-    True
+    None if it cannot be computed, because onnxruntime is not installed. ValueError if it is above 1e-4 (relative to the
+    largest logit, where that is above 1).
     """
     paths = [folder / f"stage-{k}.{SUFFIXES[kind]}" for k in range(network.num_exits)]
     if kind == "torch":

@@ -20,19 +20,10 @@ _T = TypeVar("_T")
 
 
 def latency_per_exit(network: EarlyExitNetwork, example: Tensor, repeats: int = 20) -> list[float]:
-    """Seconds until exit k has answered, for k = 1..m, of a batch as it is given.
+    """Seconds until exit k has answered, for k = 1..m, of a batch (B, …), B ≥ 1, on the network's device.
 
     Sum over the stages (each with its exit) of the median over repeats, where the device has finished after each; one
-    more repeat before warms up.
-
-    Parameters
-    ----------
-    network
-        In evaluation mode or not, it is left as it is.
-    example
-        One batch, (B, …), B ≥ 1, on the network's device.
-    repeats
-        How often each stage is timed.
+    more repeat before warms up. The network is left as it is.
 
     Examples
     --------
@@ -54,16 +45,9 @@ def latency_per_exit(network: EarlyExitNetwork, example: Tensor, repeats: int = 
 
 
 def policy_latency(runner: EarlyExitRunner, x: Tensor, repeats: int = 5) -> float:
-    """Seconds per example under the runner's policy: the median over repeats, after one that warms up.
+    """Seconds per example, of (N, …), N ≥ 1, under the runner's policy, ``batch_size`` of them at a time.
 
-    Parameters
-    ----------
-    runner
-        Its ``batch_size`` is how many examples are computed at a time.
-    x
-        Examples, (N, …), N ≥ 1.
-    repeats
-        How often all of them are predicted.
+    The median over repeats, after one that warms up.
 
     Examples
     --------

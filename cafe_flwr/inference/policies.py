@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from cafe_flwr.risk.thresholds import checked_temperatures, plain_values
 
 
 class Policy(Protocol):
@@ -32,13 +33,24 @@ class Policy(Protocol):
 
 
 @dataclass(frozen=True)
-class MaxProb:
-    """Leave when the largest probability is at least the threshold (arXiv 2601.10015: 0.6).
+class _ByShare:
+    """One threshold, a share, for all exits."""
 
-    Parameters
-    ----------
-    threshold
-        In 0..1, or inf: never leave.
+    looks_back: ClassVar[bool] = False
+    _never: ClassVar[float] = math.inf
+
+    threshold: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.threshold <= 1 or self.threshold == self._never):
+            name = type(self).__name__
+            raise ValueError(
+                f"the threshold of {name} must be in 0..1, or {self._never} for never; got {self.threshold!r}"
+            )
+
+
+class MaxProb(_ByShare):
+    """Leave when the largest probability is at least the threshold, 0..1 or inf: never (arXiv 2601.10015: 0.6).
 
     Examples
     --------
@@ -47,26 +59,15 @@ class MaxProb:
     tensor([ True, False])
     """
 
-    looks_back: ClassVar[bool] = False
-
-    threshold: float
-
-    def __post_init__(self) -> None:
-        _check_share("MaxProb", self.threshold, never=math.inf)
-
     def leaves(self, k: int, logits: Tensor, labels: Tensor) -> Tensor:
         """As :class:`Policy` says."""
         return largest_probability(logits) >= self.threshold
 
 
-@dataclass(frozen=True)
-class Entropy:
+class Entropy(_ByShare):
     """Leave when the entropy of the probabilities, divided by ln C, is at most the threshold (arXiv 1709.01686).
 
-    Parameters
-    ----------
-    threshold
-        In 0..1, or −inf: never leave. 1 is the entropy of equal probabilities.
+    The threshold is in 0..1, or −inf: never leave. 1 is the entropy of equal probabilities.
 
     Examples
     --------
@@ -75,12 +76,7 @@ class Entropy:
     tensor([ True, False])
     """
 
-    looks_back: ClassVar[bool] = False
-
-    threshold: float
-
-    def __post_init__(self) -> None:
-        _check_share("Entropy", self.threshold, never=-math.inf)
+    _never: ClassVar[float] = -math.inf
 
     def leaves(self, k: int, logits: Tensor, labels: Tensor) -> Tensor:
         """As :class:`Policy` says."""
@@ -88,14 +84,8 @@ class Entropy:
         return entropy.double() / math.log(logits.shape[1]) <= self.threshold
 
 
-@dataclass(frozen=True)
-class Margin:
-    """Leave when the largest probability is ahead of the second by at least the threshold.
-
-    Parameters
-    ----------
-    threshold
-        In 0..1, or inf: never leave.
+class Margin(_ByShare):
+    """Leave when the largest probability is ahead of the second by at least the threshold, 0..1 or inf: never.
 
     Examples
     --------
@@ -103,13 +93,6 @@ class Margin:
     >>> Margin(0.5).leaves(0, logits, logits.argmax(1, keepdim=True))
     tensor([ True, False])
     """
-
-    looks_back: ClassVar[bool] = False
-
-    threshold: float
-
-    def __post_init__(self) -> None:
-        _check_share("Margin", self.threshold, never=math.inf)
 
     def leaves(self, k: int, logits: Tensor, labels: Tensor) -> Tensor:
         """As :class:`Policy` says."""
@@ -119,12 +102,9 @@ class Margin:
 
 @dataclass(frozen=True)
 class Patience:
-    """Leave when so many exits in a row say the same (PABEE, arXiv 2006.04152, whose patience is one less).
+    """Leave when ``count`` exits in a row say the same (PABEE, arXiv 2006.04152, whose patience is one less).
 
-    Parameters
-    ----------
-    count
-        Exits that must agree, this one included: 1 leaves at the first exit, more than m − 1 never leaves early.
+    This exit is counted: 1 leaves at the first exit, more than m − 1 never leaves early.
 
     Examples
     --------
@@ -178,7 +158,7 @@ class PerExit:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
-        object.__setattr__(self, "temperatures", check_temperatures(self.temperatures, len(self.thresholds) + 1))
+        object.__setattr__(self, "temperatures", checked_temperatures(self.temperatures, len(self.thresholds) + 1))
         if not all(t >= 0 for t in self.thresholds):
             raise ValueError(f"thresholds are numbers from 0 up, one for each exit but the last, not {self.thresholds}")
 
@@ -188,27 +168,9 @@ class PerExit:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, as ``cafe_flwr.personal.export`` takes them: ``None`` = never leave there."""
-        return {
-            "thresholds": [t if math.isfinite(t) else None for t in self.thresholds],
-            "temperatures": list(self.temperatures),
-            "fingerprint": self.fingerprint,
-            "guarantee": None,
-        }
+        return {**plain_values(self.thresholds, self.temperatures), "fingerprint": self.fingerprint, "guarantee": None}
 
 
 def largest_probability(logits: Tensor) -> Tensor:
     """Largest softmax probability, (B,), in double precision so that thresholds are compared as they were given."""
     return logits.softmax(dim=1).amax(dim=1).double()
-
-
-def check_temperatures(temperatures: Sequence[float], num_exits: int) -> tuple[float, ...]:
-    """One positive number per exit, or none at all; ValueError otherwise."""
-    values = tuple(float(t) for t in temperatures)
-    if values and (len(values) != num_exits or not all(0 < t < math.inf for t in values)):
-        raise ValueError(f"temperatures are {num_exits} positive numbers, one per exit, or none at all; not {values}")
-    return values
-
-
-def _check_share(name: str, threshold: float, never: float) -> None:
-    if not (0 <= threshold <= 1 or threshold == never):
-        raise ValueError(f"the threshold of {name} must be in 0..1, or {never} for never; got {threshold!r}")

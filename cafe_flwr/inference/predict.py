@@ -21,18 +21,8 @@ _ROWS = 256  # computed at a time
 class FilePrediction(NamedTuple):
     """What an exported network says about one input of a file or folder.
 
-    Attributes
-    ----------
-    input
-        Name of the image, or number of the array's row, from 0.
-    label
-        0..C−1.
-    class_name
-        Name of that class.
-    exit
-        1..m, counted as in the report and the tables of a run.
-    confidence
-        Largest probability.
+    ``input`` is the image's name, or the number of the array's row, from 0; ``label`` 0..C−1 and ``class_name`` its
+    name; ``exit`` 1..m, counted as in the report and the tables of a run; ``confidence`` the largest probability.
     """
 
     input: str

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cafe_flwr.inference.batches import available, batches_of, progress_bar, rows_of
-from cafe_flwr.inference.policies import PerExit, Policy, check_temperatures
+from cafe_flwr.inference.policies import PerExit, Policy
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.fingerprint import fingerprint
 from cafe_flwr.networks.placement import device_of
 from cafe_flwr.networks.statistics import evaluating
-from cafe_flwr.risk.thresholds import ExitThresholds
+from cafe_flwr.risk.thresholds import ExitThresholds, checked_temperatures
 
 _Part = tuple[Tensor, Tensor, Tensor]
 
@@ -27,14 +28,8 @@ _Part = tuple[Tensor, Tensor, Tensor]
 class Prediction:
     """What a network says about N rows.
 
-    Attributes
-    ----------
-    labels
-        (N,) int64, 0..C−1.
-    exits
-        (N,) int64: where each row left, 0..m−1.
-    confidence
-        (N,) float32: the largest probability there, after the exit's temperature.
+    ``labels`` are (N,) int64, 0..C−1; ``exits`` (N,) int64, where each row left, 0..m−1; ``confidence`` (N,) float32,
+    the largest probability there, after the exit's temperature.
 
     Examples
     --------
@@ -118,7 +113,7 @@ class EarlyExitRunner:
             self._closed = frozenset(k for k, t in enumerate(policy.thresholds) if t == math.inf)
         self._looks_back = getattr(policy, "looks_back", True)
         self.network, self.policy, self.batch_size, self.progress = network, policy, batch_size, progress
-        self.temperatures = check_temperatures(temperatures, network.num_exits)
+        self.temperatures = checked_temperatures(temperatures, network.num_exits)
         self._dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.get_default_dtype())
         self.device = device_of(network)
         if device is not None:
@@ -223,14 +218,11 @@ def _fitting(policy: PerExit, network: EarlyExitNetwork, temperatures: Sequence[
             f"the thresholds were made at temperatures {policy.temperatures or 'of 1'}, not at {tuple(temperatures)}: "
             "leave the temperatures out"
         )
-    if policy.fingerprint:
-        from cafe_flwr.networks.fingerprint import fingerprint
-
-        if (own := fingerprint(network)) != policy.fingerprint:
-            raise ValueError(
-                f"the thresholds were made for the network {policy.fingerprint}, this one is {own}: calibrate this one "
-                "(cafe-flwr calibrate)"
-            )
+    if policy.fingerprint and (own := fingerprint(network)) != policy.fingerprint:
+        raise ValueError(
+            f"the thresholds were made for the network {policy.fingerprint}, this one is {own}: calibrate this one "
+            "(cafe-flwr calibrate)"
+        )
     return policy.temperatures
 
 

@@ -18,35 +18,13 @@ if TYPE_CHECKING:
     from cafe_flwr.metrics.exits import exit_metrics as exit_metrics
     from cafe_flwr.metrics.temperature import fit_temperatures as fit_temperatures
 
-__all__ = [
-    "ECE_BINS",
-    "THRESHOLDS",
-    "DynamicCounts",
-    "ExitMetrics",
-    "dynamic_counts",
-    "ensemble_accuracy",
-    "evaluate",
-    "exit_features",
-    "exit_logits",
-    "exit_metrics",
-    "fit_temperatures",
-    "worst_share",
-]
-
 __getattr__ = lazily(
     __name__,
     {
-        "ECE_BINS": "cafe_flwr.metrics.exits",
-        "THRESHOLDS": "cafe_flwr.metrics.early_exit",
-        "DynamicCounts": "cafe_flwr.metrics.early_exit",
-        "ExitMetrics": "cafe_flwr.metrics.exits",
-        "dynamic_counts": "cafe_flwr.metrics.early_exit",
-        "ensemble_accuracy": "cafe_flwr.metrics.exits",
-        "evaluate": "cafe_flwr.metrics.exits",
-        "exit_features": "cafe_flwr.metrics.exits",
-        "exit_logits": "cafe_flwr.metrics.exits",
-        "exit_metrics": "cafe_flwr.metrics.exits",
-        "fit_temperatures": "cafe_flwr.metrics.temperature",
-        "worst_share": "cafe_flwr.metrics.clients",
+        "cafe_flwr.metrics.clients": "worst_share",
+        "cafe_flwr.metrics.early_exit": "THRESHOLDS DynamicCounts dynamic_counts",
+        "cafe_flwr.metrics.exits": "ECE_BINS ExitMetrics ensemble_accuracy evaluate "
+        "exit_features exit_logits exit_metrics",
+        "cafe_flwr.metrics.temperature": "fit_temperatures",
     },
 )

@@ -1,4 +1,4 @@
-"""What accuracy a given cost buys: the accuracy–MACs curve of dynamic inference."""
+"""The accuracy–MACs curve of dynamic inference: what accuracy a given cost buys."""
 
 from __future__ import annotations
 
@@ -23,14 +23,36 @@ class CostCurve:
     ----------
     threshold, accuracy, macs
         (points,) each, in rising order of threshold; the last is inf: nothing leaves early.
-    pareto
-        (points,) bool: no other point is as cheap and better, or as good and cheaper.
     """
 
     threshold: NDArray[np.float64]
     accuracy: NDArray[np.float64]
     macs: NDArray[np.float64]
-    pareto: NDArray[np.bool_]
+
+    @classmethod
+    def from_counts(cls, counts: DynamicCounts, macs: NDArray[np.float64]) -> CostCurve:
+        """The curve of examples that were counted.
+
+        Parameters
+        ----------
+        counts
+            Of all examples together; without examples the curve has no points.
+        macs
+            Mean over the examples at each of ``THRESHOLDS``, (points,).
+        """
+        examples = counts.left[0].sum()
+        if not examples:
+            return cls(*np.empty((3, 0)))
+        return cls(THRESHOLDS.copy(), counts.correct / examples, macs)
+
+    @property
+    def pareto(self) -> NDArray[np.bool_]:
+        """(points,): no other point is as cheap and better, or as good and cheaper."""
+        order = np.lexsort((-self.accuracy, self.macs))
+        best_before = np.maximum.accumulate(np.concatenate([[-1.0], self.accuracy[order][:-1]]))
+        pareto = np.zeros(len(order), dtype=bool)
+        pareto[order] = self.accuracy[order] > best_before
+        return pareto
 
     @property
     def area(self) -> float:
@@ -46,6 +68,10 @@ class CostCurve:
         """Least MACs at which the accuracy is reached; NaN if it is at none."""
         enough = self.macs[self.accuracy >= accuracy - 1e-12]
         return float(enough.min()) if len(enough) else math.nan
+
+    def points(self) -> dict[str, list[float]]:
+        """Threshold, accuracy and MACs as lists, for JSON."""
+        return {key: getattr(self, key).tolist() for key in ("threshold", "accuracy", "macs")}
 
     def summary(self) -> dict[str, float]:
         """Area, accuracy within 25, 50, 75 and 100 % of the MACs, and the MACs at (full accuracy − 1 point)."""
@@ -87,12 +113,7 @@ def accuracy_macs_curve(
     """
     check_examples(logits, y, macs)
     counts = dynamic_counts(scale_logits(logits, temperatures) if len(temperatures) else logits, y)
-    accuracy, mean_macs = counts.correct / len(y), counts.left / len(y) @ np.asarray(macs, dtype=np.float64)
-    order = np.lexsort((-accuracy, mean_macs))
-    best_before = np.maximum.accumulate(np.concatenate([[-1.0], accuracy[order][:-1]]))
-    pareto = np.zeros(len(accuracy), dtype=bool)
-    pareto[order] = accuracy[order] > best_before
-    return CostCurve(THRESHOLDS.copy(), accuracy, mean_macs, pareto)
+    return CostCurve.from_counts(counts, counts.left / len(y) @ np.asarray(macs, dtype=np.float64))
 
 
 def area_under_curve(accuracy: Sequence[float], macs: Sequence[float]) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Max-prob thresholds at which dynamic inference is counted; the last one is never reached: all exits run.
 THRESHOLDS = np.append(np.linspace(0.0, 1.0, 101), np.inf)
@@ -15,14 +17,8 @@ THRESHOLDS = np.append(np.linspace(0.0, 1.0, 101), np.inf)
 class DynamicCounts(NamedTuple):
     """Counts of examples at every threshold of ``THRESHOLDS``; they add up over clients.
 
-    Attributes
-    ----------
-    left
-        (thresholds, m): leave at each exit.
-    correct
-        (thresholds,): classified correctly at the exit they leave by.
-    changed
-        (thresholds,): right there and wrong at the last exit, or the other way round.
+    ``left``, (thresholds, m): leave at each exit. ``correct``, (thresholds,): are right where they leave.
+    ``changed``, (thresholds,): are right there and wrong at the last exit, or the other way round.
     """
 
     left: NDArray[np.int64]
@@ -30,23 +26,48 @@ class DynamicCounts(NamedTuple):
     changed: NDArray[np.int64]
 
 
-def dynamic_counts(logits: Tensor, y: Tensor) -> DynamicCounts:
-    """How dynamic inference would go at every threshold: leave at the first exit with max-prob ≥ θ.
+def first_exit(confidence: NDArray[np.floating[Any]], thresholds: ArrayLike) -> NDArray[np.int64]:
+    """Where examples leave: at the first exit whose confidence reaches its threshold, or by the last one.
 
     Parameters
     ----------
-    logits
-        (m, N, C).
-    y
-        Labels, (N,).
+    confidence
+        (N, m). NaN reaches no threshold.
+    thresholds
+        Of the first m − 1 exits, (m − 1,), or one for all; with further axes in front for several at once, (…, m − 1).
+        They are compared in double precision.
+
+    Returns
+    -------
+    (…, N), 0..m−1.
+
+    Examples
+    --------
+    >>> confidence = np.array([[0.9, 0.3, 0.5], [0.4, 0.7, 0.5]])
+    >>> first_exit(confidence, [0.6, 0.6]), first_exit(confidence, 0.8)
+    (array([0, 1]), array([0, 2]))
     """
-    confidence, label = (t.numpy() for t in logits.softmax(dim=2).max(dim=2))
-    right = label == y.numpy()
-    m = len(confidence)
-    passes = confidence[None] >= THRESHOLDS[:, None, None]
-    passes[:, -1] = True
-    exits = passes.argmax(axis=1)  # (thresholds, N): the first exit that passes
-    left = (exits[:, :, None] == np.arange(m)).sum(axis=1)
-    outcome = np.take_along_axis(right, exits, axis=0)
-    changed = (outcome != right[-1]).sum(axis=1)
-    return DynamicCounts(left.astype(np.int64), outcome.sum(axis=1, dtype=np.int64), changed.astype(np.int64))
+    wanted = np.atleast_1d(np.asarray(thresholds, dtype=np.float64))[..., None, :]
+    passes = np.ones((*wanted.shape[:-2], *confidence.shape), dtype=bool)
+    passes[..., :-1] = confidence[:, :-1] >= wanted
+    return passes.argmax(axis=-1)
+
+
+def dynamic_counts(logits: Tensor, y: Tensor) -> DynamicCounts:
+    """How dynamic inference would go at every threshold: leave at the first exit with max-prob ≥ θ.
+
+    From logits (m, N, C) and labels (N,).
+    """
+    confidence, label = logits.softmax(dim=2).max(dim=2)
+    return counts_at(confidence.T.numpy(), (label == y).T.numpy(), THRESHOLDS[:, None])
+
+
+def counts_at(
+    confidence: NDArray[np.floating[Any]], correct: NDArray[np.bool_], thresholds: NDArray[np.float64]
+) -> DynamicCounts:
+    """Who leaves where, and how many are right, given confidences and outcomes (N, m), at thresholds (U, m − 1)."""
+    exits = first_exit(confidence, thresholds)  # (U, N)
+    outcome = correct[np.arange(len(correct)), exits]
+    left = np.stack([(exits == k).sum(axis=1) for k in range(correct.shape[1])], axis=1)
+    changed = (outcome != correct[:, -1]).sum(axis=1)
+    return DynamicCounts(*(counts.astype(np.int64) for counts in (left, outcome.sum(axis=1), changed)))

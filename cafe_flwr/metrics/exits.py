@@ -68,15 +68,7 @@ def exit_features(network: EarlyExitNetwork, x: Tensor) -> Tensor:
 
 
 def exit_metrics(logits: Tensor, y: Tensor) -> ExitMetrics:
-    """Accuracy, cross-entropy and ECE (15 bins, L1) of every exit.
-
-    Parameters
-    ----------
-    logits
-        (m, N, C).
-    y
-        Labels, (N,).
-    """
+    """Accuracy, cross-entropy and ECE (15 bins, L1) of every exit, from logits (m, N, C) and labels (N,)."""
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     m, n, num_classes = logits.shape

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from cafe_flwr.metrics.clients import worst_share
-from cafe_flwr.metrics.early_exit import THRESHOLDS
+from cafe_flwr.metrics.early_exit import THRESHOLDS, first_exit
 from cafe_flwr.metrics.exits import ECE_BINS
 
 LOWER_IS_WORSE = frozenset({"accuracy", "accuracy_full", "coverage", "macs_reduction"})
@@ -38,14 +38,7 @@ def scale_logits(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
 
 
 def confidence_and_correct(logits: Tensor, y: Tensor) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Highest class probability, and whether that class is right: (N, m) each.
-
-    Parameters
-    ----------
-    logits
-        (m, N, C), scaled or not.
-    y
-        Labels, (N,).
+    """Highest class probability, and whether that class is right, (N, m) each, from logits (m, N, C) and labels (N,).
 
     Examples
     --------
@@ -60,14 +53,8 @@ def confidence_and_correct(logits: Tensor, y: Tensor) -> tuple[NDArray[np.float6
 class Outcome:
     """How examples fared that left where their thresholds said, as counts; they add up over clients.
 
-    Attributes
-    ----------
-    left
-        (m,): examples that leave at each exit.
-    early_wrong
-        Wrong, among those that leave before the last exit.
-    correct, full_correct
-        Right at the exit they leave by; right at the last exit.
+    ``left``, (m,): leave at each exit. ``early_wrong``: are wrong, among those that leave before the last exit.
+    ``correct``, ``full_correct``: are right at the exit they leave by; at the last exit.
 
     Examples
     --------
@@ -150,12 +137,7 @@ class Curve(NamedTuple):
 def risk_coverage(confidence: ArrayLike, correct: ArrayLike) -> Curve:
     """Share of errors among the most confident share of the examples (Geifman & El-Yaniv, arXiv 1705.08500).
 
-    Examples of equal confidence cannot be told apart, so they enter together.
-
-    Parameters
-    ----------
-    confidence, correct
-        Of one exit, (N,).
+    Of one exit, (N,). Examples of equal confidence cannot be told apart, so they enter together.
 
     Examples
     --------
@@ -172,13 +154,8 @@ def risk_coverage(confidence: ArrayLike, correct: ArrayLike) -> Curve:
 def leaving_curve(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> Curve:
     """Risk against coverage of the dynamic network: one threshold for all exits, from strict to lax.
 
-    Coverage is the share of the examples that leaves before the last exit, risk the share of errors among them. Of
+    Coverage is the share of the examples, (N, m), that leaves before the last exit, risk that of errors among them. Of
     thresholds with equal coverage the strictest counts.
-
-    Parameters
-    ----------
-    confidence, correct
-        (N, m).
 
     Examples
     --------
@@ -186,22 +163,15 @@ def leaving_curve(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -
     Curve(coverage=array([0.5, 1. ]), risk=array([0. , 0.5]))
     """
     points: dict[float, float] = {}
-    for threshold in THRESHOLDS[::-1]:
-        passes = confidence >= threshold
-        passes[:, -1] = True
-        measures = Outcome.of(passes.argmax(axis=1), correct).measures([1.0] * correct.shape[1])
+    for exits in first_exit(confidence, THRESHOLDS[::-1, None]):
+        measures = Outcome.of(exits, correct).measures([1.0] * correct.shape[1])
         if measures["coverage"] > 0:
             points.setdefault(measures["coverage"], measures["selective_risk"])
     return Curve(np.array([*points]), np.array([*points.values()]))
 
 
 def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = ECE_BINS) -> list[dict[str, float]]:
-    """Mean confidence, accuracy and share of the examples of every bin of confidence that has any.
-
-    Parameters
-    ----------
-    confidence, correct
-        Of one exit, (N,).
+    """Mean confidence, accuracy and share of one exit's examples, (N,), in every bin of confidence that has any.
 
     Examples
     --------
@@ -231,12 +201,7 @@ def calibration_error(bins: Sequence[dict[str, float]]) -> float:
 def over_clients(values: ArrayLike, weights: ArrayLike, measure: str) -> dict[str, Any]:
     """Mean, n-weighted mean, standard deviation and worst tenth over clients; clients with NaN are left out.
 
-    Parameters
-    ----------
-    values, weights
-        Of the clients: what was measured, and on how many examples.
-    measure
-        Its name, which says whether low or high values are the worst.
+    Of what was measured of each client, on how many examples; the measure's name says whether low or high is worst.
 
     Examples
     --------

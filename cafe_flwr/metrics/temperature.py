@@ -13,15 +13,9 @@ _TEMPERATURES = [float(t) for t in np.geomspace(0.25, 4.0, 33)]
 def fit_temperatures(logits: Tensor, y: Tensor) -> list[float]:
     """Temperature per exit that makes its confidences fit the labels best (lowest cross-entropy of logits/T).
 
-    Training with distillation makes students less sure than the last exit; one confidence threshold for all exits means
-    the same at each only after this scaling (Guo et al., arXiv 1706.04599). Chosen from a grid, 1 without examples.
-
-    Parameters
-    ----------
-    logits
-        Of calibration examples, (m, N, C).
-    y
-        Labels, (N,).
+    Of calibration examples: logits (m, N, C), labels (N,). Training with distillation makes students less sure than the
+    last exit; one confidence threshold for all exits means the same at each only after this scaling (Guo et al.,
+    arXiv 1706.04599). Chosen from a grid, 1 without examples.
     """
     if not len(y):
         return [1.0] * len(logits)

@@ -104,14 +104,9 @@ def attach_exits(
 
 
 class Pool(nn.Module):
-    """The mean over some dimensions of (B, …), from a position on.
+    """The mean over some dimensions of (B, …), without the first ``skip`` tokens.
 
-    Parameters
-    ----------
-    over
-        Dimensions to average over; none: what is there already is (B, channels).
-    skip
-        Tokens at the start that are left out.
+    Over none: what is there already is (B, channels).
     """
 
     def __init__(self, over: tuple[int, ...], skip: int = 0) -> None:

@@ -70,10 +70,7 @@ _SHARES = "'1:0.3,2:0.3' (exits:share of the clients) or '1x0.5:0.3' (exits x sh
 def read_shares(text: str) -> dict[Held, float]:
     """Shares of the clients by what they hold, from ``"1:0.3,2x0.5:0.3"``; the others hold all.
 
-    Raises
-    ------
-    ValueError
-        If it is not such a text, something is named twice, or a number is not in its range.
+    ValueError if it is not such a text, something is named twice, or a number is not in its range.
 
     Examples
     --------

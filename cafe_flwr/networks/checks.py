@@ -1,13 +1,44 @@
-"""What the named networks refuse in the same words."""
+"""What the named networks share: what they refuse, in the same words, and how they become narrower."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from cafe_flwr.networks.early_exit import EarlyExitNetwork, Exit
 
 IMAGE_NORMS = ("group", "batch")
+
+
+class ImageNetwork(EarlyExitNetwork):
+    """An early-exit network for images of so many channels."""
+
+    def __init__(self, stages: Sequence[nn.Module], exits: Sequence[Exit], in_channels: int) -> None:
+        super().__init__(stages, exits)
+        self.in_channels = in_channels
+
+    def check_inputs(self, x: Tensor) -> None:
+        """Raise ValueError if these are not images of its channels."""
+        check_images(x, self.in_channels)
+
+
+class TextNetwork(EarlyExitNetwork):
+    """An early-exit network for tokens 0..vocabulary − 1, in texts of at most ``max_length``."""
+
+    def __init__(self, stages: Sequence[nn.Module], exits: Sequence[Exit], vocabulary: int, max_length: int) -> None:
+        super().__init__(stages, exits)
+        self.vocabulary, self.max_length = vocabulary, max_length
+
+    def check_inputs(self, x: Tensor) -> None:
+        """Raise ValueError if these are not tokens, (N, L) int64, that it knows and of at most its length."""
+        check_tokens(x, self.max_length)
+        if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.vocabulary:
+            raise ValueError(
+                f"tokens are {int(x.min())}..{int(x.max())}, the network knows 0..{self.vocabulary - 1}: build it with "
+                f"a larger vocabulary, or make tokens with its own"
+            )
 
 
 def check_norm(norm: str, known: Iterable[str]) -> None:
@@ -48,15 +79,6 @@ def check_tokens(x: Tensor, max_length: int) -> None:
         raise ValueError(
             f"texts have {x.shape[1]} tokens, the network takes {max_length}: shorten them, or build "
             "the network with a larger max_length"
-        )
-
-
-def check_vocabulary(x: Tensor, vocabulary: int) -> None:
-    """Raise ValueError if a token is not one of 0..vocabulary − 1."""
-    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < vocabulary:
-        raise ValueError(
-            f"tokens are {int(x.min())}..{int(x.max())}, the network knows 0..{vocabulary - 1}: build it with "
-            f"a larger vocabulary, or make tokens with its own"
         )
 
 

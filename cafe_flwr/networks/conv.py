@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,34 @@ _LAYERS: dict[int, tuple[type[nn.Module], ...]] = {
 }
 
 
-class ConvNet(EarlyExitNetwork):
+class _Blocks(EarlyExitNetwork):
+    """What is the same for images and sequences."""
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        widths: Sequence[int] = (8, 16, 32),
+        features: int = 24,
+        norm: str = "group",
+    ) -> None:
+        self._check_shape(tuple(input_shape), len(widths))
+        super().__init__(*_blocks(input_shape, num_classes, widths, features, norm))
+        self.input_shape = tuple(input_shape)
+        self._built = (num_classes, tuple(widths), features, norm)
+
+    @staticmethod
+    def _check_shape(shape: tuple[int, ...], blocks: int) -> None:
+        """ValueError if the input cannot be halved by every block."""
+        raise NotImplementedError
+
+    def at_width(self, share: float) -> Self:
+        """With about this share of every block's channels; multiples of 4 stay multiples of 4."""
+        classes, widths, features, norm = self._built
+        return type(self)(self.input_shape, classes, [narrow(width, share, 4) for width in widths], features, norm)
+
+
+class ConvNet(_Blocks):
     """Blocks of 3×3 convolution, norm, ReLU and 2×2 max pooling, with an exit after each.
 
     The projection of an exit is average pooling, a linear layer and a layer norm; without the norm, summed exit losses
@@ -52,54 +80,23 @@ class ConvNet(EarlyExitNetwork):
     25948
     """
 
-    def __init__(
-        self,
-        input_shape: Sequence[int],
-        num_classes: int,
-        widths: Sequence[int] = (8, 16, 32),
-        features: int = 24,
-        norm: str = "group",
-    ) -> None:
-        _, *size = input_shape
-        if len(size) != 2 or min(size) < 2 ** len(widths):
+    @staticmethod
+    def _check_shape(shape: tuple[int, ...], blocks: int) -> None:
+        if len(shape) != 3 or min(shape[1:]) < 2**blocks:
             raise ValueError(
-                f"images must be at least {2 ** len(widths)} pixels high and wide for {len(widths)} blocks, "
-                f"got an input of shape {tuple(input_shape)}"
+                f"images must be at least {2**blocks} pixels high and wide for {blocks} blocks, got an input of shape "
+                f"{shape}"
             )
-        super().__init__(*_blocks(input_shape, num_classes, widths, features, norm))
-        self._built = (tuple(input_shape), num_classes, tuple(widths), features, norm)
-        self.in_channels = input_shape[0]
-
-    def at_width(self, share: float) -> ConvNet:
-        """With about this share of every block's channels; multiples of 4 stay multiples of 4."""
-        shape, classes, widths, features, norm = self._built
-        return ConvNet(shape, classes, [narrow(width, share, 4) for width in widths], features, norm)
 
     def check_inputs(self, x: Tensor) -> None:
         """Raise ValueError if these are not images of its channels."""
-        check_images(x, self.in_channels)
+        check_images(x, self.input_shape[0])
 
 
-class SequenceNet(EarlyExitNetwork):
+class SequenceNet(_Blocks):
     """Blocks of convolution along time, norm, ReLU and max pooling of pairs of steps, with an exit after each.
 
-    Parameters
-    ----------
-    input_shape
-        (channels, steps) of the sequences.
-    num_classes
-        C.
-    widths
-        Channels of the blocks; multiples of 4, for the group norm.
-    features
-        Feature width at every exit.
-    norm
-        ``"group"`` (4 groups of channels) or ``"batch"``.
-
-    Raises
-    ------
-    ValueError
-        If the sequences are too short to be halved once per block, or the norm is not known.
+    Parameters are those of :class:`ConvNet`, with sequences of shape (channels, steps); errors, too.
 
     Examples
     --------
@@ -108,34 +105,19 @@ class SequenceNet(EarlyExitNetwork):
     [(2, 10), (2, 10), (2, 10)]
     """
 
-    def __init__(
-        self,
-        input_shape: Sequence[int],
-        num_classes: int,
-        widths: Sequence[int] = (8, 16, 32),
-        features: int = 24,
-        norm: str = "group",
-    ) -> None:
-        if len(input_shape) != 2 or input_shape[1] < 2 ** len(widths):
+    @staticmethod
+    def _check_shape(shape: tuple[int, ...], blocks: int) -> None:
+        if len(shape) != 2 or shape[1] < 2**blocks:
             raise ValueError(
-                f"sequences must have at least {2 ** len(widths)} steps for {len(widths)} blocks, got an input of "
-                f"shape {tuple(input_shape)}"
+                f"sequences must have at least {2**blocks} steps for {blocks} blocks, got an input of shape {shape}"
             )
-        super().__init__(*_blocks(input_shape, num_classes, widths, features, norm))
-        self._built = (tuple(input_shape), num_classes, tuple(widths), features, norm)
-        self.in_channels, self.steps = input_shape
-
-    def at_width(self, share: float) -> SequenceNet:
-        """With about this share of every block's channels; multiples of 4 stay multiples of 4."""
-        shape, classes, widths, features, norm = self._built
-        return SequenceNet(shape, classes, [narrow(width, share, 4) for width in widths], features, norm)
 
     def check_inputs(self, x: Tensor) -> None:
         """Raise ValueError if these are not sequences of its channels and steps."""
-        if tuple(x.shape[1:]) != (self.in_channels, self.steps) or x.dtype not in (torch.float32, torch.uint8):
+        channels, steps = self.input_shape
+        if tuple(x.shape[1:]) != (channels, steps) or x.dtype not in (torch.float32, torch.uint8):
             raise ValueError(
-                f"sequences must be (N, {self.in_channels}, {self.steps}), float32; got {x.dtype} of shape "
-                f"{tuple(x.shape)}"
+                f"sequences must be (N, {channels}, {steps}), float32; got {x.dtype} of shape {tuple(x.shape)}"
             )
 
 
@@ -162,10 +144,7 @@ def _blocks(
         )
         cells = min(_CELLS, min(size) >> (k + 1))
         projection = nn.Sequential(
-            average(cells),
-            nn.Flatten(),
-            nn.Linear(cells ** len(size) * width, features),
-            nn.LayerNorm(features),
+            average(cells), nn.Flatten(), nn.Linear(cells ** len(size) * width, features), nn.LayerNorm(features)
         )
         exits.append(Exit(projection, features, num_classes))
     return stages, exits

@@ -18,12 +18,11 @@ def cut(network: nn.Module, at: Sequence[str], end: str) -> list[nn.Module]:
     """Cut the forward of a network into pieces: up to each of the named modules, and on to the input of ``end``.
 
     The pieces hold the network's own modules, under their own names. Only the modules that have a named one inside are
-    traced; all others are called as they are, whatever their forward does.
+    traced; all others are called as they are, whatever their forward does. The network takes one tensor (further
+    arguments have defaults) and is left in evaluation mode.
 
     Parameters
     ----------
-    network
-        Takes one tensor (further arguments have defaults). It is left in evaluation mode.
     at
         Modules in the order in which they run; each must be all that the rest of the network needs to know.
     end
@@ -31,8 +30,7 @@ def cut(network: nn.Module, at: Sequence[str], end: str) -> list[nn.Module]:
 
     Returns
     -------
-    list of modules
-        len(at) + 1 of them, from tensor to tensor: the first takes the input, the last gives what goes into ``end``.
+    len(at) + 1 modules, from tensor to tensor: the first takes the input, the last gives what goes into ``end``.
 
     Raises
     ------
@@ -47,9 +45,6 @@ def cut(network: nn.Module, at: Sequence[str], end: str) -> list[nn.Module]:
     >>> pieces = cut(network, at=["1"], end="4")
     >>> [list(piece.state_dict()) for piece in pieces]
     [['0.weight', '0.bias'], ['2.weight', '2.bias']]
-    >>> h = pieces[1](pieces[0](torch.ones(1, 2)))
-    >>> torch.equal(network[4](h), network(torch.ones(1, 2)))
-    True
     """
     if not at:
         raise ValueError(f"at must name the modules after which there is an exit: {candidates(network)}")

@@ -99,12 +99,7 @@ def devices_here() -> list[str]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; ``"auto"`` is the first GPU, or the CPU.
-
-    Raises
-    ------
-    ValueError
-        If it is not there, with what is.
+    """The device of a name; ``"auto"`` is the first GPU, or the CPU. ValueError if it is not there, with what is.
 
     Examples
     --------

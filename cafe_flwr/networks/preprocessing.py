@@ -9,12 +9,9 @@ from torch import Tensor
 
 
 class Normalisation(NamedTuple):
-    """(pixel/255 − mean) / standard deviation, by channel.
+    """(pixel/255 − mean) / standard deviation, of pixels in 0..1: a value per channel, or one for all.
 
-    Attributes
-    ----------
-    mean, std
-        Of pixels in 0..1: a value per channel, or one for all. As it stands here pixels become −1..1.
+    As it stands here pixels become −1..1.
 
     Examples
     --------

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cafe_flwr.networks.attach import ClassToken, Pool
-from cafe_flwr.networks.checks import check_images, check_tokens, check_vocabulary
-from cafe_flwr.networks.early_exit import EarlyExitNetwork, Exit
+from cafe_flwr.networks.checks import ImageNetwork, TextNetwork, check_tokens
+from cafe_flwr.networks.early_exit import Exit
 from cafe_flwr.networks.resnet import residual_stages
 
 _CHANNELS = 128  # of every convolution of the ConvNet
@@ -24,22 +24,11 @@ MAX_LENGTH = 200
 """Longest text of the Transformer, in tokens."""
 
 
-class PublishedConvNet(EarlyExitNetwork):
+class PublishedConvNet(ImageNetwork):
     """Three blocks of 3×3 convolution without padding (128 channels, stride 1), ReLU and 2×2 max pooling; no norm.
 
-    An exit is the mean over all positions and a linear layer.
-
-    Parameters
-    ----------
-    input_shape
-        (channels, height, width) of the images.
-    num_classes
-        C.
-
-    Raises
-    ------
-    ValueError
-        If these are not images of at least 22×22 pixels.
+    An exit is the mean over all positions and a linear layer. ``input_shape`` is (channels, height, width) of the
+    images, of 22×22 pixels at least.
 
     Examples
     --------
@@ -52,31 +41,19 @@ class PublishedConvNet(EarlyExitNetwork):
         _check_size(input_shape)
         channels = [input_shape[0], _CHANNELS, _CHANNELS]
         stages = [nn.Sequential(nn.Conv2d(c, _CHANNELS, 3), nn.ReLU(), nn.MaxPool2d(2)) for c in channels]
-        super().__init__(stages, [Exit(Pool((2, 3)), _CHANNELS, num_classes) for _ in stages])
-        self.in_channels = input_shape[0]
+        super().__init__(stages, [Exit(Pool((2, 3)), _CHANNELS, num_classes) for _ in stages], input_shape[0])
 
     def check_inputs(self, x: Tensor) -> None:
         """Raise ValueError if these are not images of its channels, or too small."""
-        check_images(x, self.in_channels)
+        super().check_inputs(x)
         _check_size(x.shape[1:])
 
 
-class PublishedResNet18(EarlyExitNetwork):
+class PublishedResNet18(ImageNetwork):
     """ResNet-18 with batch norm and the CIFAR stem; the exits have the width of their stage: 64, 128, 256 and 512.
 
-    An exit is the mean over all positions and a linear layer.
-
-    Parameters
-    ----------
-    input_shape
-        (channels, height, width) of the images.
-    num_classes
-        C.
-
-    Raises
-    ------
-    ValueError
-        If these are not images of at least 8×8 pixels.
+    An exit is the mean over all positions and a linear layer. ``input_shape`` is (channels, height, width) of the
+    images, of 8×8 pixels at least.
 
     Examples
     --------
@@ -87,33 +64,18 @@ class PublishedResNet18(EarlyExitNetwork):
 
     def __init__(self, input_shape: Sequence[int], num_classes: int) -> None:
         stages = residual_stages(input_shape)
-        super().__init__(stages, [Exit(Pool((2, 3)), 64 << k, num_classes) for k in range(len(stages))])
-        self.in_channels = input_shape[0]
-
-    def check_inputs(self, x: Tensor) -> None:
-        """Raise ValueError if these are not images of its channels."""
-        check_images(x, self.in_channels)
+        exits = [Exit(Pool((2, 3)), 64 << k, num_classes) for k in range(len(stages))]
+        super().__init__(stages, exits, input_shape[0])
 
 
-class PublishedTransformer(EarlyExitNetwork):
+class PublishedTransformer(TextNetwork):
     """Four of torch's encoder layers (width 192, 2 heads, feed-forward 768, dropout 0.1); exits on the first token.
 
     Layers are normed after each part (post-norm), with ReLU, as torch has them by default. Embeddings are scaled by
     √192 and sinusoidal positions added. Padding is attended to like any other token: the authors mask nothing.
 
-    Parameters
-    ----------
-    num_classes
-        C.
-    vocabulary
-        Number of tokens, padding included.
-    max_length
-        Longest text, in tokens: up to the published 200.
-
-    Raises
-    ------
-    ValueError
-        If ``max_length`` is more, or (when called) the input is not tokens or is too long.
+    The vocabulary is the number of tokens, padding included; ``max_length`` that of the longest text, up to the
+    published 200. ValueError if it is more, or (when called) the input is not tokens or is too long.
 
     Examples
     --------
@@ -132,13 +94,7 @@ class PublishedTransformer(EarlyExitNetwork):
             nn.TransformerEncoderLayer(_WIDTH, _HEADS, _HIDDEN, _DROPOUT, batch_first=True) for _ in range(_LAYERS)
         ]
         stages = [nn.Sequential(_Embedding(vocabulary, max_length), layers[0]), *layers[1:]]
-        super().__init__(stages, [Exit(ClassToken(), _WIDTH, num_classes) for _ in stages])
-        self.vocabulary, self.max_length = vocabulary, max_length
-
-    def check_inputs(self, x: Tensor) -> None:
-        """Raise ValueError if these are not tokens, (N, L) int64, that it knows and of at most its length."""
-        check_tokens(x, self.max_length)
-        check_vocabulary(x, self.vocabulary)
+        super().__init__(stages, [Exit(ClassToken(), _WIDTH, num_classes) for _ in stages], vocabulary, max_length)
 
 
 class _Embedding(nn.Module):

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from cafe_flwr.networks.checks import check_images, check_norm, narrow
-from cafe_flwr.networks.early_exit import EarlyExitNetwork, Exit
+from cafe_flwr.networks.checks import ImageNetwork, check_norm, narrow
+from cafe_flwr.networks.early_exit import Exit
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
@@ -19,7 +19,7 @@ def _group_norm(channels: int) -> nn.GroupNorm:
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"group": _group_norm, "batch": nn.BatchNorm2d}
 
 
-class ResNet18(EarlyExitNetwork):
+class ResNet18(ImageNetwork):
     """ResNet-18 (He et al., arXiv 1512.03385) from torchvision's blocks, for images of 32×32 or 64×64.
 
     The stem is the one in use for CIFAR, and for Tiny-ImageNet as well: a 3×3 convolution with stride 1 and no pooling.
@@ -70,18 +70,14 @@ class ResNet18(EarlyExitNetwork):
         for module in nn.ModuleList(stages).modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        super().__init__(stages, [Exit(_projection(width << k, features), features, num_classes) for k in range(4)])
-        self.in_channels = input_shape[0]
+        exits = [Exit(_projection(width << k, features), features, num_classes) for k in range(4)]
+        super().__init__(stages, exits, input_shape[0])
         self._built = (tuple(input_shape), num_classes, features, norm, width, stem_stride)
 
     def at_width(self, share: float) -> ResNet18:
         """With about this share of the channels of all stages."""
         shape, classes, features, norm, width, stem_stride = self._built
         return ResNet18(shape, classes, features, norm, narrow(width, share, 2), stem_stride)
-
-    def check_inputs(self, x: Tensor) -> None:
-        """Raise ValueError if these are not images of its channels."""
-        check_images(x, self.in_channels)
 
 
 def residual_stages(
@@ -113,10 +109,7 @@ def _blocks(channels: int, width: int, stride: int, norm: Callable[[int], nn.Mod
     shortcut = None
     if stride != 1 or channels != width:
         shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), norm(width))
-    return [
-        BasicBlock(channels, width, stride, shortcut, norm_layer=norm),
-        BasicBlock(width, width, norm_layer=norm),
-    ]
+    return [BasicBlock(channels, width, stride, shortcut, norm_layer=norm), BasicBlock(width, width, norm_layer=norm)]
 
 
 def _projection(channels: int, features: int) -> nn.Module:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cafe_flwr.networks.checks import check_tokens, check_vocabulary
-from cafe_flwr.networks.early_exit import EarlyExitNetwork, Exit
+from cafe_flwr.networks.checks import TextNetwork, check_norm, check_tokens
+from cafe_flwr.networks.early_exit import Exit
 
 PADDING = 0  # the token that fills up short texts
 _GROUPS = 4
@@ -18,7 +18,7 @@ _GROUPS = 4
 Norm = Literal["layer", "group", "batch"]
 
 
-class TextTransformer(EarlyExitNetwork):
+class TextTransformer(TextNetwork):
     """Token and position embeddings and pre-norm Transformer blocks, with an exit after each.
 
     The input is tokens, (B, L) int64, 0 where there is none (short texts are filled up at the end). What passes between
@@ -77,8 +77,7 @@ class TextTransformer(EarlyExitNetwork):
         norm: Norm = "layer",
         dropout: float = 0.1,
     ) -> None:
-        if norm not in get_args(Norm):
-            raise ValueError(f"norm must be one of {', '.join(get_args(Norm))}; got {norm!r}")
+        check_norm(norm, get_args(Norm))
         parts = math.lcm(heads, _GROUPS if norm == "group" else 1)
         if width % parts:
             raise ValueError(f"width must be a multiple of {parts} for {heads} heads and {norm} norm, got {width}")
@@ -87,13 +86,8 @@ class TextTransformer(EarlyExitNetwork):
         projections = [
             nn.Sequential(_Mean(), nn.Linear(width, features), nn.LayerNorm(features)) for _ in range(blocks)
         ]
-        super().__init__(stages, [Exit(projection, features, num_classes) for projection in projections])
-        self.vocabulary, self.max_length = vocabulary, max_length
-
-    def check_inputs(self, x: Tensor) -> None:
-        """Raise ValueError if these are not tokens, (N, L) int64, that it knows and of at most its length."""
-        check_tokens(x, self.max_length)
-        check_vocabulary(x, self.vocabulary)
+        exits = [Exit(projection, features, num_classes) for projection in projections]
+        super().__init__(stages, exits, vocabulary, max_length)
 
 
 def _pack(h: Tensor, mask: Tensor) -> Tensor:

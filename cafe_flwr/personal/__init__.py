@@ -10,19 +10,11 @@ if TYPE_CHECKING:
     from cafe_flwr.personal.published import Personal as Personal
     from cafe_flwr.personal.published import PersonalNetworks as PersonalNetworks
 
-__all__ = [
-    "FinishedRun",
-    "Personal",
-    "PersonalNetworks",
-    "fingerprint",
-]
-
 __getattr__ = lazily(
     __name__,
     {
-        "FinishedRun": "cafe_flwr.app.finished_run",
-        "Personal": "cafe_flwr.personal.published",
-        "PersonalNetworks": "cafe_flwr.personal.published",
-        "fingerprint": "cafe_flwr.networks.fingerprint",
+        "cafe_flwr.app.finished_run": "FinishedRun",
+        "cafe_flwr.networks.fingerprint": "fingerprint",
+        "cafe_flwr.personal.published": "Personal PersonalNetworks",
     },
 )

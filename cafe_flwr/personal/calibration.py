@@ -56,14 +56,7 @@ def calibrate_run(
 ) -> dict[str, Any]:
     """Calibrate all clients of a finished run, or one on its node; ``calibration.json`` says what is certified.
 
-    Returns
-    -------
-    What ``calibration.json`` holds.
-
-    Raises
-    ------
-    ValueError
-        If there are no personal networks, or α or δ are out of range.
+    What that file holds is returned. ValueError if there are no personal networks, or α or δ are out of range.
     """
     clients = run.clients
     if not clients:

@@ -60,20 +60,17 @@ def evaluate_run(  # noqa: PLR0913 (public, all by name)
         For a client, risk, guarantee, corruption or severity that does not exist.
     """
     chosen = _check(run, clients, risks, guarantee, corruptions, severities)
-    _check_alike(run, chosen)
-    settings = run.run_config
-    notes = _notes(settings)
+    notes = _notes(run.run_config)
     conditions = [CLEAN, *((name, severity) for name in corruptions for severity in severities)]
     found: list[ClientEvaluation] = []
     for done, client in enumerate(chosen):
         if progress:
             progress(done, len(chosen))
-        data = run.data(client)
+        data, network = run.data(client), run.personal(client).network
         shape = tuple(data.test.x.shape[1:])
         if len(shape) != 3 and len(conditions) > 1:
             conditions = [CLEAN]
             notes.append(f"The inputs are no images (channels, height, width) but {shape}, so nothing was corrupted.")
-        network = run.personal(client).network
         found.append(evaluate_client(client, network, data, conditions, risks=risks, guarantee=guarantee, seed=seed))
     if progress:
         progress(len(chosen), len(chosen))
@@ -86,7 +83,7 @@ def evaluate_run(  # noqa: PLR0913 (public, all by name)
         "ece_bins": ECE_BINS,
         "macs_per_exit": found[0].macs,
         "notes": notes,
-        **put_together(found, pooled, guarantee=guarantee, shifted=bool(settings.get("test-shift"))),
+        **put_together(found, pooled, guarantee=guarantee, shifted=bool(run.run_config.get("test-shift"))),
     }
     write_atomically(run.output("evaluation.parquet"), long_table(found, pooled).to_parquet(index=False))
     write_atomically(run.output("evaluation.json"), to_json(evaluation, indent=1))
@@ -116,6 +113,7 @@ def _check(
         raise ValueError(f"corruptions must be among {', '.join(CORRUPTIONS)}, got {bad_names}")
     if bad_levels := [severity for severity in severities if severity not in range(1, 6)]:
         raise ValueError(f"severities must be 1 (slight) to 5, got {bad_levels}")
+    _check_alike(run, chosen)
     return chosen
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cafe_flwr.metrics.curve import area_under_curve
-from cafe_flwr.metrics.early_exit import THRESHOLDS, DynamicCounts
+from cafe_flwr.metrics.curve import CostCurve
+from cafe_flwr.metrics.early_exit import DynamicCounts
 from cafe_flwr.metrics.selective import (
     OWN,
     POOLED,
@@ -22,31 +22,19 @@ from cafe_flwr.metrics.selective import (
     reliability,
     risk_coverage,
 )
-from cafe_flwr.personal.client_evaluation import CLEAN, PER_EXIT, Certificate, ClientEvaluation, Condition
+from cafe_flwr.personal.client_evaluation import CLEAN, PER_EXIT, Certificate, ClientEvaluation, Condition, Measured
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
 def put_together(
-    found: Sequence[ClientEvaluation],
-    pooled: Mapping[float, Certificate],
-    *,
-    guarantee: str,
-    shifted: bool = False,
+    found: Sequence[ClientEvaluation], pooled: Mapping[float, Certificate], *, guarantee: str, shifted: bool = False
 ) -> dict[str, Any]:
-    """The part of ``evaluation.json`` that is measured: by client, and over clients under every condition.
+    """The part of ``evaluation.json`` that is measured: by client (one at least), and over clients by condition.
 
-    Parameters
-    ----------
-    found
-        The clients' evaluations, one at least.
-    pooled
-        Thresholds by risk, as :func:`cafe_flwr.personal.client_evaluation.certify_together` gives them.
-    guarantee
-        What they were calibrated for.
-    shifted
-        Whether the test examples are distributed otherwise than those of calibration even as they are.
+    ``pooled`` are thresholds by risk from all clients' calibration examples together, ``guarantee`` what they were
+    calibrated for; ``shifted`` says whether even clean test examples are distributed otherwise than calibration's.
     """
     clean = [c.measured[CLEAN] for c in found]
     confidence, correct = np.concatenate([m.confidence for m in clean]), np.concatenate([m.correct for m in clean])
@@ -101,25 +89,26 @@ def _condition(
     """Over clients, under one condition."""
     name, severity = condition
     void = condition != CLEAN or shifted
-    measured = {c.client: c.measured[condition] for c in found}
-    examples = [len(m.confidence) for m in measured.values()]
+    measured = [c.measured[condition] for c in found]
+    examples = [len(m.confidence) for m in measured]
     macs = found[0].macs
     exits = {
         measure: _columns([over_clients(v, examples, measure) for v in zip(*rows, strict=True)])
         for measure in PER_EXIT
-        for rows in [[m.exits[measure] for m in measured.values()]]
+        for rows in [[m.exits[measure] for m in measured]]
     }
-    dynamic = []
-    for risk in pooled:
-        of_own = {c.client: measured[c.client].own.get(risk) for c in found if c.certificates[risk].certified}
-        of_pooled = {client: pooled[risk].outcome(m.confidence, m.correct) for client, m in measured.items()}
-        for thresholds, outcomes, text in (("own", of_own, OWN), ("pooled", of_pooled, POOLED)):
-            known = {client: outcome for client, outcome in outcomes.items() if outcome is not None}
-            label = VOID if void else text
-            dynamic.append(
-                {"risk": risk, "thresholds": thresholds, "label": label, **_over(known, risk, guarantee, macs)}
-            )
-    by_client = (m.counts for m in measured.values())
+    outcomes = [_outcomes(c, m, pooled) for c, m in zip(found, measured, strict=True)]
+    dynamic = [
+        {
+            "risk": risk,
+            "thresholds": thresholds,
+            "label": VOID if void else text,
+            **_over([o[thresholds][risk] for o in outcomes if risk in o[thresholds]], risk, guarantee, macs),
+        }
+        for risk in pooled
+        for thresholds, text in (("own", OWN), ("pooled", POOLED))
+    ]
+    by_client = (m.counts for m in measured)
     counts = DynamicCounts(*(np.sum(part, axis=0) for part in zip(*by_client, strict=True)))
     return {
         "corruption": name,
@@ -132,20 +121,29 @@ def _condition(
     }
 
 
+def _outcomes(c: ClientEvaluation, m: Measured, pooled: Mapping[float, Certificate]) -> dict[str, dict[float, Outcome]]:
+    """What becomes of a client's examples, by whose thresholds and by risk, as far as there are thresholds."""
+    together = {risk: certificate.outcome(m.confidence, m.correct) for risk, certificate in pooled.items()}
+    return {
+        "own": {risk: m.own[risk] for risk, certificate in c.certificates.items() if certificate.certified},
+        "pooled": {risk: outcome for risk, outcome in together.items() if outcome is not None},
+    }
+
+
 def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Statistics over clients, each a list over exits."""
     return {key: [row[key] for row in rows] for key in rows[0]}
 
 
-def _over(outcomes: Mapping[int, Outcome], risk: float, guarantee: str, macs: Sequence[float]) -> dict[str, Any]:
+def _over(outcomes: Sequence[Outcome], risk: float, guarantee: str, macs: Sequence[float]) -> dict[str, Any]:
     """All test examples together and the spread over clients; no measures if there are no thresholds."""
-    each = [outcome.measures(macs) for outcome in outcomes.values()]
+    each = [outcome.measures(macs) for outcome in outcomes]
     if not each:
         return {"clients": 0, "all": None, "over_clients": {}, "clients_above_risk": 0}
-    examples = [sum(outcome.left) for outcome in outcomes.values()]
+    examples = [sum(outcome.left) for outcome in outcomes]
     return {
         "clients": len(each),
-        "all": _measures(Outcome.total(outcomes.values()), macs),
+        "all": _measures(Outcome.total(outcomes), macs),
         "over_clients": {key: over_clients([m[key] for m in each], examples, key) for key in each[0]},
         "clients_above_risk": sum(m[RISK_OF[guarantee]] > risk for m in each),
     }
@@ -153,15 +151,9 @@ def _over(outcomes: Mapping[int, Outcome], risk: float, guarantee: str, macs: Se
 
 def _curve(counts: DynamicCounts, examples: int, macs: Sequence[float]) -> dict[str, Any]:
     """Accuracy against mean MACs at every threshold that all exits share."""
-    if not examples:
-        return {"threshold": [], "accuracy": [], "macs": [], "area": math.nan}
-    accuracy, cost = counts.correct / examples, (counts.left / examples) @ np.asarray(macs, dtype=np.float64)
-    return {
-        "threshold": THRESHOLDS.tolist(),
-        "accuracy": accuracy.tolist(),
-        "macs": cost.tolist(),
-        "area": area_under_curve(accuracy.tolist(), cost.tolist()),
-    }
+    mean_macs = (counts.left / max(examples, 1)) @ np.asarray(macs, dtype=np.float64)
+    curve = CostCurve.from_counts(counts, mean_macs)
+    return {**curve.points(), "area": curve.area}
 
 
 def long_table(found: Sequence[ClientEvaluation], pooled: Mapping[float, Certificate]) -> pd.DataFrame:
@@ -180,12 +172,8 @@ def long_table(found: Sequence[ClientEvaluation], pooled: Mapping[float, Certifi
                 for measure, values in m.exits.items()
                 for k, value in enumerate(values, start=1)
             ]
-            of_pooled = {risk: certificate.outcome(m.confidence, m.correct) for risk, certificate in pooled.items()}
-            of_own = {risk: m.own.get(risk) for risk, certificate in c.certificates.items() if certificate.certified}
-            for thresholds, outcomes in (("own", of_own), ("pooled", of_pooled)):
+            for thresholds, outcomes in _outcomes(c, m, pooled).items():
                 for risk, outcome in outcomes.items():
-                    if outcome is None:
-                        continue
                     at = (*head, thresholds, risk)
                     rows += [(*at, 0, measure, value, n) for measure, value in outcome.measures(c.macs).items()]
                     rows += [(*at, k, "exit_share", value, n) for k, value in enumerate(outcome.shares(), start=1)]

@@ -25,10 +25,8 @@ def export_client(
     ----------
     run
         A finished run, or the client's network on its node; with ``client-<k>.thresholds.json`` after a calibration.
-    client
-        k.
     folder, format
-        As for :func:`export`.
+        As for :func:`export`; errors, too.
     max_prob
         θ in [0, 1]: leave where the largest probability is at least θ, in place of calibrated thresholds. None: without
         a calibration the exported network never leaves early.
@@ -36,7 +34,7 @@ def export_client(
     Raises
     ------
     ValueError
-        As :func:`export`; and if there is no such client, or its thresholds cannot be read.
+        If there is no such client, or its thresholds cannot be read.
     """
     personal = run.personal(client)
     thresholds = read_thresholds(run.networks, client) if max_prob is None else max_prob

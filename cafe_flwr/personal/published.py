@@ -26,16 +26,9 @@ _LOCAL_PIXELS = (0.5, 0.5)  # as cafe_flwr.data.local reads them
 
 @dataclass(frozen=True)
 class Personal:
-    """A client's personal network.
+    """A client's personal network, in evaluation mode, with its facts.
 
-    Attributes
-    ----------
-    client
-        Whose it is.
-    network
-        Ready to be used, in evaluation mode.
-    facts
-        Contents of ``client-<partition>.json``: round, method, temperatures, accuracy per exit, …
+    ``facts`` are the contents of ``client-<partition>.json``: round, method, temperatures, accuracy per exit, …
     """
 
     client: int
@@ -145,17 +138,7 @@ def read_facts(folder: Path, client: int) -> dict[str, Any]:
 
 
 def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks) -> Personal:
-    """Load a client's personal weights into a network of the same architecture.
-
-    Parameters
-    ----------
-    folder
-        Holds ``client-<partition>.safetensors`` and ``.json``.
-    client
-        Whose.
-    built
-        As the run built it, by modality if there are several; the client's part of it gets the weights, and is set to
-        evaluation mode.
+    """Load a client's personal weights into its part of the network (of those by modality) that the run built.
 
     Raises
     ------

@@ -23,15 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from cafe_flwr.core.files import (
-    STATE_VERSION,
-    Damaged,
-    checksum,
-    to_json,
-    version_path,
-    versions_in,
-    write_atomically,
-)
+from cafe_flwr.core.files import STATE_VERSION, Damaged, checksum, to_json, version_path, versions_in, write_atomically
 from cafe_flwr.core.locks import locked
 from cafe_flwr.core.log import logger
 
@@ -182,26 +174,12 @@ class PersonalStore:
                 )
 
     def save(
-        self,
-        client: int,
-        server_round: int,
-        tensors: Mapping[str, Tensor],
-        *,
-        base: int,
-        resumable_from: int,
+        self, client: int, server_round: int, tensors: Mapping[str, Tensor], *, base: int, resumable_from: int
     ) -> None:
-        """Write the version of a round.
+        """Write the version of a round: personal parameters by name, after training from version ``base``.
 
-        Parameters
-        ----------
-        client, server_round
-            Whose state, and after which round.
-        tensors
-            Personal parameters by name.
-        base
-            Version that training started from. Versions between it and this one were never acknowledged: they go.
-        resumable_from
-            Oldest round that the run may be resumed from; versions that are not needed for it go, too.
+        Versions between ``base`` and this one were never acknowledged: they go. So do those that are not needed to
+        resume the run from round ``resumable_from`` or later.
 
         Raises
         ------

@@ -37,7 +37,7 @@ def colour(k: int) -> str:
 
 
 def canvas(height: float = 2.8, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of the width of a text column, with ``rows`` bare axes above each other."""
+    """A figure as wide as a text column, with ``rows`` plain axes above each other."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -139,7 +139,7 @@ def draw_ramp(run: Run) -> Drawn:
 
 
 def _students(line: Mapping[str, Any], num_exits: int) -> int:
-    """Student exits of a round's clients; where that is not on record, as if all held all."""
+    """Student exits of a round's clients; where that is not on record, as if every client held all exits."""
     return int(line.get("students") or len(line.get("participants") or []) * (num_exits - 1))
 
 
@@ -220,7 +220,7 @@ def draw_exits(run: Run) -> Drawn:
 
 
 def draw_weights(run: Run) -> Drawn:
-    """How much every client gets from every other."""
+    """Weight of every client in the mixture of every other."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     clients = run.get("teacher_weights", "clients") or []
@@ -245,7 +245,7 @@ def draw_weights(run: Run) -> Drawn:
 
 
 def draw_own_weight(run: Run) -> Drawn:
-    """Weight of what is a client's own in its mixture and the effective number of clients in it, over rounds."""
+    """Weight of a client's own part in its mixture, and the effective number of clients in it, over rounds."""
     keys = {"weight of its own": "own_teacher_weight", "effective number of clients": "effective_teachers"}
     panels = {label: [(run.over_rounds(key)[:, 0], colour(run.num_exits))] for label, key in keys.items()}
     if not np.isfinite([lines[0][0] for lines in panels.values()]).any():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -11,12 +11,11 @@ from cafe_flwr.core.files import to_json, write_atomically
 from cafe_flwr.core.log import logger
 from cafe_flwr.core.older_settings import of_saved_run
 from cafe_flwr.server.checkpoints import Checkpoints, ServerState
-from cafe_flwr.settings import Settings
 
 # Settings that may differ when a run is resumed: they do not change its numbers.
-_FREE_ON_RESUME = {
-    *("resume", "results-dir", "state-dir", "wait-seconds", "round-timeout", "round-retries", "min-available-nodes"),
-}
+FREE_ON_RESUME = frozenset(
+    ("resume", "results-dir", "state-dir", "wait-seconds", "round-timeout", "round-retries", "min-available-nodes")
+)
 
 
 class Results(NamedTuple):
@@ -27,11 +26,24 @@ class Results(NamedTuple):
     lock: IO[str]
 
 
-def open_results(settings: Settings) -> Results:
+def open_results(
+    folder: Path, settings: Mapping[str, Any], *, defaults: Mapping[str, Any], free: Collection[str] = FREE_ON_RESUME
+) -> Results:
     """Make the run's results folder ready, before the first round.
 
     An earlier run of the same name is not overwritten: it is moved aside to ``<name>.1``, ``<name>.2``, …
-    With ``resume`` its folder is used, and its last checkpoint returned.
+    With the setting ``resume`` its folder is used, and its last checkpoint returned.
+
+    Parameters
+    ----------
+    folder
+        Of the run.
+    settings
+        All settings of the run, in kebab-case.
+    defaults
+        Values of settings that a run of an earlier version did not have yet.
+    free
+        Settings that may differ when a run is resumed, because they do not change its numbers.
 
     Raises
     ------
@@ -39,16 +51,14 @@ def open_results(settings: Settings) -> Results:
         If the folder cannot be written, holds something else or a run that is still under way, or there is nothing to
         resume.
     """
-    folder = settings.results
-    run_config = settings.to_run_config()
     try:
         state = None
-        if settings.resume:
-            state = _resumable(folder, run_config)
+        if settings["resume"]:
+            state = _resumable(folder, settings, defaults, free)
         elif not is_bare(folder):
             _move_aside(folder)
         lock = _lock(folder)
-        write_atomically(folder / "settings.json", to_json(run_config, indent=2))
+        write_atomically(folder / "settings.json", to_json(settings, indent=2))
     except OSError as error:
         raise ValueError(f"cannot write results to {folder}: {error}. Set results-dir to a folder you own") from error
     logger.info("Results: %s", folder)
@@ -79,7 +89,10 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
-def _resumable(folder: Path, run_config: Mapping[str, Any]) -> ServerState:
+def _resumable(
+    folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any], free: Collection[str]
+) -> ServerState:
+    """The last checkpoint of the run, if it was a run of these settings."""
     state = Checkpoints(folder / "checkpoint").load()
     if state is None:
         raise ValueError(f"resume = true, but there is no checkpoint in {folder / 'checkpoint'}")
@@ -91,11 +104,11 @@ def _resumable(folder: Path, run_config: Mapping[str, Any]) -> ServerState:
         before = of_saved_run(before)
     except ValueError as error:
         raise ValueError(f"cannot resume {folder}: {error}") from None
-    was = {**Settings.from_run_config({}).to_run_config(), **before}  # an earlier version knew fewer
+    was = {**defaults, **before}  # an earlier version knew fewer
     changed = [
         f"{key} was {was[key]!r}, now {value!r}"
-        for key, value in run_config.items()
-        if key not in _FREE_ON_RESUME and was[key] != value
+        for key, value in settings.items()
+        if key not in free and was[key] != value
     ]
     if changed:
         raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")

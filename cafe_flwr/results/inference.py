@@ -5,7 +5,7 @@ Everything is read from ``evaluation.json``; what it lacks is not shown.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +15,9 @@ from cafe_flwr.results.figures import INK, MARKS, MUTED, PAPER, canvas, colour
 from cafe_flwr.results.run import Run, fixed, number, numbers, percent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from matplotlib.figure import Figure
     from rich.table import Table
 
-    Drawn = tuple[Figure, str] | None  # a figure with the sentence that says how to read it
+    from cafe_flwr.results.figures import Drawn
 
 TITLE = "Calibration and risk"
 WORDS = {
@@ -70,7 +67,7 @@ def rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
 
 
 def labels(evaluation: Mapping[str, Any]) -> list[str]:
-    """What is to be said of the guarantees in each of :func:`rows`; empty where nothing speaks against them."""
+    """What is said of the guarantees in each of :func:`rows`; empty where they hold."""
     return [str(condition.get("label") or "") for condition in entries(evaluation, "conditions")]
 
 
@@ -99,7 +96,7 @@ def _measure(evaluation: Mapping[str, Any]) -> str:
 
 
 def remarks(evaluation: Mapping[str, Any]) -> list[str]:
-    """What must be known to read the rows: whose thresholds, what is guaranteed, which clients are certified."""
+    """What a reader of the rows must know: whose thresholds, what is guaranteed, which clients are certified."""
     measure = _measure(evaluation).replace("_", " ")
     lines = [f"α = …: {measure} seen on test inputs, at the share that leaves early. Thresholds {POOLED}."]
     if len(entries(evaluation, "conditions")) > 1:
@@ -229,7 +226,7 @@ def draw_exits_at_risk(run: Run) -> Drawn:
 
 
 def draw_curves(run: Run) -> Drawn:
-    """Accuracy against MACs, as inputs are and by severity of corruption."""
+    """Accuracy against MACs, of clean inputs and by severity of corruption."""
     macs = numbers(run.evaluation.get("macs_per_exit"), run.num_exits)
     curves: dict[int, list[tuple[Any, Any]]] = {}
     for condition in entries(run.evaluation, "conditions"):

@@ -1,23 +1,21 @@
-"""The page of a run's report: its words and its look. Figures are in ``figures.py``, facts in ``run.py``."""
+"""The page of a run's report: its words, its look and its file."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cafe_flwr.results import inference as report_inference
-from cafe_flwr.results import run as report
+from cafe_flwr.core.files import write_atomically
+from cafe_flwr.results import inference
 from cafe_flwr.results.figures import LEARNING, MARKS, SECTIONS, draw_ramp, svg
-from cafe_flwr.results.run import Run, duration, fixed, percent
-from cafe_flwr.settings import keys_of_other_methods
+from cafe_flwr.results.run import Run, duration, fixed, percent, read_run
+from cafe_flwr.results.tables import COLUMNS, bytes_line, dynamic_line, kind_rows, last_five_words, spread, table_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from matplotlib.figure import Figure
-
-    Drawn = tuple[Figure, str] | None  # a figure with the sentence that says how to read it
+    from cafe_flwr.results.figures import Drawn
 
 CSS = """
 :root { --paper: #fff; --ink: #1c2430; --muted: #626d7c; --line: #dfe3e8; --panel: #f5f7f9; --warn: #b45309;
@@ -155,20 +153,20 @@ def plain_words(run: Run) -> str:
     text += f" with the method {run.get('method')}" if run.get("method") else ""
     span = count(done, "round") if done == rounds else f"{done} of {rounds} rounds"
     text += f", for {span}." if done is not None else "."
-    accuracy, last, worst = run.number("accuracy"), run.number("accuracy_last_exit"), report.spread(run)[-1][2]
+    accuracy, last, worst = run.number("accuracy"), run.number("accuracy_last_exit"), spread(run)[-1][2]
     if np.isfinite(accuracy):
         text += f" A client's network labels {percent(accuracy)} of the client's test data correctly"
         text += f" on average over its exits ({percent(last)} at the last)" if m > 1 else ""
         text += f"; for the worst tenth of the clients it is {percent(worst)}." if np.isfinite(worst) else "."
     saved, dynamic, full = (run.number("dynamic", key) for key in ("macs_reduction", "accuracy", "accuracy_full"))
-    if report.dynamic_line(run) and saved > 0:
+    if dynamic_line(run) and saved > 0:
         text += " When every input leaves at the first exit that is confident enough, its answer costs on average "
         text += f"{percent(saved)} fewer multiply-adds (MACs), at accuracy {fixed(dynamic)} instead of {fixed(full)}."
-    return text + (f" What travelled: {report.bytes_line(run)}." if report.bytes_line(run) else "")
+    return text + (f" What travelled: {bytes_line(run)}." if bytes_line(run) else "")
 
 
 def left_out(run: Run) -> dict[tuple[str, str], str]:
-    """Clients whose work did not enter some rounds: client and reason → the rounds, ``5, 7–9``."""
+    """Clients whose work was left out of rounds: client and reason → the rounds, ``5, 7–9``."""
     found: dict[tuple[str, str], list[int]] = {}
     for line in run.rounds:
         for client, reason in (line.get("left_out") or {}).items():
@@ -185,9 +183,9 @@ def key_figures(run: Run) -> list[tuple[str, str]]:
     up, down, fedavg = (run.number(f"bytes_{way}_per_client_round") for way in ("up", "down", "fedavg"))
     tiles = [
         (run.number("accuracy"), fixed, "accuracy, mean over exits and clients"),
-        (run.number("last_five", "accuracy"), fixed, f"the same, {report.last_five_words(run)}"),
+        (run.number("last_five", "accuracy"), fixed, f"the same, {last_five_words(run)}"),
         (run.number("accuracy_last_exit"), fixed, "accuracy of the last exit"),
-        (report.spread(run)[-1][2], fixed, "accuracy, worst 10 % of clients"),
+        (spread(run)[-1][2], fixed, "accuracy, worst 10 % of clients"),
         (run.number("macs_reduction_at_equal_accuracy"), percent, "fewer MACs at equal accuracy"),
         ((up + down) / (2 * fedavg), percent, "of the bytes of FedAvg"),
         (run.number("seconds"), duration, "wall clock"),
@@ -207,12 +205,6 @@ def client_rows(run: Run) -> list[dict[str, str]]:
     ]
 
 
-def own_settings(run: Run) -> dict[str, Any]:
-    """The settings that the run's method reads."""
-    others = keys_of_other_methods(str(run.get("method")))
-    return {key: value for key, value in run.settings.items() if key not in others}
-
-
 def is_expected(run: Run, section: str, draw: Callable[[Run], Drawn]) -> bool:
     """Whether a figure that could not be drawn should have been there."""
     if draw is draw_ramp:
@@ -227,13 +219,12 @@ def drawings_of(run: Run) -> dict[str, dict[str, Callable[[Run], Drawn]]]:
     for section, drawings in SECTIONS.items():
         found[section] = drawings
         if section == "Leaving early" and run.evaluation:
-            found[report_inference.TITLE] = report_inference.FIGURES
+            found[inference.TITLE] = inference.FIGURES
     return found
 
 
-def render(run: Run) -> str:
-    """The whole page."""
-    from jinja2 import Environment, StrictUndefined
+def _figures(run: Run) -> tuple[dict[str, list[dict[str, str]]], list[str]]:
+    """The figures by section, and the titles of those that are missing."""
     from markupsafe import Markup
 
     sections: dict[str, list[dict[str, str]]] = {}
@@ -246,7 +237,17 @@ def render(run: Run) -> str:
                 continue
             drawing = Markup(svg(drawn[0], draw.__name__, title))  # its text is ours and numbers, nothing to escape
             sections.setdefault(section, []).append({"title": title, "svg": drawing, "caption": drawn[1]})
+    return sections, absent
+
+
+def render(run: Run, unread: Collection[str] = ()) -> str:
+    """The whole page; settings that are ``unread`` are not on it."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    sections, absent = _figures(run)
     notes = [*run.notes, *([f"Not recorded in this run, so not shown: {'; '.join(absent)}."] if absent else [])]
+    settings = {key: value for key, value in run.settings.items() if key not in unread}
     m = run.num_exits
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)
     return page.render(
@@ -259,21 +260,33 @@ def render(run: Run) -> str:
         summary=plain_words(run).replace(" %", "\u00a0%"),
         notes=notes,
         tiles=key_figures(run),
-        columns=report.COLUMNS,
-        rows=report.table_rows(run),
-        kinds=report.kind_rows(run),
+        columns=COLUMNS,
+        rows=table_rows(run),
+        kinds=kind_rows(run),
         sections=sections,
         clients=client_rows(run),
         left_out=left_out(run),
         rounds=run.rounds,
-        tables={"Setting": own_settings(run), "Version": run.get("versions") or {}},
+        tables={"Setting": settings, "Version": run.get("versions") or {}},
         evaluated={
-            "title": report_inference.TITLE,
-            "columns": report_inference.columns(run.evaluation),
-            "rows": list(
-                zip(report_inference.labels(run.evaluation), report_inference.rows(run.evaluation), strict=True)
-            ),
-            "remarks": report_inference.remarks(run.evaluation),
+            "title": inference.TITLE,
+            "columns": inference.columns(run.evaluation),
+            "rows": list(zip(inference.labels(run.evaluation), inference.rows(run.evaluation), strict=True)),
+            "remarks": inference.remarks(run.evaluation),
         },
-        glossary=GLOSSARY | (report_inference.WORDS if run.evaluation else {}),
+        glossary=GLOSSARY | (inference.WORDS if run.evaluation else {}),
     )
+
+
+def write_report(folder: Path, unread: Callable[[str], Collection[str]] = lambda method: ()) -> Path:
+    """Write ``report.html`` into the folder of a run and return its path: one page, nothing loaded from elsewhere.
+
+    The page is written from what is there and says what is missing; a page that is there already is replaced at once.
+    ``unread`` gives the settings that a method does not read, which are not shown. Raises FileNotFoundError if the
+    folder holds none of a run's files.
+    """
+    run = read_run(Path(folder))
+    page = render(run, unread(str(run.get("method"))))
+    path = Path(folder) / "report.html"
+    write_atomically(path, page)
+    return path

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the files of its results folder, written after every round."""
+"""The files of a run's results folder, written after every round and at the end."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ import csv
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cafe_flwr.core.files import to_json, write_atomically
-from cafe_flwr.core.log import logger
 from cafe_flwr.metrics.exits import ExitMetrics
 from cafe_flwr.results.summary import summarise
 from cafe_flwr.server.callbacks import RoundRecord, RunInfo
 from cafe_flwr.server.checkpoints import Checkpoints, ServerState
-from cafe_flwr.settings import Settings
 from cafe_flwr.wire.evaluate import FinalReport
 from cafe_flwr.wire.keys import PHASES
 
@@ -24,26 +22,24 @@ COLUMNS = ("round", "client", "phase", "exit", "accuracy", "loss", "ece", "examp
 
 
 class Recorder:
-    """Writes a run's files: a line and a checkpoint after every round, tables and report at the end.
+    """Writes a run's files: a line and a checkpoint after every round, tables and summary at the end.
+
+    ``rounds.jsonl`` and ``checkpoint/clients.csv`` only grow, and every line is on disk when the round ends;
+    ``clients.parquet`` is made from the latter when the run ends, however it ends.
 
     Parameters
     ----------
     folder
-        Results folder, as :func:`open_results` made it.
+        Results folder, as :func:`cafe_flwr.results.folder.open_results` made it; it has the run's name.
     settings
-        Of the run.
+        Of the run, in kebab-case.
     resume_from
         State that the run goes on from.
-
-    Notes
-    -----
-    ``rounds.jsonl`` and ``checkpoint/clients.csv`` only grow, and every line is on disk when the round ends;
-    ``clients.parquet`` is made from the latter when the run ends, however it ends.
     """
 
-    def __init__(self, folder: Path, settings: Settings, resume_from: ServerState | None = None) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], resume_from: ServerState | None = None) -> None:
         self.folder = folder
-        self.settings = settings
+        self._asked = {**settings, "name": folder.name}
         self.checkpoints = Checkpoints(folder / "checkpoint")
         self._rows = folder / "checkpoint" / "clients.csv"
         self._rounds = folder / "rounds.jsonl"
@@ -85,30 +81,25 @@ class Recorder:
         self._plan = state.plan
 
     def on_finish(self, reports: Sequence[FinalReport]) -> None:
-        """Write summary, tables and report."""
+        """Write what the last evaluation found, and the summary."""
         assert self._run is not None
         self._append_rows(
             [r for f in reports for r in _rows(self._run.num_rounds, f.client, "final", f.exits, f.test_examples)]
         )
         rounds = [json.loads(line) for line in self._rounds.read_text().splitlines()]
         seconds = time.perf_counter() - self._started
-        summary = summarise(self.settings, self._run, reports, rounds, self._plan, seconds)
+        summary = summarise(self._asked, self._run, reports, rounds, self._plan, seconds)
         write_atomically(self.folder / "summary.json", to_json(summary, indent=2))
 
-    def close(self) -> None:
-        """Make ``clients.parquet`` and the report from what there is; also after a run that failed."""
+    def close(self) -> bool:
+        """Make ``clients.parquet`` from what there is, also after a run that failed; return whether anything is."""
         if self._run is None:
-            return
+            return False
         import pandas as pd
-
-        from cafe_flwr.results.run import write_report
 
         parquet = self.folder / "clients.parquet"
         write_atomically(parquet, pd.read_csv(self._rows).to_parquet(index=False))
-        try:
-            logger.info("Report: %s", write_report(self.folder))
-        except Exception:  # the run's own outcome, or error, counts more than its page
-            logger.exception("No report could be written; try: cafe-flwr report %s", self.folder)
+        return True
 
     def _append_rows(self, rows: Iterable[Sequence[Any]]) -> None:
         with open(self._rows, "a", newline="") as file:

@@ -1,10 +1,9 @@
-"""What a run did, for people: the table at the end in the terminal and one self-contained HTML page."""
+"""The records of a run, read from its results folder, and how their numbers are written."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from numpy.typing import NDArray
-    from rich.table import Table
 
 FILES = {  # what a run writes, and what it means when a file is not there
     "settings.json": "the settings are unknown",
@@ -22,7 +20,6 @@ FILES = {  # what a run writes, and what it means when a file is not there
     "clients.parquet": "single clients are shown only as far as summary.json has them",
     "summary.json": "the run is not over or was stopped, and the figures are those of the last round on record",
 }
-COLUMNS = ("", "accuracy ± std over clients", "worst 10 % of them", "MACs (share)", "ECE")
 
 
 def number(value: object) -> float:
@@ -58,7 +55,7 @@ def scaled(value: float, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: ``3 min 20 s``."""
+    """Seconds in words: ``3 min 20 s``."""
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
@@ -67,28 +64,14 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """The records of one run, completed where one record follows from another.
-
-    Attributes
-    ----------
-    settings, summary
-        The two JSON files; what ``summary.json`` lacks is filled in from the other records as far as they go.
-    rounds
-        The lines of ``rounds.jsonl`` in the order of the rounds, each round once (the last line about it).
-    accuracy
-        Last accuracy on record: a row per client, a column per exit 1..m.
-    notes
-        Sentences on what is missing, unreadable or filled in.
-    evaluation
-        Contents of ``evaluation.json``, which only an evaluated run has; empty without it.
-    """
+    """The records of one run, completed where one record follows from another."""
 
     settings: dict[str, Any]
-    summary: dict[str, Any]
-    rounds: list[dict[str, Any]]
-    accuracy: pd.DataFrame
-    notes: list[str]
-    evaluation: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any]  # what ``summary.json`` lacks is filled in from the other records as far as they go
+    rounds: list[dict[str, Any]]  # lines of ``rounds.jsonl`` in order, each round once (the last line about it)
+    accuracy: pd.DataFrame  # last on record: a row per client, a column per exit 1..m
+    notes: list[str]  # sentences on what is missing, unreadable or filled in
+    evaluation: dict[str, Any] = field(default_factory=dict)  # only an evaluated run has one
 
     @property
     def num_exits(self) -> int:
@@ -120,13 +103,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read what a run left in its folder.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds none of a run's files.
-    """
+    """Read what a run left in its folder; FileNotFoundError if that holds none of a run's files."""
     import pandas as pd
 
     if not any((folder / name).is_file() for name in FILES):
@@ -143,13 +120,7 @@ def read_run(folder: Path) -> Run:
             notes.append(f"{name} {problem}: {consequence}.")
             records.append({})
     settings, lines, measured, recorded = records
-    evaluation: dict[str, Any] = {}
-    try:
-        evaluation = _read_json(folder / "evaluation.json")
-    except FileNotFoundError:
-        pass  # a run need not be evaluated
-    except (OSError, ValueError, TypeError) as error:
-        notes.append(f"evaluation.json cannot be read ({error}): calibration and risk are not shown.")
+    evaluation = _read_evaluation(folder / "evaluation.json", notes)
     rounds = [lines[t] for t in sorted(lines)]
 
     of_clients = [row for row in recorded.get("clients") or [] if isinstance(row, Mapping) and "client" in row]
@@ -168,6 +139,17 @@ def read_run(folder: Path) -> Run:
     if recorded and filled:
         notes.append(f"Not in summary.json, taken from the other records: {', '.join(filled)}.")
     return Run(settings, {**recorded, **filled, "clients": of_clients}, rounds, accuracy, notes, evaluation)
+
+
+def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any]:
+    """Empty where the run was not evaluated; one that cannot be read is noted."""
+    try:
+        return _read_json(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        notes.append(f"evaluation.json cannot be read ({error}): calibration and risk are not shown.")
+        return {}
 
 
 def _read_json(path: Path) -> dict[Any, Any]:
@@ -200,7 +182,7 @@ def _read_table(path: Path) -> dict[Any, Any]:
 
 
 def _derive(rounds: list[dict[str, Any]], accuracy: pd.DataFrame, measured: dict[str, Any]) -> dict[str, Any]:
-    """What a summary would say, from the other records; None for what they do not tell."""
+    """Entries of the summary from the other records; None for what they do not tell."""
     last = rounds[-1] if rounds else {}
     per_exit = accuracy.mean().tolist() if len(accuracy) else numbers(last.get("accuracy_per_exit"), accuracy.shape[1])
     seen = [value for value in per_exit if math.isfinite(value)]
@@ -220,160 +202,3 @@ def _derive(rounds: list[dict[str, Any]], accuracy: pd.DataFrame, measured: dict
         },
         "seconds": seconds if rounds and math.isfinite(seconds) else None,
     }
-
-
-def spread(run: Run) -> list[tuple[float, float, float]]:
-    """Mean, standard deviation and worst tenth over clients: for exits 1..m, then for the mean over exits."""
-    from cafe_flwr.metrics.clients import worst_share
-
-    columns = [*(run.accuracy[k] for k in run.accuracy), run.accuracy.mean(axis=1)]
-    means = [*run.per_exit("accuracy_per_exit"), run.number("accuracy")]
-    rows = [(mean, float(c.std(ddof=0)), worst_share(c)) for mean, c in zip(means, columns, strict=True)]
-    std, worst = run.number("accuracy_std_over_clients"), run.number("accuracy_worst_tenth")
-    if math.isfinite(std) and math.isfinite(worst):
-        rows[-1] = (means[-1], std, worst)
-    return rows
-
-
-def table_rows(run: Run) -> list[list[str]]:
-    """Cells of the final table, in the order of ``COLUMNS``: a row per exit, then the mean over exits."""
-    macs, ece = run.per_exit("macs_per_exit"), run.per_exit("ece_per_exit")
-    names = [*(f"exit {k}" for k in range(1, run.num_exits + 1)), "mean over exits"]
-    cost = [*(f"{scaled(c)} ({percent(c / macs[-1])})" if math.isfinite(c) and macs[-1] else "–" for c in macs), ""]
-    errors = [*ece, sum(ece) / len(ece)]
-    return [
-        [name, f"{fixed(mean)} ± {fixed(std)}", fixed(worst), c, fixed(error)]
-        for name, (mean, std, worst), c, error in zip(names, spread(run), cost, errors, strict=True)
-    ]
-
-
-def last_five_words(run: Run) -> str:
-    """Over which rounds ``last_five`` is a mean: ``mean after rounds 96–100``; with gaps, ``after 5 of rounds …``."""
-    after = [round(t) for t in numbers(run.get("last_five", "rounds"), 5) if math.isfinite(t)]
-    if len(after) < 2:
-        return "after the last round"
-    gaps = after[-1] - after[0] >= len(after)
-    return f"mean after {f'{len(after)} of ' if gaps else ''}rounds {after[0]}–{after[-1]}"
-
-
-def last_five_line(run: Run) -> str:
-    """The mean over exits, averaged over the last rounds, in one line; empty where it was not recorded."""
-    accuracy = run.number("last_five", "accuracy")
-    return f"mean over exits, {last_five_words(run)}: {fixed(accuracy)}" if math.isfinite(accuracy) else ""
-
-
-def kind_rows(run: Run) -> list[dict[str, str]]:
-    """What clients hold that are not alike, and how good they are; empty where all are alike."""
-    rows = []
-    for kind in run.get("kinds") or []:
-        accuracy = numbers(kind.get("accuracy_per_exit"), run.num_exits)
-        own = number(kind.get("weight_of_own_kind"))
-        rows.append(
-            {
-                "clients that hold": str(kind.get("name")),
-                "clients": str(len(kind.get("clients") or [])),
-                "parameters": scaled(number(kind.get("num_parameters"))),
-                "MACs": scaled(numbers(kind.get("macs_per_exit"), kind.get("num_exits", 1))[-1]),
-                "values sent": scaled(number(kind.get("bytes_up_per_client_round")), "B"),
-                "accuracy, mean over exits": fixed(number(kind.get("accuracy"))),
-                **{f"exit {k}": fixed(value) for k, value in enumerate(accuracy, start=1)},
-                "weight of the same kind": percent(own),
-            }
-        )
-    return rows
-
-
-def kinds_line(run: Run) -> str:
-    """Accuracy by what clients hold, in one line; empty where all are alike."""
-    kinds = run.get("kinds") or []
-    each = (f"{k.get('name')} {fixed(number(k.get('accuracy')))} ({len(k.get('clients') or [])})" for k in kinds)
-    return f"mean over exits, by what clients hold (how many): {', '.join(each)}" if kinds else ""
-
-
-def dynamic_line(run: Run) -> str:
-    """What leaving early saves, in one line; empty where it was not recorded."""
-    accuracy, full, saved = (run.number("dynamic", key) for key in ("accuracy", "accuracy_full", "macs_reduction"))
-    threshold = run.number("dynamic", "threshold")
-    if not math.isfinite(accuracy):
-        return ""
-    if not math.isfinite(threshold):
-        return f"no threshold keeps the accuracy of the full network: every input runs all exits ({fixed(accuracy)})"
-    cost = f"{percent(abs(saved))} {'more' if saved < 0 else 'fewer'} MACs at accuracy {fixed(accuracy)}"
-    line = f"leaving at confidence ≥ {threshold:.3g}: {cost} (all exits run: {fixed(full)})"
-    less = run.get("dynamic", "one_point_less")
-    if not isinstance(less, Mapping):
-        return line
-    saved, accuracy = number(less.get("macs_reduction")), number(less.get("accuracy"))
-    return f"{line}; with one point less allowed: {percent(saved)} fewer at {fixed(accuracy)}"
-
-
-def bytes_line(run: Run) -> str:
-    """What a client sends and receives in a round, in one line; empty where it was not recorded."""
-    up, down, fedavg = (run.number(f"bytes_{way}_per_client_round") for way in ("up", "down", "fedavg"))
-    if not math.isfinite(up + down):
-        return ""
-    line = f"{scaled(up, 'B')} up and {scaled(down, 'B')} down per client and round"
-    return f"{line} (FedAvg of the whole network: {scaled(fedavg, 'B')} each way)" if math.isfinite(fedavg) else line
-
-
-def final_table(folder: Path) -> Table:
-    """What a person sees at the end of a run in the terminal.
-
-    A row per exit and one for their mean; the caption says what leaving early saves, what travelled, how long it took
-    and what is missing.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds none of a run's files.
-    """
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    run = read_run(Path(folder))
-    seconds = run.number("seconds")
-    lines = [
-        kinds_line(run),
-        last_five_line(run),
-        dynamic_line(run),
-        bytes_line(run),
-        duration(seconds) if math.isfinite(seconds) else "",
-        *run.notes,
-    ]
-    table = Table(
-        title=Text(f"{run.get('name')}: accuracy on the clients' test data"),
-        caption=Text("\n".join(filter(None, lines))),
-        box=box.SIMPLE_HEAD,
-        caption_justify="left",
-    )
-    for column in COLUMNS:
-        table.add_column(
-            column, justify="right" if column else "left", min_width=15 if column == "MACs (share)" else None
-        )
-    for cells in table_rows(run):
-        table.add_row(*cells, style="" if cells[0].startswith("exit") else "bold")
-    return table
-
-
-def write_report(folder: Path) -> Path:
-    """Write ``report.html`` into the folder of a run and return its path: one page, nothing loaded from elsewhere.
-
-    The page is written from what is there and says what is missing; a page that is there already is replaced at once.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds none of a run's files.
-    """
-    from cafe_flwr.results.page import render
-
-    page = render(read_run(Path(folder)))
-    path = Path(folder) / "report.html"
-    temporary = path.with_name(f".report-{os.getpid()}.html")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -1,4 +1,4 @@
-"""The figures of a finished run."""
+"""The figures of a finished run: what ``summary.json`` holds."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from cafe_flwr import __version__
 from cafe_flwr.methods.server import RoundPlan
 from cafe_flwr.metrics.clients import worst_share
-from cafe_flwr.metrics.curve import area_under_curve, cheapest
+from cafe_flwr.metrics.curve import CostCurve, cheapest
 from cafe_flwr.metrics.early_exit import THRESHOLDS, DynamicCounts
-from cafe_flwr.settings import Settings
 from cafe_flwr.wire.evaluate import FinalReport
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ LAST_ROUNDS = 5
 
 
 def summarise(
-    settings: Settings,
+    settings: Mapping[str, Any],
     run: RunInfo,
     reports: Sequence[FinalReport],
     rounds: Sequence[Mapping[str, Any]],
@@ -38,8 +37,10 @@ def summarise(
 
     Parameters
     ----------
-    settings, run
-        What was asked for, and the run when it started.
+    settings
+        What was asked for, in kebab-case: ``name``, ``method``, ``dataset`` and ``seed`` are read.
+    run
+        The run when it started.
     reports
         Evaluation of every personal network after the last round.
     rounds
@@ -49,66 +50,86 @@ def summarise(
     seconds
         Wall clock.
     """
-    messages = sum(len(line["participants"]) for line in rounds) or 1
-    per_client = [mean(f.exits.accuracy) for f in reports]
-    known = [value for value in per_client if not math.isnan(value)]
-    accuracy = mean_rows(f.exits.accuracy for f in reports)
     num_clients = len({*run.clients, *(f.client for f in reports)})
-    after = list(rounds[-1]["accuracy_per_exit_after"]) if rounds else []
-    adapted = mean_rows(f.adapted.accuracy for f in reports)
-    dynamic, curve = _dynamic(reports, {f.client: _macs_of(run, f.client) for f in reports})
+    accuracy = mean_rows(f.exits.accuracy for f in reports)
+    dynamic, curve, exit_shares = _dynamic(reports, {f.client: _macs_of(run, f.client) for f in reports})
     kinds = _kinds(run, reports, plan)
     return {
-        "name": settings.run_name,
-        "method": settings.method,
-        "dataset": settings.dataset,
-        "seed": settings.seed,
+        **{key: settings[key] for key in ("name", "method", "dataset", "seed")},
         "num_rounds": run.num_rounds,
         "num_clients": num_clients,
-        "accuracy": mean(accuracy),
-        "accuracy_per_exit": accuracy,
-        "accuracy_last_exit": accuracy[-1] if accuracy else math.nan,
-        "last_five": last_five(rounds, accuracy, run.num_rounds),
-        "accuracy_ensemble": mean(f.ensemble for f in reports),
-        "accuracy_after_training": mean(_numbers(after)),
-        "accuracy_per_exit_after_training": after,
-        "accuracy_adapted": mean(adapted),
-        "accuracy_per_exit_adapted": adapted,
-        "accuracy_macs_area": area_under_curve(curve["accuracy"], curve["macs"]),
-        "accuracy_std_over_clients": float(np.std(known)) if known else math.nan,
-        "accuracy_worst_tenth": worst_share(per_client),
+        **_accuracies(reports, rounds, accuracy, run.num_rounds),
+        "accuracy_macs_area": curve.area,
+        **_over_clients([mean(f.exits.accuracy) for f in reports]),
         "ece_per_exit": mean_rows(f.exits.ece for f in reports),
         "loss_per_exit": mean_rows(f.exits.loss for f in reports),
         "num_parameters": run.num_parameters,
         "macs_per_exit": list(run.macs_per_exit),
         "macs_reduction_at_equal_accuracy": dynamic["macs_reduction"],
         "dynamic": dynamic,
-        "curve": curve,
-        "bytes_up_per_client_round": round(sum(line["bytes_up"] for line in rounds) / messages),
-        "bytes_down_per_client_round": round(sum(line["bytes_down"] for line in rounds) / messages),
-        "bytes_fedavg_per_client_round": 4 * run.num_parameters,
+        "curve": {**curve.points(), "exit_shares": exit_shares},
+        **_bytes(rounds, run.num_parameters),
         "local_steps_per_client": _local_steps(rounds, reports, num_clients),
         "seconds": seconds,
-        "teacher_weights": None
-        if plan is None or plan.weights is None
-        else {
-            "rows": list(plan.weight_rows),
-            "clients": list(plan.weight_columns),
-            "weights": plan.weights.round(4).tolist(),
-        },
-        "clients": [
-            {
-                "client": f.client,
-                "train": f.train_examples,
-                "calibration": f.calibration_examples,
-                "test": f.test_examples,
-                "classes": f.classes,
-                "accuracy_per_exit": f.exits.accuracy,
-            }
-            for f in reports
-        ],
+        "teacher_weights": _teacher_weights(plan),
+        "clients": [_client(f) for f in reports],
         **({"kinds": kinds} if len(kinds) > 1 else {}),
         "versions": _versions(),
+    }
+
+
+def _accuracies(
+    reports: Sequence[FinalReport], rounds: Sequence[Mapping[str, Any]], accuracy: list[float], num_rounds: int
+) -> dict[str, Any]:
+    """Means over clients: at the end, over the last rounds, after local training and with the prior re-estimated."""
+    after = list(rounds[-1]["accuracy_per_exit_after"]) if rounds else []
+    adapted = mean_rows(f.adapted.accuracy for f in reports)
+    return {
+        "accuracy": mean(accuracy),
+        "accuracy_per_exit": accuracy,
+        "accuracy_last_exit": accuracy[-1] if accuracy else math.nan,
+        "last_five": last_five(rounds, accuracy, num_rounds),
+        "accuracy_ensemble": mean(f.ensemble for f in reports),
+        "accuracy_after_training": mean(_numbers(after)),
+        "accuracy_per_exit_after_training": after,
+        "accuracy_adapted": mean(adapted),
+        "accuracy_per_exit_adapted": adapted,
+    }
+
+
+def _over_clients(accuracies: Sequence[float]) -> dict[str, float]:
+    known = [value for value in accuracies if not math.isnan(value)]
+    return {
+        "accuracy_std_over_clients": float(np.std(known)) if known else math.nan,
+        "accuracy_worst_tenth": worst_share(accuracies),
+    }
+
+
+def _bytes(rounds: Sequence[Mapping[str, Any]], num_parameters: int) -> dict[str, int]:
+    messages = sum(len(line["participants"]) for line in rounds) or 1
+    sent = {way: round(sum(line[f"bytes_{way}"] for line in rounds) / messages) for way in ("up", "down")}
+    return {f"bytes_{way}_per_client_round": count for way, count in (sent | {"fedavg": 4 * num_parameters}).items()}
+
+
+def _teacher_weights(plan: RoundPlan | None) -> dict[str, Any] | None:
+    """Weight of every client in every mixture; None where nothing is mixed."""
+    if plan is None or plan.weights is None:
+        return None
+    return {
+        "rows": list(plan.weight_rows),
+        "clients": list(plan.weight_columns),
+        "weights": plan.weights.round(4).tolist(),
+    }
+
+
+def _client(report: FinalReport) -> dict[str, Any]:
+    return {
+        "client": report.client,
+        "train": report.train_examples,
+        "calibration": report.calibration_examples,
+        "test": report.test_examples,
+        "classes": report.classes,
+        "accuracy_per_exit": report.exits.accuracy,
     }
 
 
@@ -179,18 +200,22 @@ def _weight_within(plan: RoundPlan | None, clients: Sequence[int]) -> float:
 
 def _dynamic(
     reports: Sequence[FinalReport], macs: Mapping[int, NDArray[np.float64]]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], CostCurve, list[list[float]]]:
     """Inference that leaves at the first exit with max-prob ≥ θ, one θ for all clients.
 
     Every client's exits are temperature-scaled on its own calibration split. θ is chosen on the calibration splits: the
     cheapest whose accuracy exceeds that of the full network by at least one standard error of the difference (without
     this margin the choice among many thresholds is too lucky to hold), or never to leave; and once more with one point
     of accuracy less allowed. What is reported for them is measured on the test splits.
+
+    Returns
+    -------
+    What the chosen θ brings; accuracy against MACs over all θ, and the shares that leave at each exit, (θ, m).
     """
     examples = sum(f.test_examples for f in reports)
     if not examples:
         nothing = {"threshold": None, "accuracy": math.nan, "accuracy_full": math.nan, "macs_reduction": math.nan}
-        return {**nothing, "exit_shares": []}, {"threshold": [], "accuracy": [], "macs": [], "exit_shares": []}
+        return {**nothing, "exit_shares": []}, CostCurve(*np.empty((3, 0))), []
     (calibration, cost), (test, test_cost) = (
         (
             DynamicCounts(*(np.sum(counts, axis=0) for counts in zip(*(getattr(f, s) for f in reports), strict=True))),
@@ -198,28 +223,19 @@ def _dynamic(
         )
         for s in ("calibration", "test")
     )
-    shares = test.left / examples
-    accuracy = test.correct / examples
-    mean_macs = test_cost / examples
+    curve, shares = CostCurve.from_counts(test, test_cost / examples), (test.left / examples).tolist()
 
     def point(loss_allowed: float) -> dict[str, Any]:
         chosen = cheapest(calibration, cost, loss_allowed)
         return {
             "threshold": float(THRESHOLDS[chosen]) if np.isfinite(THRESHOLDS[chosen]) else None,
-            "accuracy": float(accuracy[chosen]),
-            "accuracy_full": float(accuracy[-1]),
-            "macs_reduction": float(1 - mean_macs[chosen] / mean_macs[-1]),
-            "exit_shares": shares[chosen].tolist(),
+            "accuracy": float(curve.accuracy[chosen]),
+            "accuracy_full": float(curve.accuracy[-1]),
+            "macs_reduction": float(1 - curve.macs[chosen] / curve.macs[-1]),
+            "exit_shares": shares[chosen],
         }
 
-    dynamic = {**point(0.0), "one_point_less": point(0.01)}
-    curve = {
-        "threshold": [float(t) if np.isfinite(t) else None for t in THRESHOLDS],
-        "accuracy": accuracy.tolist(),
-        "macs": mean_macs.tolist(),
-        "exit_shares": shares.tolist(),
-    }
-    return dynamic, curve
+    return {**point(0.0), "one_point_less": point(0.01)}, curve, shares
 
 
 def _local_steps(rounds: Sequence[Mapping[str, Any]], reports: Sequence[FinalReport], num_clients: int) -> float:

@@ -13,25 +13,11 @@ if TYPE_CHECKING:
     from cafe_flwr.risk.selective import required_examples as required_examples
     from cafe_flwr.risk.thresholds import ExitThresholds as ExitThresholds
 
-__all__ = [
-    "ExitThresholds",
-    "RiskReport",
-    "calibrate",
-    "conformal_thresholds",
-    "folds",
-    "required_examples",
-    "risk_report",
-]
-
 __getattr__ = lazily(
     __name__,
     {
-        "ExitThresholds": "cafe_flwr.risk.thresholds",
-        "RiskReport": "cafe_flwr.risk.report",
-        "calibrate": "cafe_flwr.risk.selective",
-        "conformal_thresholds": "cafe_flwr.risk.selective",
-        "folds": "cafe_flwr.risk.selective",
-        "required_examples": "cafe_flwr.risk.selective",
-        "risk_report": "cafe_flwr.risk.report",
+        "cafe_flwr.risk.report": "RiskReport risk_report",
+        "cafe_flwr.risk.selective": "calibrate conformal_thresholds folds required_examples",
+        "cafe_flwr.risk.thresholds": "ExitThresholds",
     },
 )

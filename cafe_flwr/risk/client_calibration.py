@@ -22,16 +22,9 @@ from cafe_flwr.risk.selective import folds
 
 @dataclass(frozen=True)
 class Request:
-    """What a calibration asks for.
+    """What a calibration asks for: risk α and confidence level 1 − δ, in (0, 1).
 
-    Attributes
-    ----------
-    risk, confidence_level
-        α and 1 − δ, in (0, 1).
-    simultaneous
-        Whether clients that are certified by themselves shall all be right at once.
-    seed
-        Of the clients' folds.
+    With ``simultaneous``, clients that are certified by themselves shall all be right at once. The seed is the folds'.
     """
 
     risk: float = 0.05
@@ -50,21 +43,7 @@ class FoldCounts(NamedTuple):
 class ClientCalibration:
     """One client's side: its network on its own calibration examples, in two folds that never meet.
 
-    Parameters
-    ----------
-    client
-        Which it is; its folds are drawn for it.
-    network
-        Its personal network.
-    examples
-        Its calibration split.
-    seed
-        Of the folds.
-
-    Raises
-    ------
-    ValueError
-        If there are labels that the network does not know.
+    The folds are drawn for the client, by the seed. ValueError if there are labels that the network does not know.
     """
 
     def __init__(self, client: int, network: EarlyExitNetwork, examples: Split, seed: int) -> None:

@@ -17,16 +17,10 @@ _GRID = np.concatenate([np.linspace(0, 0.475, 20), expit(np.linspace(0, 8, 44))]
 
 @dataclass(frozen=True)
 class ClientCounts:
-    """What a client's examples do along a path; counts of several clients add up.
+    """What the n examples of a client, or of several summed up, do along a path; counts of clients add up.
 
-    Attributes
-    ----------
-    n
-        Examples.
-    left, wrong, ever_wrong
-        Leave early; leave early and wrong; leave early and wrong at this or a stricter position; (U,) each.
-    clients
-        How many clients are summed up here.
+    ``left``, ``wrong`` and ``ever_wrong``, (U,) each: leave early; leave early and wrong; leave early and wrong at this
+    or a stricter position.
 
     Raises
     ------
@@ -86,10 +80,7 @@ def fixed_path(num_exits: int) -> ThresholdPath:
 def client_histogram(confidence: ArrayLike, correct: ArrayLike) -> Histogram:
     """A client's counts of examples and errors by bin of confidence, common to all clients, for :func:`pooled_path`.
 
-    Parameters
-    ----------
-    confidence, correct
-        (N, m) each, as for ``cafe_flwr.risk.calibrate``; of other examples than those that :func:`count` gets.
+    Of confidences and outcomes (N, m), of other examples than those that :func:`count` gets.
     """
     values = checked_confidence(confidence)
     right = checked_correct(correct, values.shape)

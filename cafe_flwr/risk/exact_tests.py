@@ -64,22 +64,11 @@ def controlled_position(ever_harmed: NDArray[np.int64], num_examples: int, risk:
 
 
 def likeliest_start(
-    trials: NDArray[np.floating[Any]],
-    harmed: NDArray[Any],
-    among: NDArray[Any],
-    risk: float,
-    delta: float,
+    trials: NDArray[np.floating[Any]], harmed: NDArray[Any], among: NDArray[Any], risk: float, delta: float
 ) -> int:
-    """Position of a path whose test most likely passes, judged by other data than those it will be tested on.
+    """Position of a path whose test, at level δ, most likely passes, judged by other data than those tested.
 
-    Parameters
-    ----------
-    trials
-        Expected at every position in the test, (U,).
-    harmed, among
-        Harm, and trials, seen in the other data, (U,).
-    risk, delta
-        α, and the level of the test.
+    ``trials`` are expected at every position in the test, ``harmed`` of ``among`` were seen in the other data, (U,).
     """
     expected = np.floor(np.asarray(trials, np.float64) + 1e-9).astype(np.int64)
     share = np.minimum((harmed + risk / 2) / (among + 0.5), 1.0)  # half an example at risk α against zero counts
@@ -92,14 +81,7 @@ def likeliest_start(
 def safe_start(harmed: NDArray[Any], among: int, num_examples: int, risk: float) -> int:
     """Last position whose harm, as seen in other data, is three standard errors below α; 0 if none is.
 
-    Parameters
-    ----------
-    harmed
-        Seen among ``among`` examples of the other data, (U,).
-    num_examples
-        That the risk will be controlled with.
-    risk
-        α.
+    ``harmed``, (U,), was seen among ``among`` examples; ``num_examples`` the risk will be controlled with.
     """
     if not among:
         return 0

@@ -37,6 +37,21 @@ class ThresholdPath:
     def __len__(self) -> int:
         return len(self.thresholds)
 
+    def chosen(
+        self, position: int, left: NDArray[np.int64], harmed: NDArray[np.int64], trials: NDArray[np.int64], n: int
+    ) -> dict[str, Any]:
+        """What ``ExitThresholds`` say of a position where ``left`` of n examples leave, ``harmed`` of ``trials`` wrong.
+
+        Position −1, "none is certified": never leave early.
+        """
+        found = position >= 0
+        return {
+            "thresholds": tuple(self.thresholds[position]) if found else (np.inf,) * self.thresholds.shape[1],
+            "certified": found,
+            "coverage": float(left[position] / max(n, 1)) if found else 0.0,
+            "realised_risk": float(harmed[position] / max(trials[position], 1)) if found else 0.0,
+        }
+
     def first(self, confidence: Floats) -> NDArray[np.intp]:
         """First position at which each exit would let an example go, (N, m − 1); U = at none."""
         positions = [
@@ -49,15 +64,9 @@ class ThresholdPath:
 class PathCounts(NamedTuple):
     """Integer counts of examples at every position of a path, (U,) each.
 
-    Attributes
-    ----------
-    left
-        Leave early.
-    harmed
-        Leave early, and come to harm (for example: are wrong) there.
-    ever_harmed
-        Come to harm at this or a stricter position. With three exits or more an example can leave wrong by exit 2 at a
-        strict position and right by exit 1 at a laxer one, so ``harmed`` need not grow along the path; this does.
+    ``left``: leave early. ``harmed``: leave early, and come to harm (for example: are wrong) there. ``ever_harmed``:
+    come to harm at this or a stricter position. With three exits or more an example can leave wrong by exit 2 at a
+    strict position and right by exit 1 at a laxer one, so ``harmed`` need not grow along the path; this does.
     """
 
     left: NDArray[np.int64]
@@ -66,16 +75,10 @@ class PathCounts(NamedTuple):
 
 
 def count_along(path: ThresholdPath, confidence: Floats, harm: NDArray[np.bool_]) -> PathCounts:
-    """What examples do at every position of a path, in one pass over them.
+    """What examples do at every position of a path, from confidences (N, m), in one pass over them.
 
-    Exit k takes an example from the position at which it would let it go until an exit before it does.
-
-    Parameters
-    ----------
-    confidence
-        (N, m).
-    harm
-        Whether an example comes to harm if it leaves at exit k, (N, m − 1).
+    Exit k takes an example from the position at which it would let it go until an exit before it does. ``harm`` says
+    whether an example comes to harm if it leaves at exit k, (N, m − 1).
     """
     size = len(path) + 1
     first = path.first(confidence)

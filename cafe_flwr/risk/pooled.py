@@ -7,7 +7,6 @@ of the mixture of clients that was sampled and fails when the mixture shifts.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -49,8 +48,7 @@ def pooled_crc(counts: Sequence[ClientCounts], risk: float) -> int:
     all of them, and a loss that grows along the path, so E_j is ``ever_wrong``. (Add one unseen example to each client;
     the loss of the N + J has mean ≤ α at the laxest position where it does, which is as lax as ours or laxer.)
     """
-    check_level("risk", risk)
-    pooled = _summed(counts)
+    pooled = reduce(ClientCounts.__add__, _checked(counts, risk))
     return controlled_position(pooled.ever_wrong, pooled.n, risk, pooled.clients)
 
 
@@ -58,14 +56,9 @@ def pooled_crc(counts: Sequence[ClientCounts], risk: float) -> int:
 class EveryMixture:
     """A certificate for every mixture of the clients it covers.
 
-    Attributes
-    ----------
-    positions
-        Of each client along the path; −1 = not covered.
-    bounds
-        U⁺(E_j, A_j; δ/J) there, at most α; 1 where not covered.
-    common
-        Laxest position that is certified for all clients at once, or −1; for a network without personal thresholds.
+    ``positions`` of each client along the path, −1 = not covered; ``bounds`` U⁺(E_j, A_j; δ/J) there, at most α, 1
+    where not covered; ``common``, the laxest position that is certified for all clients at once, or −1: for a network
+    without personal thresholds.
     """
 
     positions: tuple[int, ...]
@@ -90,21 +83,11 @@ def every_mixture(
     wrong certificate needs the first position of the walk that is too risky to pass, with probability ≤ δ/J; the union
     over clients gives δ. Being covered is part of what is tested, so it may depend on the counts.
 
-    Parameters
-    ----------
-    counts
-        One client each.
-    risk, confidence_level
-        α and 1 − δ, in (0, 1).
-    proposals
-        Counts along the same path of *other* examples of each client (those of its histogram, say): its walk then
-        starts where they say that it most likely passes. Without them it starts where 2·n_min examples should leave
-        early, judged by the other clients' coverage, which serves clients that are alike (and not a lone one).
+    ``proposals`` are counts along the same path of *other* examples of each client (those of its histogram, say): its
+    walk then starts where they say that it most likely passes. Without them it starts where 2·n_min examples should
+    leave early, judged by the other clients' coverage, which serves clients that are alike (and not a lone one).
     """
-    check_level("risk", risk)
-    check_level("confidence_level", confidence_level)
-    level = (1 - confidence_level) / len(_alike(counts))
-    _check_proposals(proposals, counts)
+    level = (1 - confidence_level) / len(_checked(counts, risk, confidence_level, proposals))
     walks = [_walk(counts, j, risk, level, proposals) for j in range(len(counts))]
     bounds = [
         float(upper_bounds(c.wrong[end], c.left[end], level)) if end >= 0 else 1.0
@@ -116,16 +99,10 @@ def every_mixture(
 
 @dataclass(frozen=True)
 class ClientCertificate:
-    """What is certified of one client.
+    """What is certified of one client, on the basis of ``"itself"``, ``"every-mixture"`` or ``"mixture"``.
 
-    Attributes
-    ----------
-    basis
-        ``"itself"``, ``"every-mixture"``, ``"mixture"`` or ``"not certified"``.
-    thresholds
-        To be used; infinite where nothing is certified. Its ``describe()`` states the claim.
-    reason
-        Why nothing is certified; empty otherwise.
+    Where nothing is (``"not certified"``) the thresholds are infinite and there is a reason. Otherwise the thresholds'
+    ``describe()`` states the claim.
     """
 
     basis: str
@@ -143,29 +120,14 @@ def certify(
     simultaneous: bool = False,
     proposals: Sequence[ClientCounts] | None = None,
 ) -> list[ClientCertificate]:
-    """For every client, the thresholds it may use and the claim that goes with them.
+    """For every client, the thresholds it may use and the claim that goes with them, from its counts along ``path``.
 
-    A client with ``enough`` examples is tested alone. ``itself``: P(wrong | left early) ≤ α with confidence 1 − δ, for
-    this client; of many such claims a share δ may fail. With ``simultaneous``, ``every-mixture``: the same for all that
-    get it at once (:func:`every_mixture`), which needs more examples. The smaller clients are pooled. ``mixture``:
-    :func:`pooled_crc` over them, a claim about their average. Who is pooled is decided by the number of examples and
-    never by errors, and pooled clients all use the pooled position: otherwise the average would not be that of those
-    who use it.
-
-    Parameters
-    ----------
-    counts
-        One client each, along ``path``.
-    risk, confidence_level
-        α and 1 − δ, in (0, 1).
-    path
-        That was counted along.
-    enough
-        Examples from which a client is tested alone; without it 2·n_min.
-    simultaneous
-        Whether clients tested alone shall be certified all at once.
-    proposals
-        As for :func:`every_mixture`.
+    A client with ``enough`` examples (2·n_min, unless it is said) is tested alone. ``itself``: P(wrong | left early) ≤
+    α with confidence 1 − δ, for this client; of many such claims a share δ may fail. With ``simultaneous``,
+    ``every-mixture``: the same for all that get it at once (:func:`every_mixture`, also on ``proposals``), which needs
+    more examples. The smaller clients are pooled. ``mixture``: :func:`pooled_crc` over them, a claim about their
+    average. Who is pooled is decided by the number of examples and never by errors, and pooled clients all use the
+    pooled position: otherwise the average would not be that of those who use it.
 
     Examples
     --------
@@ -176,64 +138,56 @@ def certify(
     >>> [c.basis for c in certify(clients, 0.15, path=path)]
     ['itself', 'mixture', 'mixture', 'mixture']
     """
-    check_level("risk", risk)
-    check_level("confidence_level", confidence_level)
-    if len(_alike(counts)[0].left) != len(path) or any(c.clients != 1 for c in counts):
+    _checked(counts, risk, confidence_level, proposals)
+    if len(counts[0].left) != len(path) or any(c.clients != 1 for c in counts):
         raise ValueError(f"certificates need the counts of each client alone, along the path of {len(path)} positions")
-    _check_proposals(proposals, counts)
     delta = 1 - confidence_level
     enough = 2 * minimum_trials(risk, delta) if enough is None else enough
-    alone = [j for j, c in enumerate(counts) if c.n >= enough]
-    pool = [j for j, c in enumerate(counts) if c.n < enough]
-    level = delta / max(len(alone), 1) if simultaneous else delta
-    pooled = pooled_crc([counts[j] for j in pool], risk) if pool else -1
-
-    def certificate(j: int) -> ClientCertificate:
-        c = counts[j]
-        guarantee = "mixture" if j in pool else "every-mixture" if simultaneous else "selective"
-        position = pooled if j in pool else _walk(counts, j, risk, level, proposals)[1]
-        found = position >= 0
-        of = max(c.n if j in pool else int(c.left[position]), 1)
+    pool = [c for c in counts if c.n < enough]
+    level = delta / max(len(counts) - len(pool), 1) if simultaneous else delta
+    pooled = pooled_crc(pool, risk) if pool else -1
+    certificates = []
+    for j, c in enumerate(counts):
+        if c.n < enough:
+            basis, guarantee, position, trials = "mixture", "mixture", pooled, np.full(len(path), c.n)
+            why = (
+                f"{c.n} examples are too few to test this client alone ({enough} are needed), and the pool of "
+                f"{len(pool)} such clients cannot be certified at risk {risk:g}"
+            )
+        else:
+            basis, guarantee = ("every-mixture", "every-mixture") if simultaneous else ("itself", "selective")
+            position, trials = _walk(counts, j, risk, level, proposals)[1], c.left
+            why = f"its {c.n} examples do not show a risk of at most {risk:g}"
         thresholds = ExitThresholds(
-            tuple(path.thresholds[position]) if found else (math.inf,) * path.thresholds.shape[1],
-            certified=found,
-            coverage=float(c.left[position] / max(c.n, 1)) if found else 0.0,
+            **path.chosen(position, c.left, c.wrong, trials, c.n),
             guarantee=guarantee,
             risk=float(risk),
             confidence_level=float(confidence_level),
-            realised_risk=float(c.wrong[position] / of) if found else 0.0,
             num_examples=c.n,
         )
-        if found:
-            return ClientCertificate("itself" if guarantee == "selective" else guarantee, thresholds)
-        reason = (
-            f"{c.n} examples are too few to test this client alone ({enough} are needed), and the pool of {len(pool)} "
-            f"such clients cannot be certified at risk {risk:g}"
-            if j in pool
-            else f"its {c.n} examples do not show a risk of at most {risk:g}"
-        )
-        return ClientCertificate("not certified", thresholds, reason)
-
-    return [certificate(j) for j in range(len(counts))]
+        found = thresholds.certified
+        certificates.append(ClientCertificate(basis if found else "not certified", thresholds, "" if found else why))
+    return certificates
 
 
-def _alike(counts: Sequence[ClientCounts]) -> Sequence[ClientCounts]:
+def _checked(
+    counts: Sequence[ClientCounts],
+    risk: float,
+    confidence_level: float = 0.5,
+    proposals: Sequence[ClientCounts] | None = None,
+) -> Sequence[ClientCounts]:
+    """The counts, if levels are levels, and counts and proposals are along one path."""
+    check_level("risk", risk)
+    check_level("confidence_level", confidence_level)
     if not counts:
         raise ValueError("there are no clients to certify")
     if len({len(c.left) for c in counts}) > 1:
         raise ValueError("the clients' counts are along paths of different lengths")
-    return counts
-
-
-def _check_proposals(proposals: Sequence[ClientCounts] | None, counts: Sequence[ClientCounts]) -> None:
     if proposals is not None and (
         len(proposals) != len(counts) or any(len(p.left) != len(counts[0].left) for p in proposals)
     ):
         raise ValueError("proposals must be one for each client, along the same path as the counts")
-
-
-def _summed(counts: Sequence[ClientCounts]) -> ClientCounts:
-    return reduce(ClientCounts.__add__, _alike(counts))
+    return counts
 
 
 def _walk(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cafe_flwr.metrics.selective import Outcome
 from cafe_flwr.risk.thresholds import ExitThresholds, checked_correct
 
 
@@ -62,16 +63,15 @@ def risk_report(thresholds: ExitThresholds, confidence: ArrayLike, correct: Arra
     if not len(exits):
         raise ValueError("there are no examples to report risks of")
     right = checked_correct(correct, (len(exits), thresholds.num_exits))
-    last = thresholds.num_exits - 1
-    outcome = right[np.arange(len(exits)), exits]
-    early, full = exits < last, right[:, last]
-    wrong = int((early & ~outcome).sum())
+    outcome = Outcome.of(exits, right)
+    measured = outcome.measures([1.0] * thresholds.num_exits)
+    new_errors = right[:, -1] & ~right[np.arange(len(exits)), exits]
     return RiskReport(
-        selective_risk=wrong / max(int(early.sum()), 1),
-        joint_risk=wrong / len(exits),
-        gap=float((full.sum() - outcome.sum()) / len(exits)),
-        new_errors=float((full & ~outcome).sum() / len(exits)),
-        coverage=float(early.mean()),
-        accuracy=float(outcome.mean()),
-        exit_shares=tuple(float(s) for s in np.bincount(exits, minlength=last + 1) / len(exits)),
+        selective_risk=measured["selective_risk"] if measured["coverage"] else 0.0,
+        joint_risk=measured["joint_risk"],
+        gap=measured["gap"],
+        new_errors=float(new_errors.mean()),
+        coverage=measured["coverage"],
+        accuracy=measured["accuracy"],
+        exit_shares=tuple(outcome.shares()),
     )

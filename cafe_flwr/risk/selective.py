@@ -113,37 +113,44 @@ def calibrate(
         )
     if guarantee in BASELINES:
         return _baseline(values, right, risk, confidence_level)
-    delta = 1 - confidence_level
     harm = ~right[:, :-1]
     if guarantee == "gap":
         harm &= right[:, -1:]
     proposal, certification = folds(len(values), seed)
-    seen, harm_seen = values[proposal], harm[proposal]
-    path = path_from(histogram(quantile_edges(seen), seen, harm_seen))
-    guess, n = count_along(path, seen, harm_seen), len(certification)
-    among = guess.left if guarantee == "selective" else np.full(len(path), len(seen))
-    if guarantee == "joint":
-        start = safe_start(guess.harmed, len(seen), n, risk)
-    else:
-        start = likeliest_start(among / len(seen) * n, guess.harmed, among, risk, delta)
-    path = ThresholdPath(path.thresholds[start:])
+    n, delta = len(certification), 1 - confidence_level
+    path = _proposed(values[proposal], harm[proposal], n, guarantee, risk, delta)
     counts = count_along(path, values[certification], harm[certification])
     trials = counts.left if guarantee == "selective" else np.full(len(path), n)
     if guarantee == "joint":
         position = controlled_position(counts.ever_harmed, n, risk)
     else:
         position = fixed_sequence(binomial_p_values(counts.harmed, trials, risk), 0, delta)
-    found = position >= 0
     return ExitThresholds(
-        thresholds=tuple(path.thresholds[position]) if found else (math.inf,) * (values.shape[1] - 1),
-        certified=found,
-        coverage=float(counts.left[position] / n) if found else 0.0,
+        **path.chosen(position, counts.left, counts.harmed, trials, n),
         guarantee=guarantee,
         risk=float(risk),
         confidence_level=float(confidence_level),
-        realised_risk=float(counts.harmed[position] / max(trials[position], 1)) if found else 0.0,
         num_examples=len(values),
     )
+
+
+def _proposed(
+    seen: NDArray[np.floating[Any]],
+    harm: NDArray[np.bool_],
+    num_examples: int,
+    guarantee: str,
+    risk: float,
+    delta: float,
+) -> ThresholdPath:
+    """The path that the proposal fold speaks for, from where a test with so many other examples shall start."""
+    path = path_from(histogram(quantile_edges(seen), seen, harm))
+    guess = count_along(path, seen, harm)
+    if guarantee == "joint":
+        start = safe_start(guess.harmed, len(seen), num_examples, risk)
+    else:
+        among = guess.left if guarantee == "selective" else np.full(len(path), len(seen))
+        start = likeliest_start(among / len(seen) * num_examples, guess.harmed, among, risk, delta)
+    return ThresholdPath(path.thresholds[start:])
 
 
 def required_examples(risk: float, confidence_level: float = 0.9, guarantee: str = "selective") -> int:

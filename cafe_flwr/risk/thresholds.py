@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cafe_flwr.metrics.early_exit import first_exit
+
 GUARANTEES = ("selective", "joint", "gap")  # of one learner
 FEDERATED = ("mixture", "every-mixture")  # of clients calibrated together (pooled.py)
 BASELINES = ("quantile",)  # thresholds without any claim
@@ -70,19 +72,12 @@ class ExitThresholds:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "thresholds", tuple(float(t) for t in self.thresholds))
-        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        object.__setattr__(self, "temperatures", checked_temperatures(self.temperatures, self.num_exits))
         check_known("guarantee", self.guarantee, (*GUARANTEES, *FEDERATED, *BASELINES))
         check_level("risk", self.risk)
         check_level("confidence_level", self.confidence_level)
         if not self.thresholds or any(math.isnan(t) or t < 0 for t in self.thresholds):
             raise ValueError(f"thresholds are numbers from 0 up, one for each exit but the last, not {self.thresholds}")
-        if self.temperatures and (
-            len(self.temperatures) != self.num_exits or not all(0 < t < math.inf for t in self.temperatures)
-        ):
-            raise ValueError(
-                f"temperatures are {self.num_exits} positive numbers, one for each exit, or none at all; "
-                f"not {self.temperatures}"
-            )
         if self.certified and self.guarantee in BASELINES:
             raise ValueError(f"the {self.guarantee} baseline guarantees nothing, so nothing can be certified by it")
 
@@ -93,18 +88,11 @@ class ExitThresholds:
 
     def leave(self, confidence: ArrayLike) -> NDArray[np.int64]:
         """Exit at which each example leaves, (N,), from the confidences (N, m) of all exits."""
-        values = checked_confidence(confidence, self.num_exits)
-        exits = np.full(len(values), self.num_exits - 1)
-        for k in reversed(range(self.num_exits - 1)):
-            exits[values[:, k] >= self.thresholds[k]] = k
-        return exits
+        return first_exit(checked_confidence(confidence, self.num_exits), self.thresholds)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, which knows no infinity: ``null`` = never leave there."""
-        values = asdict(self)
-        values["thresholds"] = [t if math.isfinite(t) else None for t in self.thresholds]
-        values["temperatures"] = list(self.temperatures)
-        return values
+        return {**asdict(self), **plain_values(self.thresholds, self.temperatures)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExitThresholds:
@@ -149,6 +137,21 @@ class ExitThresholds:
             "certified together, and so in every mixture of them",
         }[self.guarantee]
         return f"{claim}, as long as the data stay as they were; {seen}."
+
+
+def plain_values(thresholds: Sequence[float], temperatures: Sequence[float]) -> dict[str, list[Any]]:
+    """Both for JSON, which knows no infinity: ``None`` = never leave there."""
+    return {"thresholds": [t if math.isfinite(t) else None for t in thresholds], "temperatures": list(temperatures)}
+
+
+def checked_temperatures(temperatures: Sequence[float], num_exits: int) -> tuple[float, ...]:
+    """One positive number for each exit, or none at all; ValueError otherwise."""
+    values = tuple(float(t) for t in temperatures)
+    if values and (len(values) != num_exits or not all(0 < t < math.inf for t in values)):
+        raise ValueError(
+            f"temperatures are {num_exits} positive numbers, one for each exit, or none at all; not {values}"
+        )
+    return values
 
 
 def check_known(what: str, name: str, known: Sequence[str]) -> None:

@@ -17,33 +17,10 @@ if TYPE_CHECKING:
     from cafe_flwr.training.options import LocalBudget as LocalBudget
     from cafe_flwr.training.options import learning_rate_at as learning_rate_at
 
-__all__ = [
-    "DEFAULT_BUDGET",
-    "OPTIMIZERS",
-    "LocalBudget",
-    "LoopOptions",
-    "Outcome",
-    "batches",
-    "frozen",
-    "learning_rate_at",
-    "pull",
-    "snapshot",
-    "train",
-]
-
 __getattr__ = lazily(
     __name__,
     {
-        "DEFAULT_BUDGET": "cafe_flwr.training.options",
-        "OPTIMIZERS": "cafe_flwr.training.options",
-        "LocalBudget": "cafe_flwr.training.options",
-        "LoopOptions": "cafe_flwr.training.loop",
-        "Outcome": "cafe_flwr.training.loop",
-        "batches": "cafe_flwr.training.loop",
-        "frozen": "cafe_flwr.training.loop",
-        "learning_rate_at": "cafe_flwr.training.options",
-        "pull": "cafe_flwr.training.loop",
-        "snapshot": "cafe_flwr.training.loop",
-        "train": "cafe_flwr.training.loop",
+        "cafe_flwr.training.loop": "LoopOptions Outcome batches frozen pull snapshot train",
+        "cafe_flwr.training.options": "DEFAULT_BUDGET OPTIMIZERS LocalBudget learning_rate_at",
     },
 )

@@ -1,0 +1,77 @@
+"""The results folders of an experiment's runs: which are finished, which can go on, and what is in the way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from cafe_flwr.experiments.file import Experiment
+from cafe_flwr.experiments.plan import PlannedRun, plan_runs, plan_trials
+from cafe_flwr.results.folder import FREE_ON_RESUME, is_bare
+from cafe_flwr.server.checkpoints import Checkpoints
+from cafe_flwr.settings import Settings, keys_of_other_methods
+
+State = Literal["finished", "resumable", "new"]
+
+
+def state_of(run: PlannedRun, undecided: Iterable[str] = ()) -> State:
+    """How far a run is, by what its folder holds. Settings that only other methods read do not count.
+
+    Settings that are ``undecided`` may still change, and are not compared. Raises ValueError if the folder holds
+    something else than (a part of) this run.
+    """
+    if not run.folder.is_dir() or is_bare(run.folder):
+        return "new"
+    advice = "choose another name for the experiment, or another --results-dir"
+    try:
+        before = json.loads((run.folder / "settings.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{run.folder} is in the way, it is no run of cafe-flwr ({error}): {advice}") from None
+    wanted, defaults = run.settings.to_run_config(), Settings.from_run_config({}).to_run_config()
+    differing = [
+        key
+        for key, value in wanted.items()
+        if key not in FREE_ON_RESUME | {"name"} and before.get(key, defaults[key]) != value
+    ]
+    ignored = keys_of_other_methods(run.settings.method).union(undecided)
+    if changed := [key for key in differing if key not in ignored]:
+        details = "; ".join(f"{key} was {before.get(key, defaults[key])!r}, now {wanted[key]!r}" for key in changed)
+        raise ValueError(f"row {run.row!r}: {run.folder} is the result of another experiment ({details}): {advice}")
+    if read_summary(run):
+        return "finished"
+    return "resumable" if not differing and Checkpoints(run.folder / "checkpoint").load() else "new"
+
+
+def is_finished(run: PlannedRun) -> bool:
+    """Whether the run's figures are there; see :func:`state_of` for what is raised."""
+    return state_of(run) == "finished"
+
+
+def read_summary(run: PlannedRun) -> dict[str, Any] | None:
+    """Figures of a run, None if there are none that can be read."""
+    try:
+        return dict(json.loads((run.folder / "summary.json").read_text()))
+    except (OSError, ValueError):
+        return None
+
+
+def check_folders(experiment: Experiment, folder: Path) -> None:
+    """See that the folders of all runs are free, or hold just these runs.
+
+    Raises ValueError with a line for every row with a folder that holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is in the way, it is no folder")
+    problems: dict[str, str] = {}
+    for run in plan_trials(experiment, folder) + plan_runs(experiment, folder):
+        swept = {key for trial in experiment.trials(run.row) for key in trial} if run.trial is None else set()
+        if swept:  # rounds left after fine-tuning may follow from it
+            swept.add("num-server-rounds")
+        try:
+            state_of(run, swept)
+        except ValueError as error:
+            problems.setdefault(run.row, str(error))
+    if problems:
+        raise ValueError("\n".join(problems.values()))
