@@ -31,6 +31,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from cafe_flwr import make_client_app
+from cafe_flwr.app.page import write_page
 from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.app.run import build_strategy
 from cafe_flwr.cost import macs_per_exit
@@ -798,7 +799,7 @@ def test_the_report_of_a_run_with_rounds_without_evaluation(tmp_path, rounds):
     """Page and table are written, and have the numbers there are."""
     settings = small_settings(tmp_path, evaluate_every=3)
     run_until(settings, rounds)
-    assert (settings.results / "report.html").is_file()
+    assert write_page(settings.results).is_file()
     console = Console(width=120, file=io.StringIO())
     console.print(final_table(settings.results))
     assert "exit 3" in console.file.getvalue()
