@@ -65,6 +65,7 @@ def test_every_client_gets_thresholds_that_its_network_takes(settings: Settings)
         assert thresholds.certified or (left == personal.network.num_exits - 1).all()
 
 
+@pytest.mark.slow
 def test_thresholds_of_one_network_are_refused_by_another(settings: Settings) -> None:
     run = FinishedRun(settings.results)
     calibrate_run(run, Request(risk=0.2))

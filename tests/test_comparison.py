@@ -331,7 +331,7 @@ def serial(runs: Any, jobs: int) -> Any:
 def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cafe_flwr.experiments.execution.execute", serial)
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         return Real(tmp_path_factory.mktemp("comparison"))
 
 

@@ -709,6 +709,7 @@ def test_a_label_group_of_an_embedded_set_has_the_labels_of_its_first_client():
         assert grouped[client].tolist() == alone[client % 5].tolist()
 
 
+@pytest.mark.slow
 def test_clients_of_a_label_group_have_images_of_their_own():
     """Alike in the labels of all three splits together, how ever each is split; of different images."""
     federation = load_federation("digit-pairs", 20, label_groups=5)
@@ -939,6 +940,7 @@ def test_a_test_shift_changes_the_test_labels_and_nothing_else(embedded, shift):
     assert moved > 0.2 * shift * sum(len(client.test) for client in clients_of(plain))
 
 
+@pytest.mark.slow
 def test_full_shift_makes_the_priors_of_a_client_s_classes_even():
     """Total variation between a client's test labels and the uniform distribution over its k classes: after the shift
     it is only noise, ½ Σ_c |n_c/n − 1/k| ≈ ½ √(2k / πn) on average, at most 0.12 for n = 160 and k = 10."""

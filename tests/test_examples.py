@@ -161,6 +161,7 @@ def test_hand_written_clients_get_the_numbers_of_make_client_app(by_hand, refere
     assert_same_federation(federate(by_hand.client, tmp_path), tmp_path, *reference)
 
 
+@pytest.mark.slow
 def test_both_kinds_of_clients_in_one_federation(by_hand, foreign, reference, tmp_path):
     """They agree on what travels, and teach each other."""
 

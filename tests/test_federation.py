@@ -971,6 +971,7 @@ def test_resume_of_a_finished_run_changes_nothing_but_times(tmp_path, no_report)
     Recorded.read(settings.results).assert_same(before)
 
 
+@pytest.mark.slow
 def test_a_run_that_died_in_its_final_evaluation_is_finished_by_resume(tmp_path, undisturbed, no_report):
     settings = small_settings(tmp_path, **STOPPED)
     strategy = build_strategy(settings, Recorder(settings.results, settings.to_run_config()))
@@ -1110,6 +1111,7 @@ def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["small", "small/thesis.tex"]
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_to_one_folder(tmp_path, no_report):
     """While a run is under way its folder is neither moved aside nor resumed by another; afterwards it is free."""
     settings = stopped_run(tmp_path, "asked to")

@@ -278,6 +278,7 @@ def trained(method, **options):
     return result, {**task.network.state_dict(), **task.state}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OTHERS)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_takes_every_objective_and_learns_something_else_by_it(name, objective):

@@ -306,6 +306,7 @@ def test_a_run_with_the_clients_own_data_must_say_what_it_looks_like(tmp_path, c
         own_settings(tmp_path, **changes)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_own_data_has_the_numbers_of_one_that_was_not_stopped(tmp_path, data):
     whole, parts = (own_settings(tmp_path / name, num_server_rounds=3) for name in ("whole", "parts"))
     run_small(whole, grid=Devices(whole, *three(data, tmp_path / "whole")))

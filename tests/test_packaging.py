@@ -118,11 +118,13 @@ def test_settings_of_the_slim_manifest_are_brought_up_to_date(bundling, tmp_path
 # --- bundle and wheel ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_bundle_holds_the_app_and_nothing_else(bundle):
     files = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
     assert files == {"pyproject.toml", "client_app.py", "server_app.py", "README.md", "LICENSE", ".info/CONTENT"}
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     package = (path for path in (ROOT / "cafe_flwr").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     with zipfile.ZipFile(wheel) as archive:
@@ -151,6 +153,7 @@ print(importlib.metadata.version("cafe-flwr"), sorted(result.train_metrics_clien
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_is_installed_and_runs(python, tmp_path):
     """Two rounds, from another folder; the personal networks are where they were asked for."""
     assert output_of(python, RUN, tmp_path, tmp_path / "state").splitlines()[-1] == f"{__version__} [1, 2] True"
@@ -170,6 +173,7 @@ load_app(Path(sys.argv[2])).run(2, name="bundled", results_dir=sys.argv[3], **co
 """
 
 
+@pytest.mark.slow
 def test_the_bundle_runs_on_the_installed_wheel(python, bundle, tmp_path):
     """The app files come from the bundle, the package from the wheel: nothing of this checkout is there."""
     output_of(python, RUN_BUNDLE, tmp_path, ROOT / "tests", bundle, tmp_path)

@@ -42,6 +42,7 @@ def rows_of(client):
 # --- the cap ---
 
 
+@pytest.mark.slow
 def test_a_client_at_its_fair_share_gets_no_more():
     """Classes are dealt out in order: who holds more than N/n of those before has nothing of the next."""
     labels = np.repeat(np.arange(10), 300)

@@ -117,6 +117,7 @@ def test_a_transformer_layer_is_normed_after_its_parts_and_positions_are_sinusoi
     torch.testing.assert_close(network.stage(0, x)[0], h, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_they_are_exported_with_what_they_compute(tmp_path):
     network, x = next(each())
     made = export(network, tmp_path / "net", x, class_names="abcde", thresholds=0.9)
@@ -175,6 +176,7 @@ def settings_for(folder, copies, network, **changes):
     return small_settings(folder, data_dir=str(copies), network=network, **{**RUNS[network], **more, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedper", "cafedistill"])
 @pytest.mark.parametrize("network", RUNS)
 def test_they_run_by_name_on_real_messages(tmp_path, no_report, copies, network, method):

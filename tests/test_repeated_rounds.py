@@ -118,6 +118,7 @@ def test_after_the_last_try_the_run_stops_with_all_reasons_and_can_be_resumed(tm
     Recorded.read(settings.results).assert_same(undisturbed[0], but=TRAFFIC)
 
 
+@pytest.mark.slow
 def test_partial_participation_repeats_the_same_participants(tmp_path):
     """Who takes part is drawn once per round, not once per try."""
     settings = toy_settings(tmp_path, num_clients=8, fraction_train=0.5, min_train_nodes=3)

@@ -119,6 +119,7 @@ def test_the_papers_experiments_are_what_is_published(path):
     assert small.labels == whole.labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "ag-news"])
 def test_a_papers_experiment_runs_at_its_smoke_size_on_made_up_files(name, tmp_path, no_report, monkeypatch):
     """Two rows of it, in real worker processes; the page, tables and folder say what they are."""
@@ -151,6 +152,7 @@ def test_a_copy_that_is_named_is_used_and_nothing_is_made_up(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_a_made_up_set_has_the_hubs_columns_and_is_never_written_over_real_data(tmp_path):
     script = [sys.executable, "scripts/make_local_data.py", "cifar100", str(tmp_path), "--rows", "40"]
     assert subprocess.run(script, capture_output=True).returncode == 0

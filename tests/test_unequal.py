@@ -397,6 +397,7 @@ def test_a_personal_network_has_the_exits_its_client_holds(finished):
         assert accuracy == pytest.approx(personal.facts["accuracy_per_exit"])
 
 
+@pytest.mark.slow
 def test_the_summary_has_accuracy_by_depth(finished):
     """Against the personal networks; an exit's own accuracy is the mean over those who hold it."""
     settings, depths = finished
