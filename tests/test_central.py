@@ -22,9 +22,9 @@ from cafe_flwr.training.objectives import OBJECTIVES, SafeKD
 CONFIG = {
     "dataset": "digits",
     "num-clients": 2,
-    "examples-per-client": 60,
+    "data.examples-per-client": 60,
     "local-epochs": 2,
-    "batch-size": 16,
+    "train.batch-size": 16,
     "learning-rate": 0.003,
 }
 
@@ -156,11 +156,13 @@ def done(tmp_path_factory):
 
 def test_settings_are_safe_kds_where_nothing_else_is_said():
     settings = central_settings({})
-    assert (settings.objective, settings.optimizer, settings.learning_rate) == ("safe-kd", "adamw", 3e-4)
-    assert (settings.weight_decay, settings.run_name) == (0.05, "digit-pairs-central-seed0")
+    assert (settings.objective, settings.train.optimizer, settings.learning_rate) == ("safe-kd", "adamw", 3e-4)
+    assert (settings.train.weight_decay, settings.run_name) == (0.05, "digit-pairs-central-seed0")
     assert (settings.num_clients, settings.examples_per_client) == (1, 4000)
-    said = central_settings({"objective": "erde", "optimizer": "sgd", "learning-rate": 0.1, "name": "mine", "seed": 3})
-    assert (said.objective, said.optimizer, said.learning_rate, said.run_name) == ("erde", "sgd", 0.1, "mine")
+    said = central_settings(
+        {"objective": "erde", "train.optimizer": "sgd", "learning-rate": 0.1, "name": "mine", "seed": 3}
+    )
+    assert (said.objective, said.train.optimizer, said.learning_rate, said.run_name) == ("erde", "sgd", 0.1, "mine")
     with pytest.raises(ValueError, match="did you mean 'objective'"):
         central_settings({"objectiv": "erde"})
 
@@ -210,5 +212,5 @@ def test_a_run_is_not_overwritten_and_settings_of_a_federation_are_refused(done,
     with pytest.raises(ValueError, match="make settings by central_settings"):
         run_central(settings.model_copy(update={"num_clients": 2}), tmp_path / "x")
     with pytest.raises(ValueError, match="prior is of a client in a federation"):
-        run_central(central_settings({**CONFIG, "prior": True}), tmp_path / "x")
+        run_central(central_settings({**CONFIG, "train.prior": True}), tmp_path / "x")
     assert not (tmp_path / "x").exists()

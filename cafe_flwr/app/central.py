@@ -27,7 +27,7 @@ from cafe_flwr.personal.published import Metadata
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.results.summary import summarise
 from cafe_flwr.server.callbacks import RunInfo
-from cafe_flwr.settings import Settings
+from cafe_flwr.settings import Settings, todays
 from cafe_flwr.training.loop import LoopOptions, check_finite, train
 from cafe_flwr.training.objectives.base import Objective
 from cafe_flwr.training.objectives.registry import objective_named
@@ -36,10 +36,10 @@ from cafe_flwr.training.options import LocalBudget
 # What a run in one place begins with where nothing else is said: SAFE-KD's recipe (arXiv 2602.03043).
 DEFAULTS: Mapping[str, Any] = {
     "objective": "safe-kd",
-    "optimizer": "adamw",
+    "train.optimizer": "adamw",
     "learning-rate": 3e-4,
-    "weight-decay": 0.05,
-    "batch-size": 64,
+    "train.weight-decay": 0.05,
+    "train.batch-size": 64,
     "local-epochs": 30,
 }
 
@@ -205,14 +205,14 @@ def central_settings(run_config: Mapping[str, Any]) -> Settings:
 
     Examples
     --------
-    >>> settings = central_settings({"dataset": "digit-pairs", "num-clients": 20, "examples-per-client": 100})
-    >>> settings.num_clients, settings.examples_per_client, settings.objective, settings.local_epochs
+    >>> settings = central_settings({"num-clients": 20, "data.examples-per-client": 100})
+    >>> settings.num_clients, settings.data.examples_per_client, settings.objective, settings.local_epochs
     (1, 2000, 'safe-kd', 30)
     """
     asked = Settings.from_run_config(run_config)
-    pooled = asked.num_clients * asked.examples_per_client
-    one = {"method": "local", "num-clients": 1, "examples-per-client": pooled, "num-server-rounds": 1}
-    settings = Settings.from_run_config({**DEFAULTS, **run_config, **one})
+    pooled = asked.num_clients * asked.data.examples_per_client
+    one = {"method": "local", "num-clients": 1, "data.examples-per-client": pooled, "num-server-rounds": 1}
+    settings = Settings.from_run_config({**DEFAULTS, **todays(run_config), **one})
     if "name" not in run_config:
         settings = settings.model_copy(
             update={"name": f"{settings.dataset.partition(':')[0]}-central-seed{settings.seed}"}
@@ -270,12 +270,11 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
 def _check(settings: Settings, folder: Path) -> None:
     """ValueError if the folder holds a run, or the settings are not those of training in one place."""
     for switch in ("prior", "distill"):
-        if getattr(settings, switch):
-            raise ValueError(f"{switch} is of a client in a federation: training in one place does not take it")
-    if settings.learning_rate_schedule != "cosine":
+        if getattr(settings.train, switch):
+            raise ValueError(f"train.{switch} is of a client in a federation: training in one place does not take it")
+    if settings.train.learning_rate_schedule != "cosine":
         raise ValueError(
-            f"learning-rate-schedule = {settings.learning_rate_schedule!r} is of a federation's rounds: training in "
-            "one place has none, leave it out"
+            "train.learning-rate-schedule is of a federation's rounds, which training in one place has not"
         )
     if settings.num_clients != 1 or not settings.local_epochs:
         raise ValueError("training in one place has one client and counts epochs: make settings by central_settings")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cafe_flwr.core.options import check_settings
+from cafe_flwr.core.options import check_settings, section
 from cafe_flwr.core.options import setting as setting  # methods declare their settings with it
 from cafe_flwr.data.split import Split
 from cafe_flwr.methods.client import LocalResult, LocalTask, Tensors
@@ -40,15 +40,20 @@ class _ByName:
         vars(method)["objective"] = objective_named(given)
 
 
+@section("")
 @dataclass(frozen=True, kw_only=True)
-class _Chosen:
+class ObjectiveName:
     """How the name of a method's objective is declared."""
 
     objective: str = setting(
-        "cross-entropy", "What a client minimises at every exit, see docs/objectives.md.", choices=tuple(OBJECTIVES)
+        "cross-entropy",
+        "What a client minimises at every exit, see docs/objectives.md.",
+        key="objective",
+        choices=tuple(OBJECTIVES),
     )
 
 
+@section("train")
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Both halves of a method; a subclass is a frozen dataclass of the method's own settings, in a file of its own.
@@ -63,9 +68,7 @@ class Method:
     Attributes
     ----------
     name
-        Of the method, as in ``method = "fedper"``.
-    prefix
-        Before the names of its settings in a run's settings: ``ditto-`` and ``pull`` make ``ditto-pull``.
+        Of the method, as in ``method = "fedper"``; and of the table of its own settings.
     refuses
         Settings of every method that this one cannot take, with the reason.
     phases
@@ -77,7 +80,6 @@ class Method:
     """
 
     name: ClassVar[str]
-    prefix: ClassVar[str]
     refuses: ClassVar[Mapping[str, str]] = {}
     phases: ClassVar[int] = 1
 
@@ -85,7 +87,9 @@ class Method:
     prior: bool = setting(False, "Add the log of the client's own class shares to its logits, in training and after.")
     distill: bool = setting(False, "Let the mean of a client's exits teach each of them (temperature 3).")
     equal_steps: bool = setting(
-        True, "Methods that train two things in a round share the round's steps; false: each takes all, as published."
+        True,
+        "Methods that train two things in a round share the round's steps; false: each takes all, as published.",
+        compare="own",
     )
     classifier_start: str = setting(
         "zero",
@@ -267,7 +271,7 @@ def settings_of(method: Method) -> dict[str, Any]:
 def declared_settings(kind: type[Method]) -> dict[str, Field[Any]]:
     """The fields that declare what :func:`settings_of` gives, in its order."""
     own = {f.name: f for f in fields(kind) if f.name != "objective"}
-    return {f.name: f for f in fields(_Chosen)} | all_flat_fields() | own
+    return {f.name: f for f in fields(ObjectiveName)} | all_flat_fields() | own
 
 
 def phase(method: Method, number: int) -> tuple[int, int]:

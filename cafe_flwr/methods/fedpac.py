@@ -41,7 +41,6 @@ class FedPAC(Method):
     """A shared backbone with feature alignment; personal classifiers from those that fit."""
 
     name: ClassVar[str] = "fedpac"
-    prefix: ClassVar[str] = "fedpac-"
     phases: ClassVar[int] = 2
 
     alignment: float = setting(1.0, "Weight λ of feature alignment.", ge=0)

@@ -32,7 +32,6 @@ class FedRoD(FedAvg):
     """Balanced softmax for generic classifiers; personal classifiers on top."""
 
     name: ClassVar[str] = "fedrod"
-    prefix: ClassVar[str] = "fedrod-"
     refuses: ClassVar[Mapping[str, str]] = {"prior": "its balanced softmax holds the client's log-prior already"}
 
     def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
