@@ -18,6 +18,7 @@ from federations import (
     CLASSES,
     INPUTS,
     DeviceGrid,
+    changed,
     digits_app,
     run_small,
     small_settings,
@@ -534,7 +535,7 @@ def test_a_package_that_is_damaged_or_of_another_version_is_refused(ended: Ended
     name = next(iter(got.shared))
     replace(got, shared={**got.shared, name: torch.full_like(got.shared[name], float("nan"))}).save(path)
     refused("NaN or infinite")
-    replace(got, facts={**got.facts, "run_config": {**got.facts["run_config"], "feature-width": 12}}).save(path)
+    replace(got, facts={**got.facts, "run_config": {**got.facts["run_config"], "model.feature-width": 12}}).save(path)
     refused("network, number of classes and method must be the same")
     assert not (tmp_path / "state").exists()
 
@@ -564,7 +565,7 @@ def test_only_a_finished_run_of_the_method_makes_a_package(ended: Ended, tmp_pat
         "not of ditto",
     ):
         package(build_network(ended.settings), METHODS["ditto"](), state, facts)
-    wider = build_network(ended.settings.model_copy(update={"feature_width": 12}))
+    wider = build_network(changed(ended.settings, {"model.feature-width": 12}))
     with pytest.raises(ValueError, match="made with another network or method"):
         package(wider, ended.settings.build_method(), state, facts)
     (results / "checkpoint" / "round-000012.safetensors").unlink()

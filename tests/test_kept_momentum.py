@@ -21,7 +21,7 @@ from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.core.random import rng_for, seeded
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.training import LocalBudget, batches
-from cafe_flwr.training.optimizer_state import given_back, taken
+from cafe_flwr.training.optimizer_state import given_back, new_optimizer, taken
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -40,14 +40,14 @@ def without_interruption(settings, client):
     for name in network.classifier_names():
         nn.init.zeros_(network.get_parameter(name))
     data = federation(settings).load(client).train
-    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
-    further = {} if settings.optimizer == "adamw" else {"momentum": settings.momentum}
-    optimizer = kind(network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, **further)
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.train.optimizer]
+    further = {} if settings.train.optimizer == "adamw" else {"momentum": settings.train.momentum}
+    optimizer = kind(network.parameters(), settings.learning_rate, weight_decay=settings.train.weight_decay, **further)
     network.train()
     for t in range(ROUNDS):
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * settings.learning_rate_decay**t
-        size = min(settings.batch_size, len(data))
+            group["lr"] = settings.learning_rate * settings.train.learning_rate_decay**t
+        size = min(settings.train.batch_size, len(data))
         for index in batches(len(data), size, STEPS * size, rng_for(settings.seed, t + 1, client, "batches")):
             optimizer.zero_grad()
             logits = network(data.x[index])
@@ -184,7 +184,7 @@ def test_a_flipped_bit_in_a_buffer_is_noticed(tmp_path):
 
 def test_a_parameter_of_another_shape_or_name_starts_at_rest():
     kept, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    optimizer = LocalBudget(momentum=0.5).new_optimizer([kept, other])
+    optimizer = new_optimizer(LocalBudget(momentum=0.5), [kept, other])
     state = {f"{name}/momentum_buffer": torch.full((2,), 4.0) for name in ("kept", "other", "gone")}
     given_back(optimizer, ["kept", "other"], state)
     assert taken(optimizer, ["kept", "other"]).keys() == {"kept/momentum_buffer"}

@@ -265,8 +265,11 @@ def test_what_needs_one_modality_says_so(finished):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modalities": "image,row"}, "modalities should be among image, rows, got 'row'; did you mean 'rows'"),
-        ({"modalities": "rows,rows"}, "modalities names one twice"),
+        (
+            {"modalities": "image,row"},
+            "heterogeneity.modalities should be among image, rows, got 'row'; did you mean 'rows'",
+        ),
+        ({"modalities": "rows,rows"}, "heterogeneity.modalities names one twice"),
         ({"modalities": "image,rows", "network": "resnet18"}, "is for network = 'conv', got 'resnet18'"),
         ({"modalities": "image,rows", "dataset": "cifar10"}, "is for digits and digit-pairs"),
     ],

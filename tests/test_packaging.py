@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from cafe_flwr import __version__
+from cafe_flwr.app.manifest import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SLIM = "pyproject-flwr.toml"
@@ -103,16 +104,17 @@ def test_a_manifest_that_says_something_else_is_not_bundled(bundling, tmp_path, 
     assert not (tmp_path / "dist").exists()
 
 
-def test_settings_of_the_slim_manifest_are_brought_up_to_date(bundling, tmp_path):
-    for name in ("pyproject.toml", SLIM):
-        text = (ROOT / name).read_text()
-        (tmp_path / name).write_text(text.replace("mu = 0.5", "mu = 0.25") if name == "pyproject.toml" else text)
+def test_settings_of_both_manifests_are_brought_up_to_date(bundling, tmp_path):
+    """A table of settings that has been edited by hand is made again from the declarations; all else stays."""
+    (tmp_path / "docs").mkdir()
+    for name in ("pyproject.toml", SLIM, "docs/settings.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    slim = tmp_path / SLIM
+    slim.write_text(slim.read_text().replace("mu = 0.5", "mu = 0.25").replace("fraction-train = 1.0\n", ""))
     assert bundling.disagreements(tmp_path)
-    bundling.update(tmp_path)
+    main(["--write", "--root", str(tmp_path)])
     assert bundling.disagreements(tmp_path) == []
-    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
-    bundling.update(tmp_path)
-    assert (tmp_path / SLIM).read_text() == (ROOT / SLIM).read_text()
+    assert slim.read_text() == (ROOT / SLIM).read_text()
 
 
 # --- bundle and wheel ------------------------------------------------------------------------------------------------

@@ -26,7 +26,8 @@ from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.server.accounting import epsilon
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.wire.keys import Keys
-from cafe_flwr.wire.privacy import Privacy, clipped, release
+from cafe_flwr.wire.options import Privacy
+from cafe_flwr.wire.privacy import clipped, release
 from cafe_flwr.wire.train import Expected, TrainReply, TrainRequest
 
 N, T = 4, 3

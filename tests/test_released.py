@@ -41,7 +41,6 @@ from cafe_flwr.networks import (
     attach_exits,
 )
 from cafe_flwr.networks.safe_kd import safe_kd_exit
-from cafe_flwr.server import strategy as strategy_module
 from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
@@ -101,10 +100,10 @@ def published(folder):
 def participating(monkeypatch, rounds):
     """Who takes part in rounds 1, 2, …; where any are evaluated between rounds, all are."""
 
-    def sample(available, *_, server_round, purpose="participants", **__):
+    def sample(self, server_round, available, purpose="participants"):
         return rounds[server_round - 1] if purpose == "participants" else sorted(available)
 
-    monkeypatch.setattr(strategy_module, "sample_clients", sample)
+    monkeypatch.setattr(FederatedStrategy, "sample", sample)
 
 
 def is_train(message, server_round):

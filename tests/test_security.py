@@ -11,10 +11,11 @@ from cafe_flwr.app.run import build_strategy, open_results_of
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.methods import CafeDistillMethod
 from cafe_flwr.results.recorder import Recorder
+from cafe_flwr.server.shared import ask_initial
 from cafe_flwr.server.strategy import FederatedStrategy
-from cafe_flwr.wire.bounds import MAX_NORM, Bounds, check_norm, far_longer
+from cafe_flwr.wire.bounds import MAX_NORM, check_norm, far_longer
 from cafe_flwr.wire.keys import Keys
-from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.options import Bounds, Privacy
 from cafe_flwr.wire.train import Expected, TrainReply, TrainRequest
 
 N, T, BAD = 6, 4, 2
@@ -309,7 +310,7 @@ def test_float16_does_not_lose_steps_smaller_than_its_own(tmp_path, no_report):
     for wire in ("float32", "float16"):
         settings = {"learning_rate": 1e-3, "num_server_rounds": 6, "classifier_start": "common"}
         strategy, _, _, grid = federate(tmp_path / wire, wire=wire, **settings)
-        start = np.concatenate([a.numpy().ravel() for a in strategy._ask_initial(grid).values()])
+        start = np.concatenate([a.numpy().ravel() for a in ask_initial(grid, strategy.directory, 5).values()])
         moved.append(strategy.state.shared - start)
     assert 0 < np.abs(moved[0]).max() < 2e-3
     assert np.linalg.norm(moved[1] - moved[0]) < 0.05 * np.linalg.norm(moved[0])
@@ -330,7 +331,7 @@ def federate_from(folder, value):
     )
     grid = InProcessGrid(toy_app(state_dir=lambda context: str(folder)), 2)
     strategy.directory.wait(grid, min_nodes=1, num_clients=2, seconds=5)
-    arrays = strategy._ask_initial(grid)
+    arrays = ask_initial(grid, strategy.directory, 5)
     name = next(iter(arrays))
     first = arrays[name].numpy().copy()
     first.flat[0] = value
