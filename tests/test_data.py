@@ -482,7 +482,7 @@ def test_images_of_different_sizes_need_image_size(tmp_path):
     pictures = [picture(i, (6 + i % 2, 6)) for i in range(N)]
     write_with_pyarrow(tmp_path / "set.parquet", LABELS, pictures)
     path = f"local:{tmp_path / 'set.parquet'}"
-    with pytest.raises(ValueError, match="2 different shapes: set data.image-size"):
+    with pytest.raises(ValueError, match=r"2 different shapes: set data.image-size"):
         load_federation(path, 3, alpha=1.0)
     federation = load_federation(path, 3, alpha=1.0, image_size=6)
     check_rows(federation, LABELS)

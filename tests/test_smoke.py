@@ -19,7 +19,7 @@ from cafe_flwr.data.stand_ins import write_stand_in
 from cafe_flwr.experiments.estimate import _PROCESS, _SIZES, estimate, measure
 from cafe_flwr.experiments.file import Experiment, read_experiment, smoke_size, with_data_dir
 from cafe_flwr.experiments.plan import check_experiment, plan_runs, plan_trials
-from cafe_flwr.settings import OPTIONS, Settings
+from cafe_flwr.settings import OPTIONS
 
 PAPER = [Path("experiments") / f"paper-{name}.yaml" for name in HUB_SETS]
 SMALL = [Path("experiments") / f"paper-{name}-small.yaml" for name in (*HUB_SETS, "pacs")]
