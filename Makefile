@@ -33,6 +33,7 @@ lint: .venv/.installed ## Lint and types only
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m cafe_flwr.app.manifest --check
 	$(BIN)/python scripts/limits.py
 
 bench: .venv/.installed ## Every benchmark in turn (the better part of an hour)

@@ -3,8 +3,7 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from cafe_flwr.app.run import run
-from cafe_flwr.server.calibration import calibrate_federation
+from cafe_flwr.app.run import calibrate, run
 from cafe_flwr.settings import Settings
 
 app = ServerApp()
@@ -15,6 +14,6 @@ def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run's settings describe, or calibrate the networks that it has left."""
     settings = Settings.from_run_config(context.run_config)
     if settings.mode == "calibrate":
-        calibrate_federation(grid, settings)
+        calibrate(grid, settings)
     else:
         run(grid, settings)

@@ -23,7 +23,7 @@ LEARNING_RATES = {PERSONAL: 0.006, GLOBAL: 0.015}
 def _run(job: tuple[str, int, str, dict[str, Any]]) -> tuple[str, int, float]:
     method, seed, folder, settings = job
     own = {"method": method, "seed": seed, "name": f"{method}-{seed}", "results-dir": folder}
-    own |= {"learning-rate": LEARNING_RATES[method], "evaluate-every": settings["num-server-rounds"]}
+    own |= {"learning-rate": LEARNING_RATES[method], "federation.evaluate-every": settings["num-server-rounds"]}
     summary, _ = run_in_process({**settings, **own})
     return method, seed, summary["accuracy"]
 

@@ -18,7 +18,8 @@ EARLY, LATE = (40, 80), (150, 190)  # rounds that are compared
 NAMES = ("state folder", "memory of the ClientApp's workers", "memory of the ServerApp and the engine")
 SLACK = 1.05
 SETTINGS = (
-    f'name="growth" dataset="digits" num-clients={CLIENTS} num-server-rounds={ROUNDS} local-steps=1 evaluate-every=10'
+    f'name="growth" dataset="digits" num-clients={CLIENTS} num-server-rounds={ROUNDS} local-steps=1 '
+    "federation.evaluate-every=10"
 )
 
 

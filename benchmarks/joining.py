@@ -33,7 +33,7 @@ TEXT_RATES = {"digit-pairs": 0.3, "digits": 0.1}  # without momentum; other meth
 
 def settings_of(method: str, job: dict[str, Any]) -> dict[str, Any]:
     """The job as the method trains on it."""
-    own = {"learning-rate": TEXT_RATES[job["dataset"]], "momentum": 0.0} if method == "cafedistill-text" else {}
+    own = {"learning-rate": TEXT_RATES[job["dataset"]], "train.momentum": 0.0} if method == "cafedistill-text" else {}
     return {**job, **own, "method": method}
 
 
@@ -50,7 +50,13 @@ def federate(job: dict[str, Any], seed: int, folder: str) -> Path:
     members = job["num-clients"]
     given = {"num-clients": members + NEWCOMERS, "seed": seed, "name": f"seed-{seed}"}
     settings = Settings.from_run_config(
-        {**job, **given, "results-dir": folder, "wait-seconds": 0.0, "evaluate-every": job["num-server-rounds"]}
+        {
+            **job,
+            **given,
+            "results-dir": folder,
+            "federation.wait-seconds": 0.0,
+            "federation.evaluate-every": job["num-server-rounds"],
+        }
     )
     grid = InProcessGrid(app, 1, settings.to_run_config())
     for context in grid.contexts.values():

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 BATCH = 64
+ON_CPU = {"compute.device": "cpu"}
 BOUND = 1.15
 
 
@@ -112,7 +113,7 @@ def main() -> None:
                 num_rounds=1,
                 local=LocalBudget(batch_size=BATCH, steps=2, learning_rate=0.01, momentum=0.9),
             )
-            peak = peak_of(lambda: strategy.start(InProcessGrid(app, 1, {"device": "cpu"})), torch.device("cpu"))  # noqa: B023
+            peak = peak_of(lambda: strategy.start(InProcessGrid(app, 1, ON_CPU)), torch.device("cpu"))  # noqa: B023
         good &= report(
             f"a simulated client of {name}, ResNet-18, 32×32, 100 classes, batch {BATCH}, on cpu", peak, parts
         )

@@ -22,27 +22,27 @@ PROTOCOL: Mapping[str, Any] = {
     "num-clients": 20,
     "num-server-rounds": 100,
     "local-epochs": 1,
-    "batch-size": 16,
+    "train.batch-size": 16,
     "learning-rate": 0.1,
-    "learning-rate-schedule": "exponential",
-    "learning-rate-decay": 0.99,
-    "momentum": 0.9,
-    "keep-momentum": True,
-    "weight-decay": 0.0,
-    "evaluate-every": 100,
+    "train.learning-rate-schedule": "exponential",
+    "train.learning-rate-decay": 0.99,
+    "train.momentum": 0.9,
+    "train.keep-momentum": True,
+    "train.weight-decay": 0.0,
+    "federation.evaluate-every": 100,
 }
 METHODS: Mapping[str, Mapping[str, Any]] = {
     name: {"method": name} for name in ("cafedistill", "cafedistill-plus", "fedper")
-} | {"cafedistill-plus, mixture alone": {"method": "cafedistill-plus", "plus-mixture-examples": 1e9}}
+} | {"cafedistill-plus, mixture alone": {"method": "cafedistill-plus", "cafedistill-plus.mixture-examples": 1e9}}
 ABLATIONS: Mapping[str, Mapping[str, Any]] = {
-    "not written back": {"write-back": False},
-    "matched by parameters": {"match-by": "parameters"},
-    "no selection": {"selection": "none"},
-    "conflict of exits": {"conflict": "exits"},
+    "not written back": {"cafedistill.write-back": False},
+    "matched by parameters": {"cafedistill.match-by": "parameters"},
+    "no selection": {"cafedistill.selection": "none"},
+    "conflict of exits": {"cafedistill.conflict": "exits"},
     "λ = 0": {"distill-weight": 0.0},
     "λ = 0.3": {"distill-weight": 0.3},
-    "classifiers start from own draws": {"classifier-start": "own"},
-    "classifiers start from one common draw": {"classifier-start": "common"},
+    "classifiers start from own draws": {"train.classifier-start": "own"},
+    "classifiers start from one common draw": {"train.classifier-start": "common"},
 }
 # The authors' code on these partitions, mean of seeds 0 to 2 (ablations: seed 0).
 AUTHORS = {"cafedistill": 76.6, "cafedistill-plus, mixture alone": 81.2, "fedper": 68.6}

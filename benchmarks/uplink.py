@@ -23,7 +23,7 @@ ROUNDS = int(os.environ.get("UPLINK_ROUNDS", "30"))
 METHOD = os.environ.get("UPLINK_METHOD", "cafedistill-text")
 JOB: dict[str, Any] = {"method": METHOD}
 if METHOD == "cafedistill-text":
-    JOB |= {"learning-rate": 0.3, "momentum": 0.0}
+    JOB |= {"learning-rate": 0.3, "train.momentum": 0.0}
 DEMO_NODES, CLIENTS = 2, 20
 
 
@@ -67,7 +67,7 @@ def run(job: tuple[int, str, int, int]) -> Outcome:
 
     with tempfile.TemporaryDirectory() as folder:
         config: dict[str, Any] = {**JOB, "results-dir": folder, "seed": seed, "num-server-rounds": rounds}
-        settings = Settings.from_run_config({**config, "evaluate-every": rounds})
+        settings = Settings.from_run_config({**config, "federation.evaluate-every": rounds})
         strategy = build_strategy(settings)
         strategy.wire, strategy.callbacks = wire, (Meter(),)
         strategy.start(InProcessGrid(app, nodes, settings.to_run_config()))

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from cafe_flwr.client.app import make_client_app as make_client_app
     from cafe_flwr.networks.attach import attach_exits as attach_exits
     from cafe_flwr.networks.early_exit import EarlyExitNetwork as EarlyExitNetwork
-    from cafe_flwr.server.strategy import CafeDistill as CafeDistill
+    from cafe_flwr.server.cafedistill import CafeDistill as CafeDistill
 
 __all__ = ["CafeDistill", "EarlyExitNetwork", "__version__", "attach_exits", "make_client_app"]
 
@@ -20,6 +20,6 @@ __getattr__ = lazily(
         "cafe_flwr.client.app": "make_client_app",
         "cafe_flwr.networks.attach": "attach_exits",
         "cafe_flwr.networks.early_exit": "EarlyExitNetwork",
-        "cafe_flwr.server.strategy": "CafeDistill",
+        "cafe_flwr.server.cafedistill": "CafeDistill",
     },
 )

@@ -1,48 +1,31 @@
-"""Every setting of a run, in one place: typed, documented, validated before the first round."""
+"""All settings of a run: declared in the rooms that read them, put together and checked here before the first round."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
 from pydantic.alias_generators import to_snake
 
+from cafe_flwr.core.log import logger
 from cafe_flwr.core.older_settings import renamed
+from cafe_flwr.core.options import Option, options_of
+from cafe_flwr.core.tables import leaves, nested
 from cafe_flwr.core.text import closest, kebab
-from cafe_flwr.data import digits
-from cafe_flwr.data.hub import names_of_sets
-from cafe_flwr.data.modalities import MODALITIES
-from cafe_flwr.methods import METHODS
-from cafe_flwr.methods.base import Method
+from cafe_flwr.data.options import TEXT_SETS, Data, Heterogeneity, check_clients, check_data
+from cafe_flwr.methods.base import Method, ObjectiveName
+from cafe_flwr.methods.registry import METHODS
 from cafe_flwr.networks.capacity import read_shares
-from cafe_flwr.networks.placement import DEVICE_PATTERN
-from cafe_flwr.training.objectives.base import READS
-from cafe_flwr.training.options import DEFAULT_BUDGET, LocalBudget, learning_rate_at
-from cafe_flwr.wire.bounds import Bounds
-from cafe_flwr.wire.privacy import Privacy
-
-IMAGE_SETS = (*digits.NUM_CLASSES, *names_of_sets(texts=False))
-TEXT_SETS = ("docstrings", *names_of_sets(texts=True))
-TEXT_NETWORKS = ("transformer", "published-transformer")
-
-PUBLISHED: Mapping[str, Mapping[str, int | str]] = {
-    "published-conv": {"network_width": 128, "network_depth": 3, "feature_width": 128},
-    "published-resnet18": {"network_width": 64, "network_depth": 4, "norm": "batch"},
-    "published-transformer": {
-        "network_width": 192,
-        "network_depth": 4,
-        "feature_width": 192,
-        "norm": "layer",
-        "attention_heads": 2,
-    },
-}
-"""Networks of fixed build, with the settings that could say the same of them."""
-
-_OF_NETWORKS = ("network_width", "network_depth", "feature_width", "norm", "stem_stride", "attention_heads", "dropout")
-
+from cafe_flwr.networks.options import TEXT_NETWORKS, Compute, Model, check_model
+from cafe_flwr.risk.options import Calibration
+from cafe_flwr.server.options import Federation, Run
+from cafe_flwr.training.objectives.base import Objective
+from cafe_flwr.training.objectives.registry import OBJECTIVES
+from cafe_flwr.training.options import LocalBudget, Schedule, check_training
+from cafe_flwr.wire.options import Bounds, Privacy
 
 # Of everything that people write by hand: kebab-case names, no unknown ones, no conversion of types.
 STRICT = ConfigDict(
@@ -57,246 +40,121 @@ STRICT = ConfigDict(
 )
 
 
-def setting_key(method: type[Method], field: str) -> str:
-    """Name of a method's setting among all settings: ``fedprox_mu``, CAFEDistill's ``mu``, ``prior`` of all methods."""
-    owner = next(c for c in method.__mro__ if field in vars(c).get("__annotations__", {}))
-    return vars(owner).get("prefix", "").replace("-", "_") + field
+_SECTIONS = (
+    *(Run, ObjectiveName, Federation, Bounds, Privacy, Data, Heterogeneity, Model),
+    *(LocalBudget, Schedule, Method, Compute, Calibration),
+)
 
 
-def _of_methods() -> dict[str, Any]:
-    """The methods' own settings as pydantic fields."""
-    found: dict[str, Any] = {}
-    for method in METHODS.values():
-        for f in fields(method):
-            bounds = {key: f.metadata[key] for key in ("ge", "gt", "le") if f.metadata[key] is not None}
-            kind = Literal[f.metadata["choices"]] if f.metadata["choices"] else type(f.default)
-            value = Field(f.default, description=f.metadata["doc"], **bounds)
-            found[setting_key(method, f.name)] = (kind, value)
+def _declared() -> dict[str, Option]:
+    """Every option by its key: those in no table first, the tables of objectives and methods last."""
+    declarations = [*_SECTIONS, *OBJECTIVES.values(), *METHODS.values()]
+    found: dict[str, Option] = {}
+    for declaration in declarations:
+        for o in options_of(declaration):
+            found.setdefault(o.key, o)
+    tables = list(dict.fromkeys(["", *(o.table for o in found.values())]))
+    return dict(sorted(found.items(), key=lambda pair: tables.index(pair[1].table)))
+
+
+OPTIONS: Mapping[str, Option] = _declared()
+"""Mapping from key to setting: ``"seed"``, ``"federation.fraction-train"``."""
+
+FREE_ON_RESUME = frozenset(key for key, o in OPTIONS.items() if o.free)
+"""Keys that change no number, and may differ when a run is resumed."""
+
+TABLES = tuple(dict.fromkeys(o.table for o in OPTIONS.values() if o.table))
+
+
+def _former() -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for key, o in OPTIONS.items():
+        if o.formerly:
+            found[o.formerly] = (*found.get(o.formerly, ()), key)
     return found
 
 
-# The settings of methods are declared by the methods; pydantic makes fields of them.
+FORMER: Mapping[str, tuple[str, ...]] = _former()
+"""Mapping from a name that a setting had before there were tables to its key now; two where two objectives read it."""
+
+
+def _read_when() -> dict[str, Mapping[str, Sequence[Any]]]:
+    """When an option is read: keys, and values of theirs."""
+    of_methods = {name: {o.key for o in options_of(method)} for name, method in METHODS.items()}
+    found: dict[str, Mapping[str, Sequence[Any]]] = {}
+    for key, o in OPTIONS.items():
+        readers = tuple(name for name, keys in of_methods.items() if key in keys)
+        of_method = {"method": readers} if 0 < len(readers) < len(METHODS) else {}
+        found[key] = {**of_method, **({"objective": (o.table,)} if o.table in OBJECTIVES else {}), **o.only}
+    return found
+
+
+READ_WHEN = _read_when()
+
+
+def _whole(value: Any) -> Any:
+    """A choice among numbers is compared as ``==`` does, for which 1.0 and True are 1."""
+    if type(value) is not int:
+        raise ValueError("it should be a whole number")
+    return value
+
+
+def _fields(options: Sequence[Option]) -> dict[str, Any]:
+    """Options as fields of a pydantic model."""
+    bounds = ("ge", "gt", "le", "lt", "pattern", "min_length", "max_length")
+    found: dict[str, Any] = {}
+    for o in options:
+        kind: Any = Literal[o.said["choices"]] if o.said["choices"] else type(o.default)
+        if isinstance(o.default, int) and o.said["choices"]:
+            kind = Annotated[kind, BeforeValidator(_whole)]
+        said = {name: o.said[name] for name in bounds if o.said[name] is not None}
+        found[to_snake(o.key.rpartition(".")[2])] = (kind, Field(o.default, description=o.doc, **said))
+    return found
+
+
 if TYPE_CHECKING:
 
-    class _MethodSettings(BaseModel): ...
+    class _Declared(BaseModel):
+        def __init__(self, **values: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
 else:
-    # They bring their descriptions; looking for docstrings, there are none, would cost every process time.
-    _described = ConfigDict(**{**STRICT, "use_attribute_docstrings": False})
-    _MethodSettings = create_model("_MethodSettings", __config__=_described, **_of_methods())
+    _CONFIG = ConfigDict(**{**STRICT, "use_attribute_docstrings": False})
+
+    def _model() -> type[BaseModel]:
+        of_table = {table: [o for o in OPTIONS.values() if o.table == table] for table in ("", *TABLES)}
+        found = _fields(of_table.pop(""))
+        for table, options in of_table.items():
+            part = create_model(table, __config__=_CONFIG, **_fields(options))
+            found[to_snake(table)] = (part, part())
+        return create_model("_Declared", __config__=_CONFIG, **found)
+
+    _Declared = _model()
+
+Wanted = TypeVar("Wanted")
 
 
-class Settings(_MethodSettings):
-    """Settings of a run. In ``pyproject.toml`` and on the command line the names are kebab-case.
+class Settings(_Declared):
+    """Settings of a run: ``settings.seed``, and those in tables as ``settings.federation.fraction_train``.
+
+    In ``pyproject.toml``, in experiments and on the command line the names are kebab-case, and tables are tables or a
+    dot: ``federation.fraction-train``.
 
     Examples
     --------
-    >>> settings = Settings.from_run_config({"num-clients": 10, "dirichlet-alpha": 0.3})
-    >>> settings.num_clients, settings.learning_rate
-    (10, 0.15)
+    >>> settings = Settings.from_run_config({"num-clients": 10, "federation.fraction-train": 0.5})
+    >>> settings.num_clients, settings.federation.fraction_train, settings.learning_rate
+    (10, 0.5, 0.15)
     >>> Settings.from_run_config({"dirichlet-alhpa": 0.3})
     Traceback (most recent call last):
         ...
     ValueError: unknown setting 'dirichlet-alhpa'; did you mean 'dirichlet-alpha'?
     """
 
-    model_config = STRICT
-
-    # The run
-    name: str = Field("", pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$", max_length=100)
-    """Name of the run and of its results folder; empty: made from data set, method and seed."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    """Seed of everything that is random: partition, images, initial weights, participants, batches."""
-    results_dir: str = Field("~/cafe-flwr-results", min_length=1)
-    """Folder of all results, absolute or from '~'. A run writes to <results-dir>/<name>."""
-    state_dir: str = ""
-    """Folder of the clients' personal state; empty: <results-dir>/<name>/personal. A node's own node-config
-    'state-dir' comes first."""
-    mode: Literal["train", "calibrate"] = "train"
-    """'train': a federation. 'calibrate': thresholds for the personal networks that the run of this name has left."""
-    resume: bool = False
-    """Go on from the last checkpoint of the run of this name."""
-
-    # The federation
-    method: str = "cafedistill"
-    """Method of federated learning, see docs/methods.md."""
-    num_server_rounds: int = Field(100, ge=1)
-    """Rounds T. Schedules (learning rate, student exits) span all of them."""
-    num_clients: int = Field(20, ge=1)
-    """Clients, each with its own data and personal network. A node hosts one or more."""
-    fraction_train: float = Field(1.0, gt=0, le=1)
-    """Share of the clients that train in a round."""
-    min_train_nodes: int = Field(1, ge=1)
-    """At least so many clients train in a round, whatever fraction-train says; a round in which fewer replied well does
-    not count."""
-    min_available_nodes: int = Field(1, ge=1)
-    """Wait for at least so many nodes before the first round."""
-    evaluate_every: int = Field(1, ge=1)
-    """Clients evaluate before and after training in every so many rounds, and in the last one."""
-    wait_seconds: float = Field(120.0, ge=0)
-    """How long to wait, before the first round, for the nodes that host the missing clients."""
-    round_timeout: float = Field(600.0, gt=0)
-    """Seconds after which a round goes on without the replies that are missing."""
-    round_retries: int = Field(1, ge=0)
-    """A round with fewer than min-train-nodes good replies is repeated so many times, then the run stops."""
-
-    # What is sent, and what is believed
-    wire_dtype: Literal["float32", "float16"] = "float32"
-    """Numbers of the flat arrays in messages; 'float16' halves the bytes."""
-    max_update_norm: float = Field(1e6, ge=0)
-    """A client whose update, or what it sends of its own, has a larger norm is left out of its round; 0: no bound."""
-    max_update_ratio: float = Field(100.0, ge=0)
-    """So many times the median norm of a round's replies is refused too; 0: no bound, else greater than 1."""
-    clip_norm: float = Field(0.0, ge=0)
-    """Clients scale the update of the shared part down to this norm C before it is sent; 0: off (docs/security.md)."""
-    upload_clip_norm: float = Field(0.0, ge=0)
-    """C of what a client sends of its own (its head); 0: as clip-norm."""
-    noise_multiplier: float = Field(0.0, ge=0)
-    """Clients add Gaussian noise of standard deviation so many times C to what they send; 0: none."""
-    privacy_delta: float = Field(1e-5, gt=0, lt=1)
-    """δ at which the log states ε."""
-    report_metrics: bool = True
-    """Clients report accuracies, losses and similarities, which get no noise."""
-
-    # The data
-    dataset: str = Field("digit-pairs", pattern=rf"^({'|'.join((*IMAGE_SETS, *TEXT_SETS))}|local|local:.+)$")
-    """'digit-pairs', 'digits', 'docstrings'; 'cifar10', 'cifar100', 'tiny-imagenet', 'ag-news', of the hub or of
-    data-dir; 'local': every client's own data, in the data-dir of its node's node-config; 'local:<path>': a parquet
-    file or image folder, the same for all, dealt out (simulation only); it lies in data-dir if it is not absolute."""
-    data_dir: str = ""
-    """Folder with a copy of the hub's set in <data-dir>/<dataset>; empty: the hub. A node's own node-config 'data-dir'
-    comes first."""
-    augmentation: Literal["usual", "none"] = "usual"
-    """Images of the hub's sets are cropped at random and mirrored in training."""
-    max_tokens: int = Field(64, ge=1)
-    """Texts: words that are kept."""
-    vocabulary: int = Field(8192, ge=2)
-    """Texts: number of different tokens, to which words are hashed; 0 is padding."""
-    long_texts: Literal["cut", "refuse"] = "cut"
-    """Texts of more words than max-tokens are cut, or an error."""
-    text_part: Literal["whole", "title"] = "whole"
-    """AG News: 'title' keeps the column 'title' where a copy has one, else the first 7 words of a text, as many as
-    titles have in the mean (docs/data.md)."""
-    partition: Literal["dirichlet", "pathological", "natural"] = "dirichlet"
-    """How data are dealt out: Dirichlet shares of every class, a fixed number of classes per client, or by the values
-    of partition-column."""
-    dirichlet_alpha: float = Field(0.1, gt=0)
-    """Concentration of the Dirichlet partition: small = very different clients."""
-    dirichlet_cap: bool = False
-    """Dirichlet partition: a client that holds its fair share of the examples gets no more."""
-    partition_column: str = ""
-    """Natural partition: column whose values are the clients; num-clients is a multiple of how many there are."""
-    natural_split: Literal["even", "dirichlet"] = "even"
-    """Natural partition: how a value is dealt out to several clients, in even parts or by dirichlet-alpha."""
-    classes_per_client: int = Field(10, ge=1)
-    """Classes of a client in the pathological partition."""
-    examples_per_client: int = Field(200, ge=10)
-    """Embedded data sets: mean number of examples per client, all splits together."""
-    calibration_share: float = Field(0.12, ge=0, lt=1)
-    """Share of a client's examples kept for calibration (thresholds)."""
-    test_share: float = Field(0.40, gt=0, lt=1)
-    """Share of a client's examples kept for its test split."""
-    validation_share: float = Field(0.0, ge=0, lt=1)
-    """Share of the training split that takes the place of the test split, to choose settings by; 0: real test data."""
-    label_groups: int = Field(0, ge=0)
-    """Clients form so many groups with one label distribution each; 0: every client has its own."""
-    rotations: int = Field(1, ge=1)
-    """Clients see their images under so many rotations, crossed with the label groups; 1: upright."""
-    test_shift: float = Field(0.0, ge=0, le=1)
-    """Share of test examples with labels drawn evenly from the client's classes, not in its own shares."""
-    image_size: int = Field(0, ge=0)
-    """Local data: resize images to this height and width; 0: as they are."""
-    image_column: str = Field("image", min_length=1)
-    """Local data: column of the images."""
-    label_column: str = Field("label", min_length=1)
-    """Local data: column of the labels."""
-    image_channels: Literal[0, 1, 3] = 0
-    """'local' data: make all images grey (1) or coloured (3); must be set there."""
-    class_names: str = ""
-    """'local' data: names of the federation's classes, separated by commas, in the order of their labels."""
-
-    # Clients that are not alike
-    depth_shares: str = ""
-    """Simulation: share of the clients by what they hold, exits such as '1:0.3,2:0.3', or exits and a share of the
-    width such as '1x0.5:0.3'; the others hold all (docs/unequal-clients.md). A node's own node-config comes first."""
-    modalities: str = ""
-    """Modalities that the clients have in turn, such as 'image,rows': images, and the same row by row; empty: all
-    images, or texts (docs/modalities.md)."""
-
-    # Calibration (mode = "calibrate")
-    risk: float = Field(0.05, gt=0, lt=1)
-    """Share α of errors that is allowed among those who leave early (docs/risk.md)."""
-    confidence_level: float = Field(0.9, gt=0, lt=1)
-    """How surely, 1 − δ."""
-    simultaneous: bool = False
-    """Clients that are certified by themselves shall all be right at once."""
-
-    # The network
-    network: Literal[
-        "conv", "resnet18", "transformer", "published-conv", "published-resnet18", "published-transformer"
-    ] = "conv"
-    """'conv': convolutional blocks; 'resnet18': four stages of residual blocks; both for images. 'transformer': blocks
-    of attention, for texts. An exit after each block or stage. With 'published-' before the name: those that
-    CAFEDistill's authors run, of fixed size (docs/networks.md)."""
-    feature_width: int = Field(24, ge=1)
-    """Width of the features that enter the classifier of every exit."""
-    network_width: int = Field(0, ge=0)
-    """Channels of the first block (conv) or stage (resnet18), or of the embeddings (transformer); 0: 8, 64 or 128."""
-    network_depth: int = Field(0, ge=0)
-    """Blocks, and exits; 0: 3 (conv) or 4. resnet18 has 4."""
-    norm: Literal["group", "batch", "layer"] = "group"
-    """Of groups of channels of an example, of a batch, or of a token ('layer': transformer only)."""
-    statistics: Literal["average", "personal", "drop"] = "average"
-    """Running statistics of batch norms: averaged as weights are, kept on the client, or none (docs/networks.md)."""
-    stem_stride: Literal[1, 2] = 1
-    """Of resnet18's first convolution; 2 for 64×64 images at the cost of 32×32."""
-    attention_heads: int = Field(4, ge=1)
-    """Of the transformer; they divide its width."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    """Of the transformer."""
-
-    # Local training
-    local_steps: int = Field(6, ge=1)
-    """Gradient steps of a client in a round; used where local-epochs is 0."""
-    local_epochs: int = Field(0, ge=0)
-    """Passes over the client's training split in a round; 0: count local-steps instead."""
-    batch_size: int = Field(16, ge=1)
-    """Examples a step."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Of local training; 'adamw' needs a far smaller learning-rate, such as 0.0003."""
-    learning_rate: float = Field(DEFAULT_BUDGET.learning_rate, gt=0)
-    """Of the optimiser, in the first round. It and momentum were chosen for the default job on validation data
-    (docs/evidence.md)."""
-    learning_rate_schedule: Literal["cosine", "exponential"] = "cosine"
-    """'cosine': the learning rate is constant until half of the rounds, then a cosine down to 0. 'exponential': it
-    shrinks by the factor learning-rate-decay a round."""
-    learning_rate_decay: float = Field(1.0, gt=0, le=1)
-    """Factor of the exponential schedule: in round t = 0, 1, … the rate is learning-rate · factor^t; 1: constant."""
-    momentum: float = Field(DEFAULT_BUDGET.momentum, ge=0, lt=1)
-    """Of SGD; AdamW has means of its own."""
-    keep_momentum: bool = False
-    """What the optimiser remembers (SGD's momentum, AdamW's running means) stays with the client between rounds, on its
-    disk; false: it starts anew in every round."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Of the optimiser."""
-    max_grad_norm: float = Field(0.0, ge=0)
-    """Scale gradients down to this norm; 0: leave them."""
-
-    # Where it computes (docs/devices.md)
-    device: str = Field("auto", pattern=DEVICE_PATTERN)
-    """'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', … or 'mps'. A node's own node-config 'device' comes
-    first."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of matrix products and convolutions (autocast); weights, losses and all that is sent or kept are float32."""
-    channels_last: bool = False
-    """Keep the weights of convolutions as (out, height, width, in): faster on GPUs with tensor cores."""
-    compile: bool = False
-    """Compile stages and exits by torch.compile: the first steps take longer, the others less."""
-    clients_per_gpu: int = Field(1, ge=1, le=100)
-    """Clients that train at a time on one GPU, in a simulation started by cafe-flwr run; without a GPU: no meaning."""
-
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Any]) -> Settings:
-        """Read settings from a run config (kebab-case keys).
+        """Read settings from a run config: kebab-case keys, tables nested or with a dot.
+
+        Names from before there were tables are read, too, with a line in the log.
 
         Raises
         ------
@@ -304,296 +162,189 @@ class Settings(_MethodSettings):
             Naming every key that is unknown (with the nearest known one), has the wrong type or an impossible value.
         """
         try:
-            return cls.model_validate(dict(run_config), by_alias=True, by_name=False)
+            return cls.model_validate(nested(todays(run_config)), by_alias=True, by_name=False)
         except ValidationError as error:
-            raise ValueError("; ".join(_explain(cls, detail) for detail in error.errors())) from None
-
-    @classmethod
-    def keys(cls) -> list[str]:
-        """All setting names, in kebab-case: first those of every run, then the methods' own."""
-        own = [name for name in cls.__annotations__ if name in cls.model_fields]
-        return [kebab(name) for name in dict.fromkeys([*own, *cls.model_fields])]
+            raise ValueError("; ".join(_explain(detail) for detail in error.errors())) from None
 
     def to_run_config(self) -> dict[str, bool | int | float | str]:
-        """All settings, in kebab-case."""
-        return self.model_dump(by_alias=True)
+        """All settings by their keys."""
+        return {key: self.value(key) for key in OPTIONS}
 
-    @field_validator("image_channels", "stem_stride", mode="before")
-    @classmethod
-    def _whole(cls, value: Any) -> Any:
-        """A choice among numbers is compared as ``==`` does, for which 1.0 and True are 1."""
-        if type(value) is not int:
-            raise ValueError("it should be a whole number")
-        return value
+    def value(self, key: str) -> Any:
+        """The value of a key."""
+        table, _, name = key.rpartition(".")
+        return getattr(getattr(self, to_snake(table)) if table else self, to_snake(name))
+
+    def of(self, declared: type[Wanted], **instead: Any) -> Wanted:
+        """The options of a part, as the dataclass that declares them; ``instead`` stands in the place of some."""
+        return declared(**{**{o.field: self.value(o.key) for o in options_of(declared)}, **instead})
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:
-        if self.calibration_share + self.test_share >= 1:
-            raise ValueError(
-                "calibration-share + test-share must leave something for training, "
-                f"got {self.calibration_share} + {self.test_share}"
-            )
-        if self.min_train_nodes > self.num_clients:
-            raise ValueError(
-                f"min-train-nodes ({self.min_train_nodes}) must not exceed num-clients ({self.num_clients})"
-            )
         if self.method not in METHODS:
-            near = closest(self.method, METHODS)
-            raise ValueError(
-                f"method should be one of {', '.join(METHODS)}, got {self.method!r}"
-                + (f"; did you mean {near!r}?" if near else "")
-            )
-        method = self.build_method()
-        if method.equal_steps and not self.local_epochs and self.local_steps < method.phases:
-            raise ValueError(
-                f"local-steps = {self.local_steps} cannot be shared by the {method.phases} things that {self.method} "
-                "trains in a round: raise it, or set equal-steps = false"
-            )
-        self._check_network()
-        self.build_bounds()
-        self.build_privacy()
-        self._check_own_data()
-        self._check_partition()
-        self._check_kinds()
-        self._check_optimizer()
-        for key in ("results_dir", "state_dir", "data_dir", "dataset"):
-            path = getattr(self, key)
-            if key == "dataset":
-                path = "" if self.data_dir else path.partition(":")[2]
-            if path and not Path(path).expanduser().is_absolute():
-                raise ValueError(
-                    f"{kebab(key)} must be an absolute path or start with '~', got {path!r}: Flower's processes have "
-                    "their own working directory" + "; or set data-dir, where it lies" * (key == "dataset")
-                )
+            hint = f"; did you mean {near!r}?" if (near := closest(self.method, METHODS)) else ""
+            raise ValueError(f"method should be one of {', '.join(METHODS)}, got {self.method!r}{hint}")
+        check_data(self.of(Data))
+        check_model(self.of(Model))
+        self.of(Bounds), self.of(Privacy)
+        read_shares(self.heterogeneity.depth_shares)
+        check_clients(self.of(Heterogeneity), self.network, self.dataset)
+        check_training(self.build_budget(), self.of(Schedule), self.num_server_rounds)
+        for problem in (*_disagreements(self), *_relative_paths(self)):
+            raise ValueError(problem)
         return self
 
-    def _check_partition(self) -> None:
-        """Settings that only one way to deal data out reads; the data's columns come later."""
-        natural, column = self.partition == "natural", self.partition_column
-        if natural and (self.dataset == "local" or self.dataset in (*digits.NUM_CLASSES, "docstrings")):
-            raise ValueError(
-                f"partition = 'natural' deals out by a column, and dataset = {self.dataset!r} has none: set "
-                "dataset to a set of the hub or 'local:<path>', or partition to 'dirichlet'"
-            )
-        if natural and not column:
-            raise ValueError("partition = 'natural' needs partition-column, the column whose values are the clients")
-        if natural and self.label_groups:
-            raise ValueError(f"label-groups = {self.label_groups} is not for partition = 'natural': set it to 0")
-        for key, value in (("partition-column", column), ("natural-split", self.natural_split)):
-            if not natural and value not in ("", "even"):
-                raise ValueError(
-                    f"{key} = {value!r} is of the natural partition, and partition = {self.partition!r}: set partition "
-                    f"to 'natural', or leave {key} out"
-                )
-        if self.dirichlet_cap and (self.natural_split if natural else self.partition) != "dirichlet":
-            raise ValueError(
-                f"dirichlet-cap = true is of a Dirichlet partition, and partition = {self.partition!r}: set it to false"
-                + ", or natural-split to 'dirichlet'" * natural
-            )
-        if self.text_part == "title" and self.dataset != "ag-news":
-            raise ValueError(
-                f"text-part = 'title' is for 'ag-news', and {self.dataset!r} has no titles: set it to 'whole'"
-            )
-
-    def _check_optimizer(self) -> None:
-        """The optimiser's momentum and its learning rates."""
-        if self.optimizer != "sgd" and self.momentum not in (0.0, type(self).model_fields["momentum"].default):
-            raise ValueError(f"momentum = {self.momentum} is of sgd: set it to 0, or optimizer = 'sgd'")
-        if self.keep_momentum and self.optimizer == "sgd" and not self.momentum:
-            raise ValueError(
-                "keep-momentum = true has nothing to keep, as momentum = 0.0: raise momentum (0.9 is usual), or set "
-                "keep-momentum to false"
-            )
-        if self.learning_rate_decay != 1 and self.learning_rate_schedule != "exponential":
-            raise ValueError(
-                f"learning-rate-decay = {self.learning_rate_decay} is of learning-rate-schedule = 'exponential', got "
-                f"{self.learning_rate_schedule!r}: set learning-rate-schedule to 'exponential', or "
-                "learning-rate-decay to 1.0"
-            )
-        if not self.learning_rate_in(self.num_server_rounds):
-            raise ValueError(
-                f"learning-rate-decay = {self.learning_rate_decay} shrinks the learning rate to 0 within "
-                f"{self.num_server_rounds} rounds: choose one nearer to 1, such as 0.99"
-            )
-
-    def learning_rate_in(self, server_round: int) -> float:
-        """The learning rate of a round t = 1, …, T."""
-        schedule = self.num_server_rounds, self.learning_rate_schedule, self.learning_rate_decay
-        return learning_rate_at(self.learning_rate, server_round, *schedule)
-
-    @property
-    def modality_names(self) -> tuple[str, ...]:
-        """The modalities, none where the setting is empty."""
-        return tuple(name.strip() for name in self.modalities.split(",")) if self.modalities else ()
-
-    def _check_kinds(self) -> None:
-        """Depths and modalities of the clients."""
-        read_shares(self.depth_shares)
-        names = self.modality_names
-        if unknown := [name for name in names if name not in MODALITIES]:
-            near = closest(unknown[0], MODALITIES)
-            raise ValueError(
-                f"modalities should be among {', '.join(MODALITIES)}, got {unknown[0]!r}"
-                + (f"; did you mean {near!r}?" if near else "")
-            )
-        if len(set(names)) < len(names):
-            raise ValueError(f"modalities names one twice: {self.modalities!r}")
-        if names and self.network != "conv":
-            raise ValueError(f"modalities = {self.modalities!r} is for network = 'conv', got {self.network!r}")
-        if names and self.dataset not in digits.NUM_CLASSES:
-            raise ValueError(f"modalities = {self.modalities!r} is for {' and '.join(digits.NUM_CLASSES)}")
-
-    def _check_network(self) -> None:
-        """What the settings alone say against the network; the data's shape comes later."""
-        takes, holds = "texts" if self.network in TEXT_NETWORKS else "images", "images"
-        if self.dataset in TEXT_SETS:
-            holds = "texts"
-        if takes != holds:
-            fitting = "'transformer'" if holds == "texts" else "'conv' or 'resnet18'"
-            raise ValueError(
-                f"network = {self.network!r} takes {takes}, and {self.dataset!r} holds {holds}: set network to "
-                f"{fitting}"
-            )
-        if self.build_method().objective == "neo-kd" and takes == "texts":
-            raise ValueError("objective = 'neo-kd' changes inputs a little, and tokens cannot be: choose another one")
-        if self.network in PUBLISHED:
-            self._check_published()
-        elif self.norm == "layer" and self.network != "transformer":
-            raise ValueError(f"norm = 'layer' is of the transformer: {self.network!r} takes 'group' or 'batch'")
-        published = PUBLISHED.get(self.network)
-        norm = self.norm if published is None else published.get("norm")
-        if self.statistics != "average" and norm != "batch":
-            if published is not None:
-                raise ValueError(
-                    f"statistics = {self.statistics!r} is about batch norms, and {self.network!r} has none: set it to "
-                    "'average'"
-                )
-            raise ValueError(
-                f"statistics = {self.statistics!r} is about batch norms, and norm = {self.norm!r} keeps none: set "
-                "norm to 'batch', or statistics to 'average'"
-            )
-        if self.network == "resnet18" and self.network_depth not in (0, 4):
-            raise ValueError(f"resnet18 has 4 stages, got network-depth = {self.network_depth}: set it to 0")
-        if self.stem_stride != 1 and self.network != "resnet18":
-            raise ValueError(f"stem-stride = {self.stem_stride} is of resnet18: set it to 1 for {self.network!r}")
-
-    def _check_published(self) -> None:
-        """A published network is as it is: a setting that asks for another one would change nothing."""
-        fixed = PUBLISHED[self.network]
-        for name in _OF_NETWORKS:
-            value, default = getattr(self, name), type(self).model_fields[name].default
-            if value not in (default, fixed.get(name, default)):
-                raise ValueError(
-                    f"{kebab(name)} = {value!r} does not change {self.network!r}, which is built as its authors run "
-                    f"it: leave it at {default!r}, or choose network = {self.network.removeprefix('published-')!r}"
-                )
-
-    def _check_own_data(self) -> None:
-        """Where clients bring their own data, the run must say what it is to look like, and deals nothing out."""
-        if self.dataset != "local":
-            return
-        names = self.classes
-        if len(names) < 2 or len(set(names)) < len(names) or not all(names):
-            raise ValueError(
-                "dataset = 'local' needs class-names, at least two different ones separated by commas, "
-                f"got {self.class_names!r}"
-            )
-        if not self.image_size or not self.image_channels:
-            raise ValueError(
-                "dataset = 'local' needs image-size and image-channels (1 or 3): all clients' images must be alike, "
-                f"got {self.image_size} and {self.image_channels}"
-            )
-        for name, off in (("label_groups", 0), ("rotations", 1), ("test_shift", 0.0)):
-            if getattr(self, name) != off:
-                raise ValueError(
-                    f"{kebab(name)} changes data that is dealt out, and with dataset = 'local' it is the clients' own: "
-                    f"set it to {off}"
-                )
+    def build_objective(self) -> Objective:
+        """What every exit minimises, with its own settings."""
+        return self.of(OBJECTIVES[self.objective])
 
     def build_method(self) -> Method:
         """The method, with its own settings."""
-        method = METHODS[self.method]
-        return method(**{f.name: getattr(self, setting_key(method, f.name)) for f in fields(method)})
+        return self.of(METHODS[self.method], objective=self.build_objective())
 
     def build_budget(self) -> LocalBudget:
         """How a client trains in one round."""
-        return LocalBudget(
-            batch_size=self.batch_size,
-            steps=self.local_steps,
-            epochs=self.local_epochs,
-            optimizer=self.optimizer,
-            learning_rate=self.learning_rate,
-            momentum=self.momentum if self.optimizer == "sgd" else 0.0,
-            weight_decay=self.weight_decay,
-            max_grad_norm=self.max_grad_norm,
-            keep_momentum=self.keep_momentum,
-        )
+        return self.of(LocalBudget, **({} if self.train.optimizer == "sgd" else {"momentum": 0.0}))
 
-    def build_bounds(self) -> Bounds:
-        """What is refused for its size."""
-        return Bounds(self.max_update_norm, self.max_update_ratio)
+    def not_read(self) -> dict[str, str]:
+        """Keys that no chosen part reads, and what would, in words."""
+        found = {}
+        for key, conditions in READ_WHEN.items():
+            for other, values in conditions.items():
+                if not _among(has := self.value(other), values):
+                    readers = " or ".join(repr(value) for value in values)
+                    found[key] = f"it is read with {other} = {readers}, and {other} = {has!r}"
+        return found
 
-    def build_privacy(self) -> Privacy:
-        """Clipping and noise of what clients send."""
-        return Privacy(
-            clip_norm=self.clip_norm,
-            upload_clip_norm=self.upload_clip_norm,
-            noise_multiplier=self.noise_multiplier,
-            delta=self.privacy_delta,
-            report_metrics=self.report_metrics,
-        )
+    def unread(self) -> dict[str, str]:
+        """Keys that are not at their defaults although nothing reads them, and what would, in words."""
+        return {key: why for key, why in self.not_read().items() if self.value(key) != OPTIONS[key].default}
 
-    def unread(self) -> list[str]:
-        """Settings, in kebab-case, that were changed although the method or its objective does not read them."""
-        changed = {kebab(name) for name, f in type(self).model_fields.items() if getattr(self, name) != f.default}
-        method = self.build_method()
-        unread = {name for names in READS.values() for name in names} - set(READS[method.objective])
-        others = {kebab(setting_key(type(method), f.name)) for f in fields(method) if f.name in unread}
-        return sorted(changed & (keys_of_other_methods(self.method) | others))
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes, where the run says them."""
-        return tuple(name.strip() for name in self.class_names.split(",")) if self.class_names else ()
+    def check_read(self) -> None:
+        """Raise ValueError if a setting was changed that nothing reads, naming what would."""
+        if found := self.unread():
+            raise ValueError(
+                "; ".join(f"{key} = {self.value(key)!r} would change nothing: {why}" for key, why in found.items())
+            )
 
     @property
     def run_name(self) -> str:
         """The name of the run: as given, or made from data set, method and seed."""
-        if self.name:
-            return self.name
-        return f"{self.dataset.partition(':')[0]}-{self.method}-seed{self.seed}"
+        return str(self.name) or f"{self.dataset.partition(':')[0]}-{self.method}-seed{self.seed}"
 
     @property
     def results(self) -> Path:
         """Folder of this run's results."""
         return Path(self.results_dir).expanduser() / self.run_name
 
-    @property
-    def shares(self) -> tuple[float, float, float]:
-        """Shares of train, calibration and test."""
-        return (1 - self.calibration_share - self.test_share, self.calibration_share, self.test_share)
+
+def _disagreements(s: Settings) -> Iterator[str]:
+    """What the parts say against each other, each one well formed."""
+    method = s.build_method()
+    if s.federation.min_train_nodes > s.num_clients:
+        yield (
+            f"federation.min-train-nodes ({s.federation.min_train_nodes}) must not exceed num-clients ({s.num_clients})"
+        )
+    if method.equal_steps and not s.local_epochs and s.local_steps < method.phases:
+        yield (
+            f"local-steps = {s.local_steps} cannot be shared by the {method.phases} things that {s.method} "
+            "trains in a round: raise it, or set train.equal-steps = false"
+        )
+    takes, holds = ("texts" if it else "images" for it in (s.network in TEXT_NETWORKS, s.dataset in TEXT_SETS))
+    if takes != holds:
+        fitting = "'transformer'" if holds == "texts" else "'conv' or 'resnet18'"
+        yield f"network = {s.network!r} takes {takes}, and {s.dataset!r} holds {holds}: set network to {fitting}"
+    if s.objective == "neo-kd" and takes == "texts":
+        yield "objective = 'neo-kd' changes inputs a little, and tokens cannot be: choose another one"
+    if s.train.optimizer != "sgd" and s.train.momentum not in (0.0, OPTIONS["train.momentum"].default):
+        yield f"train.momentum = {s.train.momentum} is of sgd: set it to 0, or train.optimizer = 'sgd'"
 
 
-def keys_of_other_methods(method: str) -> set[str]:
-    """Settings, in kebab-case, that only other methods than this one read."""
-    mine = {setting_key(METHODS[method], f.name) for f in fields(METHODS[method])} if method in METHODS else set()
-    every = {setting_key(other, f.name) for other in METHODS.values() for f in fields(other)}
-    return {kebab(name) for name in every - mine}
+def _relative_paths(s: Settings) -> Iterator[str]:
+    for key in ("results-dir", "federation.state-dir", "data.dir", "dataset"):
+        path = s.value(key)
+        if key == "dataset":
+            path = "" if s.data.dir else path.partition(":")[2]
+        if path and not Path(path).expanduser().is_absolute():
+            yield (
+                f"{key} must be an absolute path or start with '~', got {path!r}: Flower's processes have "
+                "their own working directory" + "; or set data.dir, where it lies" * (key == "dataset")
+            )
 
 
-def _explain(settings: type[Settings], detail: Any) -> str:
+def _among(value: Any, values: Sequence[Any]) -> bool:
+    """Whether a value is among some; ``"local:<path>"`` stands for all paths."""
+    return value in values or (str(value).startswith("local:") and "local:<path>" in values)
+
+
+def todays(run_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run config under today's keys, not checked: tables become dots, and names from before there were tables keys.
+
+    Raises
+    ------
+    ValueError
+        If a setting is there twice, such as under its name of before and its name of today, or a table is a value.
+
+    Examples
+    --------
+    >>> todays({"seed": 1, "federation": {"wait-seconds": 5.0}})
+    {'seed': 1, 'federation.wait-seconds': 5.0}
+    """
+    given: dict[str, Any] = {}
+    for key, value in leaves(run_config):
+        if key in given:
+            raise ValueError(f"{key!r} is there twice, in a table and with a dot: leave one out")
+        if key in TABLES:
+            name = next(k for k, o in OPTIONS.items() if o.table == key)
+            raise ValueError(f"{key} is a table of settings, got {value!r}: write {name} = {OPTIONS[name].default!r}")
+        given[key] = value
+    found: dict[str, Any] = {}
+    former = []
+    for key, value in given.items():
+        now = FORMER.get(key, (key,))
+        if len(now) > 1:  # of the objective that is chosen
+            now = tuple(k for k in now if k.startswith(f"{given.get('objective')}.")) or now
+        if key in FORMER:
+            former.append((key, " and ".join(map(repr, now))))
+        for k in now:
+            if k in found or (k != key and k in given):
+                raise ValueError(f"{key!r} and {k!r} are the same setting: leave out {key!r}, its name of before")
+            found[k] = value
+    if former:
+        _tell_former(tuple(former))
+    return found
+
+
+@lru_cache(maxsize=64)
+def _tell_former(names: tuple[tuple[str, str], ...]) -> None:
+    """One line, once in a process, on names that are not read for ever."""
+    pairs = [f"{name!r} is {now}" for name, now in names[:8]]
+    more = f" and {len(names) - len(pairs)} more" * (len(names) > len(pairs))
+    said = "Settings have other names now, and this release is the last to read the old ones"
+    logger.warning("%s: %s%s", said, ", ".join(pairs), more)
+
+
+def _explain(detail: Any) -> str:
     """One pydantic error in words for people."""
     if not detail["loc"]:  # raised by a rule about several settings
         return str(detail["ctx"]["error"])
-    key = str(detail["loc"][0])
-    if detail["type"] == "extra_forbidden" and (now := renamed(key)):
-        return f"unknown setting {key!r}: {now}"
+    key, value = ".".join(map(str, detail["loc"])), detail["input"]
     if detail["type"] == "extra_forbidden":
-        known = settings.keys()
-        near = closest(key, known)
+        key = next(leaves({key: value}), (key, None))[0]
+        if now := renamed(key):
+            return f"unknown setting {key!r}: {now}"
+        near = _nearest(key)
         return f"unknown setting {key!r}; " + (
-            f"did you mean {near!r}?" if near else f"known settings: {', '.join(known)}"
+            f"did you mean {near!r}?" if near else f"known settings: {', '.join(OPTIONS)}"
         )
+    if isinstance(value, dict):
+        return f"{key} is one value, got the table {value!r}: write {key} = {OPTIONS[key].default!r}, or the like"
     expected = detail["msg"].partition(" should ")[2] or detail["msg"]
-    about = (settings.model_fields[to_snake(key)].description or "").replace("\n", " ")
-    return f"{key} should {expected}, got {detail['input']!r} ({about})"
+    return f"{key} should {expected}, got {value!r} ({OPTIONS[key].doc})"
+
+
+def _nearest(key: str) -> str | None:
+    """The key most like a name: like the key, like its name in its table, or like the one that it had before."""
+    names = {name: k for k, o in OPTIONS.items() for name in (k.rpartition(".")[2], o.formerly) if name}
+    names |= {k: k for k in OPTIONS}
+    return names[near] if (near := closest(key, names)) else None

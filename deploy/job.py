@@ -42,13 +42,13 @@ def run_config(folder: Path, name: str) -> dict[str, Any]:
         "name": name,
         "results-dir": str(folder / "results"),
         "dataset": "local",
-        "class-names": ",".join(map(str, range(10))),
-        "image-size": 16,
-        "image-channels": 1,
+        "data.class-names": ",".join(map(str, range(10))),
+        "data.image-size": 16,
+        "data.image-channels": 1,
         "num-clients": CLIENTS,
         "num-server-rounds": ROUNDS,
-        "round-timeout": 240.0,
-        "wait-seconds": 180.0,
+        "federation.round-timeout": 240.0,
+        "federation.wait-seconds": 180.0,
     }
 
 

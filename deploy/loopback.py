@@ -195,7 +195,7 @@ class Loopback:
             If Flower refuses it, with Flower's words.
         """
         pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in (run_config or {}).items()]
-        options = [f"--run-config={pair}" for pair in pairs]
+        options = [f"--run-config={' '.join(pairs)}"] if pairs else []  # of two, Flower loses keys of one table
         return int(self.flwr("run", str(app), _CONNECTION, *options)["run-id"])
 
     def status(self, run: int) -> str:

@@ -1,7 +1,7 @@
 """Build the bundle for deployment: the two app files under the slim manifest ``pyproject-flwr.toml``.
 
-``python scripts/bundle.py`` leaves ``dist/<publisher>.<name>.<version>.<hash>.fab``; with ``--update`` it first copies
-the settings of ``pyproject.toml`` into the slim manifest.
+``python scripts/bundle.py`` leaves ``dist/<publisher>.<name>.<version>.<hash>.fab``. The settings of both manifests
+are made from their declarations: ``python -m cafe_flwr.app.manifest --write``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
+from cafe_flwr.settings import todays
+
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST, SLIM = "pyproject.toml", "pyproject-flwr.toml"
 APP_FILES = ("client_app.py", "server_app.py", "README.md", "LICENSE")
-CONFIG = "[tool.flwr.app.config]\n"
 
 
 def disagreements(root: Path) -> list[str]:
@@ -37,13 +38,13 @@ def disagreements(root: Path) -> list[str]:
         for key in ("publisher", "fab-format-version", "flwr-version-target", "components")
         if mine.get(key) != theirs.get(key)
     ]
-    found += _settings_apart(theirs["config"], mine.get("config", {}))
+    found += _settings_apart(todays(theirs["config"]), todays(mine.get("config", {})))
     return found + _dependencies_apart(main["project"], slim["project"]["dependencies"])
 
 
 def _settings_apart(theirs: dict[str, Any], mine: dict[str, Any]) -> list[str]:
     apart = [key for key in {**theirs, **mine} if (key in theirs, theirs.get(key)) != (key in mine, mine.get(key))]
-    return [f"settings differ: {', '.join(apart)}; run python scripts/bundle.py --update"] if apart else []
+    return [f"settings differ: {', '.join(apart)}; run python -m cafe_flwr.app.manifest --write"] if apart else []
 
 
 def _dependencies_apart(project: dict[str, Any], slim: list[str]) -> list[str]:
@@ -56,15 +57,6 @@ def _dependencies_apart(project: dict[str, Any], slim: list[str]) -> list[str]:
         if name != project["name"] and need.specifier != ranges.get(name):
             found.append(f"{SLIM} depends on {need}, {MANIFEST} on {name}{ranges.get(name, ' not at all')}")
     return found
-
-
-def update(root: Path) -> None:
-    """Copy the settings of the package's own manifest into the slim one, comments included."""
-    slim = root / SLIM
-    _, _, settings = (root / MANIFEST).read_text().partition(CONFIG)
-    settings, _, _ = settings.partition("\n[")
-    before, _, _ = slim.read_text().partition(CONFIG)
-    slim.write_text(before + CONFIG + settings.rstrip() + "\n")
 
 
 def bundle(root: Path, into: Path) -> Path:
@@ -93,11 +85,8 @@ def bundle(root: Path, into: Path) -> Path:
 def main() -> None:
     """Read the command line and do it."""
     parser = argparse.ArgumentParser(description="Build the bundle for deployment from pyproject-flwr.toml.")
-    parser.add_argument("--update", action="store_true", help="copy the settings of pyproject.toml into it first")
     parser.add_argument("--into", type=Path, default=ROOT / "dist", help="folder of the bundle (default: dist)")
     options = parser.parse_args()
-    if options.update:
-        update(ROOT)
     try:
         print(bundle(ROOT, options.into))
     except ValueError as error:

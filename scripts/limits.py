@@ -19,17 +19,7 @@ IN_ROOT = 7
 
 # What is still over, with today's figure in place of the limit: these may only fall.
 EXCEPTIONS: dict[str, int] = {
-    "cafe_flwr/app/parts.py:federation": 43,
-    "cafe_flwr/data/federation.py:load_federation": 111,
-    "cafe_flwr/server/accounting.py:epsilon": 41,
-    "cafe_flwr/server/calibration.py:calibrate_federation": 65,
-    "cafe_flwr/server/strategy.py": 968,
-    "cafe_flwr/server/strategy.py:FederatedStrategy": 696,
-    "cafe_flwr/server/strategy.py:FederatedStrategy.__init__": 75,
-    "cafe_flwr/server/strategy.py:FederatedStrategy.start": 78,
-    "cafe_flwr/server/strategy.py:FederatedStrategy._run_round": 69,
-    "cafe_flwr/settings.py": 599,
-    "cafe_flwr/settings.py:Settings": 448,
+    "cafe_flwr/data/federation.py:load_federation": 55,  # its public signature takes 26
 }
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

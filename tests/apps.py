@@ -26,14 +26,17 @@ class App:
 
     def serve(self, grid: Grid, **config: Any) -> None:
         """Run the ServerApp; keys of the run config as Python names."""
-        changed = {key.replace("_", "-"): value for key, value in config.items()}
-        assert changed.keys() <= self.config.keys()
+        changed = self._keys(config)
         self.server(grid, Context(1, 1, {}, RecordDict(), {**self.config, **changed}))
 
     def run(self, num_nodes: int = 2, node_config: dict[str, Any] | None = None, **config: Any) -> None:
         """Run both parts, as ``flwr run`` would."""
-        changed = {key.replace("_", "-"): value for key, value in config.items()}
-        self.serve(InProcessGrid(self.client, num_nodes, {**self.config, **changed}, node_config), **config)
+        self.serve(InProcessGrid(self.client, num_nodes, {**self.config, **self._keys(config)}, node_config), **config)
+
+    def _keys(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Keys of the run config for Python names, which leave the table out."""
+        keys = {key.rpartition(".")[2].replace("-", "_"): key for key in reversed(self.config)}
+        return {keys[name]: value for name, value in config.items()}
 
 
 def load_app(folder: Path) -> App:

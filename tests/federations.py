@@ -27,23 +27,48 @@ from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.networks import Exit
 from cafe_flwr.results.folder import Results
 from cafe_flwr.results.recorder import Recorder
-from cafe_flwr.settings import Settings
+from cafe_flwr.settings import OPTIONS, Settings
 
 SMALL = {
     "name": "small",
     "dataset": "digits",
     "num-clients": 5,
     "num-server-rounds": 4,
-    "examples-per-client": 40,
+    "data.examples-per-client": 40,
     "dirichlet-alpha": 1.0,
     "local-steps": 2,
 }
 
 
 def small_settings(folder: Path, **changes: Any) -> Settings:
-    """Settings of a run of about a tenth of a second, in a folder; changes as Python names."""
-    changes = {key.replace("_", "-"): value for key, value in changes.items()}
-    return Settings.from_run_config({**SMALL, "results-dir": str(folder), **changes})
+    """Settings of a run of about a tenth of a second, in a folder; changes as Python names, see :func:`key_of`."""
+    changes = {key_of(name): value for name, value in changes.items()}
+    settings = Settings.from_run_config({**SMALL, "results-dir": str(folder), **changes})
+    unread = settings.unread().keys() - changes.keys()
+    if unread:  # such as how data are dealt out, where clients have their own
+        used = {key: value for key, value in SMALL.items() if key not in unread}
+        return Settings.from_run_config({**used, "results-dir": str(folder), **changes})
+    return settings
+
+
+def key_of(name: str) -> str:
+    """The key of a setting by its name with underscores, its table's too, or alone where one is meant: ``train_prior``
+    or ``prior``; ``text_mu`` for one of ``cafedistill-text``."""
+    name = name.replace("_", "-")
+    spelt = {key: {key, key.replace(".", "-"), key.replace(".", "-").removeprefix("cafedistill-")} for key in OPTIONS}
+    places = [key for key, names in spelt.items() if name in names]
+    places = places or [key for key in OPTIONS if key.rpartition(".")[2] == name]
+    return next((key for key in places if key.startswith(("train.", "cafedistill."))), next(iter(places), name))
+
+
+def value_of(settings: Settings, name: str) -> Any:
+    """The value of a setting by its name as for :func:`key_of`."""
+    return settings.value(key_of(name))
+
+
+def changed(settings: Settings, changes: dict[str, Any]) -> Settings:
+    """Settings with other values for some keys."""
+    return Settings.from_run_config({**settings.to_run_config(), **changes})
 
 
 def digits_app() -> ClientApp:

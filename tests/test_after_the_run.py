@@ -18,6 +18,7 @@ from federations import (
     CLASSES,
     INPUTS,
     DeviceGrid,
+    changed,
     digits_app,
     run_small,
     small_settings,
@@ -157,6 +158,7 @@ def test_what_a_node_calibrates_and_exports_predicts_as_its_network(state: Path)
     assert json.loads((state / "other" / "manifest.json").read_text())["thresholds"]["thresholds"] == [0.5, 0.5]
 
 
+@pytest.mark.slow
 def test_the_client_need_not_be_named_where_there_is_one(state: Path) -> None:
     call(
         "node", "evaluate", "--state-dir", state, "--no-corruptions", fails="networks of clients 0, 1, 2, 3: say which"
@@ -220,6 +222,7 @@ def images(folder: Path, names: str, size: int = 16, each: int = 12) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_node_may_bring_a_folder_of_its_own(state: Path, tmp_path: Path) -> None:
     own = NodeNetwork(state, 3, data_dir=images(tmp_path / "images", "3 7", size=20))
     data = own.data(3)
@@ -233,6 +236,7 @@ def test_a_node_may_bring_a_folder_of_its_own(state: Path, tmp_path: Path) -> No
     on_node("evaluate", state, "--data", tmp_path / "nothing", fails="there is no such file or folder")
 
 
+@pytest.mark.slow
 def test_data_in_a_node_s_own_folder_is_found_again_also_when_it_moved(tmp_path: Path, no_report: None) -> None:
     """Clients that brought their own data: nothing of the server is needed, and the splits are those of the run."""
     from client_app import app as client_app
@@ -270,6 +274,7 @@ def test_data_in_a_node_s_own_folder_is_found_again_also_when_it_moved(tmp_path:
     assert NodeNetwork(state, 1, data_dir=tmp_path / "moved").class_names == ("bright", "dark", "flat")
 
 
+@pytest.mark.slow
 def test_a_data_set_dealt_out_from_a_folder_is_dealt_out_alike_where_it_is_now(tmp_path: Path, no_report: None) -> None:
     """In a simulation all share one folder; no training example may become a test example. Newcomers bring theirs."""
     folder = images(tmp_path / "images", "0 1 2", each=20)
@@ -530,7 +535,7 @@ def test_a_package_that_is_damaged_or_of_another_version_is_refused(ended: Ended
     name = next(iter(got.shared))
     replace(got, shared={**got.shared, name: torch.full_like(got.shared[name], float("nan"))}).save(path)
     refused("NaN or infinite")
-    replace(got, facts={**got.facts, "run_config": {**got.facts["run_config"], "feature-width": 12}}).save(path)
+    replace(got, facts={**got.facts, "run_config": {**got.facts["run_config"], "model.feature-width": 12}}).save(path)
     refused("network, number of classes and method must be the same")
     assert not (tmp_path / "state").exists()
 
@@ -560,7 +565,7 @@ def test_only_a_finished_run_of_the_method_makes_a_package(ended: Ended, tmp_pat
         "not of ditto",
     ):
         package(build_network(ended.settings), METHODS["ditto"](), state, facts)
-    wider = build_network(ended.settings.model_copy(update={"feature_width": 12}))
+    wider = build_network(changed(ended.settings, {"model.feature-width": 12}))
     with pytest.raises(ValueError, match="made with another network or method"):
         package(wider, ended.settings.build_method(), state, facts)
     (results / "checkpoint" / "round-000012.safetensors").unlink()

@@ -162,6 +162,7 @@ def test_the_last_exit_gives_what_the_backbone_gives(case):
     assert torch.equal(case.network.eval()(case.x)[-1], expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_stepping_is_running_and_rows_can_be_dropped(case):
     network, h = case.network.eval(), case.x

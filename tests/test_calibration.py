@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federations import digits_app, run_federation, small_settings
+from federations import changed, digits_app, run_federation, small_settings
 from typer.testing import CliRunner
 
+from cafe_flwr.app.run import calibrate
 from cafe_flwr.data import Split
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.inference import EarlyExitRunner
@@ -19,7 +20,6 @@ from cafe_flwr.personal import FinishedRun, fingerprint
 from cafe_flwr.personal.calibration import calibrate_run, read_thresholds
 from cafe_flwr.risk.client_calibration import ClientCalibration, Request, decide
 from cafe_flwr.risk.counts import pooled_path
-from cafe_flwr.server.calibration import calibrate_federation
 from cafe_flwr.settings import Settings
 from cafe_flwr.wire.calibration import (
     certificate_from_json,
@@ -65,6 +65,7 @@ def test_every_client_gets_thresholds_that_its_network_takes(settings: Settings)
         assert thresholds.certified or (left == personal.network.num_exits - 1).all()
 
 
+@pytest.mark.slow
 def test_thresholds_of_one_network_are_refused_by_another(settings: Settings) -> None:
     run = FinishedRun(settings.results)
     calibrate_run(run, Request(risk=0.2))
@@ -78,14 +79,14 @@ def test_thresholds_of_one_network_are_refused_by_another(settings: Settings) ->
 def test_flower_gives_what_the_folder_gives(settings: Settings) -> None:
     """Nodes are asked by three messages; the certificates and the files are those of the local command."""
     run = FinishedRun(settings.results)
-    asked = settings.model_copy(update={"mode": "calibrate", "risk": 0.2})
+    asked = changed(settings, {"mode": "calibrate", "calibration.risk": 0.2})
     local = calibrate_run(run, Request(risk=0.2, seed=settings.seed))
     files = {c: read_thresholds(run.folder / "personal", c) for c in run.clients}
     for c in run.clients:
         (run.folder / "personal" / f"client-{c}.thresholds.json").unlink()
     for nodes in (2, 5):
         grid = InProcessGrid(digits_app(), nodes, asked.to_run_config())
-        assert calibrate_federation(grid, asked) == local
+        assert calibrate(grid, asked) == local
         assert {c: read_thresholds(run.folder / "personal", c) for c in run.clients} == files
 
 
@@ -94,7 +95,7 @@ def test_the_server_app_calibrates_when_the_mode_says_so(settings: Settings) -> 
 
     import server_app
 
-    asked = settings.model_copy(update={"mode": "calibrate", "risk": 0.25})
+    asked = changed(settings, {"mode": "calibrate", "calibration.risk": 0.25})
     config = asked.to_run_config()
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=config)
     before = (settings.results / "summary.json").read_bytes()
@@ -109,8 +110,8 @@ def test_a_client_without_network_is_named_and_the_others_go_on(settings: Settin
     for path in hidden:
         path.unlink()
     try:
-        asked = settings.model_copy(update={"mode": "calibrate", "risk": 0.2})
-        found = calibrate_federation(InProcessGrid(digits_app(), 2, asked.to_run_config()), asked)
+        asked = changed(settings, {"mode": "calibrate", "calibration.risk": 0.2})
+        found = calibrate(InProcessGrid(digits_app(), 2, asked.to_run_config()), asked)
     finally:
         for path, content in hidden.items():
             path.write_bytes(content)

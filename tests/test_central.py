@@ -17,14 +17,14 @@ from cafe_flwr.networks import ConvNet, EarlyExitNetwork, Exit
 from cafe_flwr.personal import FinishedRun
 from cafe_flwr.training import LocalBudget, batches
 from cafe_flwr.training.losses import cross_entropies
-from cafe_flwr.training.objectives.base import READS, Objective
+from cafe_flwr.training.objectives import OBJECTIVES, SafeKD
 
 CONFIG = {
     "dataset": "digits",
     "num-clients": 2,
-    "examples-per-client": 60,
+    "data.examples-per-client": 60,
     "local-epochs": 2,
-    "batch-size": 16,
+    "train.batch-size": 16,
     "learning-rate": 0.003,
 }
 
@@ -52,7 +52,7 @@ def test_plain_training_is_a_loop_of_adamw_written_out():
     data, net = images(20), network()
     other = copy.deepcopy(net)
     budget = replace(SAFE_KD, epochs=3, batch_size=8, learning_rate=0.01, weight_decay=0.1)
-    trained = train_central(net, held(data), budget, objective=Objective(), seed=5)
+    trained = train_central(net, held(data), budget, objective="cross-entropy", seed=5)
     optimizer = torch.optim.AdamW(other.parameters(), 0.01, weight_decay=0.1)
     losses = []
     for index in batches(20, 8, 60, rng_for(5, 0, 0, "batches")):
@@ -71,7 +71,7 @@ def test_plain_training_is_a_loop_of_adamw_written_out():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", sorted(READS))
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_training_learns_repeats_and_depends_on_its_seed(objective):
     data, outcomes = images(32), []
     for seed in (1, 1, 2):
@@ -79,7 +79,7 @@ def test_training_learns_repeats_and_depends_on_its_seed(objective):
             network(),
             held(data),
             replace(SAFE_KD, epochs=8, learning_rate=0.01, batch_size=8),
-            objective=Objective(objective=objective),
+            objective=objective,
             seed=seed,
         )
         assert trained.history[-1].loss < trained.history[0].loss
@@ -98,7 +98,7 @@ def test_the_teacher_averages_over_all_epochs():
 
     def after(epochs):
         net = network()
-        objective = Objective(objective="safe-kd", ema_decay=0.5)
+        objective = SafeKD(ema_decay=0.5)
         budget = replace(SAFE_KD, epochs=epochs, batch_size=8, learning_rate=0.01)
         return train_central(net, held(data), budget, objective=objective)
 
@@ -141,7 +141,7 @@ def test_what_cannot_be_is_refused():
         train_central(network(), held(images(0)), replace(SAFE_KD, epochs=1))
     diverging = LocalBudget(epochs=3, learning_rate=1e30)
     with pytest.raises(ValueError, match=r"NaN or infinite values in .*: lower learning-rate"):
-        train_central(network(), held(images()), diverging, objective=Objective())
+        train_central(network(), held(images()), diverging, objective="cross-entropy")
 
 
 # --- a results folder ------------------------------------------------------------------------------------------------
@@ -156,11 +156,13 @@ def done(tmp_path_factory):
 
 def test_settings_are_safe_kds_where_nothing_else_is_said():
     settings = central_settings({})
-    assert (settings.objective, settings.optimizer, settings.learning_rate) == ("safe-kd", "adamw", 3e-4)
-    assert (settings.weight_decay, settings.run_name) == (0.05, "digit-pairs-central-seed0")
+    assert (settings.objective, settings.train.optimizer, settings.learning_rate) == ("safe-kd", "adamw", 3e-4)
+    assert (settings.train.weight_decay, settings.run_name) == (0.05, "digit-pairs-central-seed0")
     assert (settings.num_clients, settings.examples_per_client) == (1, 4000)
-    said = central_settings({"objective": "erde", "optimizer": "sgd", "learning-rate": 0.1, "name": "mine", "seed": 3})
-    assert (said.objective, said.optimizer, said.learning_rate, said.run_name) == ("erde", "sgd", 0.1, "mine")
+    said = central_settings(
+        {"objective": "erde", "train.optimizer": "sgd", "learning-rate": 0.1, "name": "mine", "seed": 3}
+    )
+    assert (said.objective, said.train.optimizer, said.learning_rate, said.run_name) == ("erde", "sgd", 0.1, "mine")
     with pytest.raises(ValueError, match="did you mean 'objective'"):
         central_settings({"objectiv": "erde"})
 
@@ -210,5 +212,5 @@ def test_a_run_is_not_overwritten_and_settings_of_a_federation_are_refused(done,
     with pytest.raises(ValueError, match="make settings by central_settings"):
         run_central(settings.model_copy(update={"num_clients": 2}), tmp_path / "x")
     with pytest.raises(ValueError, match="prior is of a client in a federation"):
-        run_central(central_settings({**CONFIG, "prior": True}), tmp_path / "x")
+        run_central(central_settings({**CONFIG, "train.prior": True}), tmp_path / "x")
     assert not (tmp_path / "x").exists()

@@ -271,7 +271,7 @@ EXPERIMENT = {
         "dataset": "digits",
         "num-clients": 3,
         "num-server-rounds": 7,
-        "examples-per-client": 40,
+        "data.examples-per-client": 40,
         "local-steps": 2,
         "dirichlet-alpha": 1.0,
     },
@@ -280,13 +280,13 @@ EXPERIMENT = {
         "fedavg",
         "fedbabu",
         "fedrep",
-        {"label": "FedAvg + prior", "method": "fedavg", "settings": {"prior": True}},
+        {"label": "FedAvg + prior", "method": "fedavg", "settings": {"train.prior": True}},
     ],
     "sweep": {
         "seeds": [1000],
         "settings": {"num-server-rounds": 6},
         "trials": {"learning-rate": [0.1, 0.3]},
-        "own": {"FedAvg + prior": [{"weight-decay": 1e30}, {"learning-rate": 0.3}]},  # the first diverges
+        "own": {"FedAvg + prior": [{"train.weight-decay": 1e30}, {"learning-rate": 0.3}]},  # the first diverges
     },
 }
 
@@ -331,7 +331,7 @@ def serial(runs: Any, jobs: int) -> Any:
 def real(tmp_path_factory: pytest.TempPathFactory) -> Real:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cafe_flwr.experiments.execution.execute", serial)
-        patch.setattr("cafe_flwr.results.run.write_report", lambda folder: folder / "report.html")
+        patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         return Real(tmp_path_factory.mktemp("comparison"))
 
 
@@ -360,12 +360,12 @@ def test_the_sweep_chooses_on_validation_data(real: Real) -> None:
         assert swept["chosen"] == swept["trials"][int(np.nanargmax(means))]["settings"]
     assert sweep["rows"][-1]["trials"][0]["accuracy"] == {"1000": None}
     trial = json.loads((real.home / "trials" / "fedavg--trial0-seed1000" / "settings.json").read_text())
-    assert (trial["validation-share"], trial["num-server-rounds"]) == (0.25, 6)
+    assert (trial["data.validation-share"], trial["num-server-rounds"]) == (0.25, 6)
     for label, folder in (("fedavg", "fedavg"), ("FedAvg + prior", "fedavg-prior")):
         (chosen,) = (r["chosen"] for r in sweep["rows"] if r["row"] == label)
         saved = json.loads((real.home / "runs" / f"{folder}-seed1" / "settings.json").read_text())
         assert saved["learning-rate"] == chosen["learning-rate"]
-        assert saved["validation-share"] == 0
+        assert saved["data.validation-share"] == 0
         assert saved["num-server-rounds"] == 7
 
 
@@ -442,7 +442,7 @@ def test_finished_runs_are_skipped_and_failed_ones_tried_again(real: Real, monke
 
 @pytest.mark.slow
 def test_a_changed_experiment_is_refused_by_name(real: Real, tmp_path: Path) -> None:
-    changed = {**EXPERIMENT, "settings": {**EXPERIMENT["settings"], "momentum": 0.5}}  # type: ignore[dict-item]
+    changed = {**EXPERIMENT, "settings": {**EXPERIMENT["settings"], "train.momentum": 0.5}}  # type: ignore[dict-item]
     file = tmp_path / "real.yaml"
     file.write_text(yaml.safe_dump(changed))
     before = (real.home / "experiment.yaml").read_bytes()
@@ -471,7 +471,7 @@ def test_more_rows_and_seeds_may_join(real: Real, tmp_path: Path) -> None:
 def test_a_failed_run_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None) -> None:
     monkeypatch.setattr("cafe_flwr.experiments.execution.execute", serial)
     settings = {**EXPERIMENT["settings"], "num-server-rounds": 1}  # type: ignore[dict-item]
-    bad = {"label": "diverges", "method": "fedavg", "settings": {"weight-decay": 1e30}}
+    bad = {"label": "diverges", "method": "fedavg", "settings": {"train.weight-decay": 1e30}}
     vary = {"dirichlet-alpha": [1.0, 10.0]}
     del settings["dirichlet-alpha"]
     content = {"name": "bad", "seeds": [0], "settings": settings, "rows": [bad, "fedavg"], "vary": vary}

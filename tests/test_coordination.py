@@ -359,6 +359,7 @@ def test_without_conflict_all_students_train_from_half_time_on(case, num_rounds)
         assert student_levels(levels, share, column).tolist() == [exits - 2] * len(levels)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(case=conflicting(), num_rounds=st.integers(1, 60), conflicts=st.tuples(st.floats(-1, 0), st.floats(-1, 0)))
 def test_more_conflict_never_means_more_students(case, num_rounds, conflicts):

@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 
 from cafe_flwr.data import digits, load_federation, rotate, shift_labels
 from cafe_flwr.data.digits import SPLITS, digit_pools
+from cafe_flwr.data.federation import deal_out
 from cafe_flwr.data.local import LocalSet
 from cafe_flwr.data.partition import Rule, partition_labels, stratified_split
 from cafe_flwr.networks.preprocessing import SYMMETRIC
@@ -87,10 +88,10 @@ def test_no_pixel_comes_from_a_digit_of_another_split(monkeypatch, split):
     own = np.concatenate(digit_pools(0)[split])
     poisoned[own] = images[own]
     monkeypatch.setattr(digits, "_base_digits", lambda: (poisoned, target))
-    load_federation.cache_clear()
+    deal_out.cache_clear()
     federation = load_federation("digit-pairs", 6, alpha=0.3, examples_per_client=80)
     x = {name: torch.cat([splits(c)[name].x for c in clients_of(federation)]) for name in SPLITS}
-    load_federation.cache_clear()
+    deal_out.cache_clear()
     assert torch.isfinite(x[split]).all()
     for other in set(SPLITS) - {split}:
         assert torch.isnan(x[other]).flatten(1).any(1).all()  # the poison works
@@ -193,10 +194,10 @@ def same(a, b):
 
 @pytest.mark.parametrize(("name", "clients", "options"), EMBEDDED)
 def test_the_same_seed_gives_the_same_bits_whoever_is_asked_first(name, clients, options):
-    load_federation.cache_clear()
+    deal_out.cache_clear()
     first = load_federation(name, clients, **options)
     forwards = [first.load(i) for i in range(clients)]
-    load_federation.cache_clear()
+    deal_out.cache_clear()
     digit_pools.cache_clear()
     second = load_federation(name, clients, **options)
     assert second is not first
@@ -462,7 +463,7 @@ def test_local_data_depends_on_the_seed_only(tmp_path):
     write_with_pyarrow(tmp_path / "set.parquet", LABELS)
     path = f"local:{tmp_path / 'set.parquet'}"
     first = clients_of(load_federation(path, 3, alpha=1.0))
-    load_federation.cache_clear()
+    deal_out.cache_clear()
     again = load_federation(path, 3, alpha=1.0)
     assert all(same(again.load(i), first[i]) for i in (2, 0, 1))
     other = clients_of(load_federation(path, 3, alpha=1.0, seed=1))
@@ -648,7 +649,7 @@ def test_shifted_data_depend_on_the_seed_only(data):
     name, options = data
     options = {**options, **SHIFTS, "test_shift": 0.0 if name.startswith("local") else 0.5}
     first = clients_of(load_federation(name, 8, **options))
-    load_federation.cache_clear()
+    deal_out.cache_clear()
     digit_pools.cache_clear()
     again = load_federation(name, 8, **options)
     assert all(same(again.load(i), first[i]) for i in reversed(range(8)))
@@ -709,6 +710,7 @@ def test_a_label_group_of_an_embedded_set_has_the_labels_of_its_first_client():
         assert grouped[client].tolist() == alone[client % 5].tolist()
 
 
+@pytest.mark.slow
 def test_clients_of_a_label_group_have_images_of_their_own():
     """Alike in the labels of all three splits together, how ever each is split; of different images."""
     federation = load_federation("digit-pairs", 20, label_groups=5)
@@ -864,7 +866,7 @@ def test_with_a_validation_share_no_test_image_is_ever_made(monkeypatch, name, s
         return render(dataset, labels, split, *rest)
 
     monkeypatch.setattr(digits, "render", refuse_test)
-    load_federation.cache_clear()
+    deal_out.cache_clear()
     options = {"alpha": 0.5, "examples_per_client": 100}
     federation = load_federation(name, 8, **options, validation_share=0.2, test_shift=shift)
     own = set(np.concatenate(digit_pools(0)["train"]).tolist())
@@ -873,7 +875,7 @@ def test_with_a_validation_share_no_test_image_is_ever_made(monkeypatch, name, s
         assert set(client.test.source.flatten().tolist()) <= own
     with pytest.raises(AssertionError):
         load_federation(name, 8, **options).load(0)  # the trap works
-    load_federation.cache_clear()
+    deal_out.cache_clear()
 
 
 def test_with_a_validation_share_no_row_of_the_test_split_is_used(local_set):
@@ -939,6 +941,7 @@ def test_a_test_shift_changes_the_test_labels_and_nothing_else(embedded, shift):
     assert moved > 0.2 * shift * sum(len(client.test) for client in clients_of(plain))
 
 
+@pytest.mark.slow
 def test_full_shift_makes_the_priors_of_a_client_s_classes_even():
     """Total variation between a client's test labels and the uniform distribution over its k classes: after the shift
     it is only noise, ½ Σ_c |n_c/n − 1/k| ≈ ½ √(2k / πn) on average, at most 0.12 for n = 160 and k = 10."""

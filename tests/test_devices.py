@@ -109,15 +109,17 @@ def test_evaluation_takes_large_inputs_in_smaller_batches_with_the_same_result()
 
 
 def test_the_node_decides_where_its_clients_compute():
-    assert Placement.of({"device": "cuda:1", "precision": "bfloat16"}, {"device": "cpu"}).device == "cpu"
-    assert Placement.of({"device": "cuda:1"}, {}).device == "cuda:1"
+    assert (
+        Placement.of({"compute.device": "cuda:1", "compute.precision": "bfloat16"}, {"device": "cpu"}).device == "cpu"
+    )
+    assert Placement.of({"compute.device": "cuda:1"}, {}).device == "cuda:1"
     assert Placement.of({}, {}) == Placement("auto", "float32", False, False)
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "CPU", ""])
 def test_a_device_that_is_no_name_is_an_error(device):
     with pytest.raises(ValueError, match="device should match pattern"):
-        Settings.from_run_config({"device": device})
+        Settings.from_run_config({"compute.device": device})
     with pytest.raises(ValueError, match="device must be auto, cpu, cuda"):
         Placement(device)
 

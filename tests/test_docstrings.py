@@ -32,6 +32,7 @@ def test_every_package_has_hundreds_of_sentences_all_different():
     assert np.bincount(data.labels, minlength=len(PACKAGES)).min() >= 500
 
 
+@pytest.mark.slow
 def test_no_sentence_names_a_package():
     named = Counter(word for text in sentences().texts for word in words(text.replace("_", "x")) if word in PACKAGES)
     assert not named

@@ -240,6 +240,7 @@ def evaluation(finished: FinishedRun) -> dict[str, Any]:
     return evaluate_run(finished, risks=(0.1, 0.6), severities=(1, 5))
 
 
+@pytest.mark.slow
 def test_clean_figures_are_those_of_the_summary(finished: FinishedRun, evaluation: dict[str, Any]) -> None:
     """Written by other code, from what the clients reported at the end of the run."""
     summary = json.loads((finished.folder / "summary.json").read_text())

@@ -21,14 +21,14 @@ from safetensors.numpy import load_file
 
 from cafe_flwr import CafeDistill
 from cafe_flwr.app.launch import run_app
+from cafe_flwr.app.run import calibrate
 from cafe_flwr.core.text import kebab
 from cafe_flwr.methods import CafeDistillMethod, settings_of
 from cafe_flwr.metrics import THRESHOLDS
-from cafe_flwr.server.calibration import calibrate_federation
 from cafe_flwr.settings import Settings
 from cafe_flwr.training import LocalBudget
 from cafe_flwr.wire.keys import PROTOCOL
-from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.options import Privacy
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -161,6 +161,7 @@ def test_hand_written_clients_get_the_numbers_of_make_client_app(by_hand, refere
     assert_same_federation(federate(by_hand.client, tmp_path), tmp_path, *reference)
 
 
+@pytest.mark.slow
 def test_both_kinds_of_clients_in_one_federation(by_hand, foreign, reference, tmp_path):
     """They agree on what travels, and teach each other."""
 
@@ -382,8 +383,8 @@ def traffic(folder: Path) -> Iterator[WatchedGrid]:
     yield federation(toy_app(), 2, num_clients=5, wire="float16", privacy=Privacy(clip_norm=1.0))
     grid = federation(FaultyApp(toy_app(load), lose_state_of_client_1), 2, num_clients=5)
     (folder / "client-2.safetensors").unlink()
-    settings = {"name": "calibrated", "results-dir": str(folder), "num-clients": 5, "wait-seconds": 1.0}
-    calibrate_federation(grid, Settings.from_run_config(settings))
+    settings = {"name": "calibrated", "results-dir": str(folder), "num-clients": 5, "federation.wait-seconds": 1.0}
+    calibrate(grid, Settings.from_run_config(settings))
     yield grid
 
 
@@ -406,7 +407,7 @@ def test_every_record_key_type_and_shape_is_as_documented(contract, tmp_path):
             n_down, n_up = len(asked(message)), len(up.get("clients", []))
             noted = len(up.get("noted-clients", []))
             sizes = {**size, "q": noted, "K": len(THRESHOLDS), "d": len(config.get("downloads", []))}
-            checked.wire = np.dtype(config.get("wire-dtype", "float32"))
+            checked.wire = np.dtype(config.get("federation.wire-dtype", "float32"))
             checked.check(f"{message.metadata.message_type} Down", message.content, {**sizes, "n": n_down})
             checked.check(f"{message.metadata.message_type} Up", reply.content, {**sizes, "n": n_up, "k": len(failed)})
     documented = {(table, *name) for table, rows in contract.items() for name in rows}

@@ -33,11 +33,11 @@ TINY = {
     "dataset": "digits",
     "num-clients": 3,
     "num-server-rounds": 2,
-    "examples-per-client": 40,
+    "data.examples-per-client": 40,
     "local-steps": 2,
     "dirichlet-alpha": 1.0,
     "learning-rate": 0.3,
-    "momentum": 0.0,
+    "train.momentum": 0.0,
 }
 
 
@@ -68,7 +68,7 @@ def test_rows_labels_and_defaults(tmp_path: Path) -> None:
     rows = [
         "cafedistill",
         "fedavg",
-        {"method": "fedavg", "settings": {"prior": True}},
+        {"method": "fedavg", "settings": {"train.prior": True}},
         {"label": "x", "method": "local"},
     ]
     read = read_experiment(write(tmp_path, tiny(rows=rows)))
@@ -111,7 +111,7 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
         ({"reference": "cafedistil"}, "reference: no row is called 'cafedistil'; did you mean 'cafedistill'?"),
         ({"baselines": ["fedprox"]}, "baselines: no row is called 'fedprox'"),
         ({"settings": {"seed": 1}}, "settings: seed is set by the comparison itself"),
-        ({"settings": {"equal-steps": False}}, "settings: equal-steps is set by the comparison itself"),
+        ({"settings": {"train.equal-steps": False}}, "settings: train.equal-steps is set by the comparison itself"),
         ({"rows": [{"method": "fedavg", "settings": {"method": "local"}}]}, "method is set by the comparison itself"),
         ({"rows": [{"method": "fedavg", "settings": {"dirichlet-alpha": 9.0}}]}, "must be the same in all rows"),
         ({"rows": [{"method": "fedavg", "settings": {"local-steps": 9}}]}, "local-steps must be the same in all rows"),
@@ -124,11 +124,23 @@ def test_a_number_with_an_exponent_is_a_number(tmp_path: Path) -> None:
         ({"sweep": {"seeds": [1]}}, "sweep: no trials for 'cafedistill', 'fedavg'"),
         ({"sweep": {"seeds": [1, 1], "trials": {"learning-rate": [0.1]}}}, "sweep: seeds has 1 more than once"),
         (
-            {"sweep": {"seeds": [1], "trials": {"learning-rate": [0.1, 0.3]}, "own": {"fedavg": {"momentum": [0.9]}}}},
+            {
+                "sweep": {
+                    "seeds": [1],
+                    "trials": {"learning-rate": [0.1, 0.3]},
+                    "own": {"fedavg": {"train.momentum": [0.9]}},
+                }
+            },
             "all rows should have the same number of trials, got 'cafedistill' 2, 'fedavg' 1",
         ),
         (
-            {"sweep": {"seeds": [1], "trials": {"learning-rate": [0.1]}, "own": {"fedavgg": {"momentum": [0.9]}}}},
+            {
+                "sweep": {
+                    "seeds": [1],
+                    "trials": {"learning-rate": [0.1]},
+                    "own": {"fedavgg": {"train.momentum": [0.9]}},
+                }
+            },
             "sweep: own: no row is called 'fedavgg'; did you mean 'fedavg'?",
         ),
         ({"sweep": {"seeds": [1], "trials": {"num-clients": [5]}}}, "num-clients must be the same in all rows"),
@@ -181,10 +193,10 @@ def test_every_row_gets_the_same_but_its_own_settings(tmp_path: Path) -> None:
     assert [run.folder for run in runs[:1]] == [tmp_path / "runs" / "cafedistill-seed3"]
     first, second = (run.settings.to_run_config() for run in runs[:2])
     assert {key for key in first if first[key] != second[key]} == {"name", "distill-weight"}
-    assert first["equal-steps"] is True
-    assert first["evaluate-every"] == 10
-    (run, _) = plan_runs(experiment(settings={**TINY, "evaluate-every": 1}), tmp_path)
-    assert run.settings.evaluate_every == 1
+    assert first["train.equal-steps"] is True
+    assert first["federation.evaluate-every"] == 10
+    (run, _) = plan_runs(experiment(settings={**TINY, "federation.evaluate-every": 1}), tmp_path)
+    assert run.settings.federation.evaluate_every == 1
 
 
 def test_fine_tuning_is_paid_for_with_rounds(tmp_path: Path) -> None:
@@ -203,19 +215,23 @@ def test_trials_see_validation_data_and_runs_do_not(tmp_path: Path) -> None:
         "seeds": [7, 8],
         "settings": {"num-server-rounds": 1},
         "trials": {"learning-rate": [0.1, 0.3]},
-        "own": {"fedavg": [{"momentum": 0.9}, {"learning-rate": 0.5}]},
+        "own": {"fedavg": [{"train.momentum": 0.9}, {"learning-rate": 0.5}]},
     }
     swept = experiment(sweep=sweep)
     trials = plan_trials(swept, tmp_path)
     assert len({trial.folder for trial in trials}) == len(trials) == 8
     assert {trial.folder.parent for trial in trials} == {tmp_path / "trials"}
-    assert {trial.settings.validation_share for trial in trials} == {0.25}
+    assert {trial.settings.data.validation_share for trial in trials} == {0.25}
     assert {trial.settings.num_server_rounds for trial in trials} == {1}
     of_fedavg = [t for t in trials if t.row == "fedavg" and t.settings.seed == 7]
-    assert [(t.settings.momentum, t.settings.learning_rate) for t in of_fedavg] == [(0.9, 0.3), (0.0, 0.5)]
+    assert [(t.settings.train.momentum, t.settings.learning_rate) for t in of_fedavg] == [(0.9, 0.3), (0.0, 0.5)]
     assert plan_runs(swept, tmp_path, {}) == []  # nothing is chosen yet
     (run,) = plan_runs(swept, tmp_path, {("fedavg", ()): {"learning-rate": 0.5}})
-    assert (run.settings.learning_rate, run.settings.validation_share, run.settings.num_server_rounds) == (0.5, 0, 2)
+    assert (run.settings.learning_rate, run.settings.data.validation_share, run.settings.num_server_rounds) == (
+        0.5,
+        0,
+        2,
+    )
 
 
 def test_slugs_keep_letters_digits_and_dots() -> None:
@@ -260,14 +276,22 @@ def test_every_method_is_in_a_shipped_experiment() -> None:
             "row 'fedavg learnig-rate=0.1': unknown setting 'learnig-rate'; did you mean 'learning-rate'?",
         ),
         ({"rows": [{"method": "fedavg", "settings": {"learning-rate": [0.1]}}]}, "learning-rate should be"),
-        ({"rows": [{"method": "fedavg", "settings": {"mu": 0.1}}]}, "fedavg has no setting 'mu'"),
-        ({"settings": {**TINY, "dataset": "cifar10", "data-dir": "/nowhere"}}, "there is no folder /nowhere/cifar10"),
         (
-            {"sweep": {"seeds": [1], "trials": {"fedprox-mu": [0.1]}}},
-            "row 'fedavg': fedavg has no setting 'fedprox-mu'",
+            {"rows": [{"method": "fedavg", "settings": {"mu": 0.1}}]},
+            "row 'fedavg mu=0.1': mu would change nothing: it is read with method = 'cafedistill'",
+        ),
+        ({"settings": {**TINY, "dataset": "cifar10", "data.dir": "/nowhere"}}, "there is no folder /nowhere/cifar10"),
+        (
+            {"sweep": {"seeds": [1], "trials": {"fedprox.mu": [0.1]}}},
+            "row 'fedavg': fedprox.mu would change nothing: it is read with method = 'fedprox', and",
         ),
         (
-            {"settings": {**TINY, "partition": "pathological", "classes-per-client": 11}},
+            {"settings": {**TINY, "ditto.pull": 0.2}},
+            "settings: ditto.pull would change nothing: it is read with method = 'ditto', and",
+        ),
+        ({"vary": {"data.max-tokens": [8, 9]}}, "vary: data.max-tokens would change nothing: it is read with dataset"),
+        (
+            {"settings": {**TINY, "data.partition": "pathological", "data.classes-per-client": 11}},
             "row 'cafedistill': the pathological partition",
         ),
     ],
@@ -323,7 +347,7 @@ def test_new_resumable_finished_and_foreign(tmp_path: Path, no_report: None) -> 
     ):
         check_folders(changed, tmp_path)
     assert state_of(plan_runs(changed, tmp_path)[0], undecided={"learning-rate"}) == "finished"
-    unread = experiment(settings={**TINY, "num-server-rounds": 3, "fedprox-mu": 0.5})  # CAFEDistill does not read it
+    unread = experiment(settings={**TINY, "num-server-rounds": 3, "fedprox.mu": 0.5})  # CAFEDistill does not read it
     assert state_of(plan_runs(unread, tmp_path)[0]) == "finished"
     other.folder.mkdir()
     (other.folder / "photo.jpg").touch()
@@ -341,7 +365,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path: Path, no_r
 
 
 def test_a_failed_run_gives_the_last_line_of_its_reason_and_a_log(tmp_path: Path, no_report: None) -> None:
-    (run,) = plan_runs(experiment(rows=["fedavg"], settings={**TINY, "weight-decay": 1e30}), tmp_path)
+    (run,) = plan_runs(experiment(rows=["fedavg"], settings={**TINY, "train.weight-decay": 1e30}), tmp_path)
     reason = run_one(run)
     assert reason is not None
     assert "NaN or infinite" in reason
@@ -368,7 +392,7 @@ def test_rows_start_from_the_same_weights_data_and_participants(tmp_path: Path, 
 
     Personal classifiers start at zero. Shared ones start as they were built, and so do those of cafedistill-text.
     """
-    settings = {**TINY, "learning-rate": 1e-30, "fraction-train": 0.5, "num-clients": 4}
+    settings = {**TINY, "learning-rate": 1e-30, "federation.fraction-train": 0.5, "num-clients": 4}
     built, zero = ["fedavg", "cafedistill-text"], ["cafedistill", "cafedistill-plus", "fedper", "local", "fedrep"]
     rows = [*built, *zero]
     runs = plan_runs(experiment(rows=rows, settings=settings), tmp_path)
@@ -404,7 +428,7 @@ class Deadly(PlannedRun):
 def test_processes_run_side_by_side_and_one_that_dies_or_fails_stops_no_other(tmp_path: Path) -> None:
     """Four runs on two processes: one dies with its process, one fails, two finish, with one thread each."""
     good = plan_runs(experiment(seeds=[0, 1], rows=["fedavg"]), tmp_path)
-    (bad,) = plan_runs(experiment(rows=["local"], settings={**TINY, "weight-decay": 1e30}), tmp_path)
+    (bad,) = plan_runs(experiment(rows=["local"], settings={**TINY, "train.weight-decay": 1e30}), tmp_path)
     (deadly,) = plan_runs(experiment(rows=["fedper"]), tmp_path)
     runs = [Deadly(deadly.row, deadly.condition, deadly.settings), bad, *good]
     before = dict(os.environ)
@@ -451,3 +475,31 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> 
     done = command(file, "--results-dir", tmp_path, "--only", "fedavg")
     assert done.exit_code == 0, done.output
     assert "1 of 1 runs are finished already" in done.output
+
+
+def test_common_settings_are_left_out_of_rows_that_do_not_read_them(tmp_path: Path) -> None:
+    """One row reads each of them; a setting of a row is never left out."""
+    settings = {**TINY, "mu": 0.9, "fedprox.mu": 0.5}
+    ours, theirs = plan_runs(experiment(rows=["cafedistill", "fedprox"], settings=settings), tmp_path)
+    assert (ours.settings.mu, theirs.settings.fedprox.mu) == (0.9, 0.5)
+    assert (theirs.settings.mu, ours.settings.fedprox.mu) == (0.6, 0.01)
+    for run in (ours, theirs):
+        run.settings.check_read()
+
+
+def test_settings_are_in_tables_or_have_a_dot_or_their_name_of_before(tmp_path: Path, caplog: Any) -> None:
+    """The same experiment: all places take all three; labels and folders are called as ever."""
+    tables = {"settings": {"train": {"momentum": 0.5}}, "vary": {"data": {"rotations": [1, 4]}}}
+    tables["rows"] = [{"method": "ditto", "settings": {"ditto": {"pull": 0.2}}}]
+    dots = {"settings": {"train.momentum": 0.5}, "vary": {"data.rotations": [1, 4]}}
+    dots["rows"] = [{"method": "ditto", "settings": {"ditto.pull": 0.2}}]
+    before = {"settings": {"momentum": 0.5}, "vary": {"rotations": [1, 4]}}
+    before["rows"] = [{"method": "ditto", "settings": {"ditto-pull": 0.2}}]
+    contents = ({"name": "same", "seeds": [0], **content} for content in (tables, dots, before))
+    one, other, old = (plan_runs(read_experiment(write(tmp_path, content)), tmp_path) for content in contents)
+    assert one == other == old
+    assert [run.name for run in one] == ["ditto-pull-0.2--rotations-1-seed0", "ditto-pull-0.2--rotations-4-seed0"]
+    with pytest.raises(ValueError, match=r"'momentum' and 'train.momentum' are the same setting"):
+        read_experiment(
+            write(tmp_path, {**before, "name": "x", "seeds": [0], "settings": {"momentum": 0, "train.momentum": 0}})
+        )

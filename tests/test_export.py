@@ -171,6 +171,7 @@ def test_device_stops_where_computing_everything_says(cases: Callable[[str], Cas
     assert model.predict(case.x[:0].numpy()).labels.shape == (0,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv, 100 classes, offset", "text"])
 def test_onnx_logits_are_those_of_torch(cases: Callable[[str], Case], name: str) -> None:
     import onnxruntime
@@ -201,6 +202,7 @@ def test_torch_graphs_round_trip(cases: Callable[[str], Case]) -> None:
                 torch.testing.assert_close(logits, expected[k], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_confidence_equal_to_the_threshold_leaves(cases: Callable[[str], Case]) -> None:
     model, x = load(cases("mlp").folder), cases("mlp").x[:1].numpy()
     model.thresholds[:] = 0
@@ -479,6 +481,7 @@ def run_python(code: str, *arguments: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_device_needs_neither_torch_nor_flower(cases: Callable[[str], Case], tmp_path: Path) -> None:
     case = cases("conv, colour")
     np.save(tmp_path / "x.npy", case.x.numpy())

@@ -27,8 +27,10 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from cafe_flwr.data import ClientData
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.server import strategy as strategy_module
+from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.server.checkpoints import Checkpoints
+from cafe_flwr.server.directory import Directory
+from cafe_flwr.server.strategy import FederatedStrategy
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -43,11 +45,7 @@ def reference(tmp_path_factory):
     settings = toy_settings(tmp_path_factory.mktemp("reference"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
-        patch.setattr(
-            strategy_module,
-            "sample_clients",
-            lambda *_, server_round, **__: [0, 1, 2, 3] if server_round == 1 else [0, 1, 3],
-        )
+        patch.setattr(FederatedStrategy, "sample", lambda self, t, *_: [0, 1, 2, 3] if t == 1 else [0, 1, 3])
         arrays = run_small(settings, N, app=toy_app()).arrays
     return Recorded.read(settings.results), arrays
 
@@ -520,15 +518,14 @@ def test_a_late_client_starts_like_any_other_in_its_first_round(tmp_path, method
     With cafedistill a round's weights are of those that took part in it, and what was mixed is sent in the next one.
     """
     plans = {}
-    original = strategy_module.FederatedStrategy._run_round
+    original = Recorder.on_round
 
-    def watch(self, grid, server_round, *args):
-        arrays = original(self, grid, server_round, *args)
-        plans[server_round] = self._round.plan
-        return arrays
+    def watch(self, record, state):
+        plans[record.server_round] = record.plan
+        original(self, record, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strategy_module.FederatedStrategy, "_run_round", watch)
+        patch.setattr(Recorder, "on_round", watch)
         device_run(tmp_path, ["0,1", "2", "3"], {1: (2, 99), 2: (99, 99)}, method=method)
     rows = {t: (list(plan.weight_rows), list(plan.weight_columns)) for t, plan in plans.items()}
     early, late = ([0, 1], [0, 1]), ([0, 1, 2], [0, 1, 2])
@@ -602,7 +599,7 @@ def test_a_second_host_takes_over_when_the_first_leaves(tmp_path):
 def test_a_node_that_takes_longer_to_answer_than_a_round_waits_joins_when_it_has(tmp_path, monkeypatch):
     """A small device needs half a minute to start: its answer counts whenever it comes, and it is not asked twice.
     The answer of a node that has left in the meantime does not."""
-    monkeypatch.setattr("cafe_flwr.server.directory._RETRY_SECONDS", 3600.0)
+    monkeypatch.setattr(Directory, "retry_seconds", 3600.0)
 
     class Slow(DeviceGrid):
         def questions(self, *nodes):
@@ -766,7 +763,7 @@ def test_a_late_client_without_data_is_named_too(tmp_path, flower_log):
 
 def test_a_first_node_that_is_refused_does_not_end_the_wait_for_the_others(tmp_path, monkeypatch):
     """The nodes of clients 1 and 2 register within wait-seconds, just after a broken one."""
-    monkeypatch.setattr("cafe_flwr.server.directory._POLL_SECONDS", 0.01)
+    monkeypatch.setattr(Directory, "poll_seconds", 0.01)
 
     def fault(answer, message, context):
         if context.node_id == 1000:
@@ -787,7 +784,7 @@ def test_a_first_node_that_is_refused_does_not_end_the_wait_for_the_others(tmp_p
 
 def test_it_waits_for_nodes_that_come_in_time(tmp_path, monkeypatch, flower_log):
     """Nodes register one by one; round 1 has them all."""
-    monkeypatch.setattr("cafe_flwr.server.directory._POLL_SECONDS", 0.01)
+    monkeypatch.setattr(Directory, "poll_seconds", 0.01)
 
     class Slow(DeviceGrid):
         looked = 0
@@ -804,7 +801,7 @@ def test_it_waits_for_nodes_that_come_in_time(tmp_path, monkeypatch, flower_log)
 
 def test_simulated_nodes_are_waited_for_too(tmp_path, monkeypatch):
     """In simulation a node says how many there will be, so also those without clients are waited for."""
-    monkeypatch.setattr("cafe_flwr.server.directory._POLL_SECONDS", 0.01)
+    monkeypatch.setattr(Directory, "poll_seconds", 0.01)
 
     class Slow(WatchedGrid):
         looked = 0

@@ -20,7 +20,7 @@ from sklearn.datasets import load_digits
 
 from cafe_flwr.app.run import run as run_federation
 from cafe_flwr.engine import InProcessGrid
-from cafe_flwr.server import strategy as strategy_module
+from cafe_flwr.server.strategy import FederatedStrategy
 from deploy.daemons import wait_for
 from deploy.loopback import Loopback
 
@@ -176,7 +176,7 @@ def in_one_process(field, settings, participants=None, left_out=()):
         patch.setattr("cafe_flwr.app.run.write_page", lambda folder: folder / "report.html")
         if participants:
             chosen = dict(enumerate(participants, start=1))
-            patch.setattr(strategy_module, "sample_clients", lambda *_, server_round, **__: chosen[server_round])
+            patch.setattr(FederatedStrategy, "sample", lambda self, server_round, *_: chosen[server_round])
         run_federation(grid, settings)
     return settings.results.parent / "state"
 

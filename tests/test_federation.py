@@ -25,6 +25,7 @@ from federations import (
     same_tensors,
     small_settings,
     strict_json,
+    value_of,
 )
 from rich.console import Console
 from safetensors.torch import load_file
@@ -33,12 +34,14 @@ from cafe_flwr import make_client_app
 from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.app.run import build_strategy
 from cafe_flwr.cost import macs_per_exit
+from cafe_flwr.data.options import Data
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.methods import METHODS
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.results.tables import final_table
 from cafe_flwr.server.checkpoints import Checkpoints
-from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.training.objectives import ERDE
+from cafe_flwr.wire.options import Privacy
 
 EXITS = 3
 CLIENTS = 5
@@ -426,14 +429,8 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         objective="erde",
         ema_decay=0.9,
         objective_temperature=2.0,
-        safe_kd_alpha=0.5,
-        safe_kd_beta=0.25,
         erde_right=0.75,
         erde_wrong=0.2,
-        neo_kd_alpha=2.0,
-        neo_kd_beta=0.7,
-        adversarial_epsilon=0.01,
-        adversarial_steps=2,
         prior=True,
         equal_steps=False,
         mu=0.9,
@@ -459,19 +456,21 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         "learning_rate_schedule",
         "learning_rate_decay",
     ]:
-        assert getattr(strategy, name) == getattr(settings, name), name
+        assert getattr(strategy, name) == value_of(settings, name), name
     assert strategy.num_rounds == settings.num_server_rounds
     assert (strategy.bounds.max_norm, strategy.bounds.max_ratio) == (7000.0, 12.0)
     assert strategy.wire == "float16"
     assert strategy.privacy == Privacy(3.0, 4.0, 0.01, 0.0001, report_metrics=False)
     for name in ["batch_size", "learning_rate", "momentum", "weight_decay", "max_grad_norm", "keep_momentum"]:
-        assert getattr(strategy.local, name) == getattr(settings, name), name
+        assert getattr(strategy.local, name) == value_of(settings, name), name
     assert (strategy.local.steps, strategy.local.epochs) == (settings.local_steps, settings.local_epochs)
     assert strategy.method.name == settings.method
-    for name, value in vars(strategy.method).items():
-        assert value == getattr(settings, name), name
+    assert strategy.method.objective == ERDE(ema_decay=0.9, temperature=2.0, right=0.75, wrong=0.2)
+    own = {name: value for name, value in vars(strategy.method).items() if name != "objective"}
+    for name, value in own.items():
+        assert value == value_of(settings, name), name
     default = type(settings)()
-    kept = [name for name, value in vars(strategy.method).items() if value == getattr(default, name)]
+    kept = [name for name, value in own.items() if value == value_of(default, name)]
     assert kept == ["distill"]  # which CAFEDistill has not: see below
 
 
@@ -525,10 +524,10 @@ def test_every_setting_of_the_data_set_reaches_it(tmp_path, monkeypatch):
     """No two are mistaken for one another: every one has a value of its own."""
     seen = {}
 
-    def watch(dataset, num_clients, **settings):
-        seen.update(settings, dataset=dataset, num_clients=num_clients)
+    def watch(options, num_clients, seed):
+        seen.update(vars(options), num_clients=num_clients, seed=seed)
 
-    monkeypatch.setattr("cafe_flwr.app.parts.load_federation", watch)
+    monkeypatch.setattr("cafe_flwr.app.parts.deal_out", watch)
     given = {
         "dataset": "local:/some/where",
         "num_clients": 7,
@@ -552,10 +551,11 @@ def test_every_setting_of_the_data_set_reaches_it(tmp_path, monkeypatch):
     }
     settings = small_settings(tmp_path, calibration_share=0.2, test_share=0.3, **given)
     alone = {"dirichlet_cap": True, "partition_column": "style", "natural_split": "dirichlet", "text_part": "title"}
-    federation(settings.model_copy(update=alone))  # unchecked: not with each other, nor with the rest
-    assert seen.pop("shares") == pytest.approx((0.5, 0.2, 0.3))
-    names = {"dirichlet_alpha": "alpha", "dirichlet_cap": "capped"}
-    assert seen == {names.get(key, key): value for key, value in (given | alone).items()}
+    unchecked = settings.data.model_copy(update=alone)  # not with each other, nor with the rest
+    federation(settings.model_copy(update={"data": unchecked}))
+    wanted = given | alone | {"calibration_share": 0.2, "test_share": 0.3, "dir": given["data_dir"]}
+    del wanted["data_dir"]
+    assert {key: value for key, value in seen.items() if value != getattr(Data(), key, None)} == wanted
 
 
 @pytest.mark.slow
@@ -974,16 +974,20 @@ def test_resume_of_a_finished_run_changes_nothing_but_times(tmp_path, no_report)
     Recorded.read(settings.results).assert_same(before)
 
 
+@pytest.mark.slow
 def test_a_run_that_died_in_its_final_evaluation_is_finished_by_resume(tmp_path, undisturbed, no_report):
     settings = small_settings(tmp_path, **STOPPED)
     strategy = build_strategy(settings, Recorder(settings.results, settings.to_run_config()))
 
-    def die(*_):
-        raise Stop
+    def die(messages):
+        if any(message.metadata.message_type == "evaluate" for message in messages):
+            raise Stop
+        return push(messages)
 
-    strategy._evaluate_all = die
+    grid = InProcessGrid(digits_app(), 2, settings.to_run_config())
+    push, grid.push_messages = grid.push_messages, die
     with results_of(settings), pytest.raises(Stop):
-        strategy.start(InProcessGrid(digits_app(), 2, settings.to_run_config()))
+        strategy.start(grid)
     assert same_arrays(resume(settings), undisturbed[1])
     Recorded.read(settings.results).assert_same(undisturbed[0])
 
@@ -1010,7 +1014,9 @@ def test_settings_that_change_no_number_may_change_on_resume(tmp_path, undisturb
     settings = stopped_run(tmp_path / "here", "asked to")
     moved = tmp_path / "moved"
     shutil.move(settings.results_dir, moved)
-    arrays = resume(settings, **{"results-dir": str(moved), "round-timeout": 5.0, "wait-seconds": 1.0})
+    arrays = resume(
+        settings, **{"results-dir": str(moved), "federation.round-timeout": 5.0, "federation.wait-seconds": 1.0}
+    )
     assert same_arrays(arrays, undisturbed[1])
 
 
@@ -1019,7 +1025,7 @@ def test_a_run_of_a_version_that_knew_fewer_settings_is_resumed(tmp_path, undist
     settings = stopped_run(tmp_path, "asked to")
     path = settings.results / "settings.json"
     known = json.loads(path.read_text())
-    del known["wire-dtype"], known["device"]
+    del known["federation.wire-dtype"], known["device"]
     path.write_text(json.dumps(known))
     assert same_arrays(resume(settings), undisturbed[1])
 
@@ -1042,9 +1048,9 @@ def test_resume_with_another_network_is_refused(tmp_path, no_report):
     """The clients' network is what counts, whatever the settings say."""
     settings = stopped_run(tmp_path, "asked to")
     path = settings.results / "settings.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "feature-width": 12}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model.feature-width": 12}))
     with pytest.raises(ValueError, match="the checkpoint was made with another network or method"):
-        resume(settings, **{"feature-width": 12})
+        resume(settings, **{"model.feature-width": 12})
 
 
 # --- harmless repetition ---
@@ -1113,6 +1119,7 @@ def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path):
     assert [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")] == ["small", "small/thesis.tex"]
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_to_one_folder(tmp_path, no_report):
     """While a run is under way its folder is neither moved aside nor resumed by another; afterwards it is free."""
     settings = stopped_run(tmp_path, "asked to")

@@ -20,7 +20,7 @@ from cafe_flwr.settings import Settings
 pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("simulation")]
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = {"num-server-rounds": 2, "num-clients": 6, "examples-per-client": 50, "dataset": "digits"}
+CONFIG = {"num-server-rounds": 2, "num-clients": 6, "data.examples-per-client": 50, "dataset": "digits"}
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from cafe_flwr import EarlyExitNetwork
 from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.data import Split, load_federation
 from cafe_flwr.data.augmentation import Augmentation
+from cafe_flwr.data.federation import deal_out
 from cafe_flwr.data.hub import HUB_SETS
 from cafe_flwr.data.tokenizer import Tokenizer
 from cafe_flwr.personal import FinishedRun
@@ -38,7 +39,7 @@ def _no_network_and_no_cache_outside(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     shown = datasets.is_progress_bar_enabled()
     datasets.disable_progress_bars()
-    load_federation.cache_clear()
+    deal_out.cache_clear()
     yield
     if shown:
         datasets.enable_progress_bars()
@@ -270,7 +271,7 @@ def test_without_a_network_the_error_says_how_to_place_a_local_copy():
         with pytest.raises(ValueError, match=rf"{name}' cannot be had from the hub") as error:
             load_federation(name, 2)
         assert f"hf download {about.repository} --repo-type dataset --local-dir <data-dir>/{name}" in str(error.value)
-        assert "set data-dir = '<data-dir>'" in str(error.value)
+        assert "set data.dir = '<data-dir>'" in str(error.value)
 
 
 @pytest.mark.slow
@@ -336,7 +337,7 @@ def test_a_folder_that_holds_no_copy_says_how_to_place_one(tmp_path):
 def test_long_texts_are_cut_or_refused_as_asked(tmp_path):
     home = str(write_copy(tmp_path, "ag-news", 60))
     assert clients_of(load_federation("ag-news", 2, alpha=1.0, data_dir=home, max_tokens=3))[0].train.x.shape[1] == 3
-    with pytest.raises(ValueError, match=r"has 9 words, more than the 3 .*raise max-tokens, or cut long texts"):
+    with pytest.raises(ValueError, match=r"has 9 words, more than the 3 .*raise data.max-tokens, or cut long texts"):
         clients_of(load_federation("ag-news", 2, alpha=1.0, data_dir=home, max_tokens=3, long_texts="refuse"))
 
 

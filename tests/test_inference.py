@@ -131,6 +131,7 @@ POLICIES = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     case=st.sampled_from(sorted(CASES)),

@@ -21,7 +21,7 @@ from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.core.random import rng_for, seeded
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.training import LocalBudget, batches
-from cafe_flwr.training.optimizer_state import given_back, taken
+from cafe_flwr.training.optimizer_state import given_back, new_optimizer, taken
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -40,14 +40,14 @@ def without_interruption(settings, client):
     for name in network.classifier_names():
         nn.init.zeros_(network.get_parameter(name))
     data = federation(settings).load(client).train
-    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
-    further = {} if settings.optimizer == "adamw" else {"momentum": settings.momentum}
-    optimizer = kind(network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay, **further)
+    kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.train.optimizer]
+    further = {} if settings.train.optimizer == "adamw" else {"momentum": settings.train.momentum}
+    optimizer = kind(network.parameters(), settings.learning_rate, weight_decay=settings.train.weight_decay, **further)
     network.train()
     for t in range(ROUNDS):
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * settings.learning_rate_decay**t
-        size = min(settings.batch_size, len(data))
+            group["lr"] = settings.learning_rate * settings.train.learning_rate_decay**t
+        size = min(settings.train.batch_size, len(data))
         for index in batches(len(data), size, STEPS * size, rng_for(settings.seed, t + 1, client, "batches")):
             optimizer.zero_grad()
             logits = network(data.x[index])
@@ -57,6 +57,7 @@ def without_interruption(settings, client):
     return network.state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes", [1, 3])
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW])
 def test_rounds_of_local_training_are_one_uninterrupted_run_of_torchs_optimiser(tmp_path, optimizer, nodes):
@@ -78,6 +79,7 @@ def test_rounds_of_local_training_are_one_uninterrupted_run_of_torchs_optimiser(
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_it_every_round_starts_at_rest(tmp_path):
     """The same run with the buffers dropped ends elsewhere, and its files hold no state of an optimiser."""
     kept = small_settings(tmp_path / "kept", method="local", **SGD)
@@ -91,12 +93,15 @@ def test_without_it_every_round_starts_at_rest(tmp_path):
     assert not any(name.startswith("optimizer/") for _, tensors in b.versions.values() for name in tensors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS_TRIED)
 def test_the_state_never_travels(tmp_path, method):
     """With every method as many bytes are sent as without, but for the word that says so; the networks differ."""
     traffic, networks = {}, {}
     for keep in (False, True):
-        settings = small_settings(tmp_path / str(keep), method=method, **{**SGD, "keep_momentum": keep})
+        settings = small_settings(
+            tmp_path / str(keep), method=method, num_server_rounds=2, **{**SGD, "keep_momentum": keep}
+        )
         grid = WatchedGrid(digits_app(), 2, settings.to_run_config())
         run_small(settings, grid=grid)
         traffic[keep] = [
@@ -123,6 +128,7 @@ def undisturbed(tmp_path_factory):
 
 
 # 2 questions and the initial weights are messages 1 to 3; two nodes are then asked in every round, and at the end.
+@pytest.mark.slow
 @pytest.mark.parametrize("handled", [False, True])
 @pytest.mark.parametrize("number", range(6, 12))
 def test_a_run_killed_at_any_message_is_resumed_with_the_same_bits(tmp_path, undisturbed, number, handled):
@@ -134,6 +140,7 @@ def test_a_run_killed_at_any_message_is_resumed_with_the_same_bits(tmp_path, und
     Recorded.read(settings.results).assert_same(undisturbed, but={"name"})
 
 
+@pytest.mark.slow
 def test_a_lost_reply_counts_as_not_given(tmp_path):
     """Round 2 is done twice by a client whose first reply got lost: the second starts from round 1's momentum."""
     lost = []
@@ -177,7 +184,7 @@ def test_a_flipped_bit_in_a_buffer_is_noticed(tmp_path):
 
 def test_a_parameter_of_another_shape_or_name_starts_at_rest():
     kept, other = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    optimizer = LocalBudget(momentum=0.5).new_optimizer([kept, other])
+    optimizer = new_optimizer(LocalBudget(momentum=0.5), [kept, other])
     state = {f"{name}/momentum_buffer": torch.full((2,), 4.0) for name in ("kept", "other", "gone")}
     given_back(optimizer, ["kept", "other"], state)
     assert taken(optimizer, ["kept", "other"]).keys() == {"kept/momentum_buffer"}

@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +63,7 @@ def installed_with(*names: str) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_pure_parts_work_where_only_torch_and_numpy_are_installed(tmp_path):
     """Those two with what they need, and nothing else of this environment: the package imports, coordinates, matches
     teachers and trains a client."""

@@ -50,6 +50,7 @@ def hold():
         process.stdout.close()
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_with_the_folder_and_the_first_ones_number(tmp_path, monkeypatch, hold):
     monkeypatch.setattr("cafe_flwr.personal.store._LOCK_SECONDS", 0.3)
     process = hold(tmp_path)
@@ -58,6 +59,7 @@ def test_a_second_process_is_refused_with_the_folder_and_the_first_ones_number(t
     assert f"the state of client 0 in {tmp_path} is in use by another process (pid {process.pid})" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_who_waits_gets_in_when_the_first_is_done(tmp_path, hold):
     process = hold(tmp_path, seconds=0.5)
     with PersonalStore(tmp_path, RUN).locked(0):
@@ -65,6 +67,7 @@ def test_who_waits_gets_in_when_the_first_is_done(tmp_path, hold):
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_no_lock_behind(tmp_path, monkeypatch, hold):
     monkeypatch.setattr("cafe_flwr.personal.store._LOCK_SECONDS", 5.0)
     process = hold(tmp_path)
@@ -74,6 +77,7 @@ def test_a_process_that_is_killed_leaves_no_lock_behind(tmp_path, monkeypatch, h
         assert (tmp_path / "locks" / f"{RUN}-client-0.lock").read_text() == str(os.getpid())
 
 
+@pytest.mark.slow
 def test_other_clients_and_other_runs_in_the_same_folder_are_free(tmp_path, monkeypatch, hold):
     """Workers of a simulation share a folder; a device may serve two runs at once."""
     monkeypatch.setattr("cafe_flwr.personal.store._LOCK_SECONDS", 0.0)
@@ -88,6 +92,7 @@ def test_a_lock_ends_with_its_block_also_after_an_error(tmp_path):
             raise KeyError
 
 
+@pytest.mark.slow
 def test_a_client_whose_state_is_in_use_is_left_out_of_its_round_and_its_state_stays(tmp_path, monkeypatch, hold):
     """Another process has client 1 in round 2: the reason in the record names folder and process."""
     monkeypatch.setattr("cafe_flwr.personal.store._LOCK_SECONDS", 0.2)
@@ -249,6 +254,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_leaves_the_version_before_and_says_which_file(tmp_path):
     """In a real process whose files may not grow beyond 4 KiB, in the middle of writing 20."""
     store, (first,) = saved(tmp_path, 1)

@@ -1,18 +1,28 @@
 """Objectives: their teacher, their adversary, and their place in every method."""
 
 import copy
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from federations import toy_data, toy_network
+from federations import WatchedGrid, toy_app, toy_data, toy_network
 from torch import nn
 
+from cafe_flwr import CafeDistill
 from cafe_flwr.core.random import rng_for
-from cafe_flwr.methods import METHODS, LocalTask
+from cafe_flwr.core.text import kebab
+from cafe_flwr.methods import METHODS, LocalTask, settings_of
+from cafe_flwr.methods.base import declared_settings
+from cafe_flwr.methods.registry import method_from
 from cafe_flwr.networks import EarlyExitNetwork, Exit
 from cafe_flwr.networks.safe_kd import safe_kd_exit
 from cafe_flwr.networks.statistics import evaluating
+from cafe_flwr.server.strategy import FederatedStrategy
+from cafe_flwr.settings import Settings
 from cafe_flwr.training import LocalBudget, LoopOptions, train
 from cafe_flwr.training.losses import (
     consistency,
@@ -24,10 +34,12 @@ from cafe_flwr.training.losses import (
     orthogonal_distillation,
     self_distillation,
 )
+from cafe_flwr.training.objectives import ERDE, OBJECTIVES, CrossEntropy, NeoKD, SafeKD
 from cafe_flwr.training.objectives.adversarial import adversarial_examples, deal_classes
-from cafe_flwr.training.objectives.base import READS, Objective, logits_at
+from cafe_flwr.training.objectives.base import logits_at
+from cafe_flwr.training.objectives.registry import flat_fields
 
-OTHERS = sorted(set(READS) - {"cross-entropy"})
+OTHERS = sorted(set(OBJECTIVES) - {"cross-entropy"})
 TAUGHT = ["erde", "safe-kd"]
 
 
@@ -47,11 +59,11 @@ def rng():
     return np.random.default_rng(7)
 
 
-def step(network, lesson, optimizer, x, y):
+def step(objective, state, optimizer, x, y):
     optimizer.zero_grad()
-    lesson.terms(x, y, network(x)).mean().backward()
+    objective.losses(state, (x, y), state.network(x)).mean().backward()
     optimizer.step()
-    lesson.after_step()
+    state.update()
 
 
 # --- the EMA teacher -------------------------------------------------------------------------------------------------
@@ -62,74 +74,76 @@ def step(network, lesson, optimizer, x, y):
 def test_the_teacher_begins_as_the_network_and_follows_it_after_every_step_buffers_too(objective, decay):
     """θ^T ← d·θ^T + (1−d)·θ from the first step on, written out; running statistics are averaged alike."""
     network = normed().train()
-    lesson = Objective(objective=objective, ema_decay=decay).begin(network, rng())
+    objective = OBJECTIVES[objective](ema_decay=decay)
+    state = objective.init(network, rng())
     expected = {name: t.clone() for name, t in network.state_dict().items()}
-    for name, t in lesson.teacher.state_dict().items():
+    for name, t in state.teacher.state_dict().items():
         assert torch.equal(t, expected[name])
     optimizer = torch.optim.SGD(network.parameters(), 0.5)
     for i in range(3):
-        step(network, lesson, optimizer, *batch(seed=i))
+        step(objective, state, optimizer, *batch(seed=i))
         now = network.state_dict()
         expected = {n: decay * t + (1 - decay) * now[n] for n, t in expected.items()}
     assert "stages.0.1.running_mean" in expected
-    for name, t in lesson.teacher.state_dict().items():
+    for name, t in state.teacher.state_dict().items():
         if t.is_floating_point():
             torch.testing.assert_close(t, expected[name], rtol=1e-5, atol=1e-6)
-    moved = [not torch.equal(t, network.state_dict()[n]) for n, t in lesson.teacher.state_dict().items()]
+    moved = [not torch.equal(t, network.state_dict()[n]) for n, t in state.teacher.state_dict().items()]
     assert any(moved) == (decay > 0)
-    assert not lesson.teacher.training
-    assert not any(p.requires_grad for p in lesson.teacher.parameters())
+    assert not state.teacher.training
+    assert not any(p.requires_grad for p in state.teacher.parameters())
 
 
-@pytest.mark.parametrize("objective", sorted(set(READS) - set(TAUGHT)))
+@pytest.mark.parametrize("objective", sorted(set(OBJECTIVES) - set(TAUGHT)))
 def test_an_objective_without_a_teacher_has_none(objective):
-    lesson = Objective(objective=objective).begin(normed(), rng())
-    assert lesson.teacher is None
-    lesson.after_step()
+    state = OBJECTIVES[objective]().init(normed(), rng())
+    assert state.teacher is None
+    state.update()
 
 
-def taught_by_another(objective, **settings):
-    """A lesson whose teacher has gone another way than the network; the network; a batch."""
+def taught_by_another(objective):
+    """An objective at work whose teacher has gone another way than the network; the network; a batch."""
     network = normed().train()
-    lesson = Objective(objective=objective, **settings).begin(network, rng())
+    state = objective.init(network, rng())
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-    return lesson, network, *batch()
+    return state, network, *batch()
 
 
 def test_safe_kd_is_its_formula():
     """CE + 0.5·DKD from the teacher's LAST exit at every exit, the last included, + 2·(last exit to the others)."""
-    lesson, network, x, y = taught_by_another("safe-kd", safe_kd_alpha=0.5, safe_kd_beta=2.0, objective_temperature=3.0)
+    objective = SafeKD(alpha=0.5, beta=2.0, temperature=3.0)
+    state, network, x, y = taught_by_another(objective)
     logits = network(x)
-    teacher = lesson.teacher(x)[-1]
+    teacher = state.teacher(x)[-1]
     expected = [
         cross_entropies([z], y)[0]
         + 0.5 * decoupled_distillation(z, teacher, y, temperature=3.0)
         + (2.0 * distillation(z, logits[-1], 3.0) if k < 2 else 0.0)
         for k, z in enumerate(logits)
     ]
-    torch.testing.assert_close(lesson.terms(x, y, logits), torch.stack(expected))
+    torch.testing.assert_close(objective.losses(state, (x, y), logits), torch.stack(expected))
     assert decoupled_distillation(logits[2], teacher, y, temperature=3.0) > 0.01
 
 
 def test_erde_is_its_formula():
     """The teacher's exit k teaches exit k."""
-    lesson, network, x, y = taught_by_another("erde", erde_right=0.5, erde_wrong=2.0)
-    logits, teachers = network(x), lesson.teacher(x)
+    objective = ERDE(right=0.5, wrong=2.0)
+    state, network, x, y = taught_by_another(objective)
+    logits, teachers = network(x), state.teacher(x)
     expected = cross_entropies(logits, y) + torch.stack(
         [erde(z, t, y, temperature=4.0, right=0.5, wrong=2.0) for z, t in zip(logits, teachers, strict=True)]
     )
-    torch.testing.assert_close(lesson.terms(x, y, logits), expected)
-    some = lesson.terms(x, y, [logits[1], logits[2]], exits=[1, 2])
+    torch.testing.assert_close(objective.losses(state, (x, y), logits), expected)
+    some = objective.losses(state, (x, y), [logits[1], logits[2]], exits=[1, 2])
     torch.testing.assert_close(some, expected[1:])
 
 
 def test_neo_kd_is_its_formula():
-    """The adversarial input and the classes dealt out come from the lesson's generator, in that order."""
-    lesson, network, x, y = taught_by_another(
-        "neo-kd", neo_kd_alpha=2.0, neo_kd_beta=0.5, adversarial_epsilon=0.1, adversarial_steps=2
-    )
+    """The adversarial input and the classes dealt out come from the state's generator, in that order."""
+    objective = NeoKD(alpha=2.0, beta=0.5, epsilon=0.1, steps=2)
+    state, network, x, y = taught_by_another(objective)
     logits, same, twin = network(x), rng(), copy.deepcopy(network)
     found = adversarial_examples(twin.eval(), x, y, epsilon=0.1, steps=2, rng=same)
     bad = twin.train()(found)
@@ -139,21 +153,22 @@ def test_neo_kd_is_its_formula():
         + 2.0 * neighbour_distillation(bad, logits)
         + 0.5 * orthogonal_distillation(bad, logits, y, owner)
     )
-    torch.testing.assert_close(lesson.terms(x, y, logits), expected)
+    torch.testing.assert_close(objective.losses(state, (x, y), logits), expected)
 
 
 @pytest.mark.parametrize("objective", TAUGHT)
 def test_another_teacher_can_take_the_place_of_the_average(objective):
-    lesson, network, x, y = taught_by_another(objective)
+    name, objective = objective, OBJECTIVES[objective]()
+    state, network, x, y = taught_by_another(objective)
     logits, other = network(x), torch.from_numpy(rng().normal(size=(6, 3))).float()
-    there = lesson.terms(x, y, logits, teacher=other)
-    same = lesson.terms(x, y, logits, teacher=lesson.teacher(x)[-1])
-    own = lesson.terms(x, y, logits)
+    there = objective.losses(state, (x, y), logits, teacher=other)
+    same = objective.losses(state, (x, y), logits, teacher=state.teacher(x)[-1])
+    own = objective.losses(state, (x, y), logits)
     assert not torch.allclose(there, own)
-    assert torch.allclose(same, own) == (objective == "safe-kd")  # in erde the average teaches exit by exit
+    assert torch.allclose(same, own) == (name == "safe-kd")  # in erde the average teaches exit by exit
 
 
-@pytest.mark.parametrize("objective", sorted(READS))
+@pytest.mark.parametrize("objective", sorted(OBJECTIVES))
 def test_what_is_added_to_the_students_logits_is_added_to_the_teachers(objective):
     """A shift gives what a network with the shift in its biases gives."""
     shift = torch.tensor([1.0, -2.0, 0.5])
@@ -161,35 +176,36 @@ def test_what_is_added_to_the_students_logits_is_added_to_the_teachers(objective
     shifted = copy.deepcopy(network)
     for k in range(3):
         shifted.exits[k].head.bias.data += shift
-    one, two = (Objective(objective=objective).begin(n, rng()) for n in (network, shifted))
-    a = one.terms(x, y, [z + shift for z in network(x)], shift=shift)
-    torch.testing.assert_close(a, two.terms(x, y, shifted(x)), rtol=1e-4, atol=1e-5)
+    objective = OBJECTIVES[objective]()
+    one, two = (objective.init(n, rng()) for n in (network, shifted))
+    a = objective.losses(one, (x, y), [z + shift for z in network(x)], shift=shift)
+    torch.testing.assert_close(a, objective.losses(two, (x, y), shifted(x)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", OTHERS)
 def test_the_last_exit_alone_is_enough(objective):
     """Of a network with one exit, or of one whose students sleep."""
     for network, exits in ((normed(1), [0]), (normed(3), [2])):
-        lesson = Objective(objective=objective).begin(network.train(), rng())
-        (term,) = lesson.terms(*batch(), logits_at(network, batch()[0], exits), exits=exits)
+        state = OBJECTIVES[objective]().init(network.train(), rng())
+        (term,) = OBJECTIVES[objective]().losses(state, batch(), logits_at(network, batch()[0], exits), exits=exits)
         assert term.isfinite()
 
 
 def test_weights_of_safe_kd_are_published_for_three_exits_and_sum_to_one_for_any():
-    objective = Objective(objective="safe-kd")
-    assert objective.weights(3) == pytest.approx([0.3, 0.3, 0.4])
+    objective = SafeKD()
+    assert objective.exit_weights(3) == pytest.approx([0.3, 0.3, 0.4])
     for m in (1, 2, 5, 12):
-        weights = objective.weights(m)
+        weights = objective.exit_weights(m)
         assert sum(weights) == pytest.approx(1.0)
         assert weights[-1] == pytest.approx(4 / 3 * weights[0]) or m == 1
-        assert Objective().weights(m) == [1 / m] * m
+        assert CrossEntropy().exit_weights(m) == [1 / m] * m
 
 
 def test_settings_that_cannot_be_are_refused_by_name():
     with pytest.raises(ValueError, match="objective must be one of cross-entropy, safe-kd, erde, neo-kd; got 'kd'"):
-        Objective(objective="kd")
+        METHODS["fedper"](objective="kd")
     with pytest.raises(ValueError, match=r"ema_decay must be at most 1, got 1\.1"):
-        Objective(ema_decay=1.1)
+        SafeKD(ema_decay=1.1)
 
 
 # --- the adversary ---------------------------------------------------------------------------------------------------
@@ -262,10 +278,11 @@ def trained(method, **options):
     return result, {**task.network.state_dict(), **task.state}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OTHERS)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_method_takes_every_objective_and_learns_something_else_by_it(name, objective):
-    """Finite, repeatable bit for bit, no lesson left behind, and not what cross-entropy gives."""
+    """Finite, repeatable bit for bit, no teacher left behind, and not what cross-entropy gives."""
     method = METHODS[name](objective=objective)
     outcomes = [trained(method) for _ in range(2)]
     assert np.isfinite(outcomes[0][0].loss)
@@ -276,7 +293,73 @@ def test_every_method_takes_every_objective_and_learns_something_else_by_it(name
     assert not all(torch.equal(t, plain[n]) for n, t in outcomes[0][1].items())
     task = client(method)
     method.train(task)
-    assert task.lesson is None
+    assert task.objective_state is None
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_an_objective_can_be_given_as_an_object_and_travels_under_flat_names(name):
+    """By name it has its defaults; a client makes the same method of the settings sent, and learns otherwise by it."""
+    method = METHODS[name](objective=SafeKD(alpha=0.5, beta=0.0))
+    plain = METHODS[name](objective="safe-kd")
+    assert plain == METHODS[name](objective=SafeKD()) != method
+    sent = settings_of(method)
+    assert list(sent) == list(declared_settings(METHODS[name]))
+    assert {key: sent[key] for key in ("objective", "safe_kd_alpha", "safe_kd_beta", "objective_temperature")} == {
+        "objective": "safe-kd",
+        "safe_kd_alpha": 0.5,
+        "safe_kd_beta": 0.0,
+        "objective_temperature": 4.0,
+    }
+    built = method_from(name, sent)
+    assert built == method
+    assert trained(built)[0].loss == trained(method)[0].loss != trained(plain)[0].loss
+
+
+def test_the_example_of_the_documentation_runs():
+    text = (Path(__file__).parent.parent / "docs" / "objectives.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "SafeKD(" in block)
+    exec(code, {})
+
+
+@pytest.mark.parametrize("objective", ["safe-kd", SafeKD(alpha=0.5)])
+def test_the_strategies_take_an_objective_and_tell_the_clients(tmp_path, objective):
+    alpha, made = 0.5 if isinstance(objective, SafeKD) else 1.0, METHODS["fedper"](objective=objective)
+    options = {"num_rounds": 1, "num_clients": 2, "local": LocalBudget(steps=1), "wait_seconds": 0.0}
+    for strategy in (CafeDistill(objective=objective, **options), FederatedStrategy(method=made, **options)):
+        folder = tmp_path / strategy.method.name
+        grid = WatchedGrid(toy_app(), 2, node_config={"state-dir": str(folder)})
+        strategy.start(grid)
+        for message, reply in grid.of_type("train"):
+            config = message.content["config"]
+            assert (config["method.objective"], config["method.safe-kd-alpha"]) == ("safe-kd", alpha)
+            assert not reply.has_error()
+
+
+def test_a_method_that_cannot_take_an_objective_says_why():
+    @dataclass(frozen=True, kw_only=True)
+    class Fixed(METHODS["fedper"]):
+        name: ClassVar[str] = "fixed"
+        refuses: ClassVar[dict[str, str]] = {"objective": "its loss has no cross-entropies"}
+
+    assert Fixed().objective == Fixed(objective="cross-entropy").objective == CrossEntropy()
+    with pytest.raises(ValueError, match="objective is not for fixed: its loss has no cross-entropies"):
+        Fixed(objective=ERDE())
+
+
+@pytest.mark.parametrize("objective", OTHERS)
+def test_settings_of_an_objective_are_settings_of_a_run_under_their_flat_names(objective):
+    """A value set arrives; one out of bounds is refused in code and in a run."""
+    kind = OBJECTIVES[objective]
+    for name, f in flat_fields(kind).items():
+        run = {"method": "fedper", "objective": objective, kebab(name): type(f.default)(1)}
+        given = Settings.from_run_config(run)
+        assert given.build_method().objective == kind(**{f.name: 1})
+        assert given.unread() == []
+        bad = type(f.default)(-1)
+        with pytest.raises(ValueError, match=f"^{f.name} must be"):
+            kind(**{f.name: bad})
+        with pytest.raises(ValueError, match=f"^{kebab(name)} should be"):
+            Settings.from_run_config({**run, kebab(name): bad})
 
 
 @pytest.mark.parametrize("distill", [False, True])
@@ -300,12 +383,12 @@ def test_the_teacher_begins_anew_with_every_training_of_a_round():
 
     class Watching(LocalTask):
         def _after_step(self):
-            if not any(lesson is self.lesson for lesson, _ in seen):
-                start = {n: t.clone() for n, t in self.lesson.teacher.state_dict().items()}
-                seen.append((self.lesson, start))
+            state = self.objective_state
+            if not any(one is state for one, _ in seen):
+                seen.append((state, {n: t.clone() for n, t in state.teacher.state_dict().items()}))
             super()._after_step()
 
-    method = METHODS["fedrep"](objective="safe-kd", ema_decay=1.0, equal_steps=False)
+    method = METHODS["fedrep"](objective=SafeKD(ema_decay=1.0), equal_steps=False)
     plain = client(method)
     task = Watching(**{f: getattr(plain, f) for f in plain.__dataclass_fields__})
     method.train(task)
@@ -319,7 +402,7 @@ def test_the_teacher_begins_anew_with_every_training_of_a_round():
 
 def test_a_look_at_the_loss_before_training_leaves_no_teacher_for_it():
     """The loss asked for by itself makes a teacher of the network as it was; training must not go on with it."""
-    method, ends = METHODS["fedavg"](objective="safe-kd", ema_decay=1.0), []
+    method, ends = METHODS["fedavg"](objective=SafeKD(ema_decay=1.0)), []
     for looked in (False, True):
         task = client(method)
         if looked:
@@ -332,12 +415,12 @@ def test_a_look_at_the_loss_before_training_leaves_no_teacher_for_it():
     assert all(torch.equal(t, ends[1][n]) for n, t in ends[0].items())
 
 
-@pytest.mark.parametrize("objective", TAUGHT)
+@pytest.mark.parametrize("objective", [ERDE(wrong=0.0), SafeKD()], ids=TAUGHT)
 def test_fedrods_balance_is_in_the_teacher_too(objective):
     """One exit, first step: the teacher is the network itself, so there is nothing to learn from it, balance or not."""
     values = []
-    for settings in ({}, {"objective": objective, "erde_wrong": 0.0}):
-        result, _ = trained(METHODS["fedrod"](**settings), steps=1, exits=1, active=[])
+    for one in (CrossEntropy(), objective):
+        result, _ = trained(METHODS["fedrod"](objective=one), steps=1, exits=1, active=[])
         values.append(result.loss)
     assert values[1] == pytest.approx(values[0], rel=1e-6)
 

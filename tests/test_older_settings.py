@@ -11,9 +11,9 @@ from cafe_flwr.experiments.file import read_experiment
 from cafe_flwr.experiments.plan import check_experiment
 from cafe_flwr.methods import METHODS
 from cafe_flwr.personal import FinishedRun
-from cafe_flwr.settings import Settings
+from cafe_flwr.settings import FORMER, OPTIONS, Settings, todays
 
-TODAY = set(Settings().to_run_config())
+TODAY = set(OPTIONS) | set(FORMER)
 # Of the settings that version 0.1.0 wrote into settings.json, those that have changed, with their defaults of then.
 THEN = {
     "mu": 0.5,
@@ -41,12 +41,19 @@ THEN = {
 }
 
 
+def of_version_0_1_0(settings):
+    """What that version wrote into settings.json: flat names, and none that came later."""
+    later = ("cafedistill-text.", "cafedistill-prior.", "train.classifier-start")
+    saved = {key: value for key, value in settings.to_run_config().items() if not key.startswith(later)}
+    return {OPTIONS[key].formerly or key: value for key, value in saved.items()} | THEN
+
+
 @pytest.mark.parametrize("key", sorted(RENAMED))
 def test_an_old_name_is_refused_with_the_one_it_has_now(key):
     """The new one is a setting, of the method named, and takes the old default; the old one is none."""
     now = RENAMED[key]
     assert key not in TODAY
-    method = "cafedistill-text" if now.startswith("text-") else "cafedistill-prior"
+    method = now.partition(".")[0]
     with pytest.raises(
         ValueError, match=f"^unknown setting '{key}': its name is '{now}' now: it is of method '{method}'"
     ):
@@ -64,17 +71,20 @@ def test_every_old_name_is_known():
 
 def test_the_sentences():
     assert renamed("teachers") == (
-        "its name is 'text-teachers' now: it is of method 'cafedistill-text', "
+        "its name is 'cafedistill-text.teachers' now: it is of method 'cafedistill-text', "
         "which was called 'cafedistill' until 0.1.0"
     )
     assert renamed("plus-mu") == (
-        "its name is 'prior-mu' now: it is of method 'cafedistill-prior', "
+        "its name is 'cafedistill-prior.mu' now: it is of method 'cafedistill-prior', "
         "which was called 'cafedistill-plus' until 0.1.0"
     )
-    assert renamed("mu") == renamed("text-mu") == renamed("zzz") == ""
+    assert renamed("mu") == renamed("cafedistill-text.mu") == renamed("zzz") == ""
 
 
-@pytest.mark.parametrize(("key", "value", "now"), [("teachers", "own", "text-teachers"), ("plus-mu", 0.3, "prior-mu")])
+@pytest.mark.parametrize(
+    ("key", "value", "now"),
+    [("teachers", "own", "cafedistill-text.teachers"), ("plus-mu", 0.3, "cafedistill-prior.mu")],
+)
 @pytest.mark.parametrize("where", ["all", "row", "vary", "sweep"])
 def test_an_experiment_of_then_is_refused_when_it_is_read_or_planned(tmp_path, key, value, now, where):
     """Wherever it has the setting."""
@@ -97,12 +107,11 @@ def test_an_experiment_of_then_is_refused_when_it_is_read_or_planned(tmp_path, k
 
 def test_a_saved_run_of_another_method_is_read_as_it_was_meant():
     """Classifiers started as built then, and what other methods' settings were does not matter."""
-    saved = {**Settings(method="fedavg").to_run_config(), **THEN, "selection": "random", "method": "fedavg"}
-    del saved["classifier-start"]
-    saved = {key: value for key, value in saved.items() if not key.startswith(("text-", "prior-"))}
+    saved = of_version_0_1_0(Settings(method="fedavg")) | {"selection": "random"}
     settings = Settings.from_run_config(of_saved_run(saved))
-    assert settings == Settings(method="fedavg", classifier_start="built")
-    assert of_saved_run(saved)["classifier-start"] == "built"
+    assert settings == Settings(method="fedavg", train={"classifier_start": "built"})
+    assert of_saved_run(saved)["train.classifier-start"] == "built"
+    settings.check_read()
 
 
 @pytest.mark.parametrize(("then", "now"), METHODS_THEN.items())
@@ -129,11 +138,10 @@ def test_the_folder_of_an_old_run_is_read_but_not_gone_on_with_by_another_method
     settings = small_settings(tmp_path, num_server_rounds=2, method="fedper", classifier_start="built")
     run_small(settings)
     path = settings.results / "settings.json"
-    old = {**json.loads(path.read_text()), **THEN}
-    del old["classifier-start"]
-    old = {key: value for key, value in old.items() if not key.startswith(("text-", "prior-"))}
+    assert todays(json.loads(path.read_text())) == settings.to_run_config()
+    old = of_version_0_1_0(settings)
     path.write_text(json.dumps(old))
-    assert FinishedRun(settings.results).run_config["classifier-start"] == "built"
+    assert FinishedRun(settings.results).run_config["train.classifier-start"] == "built"
     again = settings.model_copy(update={"resume": True})
     with results_of(again) as results:
         assert results.state.round == 2

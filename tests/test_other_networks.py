@@ -83,6 +83,7 @@ def test_a_narrow_network_is_a_slice_of_the_full_one_and_knows_nothing_of_the_re
     assert not any(torch.equal(a, b) for a, b in zip(after, network(x), strict=True))
 
 
+@pytest.mark.slow
 def test_narrow_widths_join_first_and_with_the_least_conflict(trained):
     """⌊R·m·n⌋ of the widths, R = clip( (2(t − 1)/T)·(3/4) + ΣC/n², 0, 3/4 ); the narrowest trains in any case."""
     records, conflicts = trained[0].records, trained[0].conflicts
@@ -149,6 +150,7 @@ def test_macs_of_widths_add_up_on_the_way_and_a_width_chosen_beforehand_costs_it
     assert len(set(result.exits.tolist())) > 1
 
 
+@pytest.mark.slow
 def test_the_app_runs_as_it_stands(example, tmp_path, capsys):
     example.run(2, {"state-dir": str(tmp_path)}, num_server_rounds=2)
     assert "accuracy at 1/4, 1/2, 3/4, 1: [" in capsys.readouterr().out

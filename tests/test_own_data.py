@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits
 from cafe_flwr import make_client_app
 from cafe_flwr.app.parts import build_network, federation, state_dir
 from cafe_flwr.client.node_config import data_folder, hosted, is_device, name_of
+from cafe_flwr.data.options import Data
 from cafe_flwr.data.own import load_own
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.settings import Settings
@@ -184,8 +185,9 @@ def test_a_node_of_several_clients_has_a_folder_for_each(tmp_path):
 
 
 def load(path, client=0, **options):
-    options = {"class_names": CLASSES, "shares": (0.5, 0.2, 0.3), "image_size": 8, "channels": 1, **options}
-    return load_own(path, client, **options)
+    names, channels = options.pop("class_names", CLASSES), options.pop("channels", 1)
+    data = Data(**{"calibration_share": 0.2, "test_share": 0.3, **options})
+    return load_own(path, client, data, class_names=names, shape=(channels, 8, 8))
 
 
 def test_splits_are_disjoint_together_everything_and_the_same_every_time(tmp_path):
@@ -291,14 +293,14 @@ def test_the_apps_own_client_app_reads_the_node_config(tmp_path, data):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"class_names": ""}, "needs class-names, at least two different ones separated by commas, got ''"),
-        ({"class_names": "a,a"}, "needs class-names, at least two different"),
-        ({"class_names": "a,,b"}, "needs class-names"),
-        ({"image_size": 0}, r"needs image-size and image-channels \(1 or 3\): .* got 0 and 1"),
+        ({"class_names": ""}, "needs data.class-names, at least two different ones separated by commas, got ''"),
+        ({"class_names": "a,a"}, "needs data.class-names, at least two different"),
+        ({"class_names": "a,,b"}, "needs data.class-names"),
+        ({"image_size": 0}, r"needs data.image-size and data.image-channels \(1 or 3\): .* got 0 and 1"),
         ({"image_channels": 0}, "got 8 and 0"),
-        ({"rotations": 4}, "rotations changes data that is dealt out, .* set it to 1"),
-        ({"label_groups": 2}, "label-groups changes data"),
-        ({"test_shift": 0.5}, "test-shift changes data"),
+        ({"rotations": 4}, "data.rotations changes data that is dealt out, .* set it to 1"),
+        ({"label_groups": 2}, "data.label-groups changes data"),
+        ({"test_shift": 0.5}, "data.test-shift changes data"),
     ],
 )
 def test_a_run_with_the_clients_own_data_must_say_what_it_looks_like(tmp_path, changes, message):
@@ -306,6 +308,7 @@ def test_a_run_with_the_clients_own_data_must_say_what_it_looks_like(tmp_path, c
         own_settings(tmp_path, **changes)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_own_data_has_the_numbers_of_one_that_was_not_stopped(tmp_path, data):
     whole, parts = (own_settings(tmp_path / name, num_server_rounds=3) for name in ("whole", "parts"))
     run_small(whole, grid=Devices(whole, *three(data, tmp_path / "whole")))

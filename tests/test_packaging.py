@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from cafe_flwr import __version__
+from cafe_flwr.app.manifest import main
 
 ROOT = Path(__file__).resolve().parent.parent
 SLIM = "pyproject-flwr.toml"
@@ -103,26 +104,29 @@ def test_a_manifest_that_says_something_else_is_not_bundled(bundling, tmp_path, 
     assert not (tmp_path / "dist").exists()
 
 
-def test_settings_of_the_slim_manifest_are_brought_up_to_date(bundling, tmp_path):
-    for name in ("pyproject.toml", SLIM):
-        text = (ROOT / name).read_text()
-        (tmp_path / name).write_text(text.replace("mu = 0.5", "mu = 0.25") if name == "pyproject.toml" else text)
+def test_settings_of_both_manifests_are_brought_up_to_date(bundling, tmp_path):
+    """A table of settings that has been edited by hand is made again from the declarations; all else stays."""
+    (tmp_path / "docs").mkdir()
+    for name in ("pyproject.toml", SLIM, "docs/settings.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    slim = tmp_path / SLIM
+    slim.write_text(slim.read_text().replace("mu = 0.5", "mu = 0.25").replace("fraction-train = 1.0\n", ""))
     assert bundling.disagreements(tmp_path)
-    bundling.update(tmp_path)
+    main(["--write", "--root", str(tmp_path)])
     assert bundling.disagreements(tmp_path) == []
-    (tmp_path / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
-    bundling.update(tmp_path)
-    assert (tmp_path / SLIM).read_text() == (ROOT / SLIM).read_text()
+    assert slim.read_text() == (ROOT / SLIM).read_text()
 
 
 # --- bundle and wheel ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_bundle_holds_the_app_and_nothing_else(bundle):
     files = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
     assert files == {"pyproject.toml", "client_app.py", "server_app.py", "README.md", "LICENSE", ".info/CONTENT"}
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     package = (path for path in (ROOT / "cafe_flwr").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     with zipfile.ZipFile(wheel) as archive:
@@ -151,6 +155,7 @@ print(importlib.metadata.version("cafe-flwr"), sorted(result.train_metrics_clien
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_is_installed_and_runs(python, tmp_path):
     """Two rounds, from another folder; the personal networks are where they were asked for."""
     assert output_of(python, RUN, tmp_path, tmp_path / "state").splitlines()[-1] == f"{__version__} [1, 2] True"
@@ -170,6 +175,7 @@ load_app(Path(sys.argv[2])).run(2, name="bundled", results_dir=sys.argv[3], **co
 """
 
 
+@pytest.mark.slow
 def test_the_bundle_runs_on_the_installed_wheel(python, bundle, tmp_path):
     """The app files come from the bundle, the package from the wheel: nothing of this checkout is there."""
     output_of(python, RUN_BUNDLE, tmp_path, ROOT / "tests", bundle, tmp_path)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from cafe_flwr.app.parts import federation
 from cafe_flwr.data import load_federation
+from cafe_flwr.data.federation import deal_out
 from cafe_flwr.data.hub import open_set
 from cafe_flwr.data.partition import Rule, partition_labels, partition_naturally
 from cafe_flwr.data.tokenizer import Tokenizer, words
@@ -32,7 +33,7 @@ def _own_cache(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
-    load_federation.cache_clear()
+    deal_out.cache_clear()
 
 
 def rows_of(client):
@@ -42,6 +43,7 @@ def rows_of(client):
 # --- the cap ---
 
 
+@pytest.mark.slow
 def test_a_client_at_its_fair_share_gets_no_more():
     """Classes are dealt out in order: who holds more than N/n of those before has nothing of the next."""
     labels = np.repeat(np.arange(10), 300)
@@ -145,7 +147,7 @@ def test_a_parquet_file_without_the_column_says_which_it_has(tmp_path):
     assert load_federation(path, 6, partition="natural", partition_column="writer").num_clients == 6
     with pytest.raises(ValueError, match=r"partition-column = 'style': .* no such column; it has label, writer"):
         load_federation(path, 3, partition="natural", partition_column="style")
-    with pytest.raises(ValueError, match="label-groups = 2 is not for partition = 'natural'"):
+    with pytest.raises(ValueError, match=r"label-groups = 2 is not for data.partition = 'natural'"):
         load_federation(path, 6, partition="natural", partition_column="writer", label_groups=2)
 
 
@@ -248,10 +250,14 @@ def test_the_published_protocol_deals_real_sets_out(real_data, tmp_path, name):
             "data-dir": str(home),
             "num-clients": 4,
             "dirichlet-alpha": 0.3,
-            "dirichlet-cap": True,
-            "test-share": 0.25,
-            "calibration-share": 0.0,
-            **({"network": "transformer", "text-part": "title"} if name == "ag-news" else {"augmentation": "none"}),
+            "data.dirichlet-cap": True,
+            "data.test-share": 0.25,
+            "data.calibration-share": 0.0,
+            **(
+                {"network": "transformer", "data.text-part": "title"}
+                if name == "ag-news"
+                else {"data.augmentation": "none"}
+            ),
         }
     )
     clients = [federation(settings).load(client) for client in range(4)]

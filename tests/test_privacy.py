@@ -26,7 +26,8 @@ from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.server.accounting import epsilon
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.wire.keys import Keys
-from cafe_flwr.wire.privacy import Privacy, clipped, release
+from cafe_flwr.wire.options import Privacy
+from cafe_flwr.wire.privacy import clipped, release
 from cafe_flwr.wire.train import Expected, TrainReply, TrainRequest
 
 N, T = 4, 3
@@ -227,6 +228,7 @@ def toy_network_of_seed(seed):
         return toy_network().state_dict()
 
 
+@pytest.mark.slow
 def test_a_large_clip_norm_without_noise_changes_next_to_nothing(tmp_path, no_report):
     """Only the rounding of reference + (value − reference)."""
     _, plain, one = federate(tmp_path / "a")
@@ -235,6 +237,7 @@ def test_a_large_clip_norm_without_noise_changes_next_to_nothing(tmp_path, no_re
     assert plain[-1]["train_loss"] == pytest.approx(clipped_lines[-1]["train_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_noise_is_each_clients_own_before_the_sum_of_a_node(tmp_path, no_report):
     """Two nodes of two clients: the sum has the noise n_1·z_1 + n_2·z_2, of standard deviation σC·√(n_1² + n_2²).
     Two runs with the same seed have other secrets, so their difference is noise only, in round 1."""
@@ -251,6 +254,7 @@ def test_noise_is_each_clients_own_before_the_sum_of_a_node(tmp_path, no_report)
         assert (first - second).std() == pytest.approx(expected, rel=6 / math.sqrt(2 * len(first)))
 
 
+@pytest.mark.slow
 def test_a_message_that_arrives_twice_gets_the_same_noise_again(tmp_path, no_report):
     seen = []
 
@@ -324,6 +328,7 @@ def test_a_node_that_demands_noise_is_left_out_of_a_run_without(tmp_path, no_rep
     federate(tmp_path / "well", Privacy(1.0, noise_multiplier=1.0), node_config={"noise-multiplier": 1.0})
 
 
+@pytest.mark.slow
 def test_without_privacy_no_message_says_a_word_of_it(tmp_path, no_report):
     """Messages are as before; with it, every node is told."""
     grid, _, _ = federate(tmp_path)

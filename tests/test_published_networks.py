@@ -117,6 +117,7 @@ def test_a_transformer_layer_is_normed_after_its_parts_and_positions_are_sinusoi
     torch.testing.assert_close(network.stage(0, x)[0], h, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_they_are_exported_with_what_they_compute(tmp_path):
     network, x = next(each())
     made = export(network, tmp_path / "net", x, class_names="abcde", thresholds=0.9)
@@ -175,6 +176,7 @@ def settings_for(folder, copies, network, **changes):
     return small_settings(folder, data_dir=str(copies), network=network, **{**RUNS[network], **more, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fedper", "cafedistill"])
 @pytest.mark.parametrize("network", RUNS)
 def test_they_run_by_name_on_real_messages(tmp_path, no_report, copies, network, method):
@@ -199,12 +201,15 @@ def test_they_run_by_name_on_real_messages(tmp_path, no_report, copies, network,
         ({"network": "published-conv", "dataset": "ag-news"}, "'published-conv' takes images, and 'ag-news' holds"),
         ({"network": "published-transformer", "dataset": "cifar10"}, "'published-transformer' takes texts"),
         (
-            {"network": "published-conv", "network-width": 64},
-            "network-width = 64 does not change 'published-conv', .* leave it at 0, or choose network = 'conv'",
+            {"network": "published-conv", "model.width": 64},
+            "model.width = 64 does not change 'published-conv', .* leave it at 0, or choose network = 'conv'",
         ),
-        ({"network": "published-resnet18", "norm": "layer"}, "norm = 'layer' does not change 'published-resnet18'"),
-        ({"network": "published-resnet18", "stem-stride": 2}, "stem-stride = 2 does not change"),
-        ({"network": "published-conv", "statistics": "drop"}, "'published-conv' has none: set it to 'average'"),
+        (
+            {"network": "published-resnet18", "model.norm": "layer"},
+            "model.norm = 'layer' does not change 'published-resnet18'",
+        ),
+        ({"network": "published-resnet18", "model.stem-stride": 2}, "model.stem-stride = 2 does not change"),
+        ({"network": "published-conv", "model.statistics": "drop"}, "'published-conv' has none: set it to 'average'"),
         (
             {"network": "published-transformer", "dataset": "ag-news", "objective": "neo-kd"},
             "tokens cannot be: choose another",
@@ -218,8 +223,8 @@ def test_settings_that_would_change_nothing_are_refused(settings, message):
 
 
 def test_settings_that_say_what_a_published_network_is_are_taken():
-    same = {"network": "published-resnet18", "network-width": 64, "network-depth": 4, "norm": "batch"}
-    assert Settings.from_run_config({**same, "statistics": "personal"}).network == "published-resnet18"
+    same = {"network": "published-resnet18", "model.width": 64, "model.depth": 4, "model.norm": "batch"}
+    assert Settings.from_run_config({**same, "model.statistics": "personal"}).network == "published-resnet18"
 
 
 def test_what_does_not_fit_the_data_is_refused_before_the_first_round(tmp_path):
@@ -236,15 +241,23 @@ def test_what_does_not_fit_the_data_is_refused_before_the_first_round(tmp_path):
         (
             "cafedistill-text",
             {"similarity_proxy": "parameters", "selection": "shallow-first"},
-            "selection = 'shallow-first' .* 64, 128, 256, 512: set text-similarity-proxy to 'gradients', or text-sel",
+            "selection = 'shallow-first' .* 64, 128, 256, 512: set cafedistill-text.similarity-proxy to 'grad",
         ),
         (
             "cafedistill-text",
             {"selection": "none", "peers": "deeper"},
-            "text-peers = 'deeper' needs exits of one width",
+            "cafedistill-text.peers = 'deeper' needs exits of one width",
         ),
-        ("cafedistill-prior", {}, "prior-match-by = 'features' needs .* set prior-match-by to 'classifiers'"),
-        ("cafedistill-prior", {"selection": "deep-first", "match_by": "classifiers"}, "set prior-selection to 'none'"),
+        (
+            "cafedistill-prior",
+            {},
+            "cafedistill-prior.match-by = 'features' needs .* set cafedistill-prior.match-by to 'classifiers'",
+        ),
+        (
+            "cafedistill-prior",
+            {"selection": "deep-first", "match_by": "classifiers"},
+            "set cafedistill-prior.selection to 'none'",
+        ),
         ("cafedistill", {"conflict": "exits"}, "conflict = 'exits' needs .* set conflict to 'clients'"),
         ("cafedistill-plus", {"conflict": "exits"}, "conflict = 'exits' needs .* set conflict to 'clients'"),
         ("fedpac", {}, "method = 'fedpac' needs exits of one width"),
@@ -276,7 +289,7 @@ def test_methods_that_compare_no_exits_take_exits_of_own_widths(tmp_path, no_rep
     settings = small_settings(tmp_path, num_server_rounds=2, num_clients=2, **settings)
     run_small(settings, app=toy_app(build=lambda: toy_network(widths=(2, 3, 4))))
     kept = [json.loads((settings.results / f"personal/client-{client}.json").read_text()) for client in range(2)]
-    assert sorted(facts["num_exits"] for facts in kept) == ([2, 3] if settings.depth_shares else [3, 3])
+    assert sorted(facts["num_exits"] for facts in kept) == ([2, 3] if settings.heterogeneity.depth_shares else [3, 3])
 
 
 def test_a_similarity_that_cannot_be_measured_is_none():

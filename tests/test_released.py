@@ -41,7 +41,6 @@ from cafe_flwr.networks import (
     attach_exits,
 )
 from cafe_flwr.networks.safe_kd import safe_kd_exit
-from cafe_flwr.server import strategy as strategy_module
 from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
@@ -101,10 +100,10 @@ def published(folder):
 def participating(monkeypatch, rounds):
     """Who takes part in rounds 1, 2, …; where any are evaluated between rounds, all are."""
 
-    def sample(available, *_, server_round, purpose="participants", **__):
+    def sample(self, server_round, available, purpose="participants"):
         return rounds[server_round - 1] if purpose == "participants" else sorted(available)
 
-    monkeypatch.setattr(strategy_module, "sample_clients", sample)
+    monkeypatch.setattr(FederatedStrategy, "sample", sample)
 
 
 def is_train(message, server_round):
@@ -144,6 +143,7 @@ def reference(**changes):
     return Reference(**{**options, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "missing"),
     [*(("released", missing) for missing in ABSENCES), *((form, "client 2") for form in FORMS if form != "released")],
@@ -249,6 +249,7 @@ def test_two_and_two_rounds_are_four(tmp_path_factory, tmp_path, monkeypatch, ma
 
 # 2 questions, the initial weights, then 2, 1, 2 and 2 messages of the rounds, as two nodes host {0, 2} and {1, 3}, and
 # 2 of the end.
+@pytest.mark.slow
 @pytest.mark.parametrize("handled", [False, True])
 @pytest.mark.parametrize("number", range(5, 13))
 def test_a_run_killed_at_any_message_ends_with_the_same_bits(tmp_path, undisturbed, number, handled):
@@ -483,6 +484,7 @@ def test_no_more_travels_than_with_fedavg(build):
     assert values_of(METHODS["cafedistill-plus"](), network) <= 1.01 * everything
 
 
+@pytest.mark.slow
 def test_messages_are_no_longer_than_those_of_fedavg(tmp_path, no_report):
     """With all that is in them: lists of clients, levels, settings, metrics. The smallest network we ship, ten classes
     and one client a node, where such words weigh most."""

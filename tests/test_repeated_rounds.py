@@ -19,6 +19,7 @@ from flwr.app import ConfigRecord
 from cafe_flwr import CafeDistill
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.server.checkpoints import Checkpoints
+from cafe_flwr.server.directory import Directory
 
 pytestmark = pytest.mark.usefixtures("no_report")
 
@@ -113,11 +114,12 @@ def test_after_the_last_try_the_run_stops_with_all_reasons_and_can_be_resumed(tm
     assert [line["round"] for line in lines_of(settings)] == [1]
     assert Checkpoints(settings.results / "checkpoint").load().round == 1
 
-    again = type(settings).from_run_config({**settings.to_run_config(), "resume": True, "round-retries": 5})
+    again = type(settings).from_run_config({**settings.to_run_config(), "resume": True, "federation.round-retries": 5})
     assert same_arrays(run_small(again, N, app=toy_app()).arrays, undisturbed[1])
     Recorded.read(settings.results).assert_same(undisturbed[0], but=TRAFFIC)
 
 
+@pytest.mark.slow
 def test_partial_participation_repeats_the_same_participants(tmp_path):
     """Who takes part is drawn once per round, not once per try."""
     settings = toy_settings(tmp_path, num_clients=8, fraction_train=0.5, min_train_nodes=3)
@@ -159,8 +161,8 @@ class Leaving(DeviceGrid):
 
 def test_a_repeated_round_waits_for_a_participant_that_comes_back(tmp_path, undisturbed, monkeypatch):
     """A node is killed in round 2 and started again: with all four needed nothing is lost but time."""
-    monkeypatch.setattr("cafe_flwr.server.directory._POLL_SECONDS", 0.01)
-    monkeypatch.setattr("cafe_flwr.server.directory._RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(Directory, "poll_seconds", 0.01)
+    monkeypatch.setattr(Directory, "retry_seconds", 0.0)
     settings = toy_settings(tmp_path, min_train_nodes=4, wait_seconds=30.0)
     grid = Leaving(toy_app(), ["0", "1", "2", "3"], tmp_path / "state", place=2, back_after=3)
     arrays = run_small(settings, grid=grid).arrays

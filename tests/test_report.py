@@ -172,6 +172,7 @@ FIGURES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_page_holds_the_numbers_and_loads_nothing(run: Path) -> None:
     page = page_of(run)
     summary = json.loads((run / "summary.json").read_text())
@@ -204,6 +205,7 @@ def test_page_holds_the_numbers_and_loads_nothing(run: Path) -> None:
     assert not re.search("#0[ab]00", html), "a stand-in colour is left"
 
 
+@pytest.mark.slow
 def test_every_figure_says_how_to_read_it(run: Path) -> None:
     html = write_report(run).read_text()
     assert html.count("<figcaption>") == html.count("<figure>") == len(FIGURES) + 1  # and the table of clients
@@ -223,6 +225,7 @@ def test_table_in_the_terminal(run: Path) -> None:
     assert "12.0 s" in text
 
 
+@pytest.mark.slow
 def test_dynamic_line_without_a_threshold(run: Path) -> None:
     edit(run, dynamic={"threshold": None, "accuracy": 0.7, "accuracy_full": 0.7, "macs_reduction": 0.0})
     assert dynamic_line(read_run(run)) == (
@@ -232,6 +235,7 @@ def test_dynamic_line_without_a_threshold(run: Path) -> None:
     assert "fewer multiply-adds" not in page_of(run).text
 
 
+@pytest.mark.slow
 def test_repeated_writing_replaces_the_page(run: Path) -> None:
     path = write_report(run)
     assert path == run / "report.html"
@@ -267,6 +271,7 @@ def test_stopped_run(run: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["settings.json", "rounds.jsonl", "clients.parquet", "summary.json"])
 @pytest.mark.parametrize("content", [None, b"", b"[1, 2", b"\xff\xfe"])
 def test_a_file_missing_or_damaged(run: Path, name: str, content: bytes | None) -> None:
@@ -315,6 +320,7 @@ def test_optional_entries_missing_or_null(run: Path) -> None:
     assert all(title in absent for title in teaching)  # there is no word of it: it was not recorded
 
 
+@pytest.mark.slow
 def test_nan_and_null_accuracies(run: Path) -> None:
     """A client without test data: NaN in the table, null in JSON; the others still count."""
     table = pd.read_parquet(run / "clients.parquet")
@@ -344,6 +350,7 @@ def evaluate_only(folder: Path, rounds: set[int]) -> None:
     table[table["round"].isin(rounds)].to_parquet(folder / "clients.parquet")
 
 
+@pytest.mark.slow
 def test_rounds_without_evaluation(tmp_path: Path) -> None:
     """The page has all figures and the table all numbers; the accuracies there are, in rounds 3, 6 and 7 of 7, can be
     seen: a line with a gap at both sides of each of its points is not drawn at all."""
@@ -378,6 +385,7 @@ def test_a_run_stopped_before_its_first_evaluation(run: Path) -> None:
         assert title in absent
 
 
+@pytest.mark.slow
 def test_a_run_stopped_after_a_round_without_evaluation(run: Path) -> None:
     """The figures are those of the last round that was evaluated, round 3."""
     (run / "summary.json").unlink()
@@ -390,6 +398,7 @@ def test_a_run_stopped_after_a_round_without_evaluation(run: Path) -> None:
     assert page_of(run).tags.count("svg") >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("clients", "exits", "rounds"), [(5, 1, 3), (1, 3, 3), (1, 1, 1), (3, 2, 1), (40, 7, 4)])
 def test_other_shapes(tmp_path: Path, clients: int, exits: int, rounds: int) -> None:
     folder = make_run(tmp_path / "run", clients=clients, exits=exits, rounds=rounds)
@@ -399,6 +408,7 @@ def test_other_shapes(tmp_path: Path, clients: int, exits: int, rounds: int) -> 
     assert printed(folder).count("exit ") == exits
 
 
+@pytest.mark.slow
 def test_left_out_clients_are_named_and_their_reasons_escaped(run: Path) -> None:
     reason = "<script>alert('x')</script> & [bold]out of memory[/bold] {{ 7 * 7 }}"
     for index in (0, 2, 3, 4):
@@ -412,6 +422,7 @@ def test_left_out_clients_are_named_and_their_reasons_escaped(run: Path) -> None
     assert "[red]" in printed(run)
 
 
+@pytest.mark.slow
 def test_weights_of_the_clients_that_took_part(run: Path) -> None:
     """With partial participation the matrix has a row per participant and a column per client it may learn from."""
     weights = {"rows": [1, 3], "clients": [0, 1, 2, 3, 4], "weights": [[0, 0.7, 0.3, 0, 0], [0.2, 0, 0, 0.8, 0]]}
@@ -419,6 +430,7 @@ def test_weights_of_the_clients_that_took_part(run: Path) -> None:
     assert "Weights of the clients" in page_of(run).text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "words", "teaches"),
     [

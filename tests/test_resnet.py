@@ -93,6 +93,7 @@ def test_group_norm_has_no_statistics_and_groups_divide_any_even_width():
     assert {m.num_groups for m in ResNet18((3, 32, 32), 2).modules() if isinstance(m, nn.GroupNorm)} == {32}
 
 
+@pytest.mark.slow
 def test_it_learns():
     """Every exit tells four patterns apart after a few steps, with either norm."""
     for norm in ("group", "batch"):

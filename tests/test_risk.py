@@ -210,6 +210,7 @@ def test_only_the_position_depends_on_the_labels_of_the_certification_fold():
     assert len(found) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guarantee", ["selective", "gap"])
 def test_where_every_position_is_too_risky_a_certificate_is_as_rare_as_promised(guarantee):
     """The hardest case: risk a hair above α all along the path, so that every certificate is wrong."""
@@ -223,6 +224,7 @@ def test_where_every_position_is_too_risky_a_certificate_is_as_rare_as_promised(
     assert wrong / splits >= 0.03  # the level is used, not given away
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["easy", "hard", "correlated"])
 def test_risks_hold_on_the_population(kind):
     people, rng, splits, size = population(kind, 4000), np.random.default_rng(0), 120, 400

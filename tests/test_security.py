@@ -11,10 +11,11 @@ from cafe_flwr.app.run import build_strategy, open_results_of
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.methods import CafeDistillMethod
 from cafe_flwr.results.recorder import Recorder
+from cafe_flwr.server.shared import ask_initial
 from cafe_flwr.server.strategy import FederatedStrategy
-from cafe_flwr.wire.bounds import MAX_NORM, Bounds, check_norm, far_longer
+from cafe_flwr.wire.bounds import MAX_NORM, check_norm, far_longer
 from cafe_flwr.wire.keys import Keys
-from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.options import Bounds, Privacy
 from cafe_flwr.wire.train import Expected, TrainReply, TrainRequest
 
 N, T, BAD = 6, 4, 2
@@ -103,6 +104,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_no_honest_client_sends_is_refused_by_name_and_the_others_go_on(tmp_path, no_report, without, what):
     """In every round; the others' numbers are those of a run in which nothing of client 2 is used, to the bit."""
@@ -120,6 +122,7 @@ def test_what_no_honest_client_sends_is_refused_by_name_and_the_others_go_on(tmp
     assert [line["accuracy_per_exit"] for line in lines] == [line["accuracy_per_exit"] for line in expected_lines]
 
 
+@pytest.mark.slow
 def test_the_bounds_are_the_strategys(tmp_path, no_report):
     """Without bounds on the ratio, the head ×1000 comes in; with a tight absolute one, nothing does."""
     options = {"bounds": Bounds(max_ratio=0), "method": "cafedistill-text"}
@@ -167,6 +170,7 @@ def test_norms_are_measured_in_double_precision():
 # --- what is bounded ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [-30.0, 30.0])
 def test_a_long_head_is_in_nobodys_mixture_and_is_named_or_refused(tmp_path, no_report, honest, flower_log, factor):
     """Its client goes on from it, so that it is longer in every round it is used: then it is beyond the bounds."""
@@ -189,6 +193,7 @@ def test_an_inverted_head_does_little_harm(tmp_path, no_report, honest):
     assert summary["accuracy"] == pytest.approx(honest[2]["accuracy"], abs=0.08)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [-1.0, -30.0, 30.0])
 def test_an_unusual_head_teaches_next_to_nothing_and_is_named(tmp_path, no_report, honest_text, flower_log, factor):
     """Inverted or 30 times as long: within the bounds of messages. It is in no list of those left out, its backbone
@@ -280,6 +285,7 @@ def test_a_reply_of_another_protocol_is_refused():
 # --- half precision ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_nodes", [N, 2])
 def test_float16_takes_half_of_the_bytes_and_keeps_the_numbers(tmp_path, no_report, honest, num_nodes):
     """Of every array, up and down; sums over a node's clients as well. Parameters agree to about 2⁻¹¹ of their size."""
@@ -296,6 +302,7 @@ def test_float16_takes_half_of_the_bytes_and_keeps_the_numbers(tmp_path, no_repo
     assert all(line["left_out"] == {} for line in lines)
 
 
+@pytest.mark.slow
 def test_float16_does_not_lose_steps_smaller_than_its_own(tmp_path, no_report):
     """Updates of 1e-5 of parameters of 0.3, where float16 has steps of 2e-4: as differences they arrive, so that after
     some rounds the average has moved as far as in float32."""
@@ -303,7 +310,7 @@ def test_float16_does_not_lose_steps_smaller_than_its_own(tmp_path, no_report):
     for wire in ("float32", "float16"):
         settings = {"learning_rate": 1e-3, "num_server_rounds": 6, "classifier_start": "common"}
         strategy, _, _, grid = federate(tmp_path / wire, wire=wire, **settings)
-        start = np.concatenate([a.numpy().ravel() for a in strategy._ask_initial(grid).values()])
+        start = np.concatenate([a.numpy().ravel() for a in ask_initial(grid, strategy.directory, 5).values()])
         moved.append(strategy.state.shared - start)
     assert 0 < np.abs(moved[0]).max() < 2e-3
     assert np.linalg.norm(moved[1] - moved[0]) < 0.05 * np.linalg.norm(moved[0])
@@ -324,7 +331,7 @@ def federate_from(folder, value):
     )
     grid = InProcessGrid(toy_app(state_dir=lambda context: str(folder)), 2)
     strategy.directory.wait(grid, min_nodes=1, num_clients=2, seconds=5)
-    arrays = strategy._ask_initial(grid)
+    arrays = ask_initial(grid, strategy.directory, 5)
     name = next(iter(arrays))
     first = arrays[name].numpy().copy()
     first.flat[0] = value
@@ -342,6 +349,7 @@ def test_a_client_whose_head_is_beyond_float16_is_left_out_by_name(tmp_path, no_
         )
 
 
+@pytest.mark.slow
 def test_half_precision_and_privacy_agree(tmp_path, no_report):
     """Rounding comes after the noise: the server reads what the client released, to 11 bits."""
     strategy, lines, _, _ = federate(tmp_path, wire="float16", privacy=Privacy(1.0, noise_multiplier=0.01))

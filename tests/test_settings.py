@@ -1,47 +1,83 @@
 """Settings: the manifest's defaults are the library's, and what cannot be is refused by name, before anything runs."""
 
 import math
+import shutil
 import tomllib
-from dataclasses import fields
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from flwr.common.config import parse_config_args
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from cafe_flwr import CafeDistill
+from cafe_flwr.app import launch
+from cafe_flwr.app.manifest import MANIFESTS, PAGE, main, up_to_date
+from cafe_flwr.cli import app
 from cafe_flwr.coordination import SELECTIONS
-from cafe_flwr.core.text import kebab
-from cafe_flwr.methods import METHODS, CafeDistillMethod, Method, settings_of
+from cafe_flwr.core.options import options_of
+from cafe_flwr.data.options import Data, Heterogeneity
+from cafe_flwr.methods import METHODS, CafeDistillMethod
 from cafe_flwr.methods.exit_agreement import PROXIES
 from cafe_flwr.methods.starts import STARTS
-from cafe_flwr.settings import Settings, keys_of_other_methods
+from cafe_flwr.networks.options import Compute, Model
+from cafe_flwr.risk.options import Calibration
+from cafe_flwr.server.options import Federation
+from cafe_flwr.settings import FORMER, OPTIONS, TABLES, Settings, _tell_former, todays
 from cafe_flwr.teaching import TEACHERS
+from cafe_flwr.training.options import Schedule
+from cafe_flwr.wire.options import Bounds, Privacy
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = Settings().to_run_config()
 
 
 def test_the_manifest_has_every_setting_with_its_default_and_type():
-    """`[tool.flwr.app.config]` is what `flwr run` starts from: keys, values and TOML types, in the order of `keys`."""
-    manifest = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+    """`[tool.flwr.app.config]` is what `flwr run` starts from: keys, values, TOML types, all in order."""
+    manifest = todays(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"])
     assert manifest == DEFAULTS
-    assert list(manifest) == Settings.keys()
+    assert list(manifest) == list(OPTIONS)
     assert {key: type(value) for key, value in manifest.items()} == {k: type(v) for k, v in DEFAULTS.items()}
 
 
+def test_manifests_and_docs_are_as_the_declarations_say(tmp_path):
+    for path, text in up_to_date(ROOT).items():
+        assert path.read_text() == text
+    for name in (*MANIFESTS, PAGE):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    main(["--check", "--root", str(tmp_path)])
+    manifest = tmp_path / MANIFESTS[0]
+    manifest.write_text(manifest.read_text().replace("num-clients = 20", "num-clients = 21"))
+    with pytest.raises(SystemExit, match=r"pyproject.toml: settings differ; run python -m"):
+        main(["--check", "--root", str(tmp_path)])
+    main(["--write", "--root", str(tmp_path)])
+    assert manifest.read_text() == (ROOT / MANIFESTS[0]).read_text()
+
+
 def test_names_are_kebab_case_and_values_are_what_flower_can_carry():
-    assert sorted(Settings.keys()) == sorted(DEFAULTS)
-    assert len(set(Settings.keys())) == len(Settings.keys())
+    assert list(OPTIONS) == list(DEFAULTS)
     for key, value in DEFAULTS.items():
         assert key == key.lower().replace("_", "-")
+        assert key.count(".") <= 1
         assert type(value) in (bool, int, float, str)
 
 
+def test_no_table_bears_the_name_of_a_setting():
+    """Flower has no key that is a value and a table; and a name of before is no key of today."""
+    assert not set(TABLES) & (set(DEFAULTS) | set(FORMER))
+    assert not set(FORMER) & set(DEFAULTS)
+    assert len({name for names in FORMER.values() for name in names}) == len(
+        [o for o in OPTIONS.values() if o.formerly]
+    )
+
+
 def test_every_setting_says_what_it_is_for():
-    for field in Settings.model_fields.values():
-        assert len(field.description) >= 7
-        assert field.description.endswith(".")
+    for o in OPTIONS.values():
+        assert len(o.doc) >= 7
+        assert o.doc.endswith(".")
 
 
 def test_settings_survive_a_round_trip():
@@ -50,7 +86,7 @@ def test_settings_survive_a_round_trip():
         "mu": 0.25,
         "dataset": "local:/data/my set.parquet",
         "resume": True,
-        "selection": "none",
+        "cafedistill.selection": "none",
         "local-epochs": 3,
         "results-dir": "/tmp/here",
     }
@@ -61,60 +97,44 @@ def test_settings_survive_a_round_trip():
 
 def test_defaults_of_the_parts_are_those_of_the_settings():
     """Whoever builds a strategy in Python gets what the manifest would give."""
-    method, budget = CafeDistillMethod(), CafeDistill().local
-    assert settings_of(method) == {name: getattr(Settings(), name) for name in settings_of(method)}
-    for name in ("batch_size", "learning_rate", "momentum", "weight_decay", "max_grad_norm", "keep_momentum"):
-        assert getattr(budget, name) == getattr(Settings(), name)
-    assert (budget.steps, budget.epochs) == (Settings().local_steps, Settings().local_epochs)
+    assert Settings().build_method() == CafeDistillMethod()
+    assert Settings().build_budget() == CafeDistill().local
+    for part in (Federation, Data, Heterogeneity, Model, Schedule, Compute, Bounds, Privacy, Calibration):
+        assert Settings().of(part) == part()
 
 
 def keys_of(method):
-    """Keys of the settings a method has not from every method, by the prefix of who declares them: itself, or the
-    method that it is a variant of; and those that it has from every method."""
-    cls, common = METHODS[method], {f.name for f in fields(Method)}
-    own = {f.name: f for f in fields(cls) if f.name not in common or f.name in cls.__annotations__}
-    owners = {name: next(c for c in cls.__mro__ if name in vars(c).get("__annotations__", {})) for name in own}
-    return {owners[name].prefix + kebab(name): f for name, f in own.items()}, common - set(own)
-
-
-def keys_declared_by(method):
-    """Those of them that it declares itself."""
-    return {key: f for key, f in keys_of(method)[0].items() if f.name in METHODS[method].__annotations__}
+    """Fields of a method by key: its own, and the method's that it is a variant of; not those of all methods."""
+    declared = METHODS[method].__dataclass_fields__
+    return {o.key: declared[o.field] for o in options_of(METHODS[method]) if o.table != "train"}
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_setting_of_every_method_is_a_key_under_its_prefix(method):
+def test_every_setting_of_every_method_is_a_key_of_its_table(method):
     """With the default, description and type of the method; unset, the method is as it is made in Python."""
     assert Settings.from_run_config({"method": method}).build_method() == METHODS[method]()
-    own, common = keys_of(method)
-    assert {kebab(name) for name in common} <= set(DEFAULTS)
-    for key, f in own.items():
+    for key, f in keys_of(method).items():
         assert DEFAULTS[key] == f.default
         assert type(DEFAULTS[key]) is type(f.default)
-        assert Settings.model_fields[key.replace("-", "_")].description == f.metadata["doc"]
+        assert OPTIONS[key].doc == f.metadata["doc"]
 
 
-def test_prefixes_tell_methods_apart():
-    """No key means two things: what a method declares is under its own prefix, which only CAFEDistill has not. Its
-    variant reads its settings, and declares those that it has not."""
-    owners = [key for method in METHODS for key in keys_declared_by(method)]
-    assert len(owners) == len(set(owners))
-    shared = {key for key in keys_of("cafedistill-plus")[0] if not key.startswith("plus-")}
-    assert shared == set(keys_of("cafedistill")[0]) - {"distill-weight"}
-    for method in METHODS.keys() - {"cafedistill-plus"}:
-        assert keys_of(method)[0] == keys_declared_by(method)
-    prefixes = [cls.prefix for cls in METHODS.values()]
-    assert len(set(prefixes)) == len(METHODS)
-    assert [name for name, cls in METHODS.items() if not cls.prefix] == ["cafedistill"]
-    assert all(prefix == "" or prefix.endswith("-") for prefix in prefixes)
-    runs_own = {kebab(name) for name in Settings.__annotations__}
-    assert not set(owners) & (runs_own | {kebab(f.name) for f in fields(Method)})
+def test_tables_tell_methods_apart():
+    """What a method declares is in the table of its name; three of CAFEDistill are in none."""
+    for method in METHODS:
+        own = {key.rpartition(".")[0] for key in keys_of(method)}
+        assert own <= ({method} if not method.startswith("cafedistill") else {"", "cafedistill", method})
+    assert {key for key in keys_of("cafedistill") if "." not in key} == {"mu", "distill-weight", "temperature"}
+    shared = {key for key in keys_of("cafedistill-plus") if not key.startswith("cafedistill-plus.")}
+    assert shared == set(keys_of("cafedistill")) - {"distill-weight"}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_choice_of_a_method_can_be_set(method):
-    needed = {"prior-counts": {"prior-match-by": "classifiers"}}  # class means would tell what counts hide
-    for key, f in keys_of(method)[0].items():
+    needed = {
+        "cafedistill-prior.counts": {"cafedistill-prior.match-by": "classifiers"}
+    }  # class means would tell what counts hide
+    for key, f in keys_of(method).items():
         for choice in f.metadata["choices"]:
             built = Settings.from_run_config({"method": method, **needed.get(key, {}), key: choice}).build_method()
             assert getattr(built, f.name) == choice
@@ -123,14 +143,14 @@ def test_every_choice_of_a_method_can_be_set(method):
 @pytest.mark.parametrize("counts", ["noised", "none"])
 def test_counts_that_are_hidden_although_class_means_tell_them_are_refused_before_the_run(counts):
     with pytest.raises(ValueError, match="set match_by to 'classifiers'"):
-        Settings.from_run_config({"method": "cafedistill-prior", "prior-counts": counts})
+        Settings.from_run_config({"method": "cafedistill-prior", "cafedistill-prior.counts": counts})
 
 
 def test_the_choices_of_cafedistill_are_those_of_its_parts():
-    own, _ = keys_of("cafedistill-text")
-    assert own["text-selection"].metadata["choices"] == tuple(SELECTIONS)
-    assert own["text-teachers"].metadata["choices"] == tuple(TEACHERS)
-    assert own["text-similarity-proxy"].metadata["choices"] == tuple(PROXIES)
+    own = keys_of("cafedistill-text")
+    assert own["cafedistill-text.selection"].metadata["choices"] == tuple(SELECTIONS)
+    assert own["cafedistill-text.teachers"].metadata["choices"] == tuple(TEACHERS)
+    assert own["cafedistill-text.similarity-proxy"].metadata["choices"] == tuple(PROXIES)
     assert METHODS["fedper"].__dataclass_fields__["classifier_start"].metadata["choices"] == tuple(STARTS)
 
 
@@ -138,7 +158,7 @@ def test_the_choices_of_cafedistill_are_those_of_its_parts():
 def test_every_bound_of_a_method_holds_and_is_no_tighter(method):
     """The value at a bound can be set, or not where it says `greater than`; the next one cannot, and is refused by the
     name of the key."""
-    for key, f in keys_of(method)[0].items():
+    for key, f in keys_of(method).items():
         bounds, number = f.metadata, type(f.default)
         if number is bool or isinstance(f.default, str):
             continue
@@ -174,20 +194,9 @@ def test_too_few_steps_for_the_phases_of_a_method_are_refused(method):
     else:
         with pytest.raises(ValueError, match=f"local-steps = 1 cannot be shared by the 2 things that {method} trains"):
             Settings.from_run_config(config)
-        Settings.from_run_config({**config, "equal-steps": False})
+        Settings.from_run_config({**config, "train.equal-steps": False})
         Settings.from_run_config({**config, "local-epochs": 1})
         Settings.from_run_config({**config, "local-steps": 2})
-
-
-def test_settings_that_a_method_does_not_read_are_known():
-    """What the report may leave out: the others' own, not those of every method or of the run."""
-    others = keys_of_other_methods("ditto")
-    assert {"mu", "solver", "fedprox-mu", "text-mu", "prior-pull", "plus-mixture-examples"} <= others
-    assert not {"ditto-pull", "prior", "distill", "equal-steps", "learning-rate"} & others
-    assert keys_of_other_methods("cafedistill") >= {"ditto-pull"}
-    assert "mu" not in keys_of_other_methods("cafedistill")
-    assert "mu" not in keys_of_other_methods("cafedistill-plus")
-    assert keys_of_other_methods("cafedistill-plus") >= {"distill-weight", "text-mu", "prior-mu"}
 
 
 @pytest.mark.parametrize(
@@ -197,6 +206,10 @@ def test_settings_that_a_method_does_not_read_are_known():
         ("learning_rate", "learning-rate"),
         ("num-rounds", "num-server-rounds"),
         ("Seed", "seed"),
+        ("federation.fraction-trian", "federation.fraction-train"),
+        ("fraction-trian", "federation.fraction-train"),
+        ("model.network-width", "model.width"),
+        ("fedprox-mu.mu", "fedprox.mu"),
         ("lokal-steps", "local-steps"),
     ],
 )
@@ -207,7 +220,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key, nearest):
 
 def test_a_key_like_no_other_is_refused_with_all_that_are_known():
     with pytest.raises(
-        ValueError, match=r"unknown setting 'zzz'; known settings: name, seed, .*max-staleness"
+        ValueError, match=r"unknown setting 'zzz'; known settings: name, seed, .*scalefl.warmup"
     ) as caught:
         Settings.from_run_config({"zzz": 1})
     assert all(key in str(caught.value) for key in DEFAULTS)
@@ -225,9 +238,9 @@ WRONG_TYPES = [
     ("seed", True),
     ("resume", "yes"),
     ("resume", 1),
-    ("equal-steps", 1),
-    ("ditto-pull", "0.1"),
-    ("fedbabu-finetune-rounds", 2.0),
+    ("train.equal-steps", 1),
+    ("ditto.pull", "0.1"),
+    ("fedbabu.finetune-rounds", 2.0),
     ("method", 1),
     ("num-server-rounds", 100.0),
     ("num-server-rounds", "100"),
@@ -235,10 +248,10 @@ WRONG_TYPES = [
     ("learning-rate", False),
     ("dataset", 5),
     ("name", 3),
-    ("image-channels", 0.0),
-    ("stem-stride", True),
+    ("data.image-channels", 0.0),
+    ("model.stem-stride", True),
     ("mu", None),
-    ("selection", 1),
+    ("cafedistill.selection", 1),
     ("local-steps", [1]),
 ]
 
@@ -258,14 +271,26 @@ def test_no_number_with_a_point_passes_for_anything_else(key, value):
         Settings.from_run_config({key: value})
 
 
-OPEN = ("test-share", "risk", "confidence-level", "privacy-delta")  # neither 0 nor 1 can be
+OPEN = (
+    "data.test-share",
+    "calibration.risk",
+    "calibration.confidence-level",
+    "privacy.delta",
+)  # neither 0 nor 1 can be
 
 
 @pytest.mark.parametrize("key", [k for k, v in DEFAULTS.items() if type(v) is float and k not in OPEN])
 def test_whole_numbers_pass_for_numbers(key):
     """`learning-rate=1` on the command line is an integer in TOML."""
-    nothing = ("momentum", "dropout", "calibration-share", "validation-share", "upload-clip-norm", "noise-multiplier")
-    value = 0 if key in (*nothing, "max-update-ratio") else 1
+    nothing = (
+        "train.momentum",
+        "model.dropout",
+        "data.calibration-share",
+        "data.validation-share",
+        "privacy.upload-clip-norm",
+        "privacy.noise-multiplier",
+    )
+    value = 0 if key in (*nothing, "federation.max-update-ratio") else 1
     assert Settings.from_run_config({key: value}).to_run_config()[key] == value
 
 
@@ -282,142 +307,144 @@ IMPOSSIBLE = [
     ("num-server-rounds", 0, "greater than or equal to 1"),
     ("num-clients", 0, "greater than or equal to 1"),
     ("mode", "serve", "'train' or 'calibrate'"),
-    ("risk", 0.0, "greater than 0"),
-    ("risk", 1.0, "less than 1"),
-    ("confidence-level", 0.0, "greater than 0"),
-    ("confidence-level", 1.0, "less than 1"),
-    ("wire-dtype", "float64", "'float32' or 'float16'"),
-    ("max-update-norm", -1.0, "greater than or equal to 0"),
-    ("max-update-ratio", -1.0, "greater than or equal to 0"),
-    ("clip-norm", -1.0, "greater than or equal to 0"),
-    ("upload-clip-norm", -1.0, "greater than or equal to 0"),
-    ("noise-multiplier", -0.1, "greater than or equal to 0"),
-    ("privacy-delta", 0.0, "greater than 0"),
-    ("privacy-delta", 1.0, "less than 1"),
-    ("fraction-train", 0.0, "greater than 0"),
-    ("fraction-train", 1.01, "less than or equal to 1"),
-    ("min-train-nodes", 0, "greater than or equal to 1"),
-    ("min-available-nodes", 0, "greater than or equal to 1"),
-    ("evaluate-every", 0, "greater than or equal to 1"),
-    ("wait-seconds", -1.0, "greater than or equal to 0"),
-    ("round-timeout", 0.0, "greater than 0"),
-    ("round-retries", -1, "greater than or equal to 0"),
+    ("calibration.risk", 0.0, "greater than 0"),
+    ("calibration.risk", 1.0, "less than 1"),
+    ("calibration.confidence-level", 0.0, "greater than 0"),
+    ("calibration.confidence-level", 1.0, "less than 1"),
+    ("federation.wire-dtype", "float64", "'float32' or 'float16'"),
+    ("federation.max-update-norm", -1.0, "greater than or equal to 0"),
+    ("federation.max-update-ratio", -1.0, "greater than or equal to 0"),
+    ("privacy.clip-norm", -1.0, "greater than or equal to 0"),
+    ("privacy.upload-clip-norm", -1.0, "greater than or equal to 0"),
+    ("privacy.noise-multiplier", -0.1, "greater than or equal to 0"),
+    ("privacy.delta", 0.0, "greater than 0"),
+    ("privacy.delta", 1.0, "less than 1"),
+    ("federation.fraction-train", 0.0, "greater than 0"),
+    ("federation.fraction-train", 1.01, "less than or equal to 1"),
+    ("federation.min-train-nodes", 0, "greater than or equal to 1"),
+    ("federation.min-available-nodes", 0, "greater than or equal to 1"),
+    ("federation.evaluate-every", 0, "greater than or equal to 1"),
+    ("federation.wait-seconds", -1.0, "greater than or equal to 0"),
+    ("federation.round-timeout", 0.0, "greater than 0"),
+    ("federation.round-retries", -1, "greater than or equal to 0"),
     ("dataset", "cifar", "match pattern"),
     ("dataset", "local:", "match pattern"),
-    ("partition", "iid", "'dirichlet', 'pathological' or 'natural'"),
-    ("natural-split", "iid", "'even' or 'dirichlet'"),
-    ("text-part", "headline", "'whole' or 'title'"),
+    ("data.partition", "iid", "'dirichlet', 'pathological' or 'natural'"),
+    ("data.natural-split", "iid", "'even' or 'dirichlet'"),
+    ("data.text-part", "headline", "'whole' or 'title'"),
     ("dirichlet-alpha", 0.0, "greater than 0"),
-    ("classes-per-client", 0, "greater than or equal to 1"),
-    ("examples-per-client", 9, "greater than or equal to 10"),
-    ("calibration-share", -0.1, "greater than or equal to 0"),
-    ("calibration-share", 1.0, "less than 1"),
-    ("test-share", 0.0, "greater than 0"),
-    ("test-share", 1.0, "less than 1"),
-    ("validation-share", -0.1, "greater than or equal to 0"),
-    ("validation-share", 1.0, "less than 1"),
-    ("label-groups", -1, "greater than or equal to 0"),
-    ("rotations", 0, "greater than or equal to 1"),
-    ("test-shift", -0.1, "greater than or equal to 0"),
-    ("test-shift", 1.1, "less than or equal to 1"),
-    ("image-size", -1, "greater than or equal to 0"),
-    ("image-column", "", "at least 1 character"),
-    ("label-column", "", "at least 1 character"),
-    ("image-channels", 2, "0, 1 or 3"),
-    ("augmentation", "strong", "'usual' or 'none'"),
-    ("max-tokens", 0, "greater than or equal to 1"),
-    ("vocabulary", 1, "greater than or equal to 2"),
-    ("long-texts", "keep", "'cut' or 'refuse'"),
+    ("data.classes-per-client", 0, "greater than or equal to 1"),
+    ("data.examples-per-client", 9, "greater than or equal to 10"),
+    ("data.calibration-share", -0.1, "greater than or equal to 0"),
+    ("data.calibration-share", 1.0, "less than 1"),
+    ("data.test-share", 0.0, "greater than 0"),
+    ("data.test-share", 1.0, "less than 1"),
+    ("data.validation-share", -0.1, "greater than or equal to 0"),
+    ("data.validation-share", 1.0, "less than 1"),
+    ("data.label-groups", -1, "greater than or equal to 0"),
+    ("data.rotations", 0, "greater than or equal to 1"),
+    ("data.test-shift", -0.1, "greater than or equal to 0"),
+    ("data.test-shift", 1.1, "less than or equal to 1"),
+    ("data.image-size", -1, "greater than or equal to 0"),
+    ("data.image-column", "", "at least 1 character"),
+    ("data.label-column", "", "at least 1 character"),
+    ("data.image-channels", 2, "0, 1 or 3"),
+    ("data.augmentation", "strong", "'usual' or 'none'"),
+    ("data.max-tokens", 0, "greater than or equal to 1"),
+    ("data.vocabulary", 1, "greater than or equal to 2"),
+    ("data.long-texts", "keep", "'cut' or 'refuse'"),
     ("network", "mlp", "'conv', 'resnet18', 'transformer', 'published-conv'"),
-    ("network-width", -1, "greater than or equal to 0"),
-    ("network-depth", -1, "greater than or equal to 0"),
-    ("norm", "none", "'group', 'batch' or 'layer'"),
-    ("statistics", "keep", "'average', 'personal' or 'drop'"),
-    ("stem-stride", 3, "1 or 2"),
-    ("attention-heads", 0, "greater than or equal to 1"),
-    ("dropout", 1.0, "less than 1"),
-    ("feature-width", 0, "greater than or equal to 1"),
+    ("model.width", -1, "greater than or equal to 0"),
+    ("model.depth", -1, "greater than or equal to 0"),
+    ("model.norm", "none", "'group', 'batch' or 'layer'"),
+    ("model.statistics", "keep", "'average', 'personal' or 'drop'"),
+    ("model.stem-stride", 3, "1 or 2"),
+    ("model.attention-heads", 0, "greater than or equal to 1"),
+    ("model.dropout", 1.0, "less than 1"),
+    ("model.feature-width", 0, "greater than or equal to 1"),
     ("local-steps", 0, "greater than or equal to 1"),
     ("local-epochs", -1, "greater than or equal to 0"),
-    ("batch-size", 0, "greater than or equal to 1"),
-    ("optimizer", "adam", "'sgd' or 'adamw'"),
+    ("train.batch-size", 0, "greater than or equal to 1"),
+    ("train.optimizer", "adam", "'sgd' or 'adamw'"),
     ("learning-rate", 0.0, "greater than 0"),
-    ("learning-rate-schedule", "linear", "'cosine' or 'exponential'"),
-    ("learning-rate-decay", 0.0, "greater than 0"),
-    ("learning-rate-decay", 1.01, "less than or equal to 1"),
-    ("momentum", 1.0, "less than 1"),
-    ("momentum", -0.1, "greater than or equal to 0"),
-    ("weight-decay", -0.1, "greater than or equal to 0"),
-    ("max-grad-norm", -1.0, "greater than or equal to 0"),
-    ("device", "gpu", "match pattern"),
-    ("precision", "float64", "'float32', 'bfloat16' or 'float16'"),
-    ("clients-per-gpu", 0, "greater than or equal to 1"),
+    ("train.learning-rate-schedule", "linear", "'cosine' or 'exponential'"),
+    ("train.learning-rate-decay", 0.0, "greater than 0"),
+    ("train.learning-rate-decay", 1.01, "less than or equal to 1"),
+    ("train.momentum", 1.0, "less than 1"),
+    ("train.momentum", -0.1, "greater than or equal to 0"),
+    ("train.weight-decay", -0.1, "greater than or equal to 0"),
+    ("train.max-grad-norm", -1.0, "greater than or equal to 0"),
+    ("compute.device", "gpu", "match pattern"),
+    ("compute.precision", "float64", "'float32', 'bfloat16' or 'float16'"),
+    ("compute.clients-per-gpu", 0, "greater than or equal to 1"),
     ("objective", "kd", "'cross-entropy', 'safe-kd', 'erde' or 'neo-kd'"),
-    ("ema-decay", -0.1, "greater than or equal to 0"),
-    ("ema-decay", 1.1, "less than or equal to 1"),
-    ("objective-temperature", 0.0, "greater than 0"),
-    ("safe-kd-alpha", -0.1, "greater than or equal to 0"),
-    ("safe-kd-beta", -0.1, "greater than or equal to 0"),
-    ("erde-right", -0.1, "greater than or equal to 0"),
-    ("erde-wrong", -0.1, "greater than or equal to 0"),
-    ("neo-kd-alpha", -0.1, "greater than or equal to 0"),
-    ("neo-kd-beta", -0.1, "greater than or equal to 0"),
-    ("adversarial-epsilon", -0.1, "greater than or equal to 0"),
-    ("adversarial-steps", 0, "greater than or equal to 1"),
-    ("text-objective-teacher", "me", "'ema' or 'matched'"),
+    ("safe-kd.ema-decay", -0.1, "greater than or equal to 0"),
+    ("safe-kd.ema-decay", 1.1, "less than or equal to 1"),
+    ("erde.ema-decay", 1.1, "less than or equal to 1"),
+    ("erde.temperature", 0.0, "greater than 0"),
+    ("safe-kd.temperature", 0.0, "greater than 0"),
+    ("safe-kd.alpha", -0.1, "greater than or equal to 0"),
+    ("safe-kd.beta", -0.1, "greater than or equal to 0"),
+    ("erde.right", -0.1, "greater than or equal to 0"),
+    ("erde.wrong", -0.1, "greater than or equal to 0"),
+    ("neo-kd.alpha", -0.1, "greater than or equal to 0"),
+    ("neo-kd.beta", -0.1, "greater than or equal to 0"),
+    ("neo-kd.epsilon", -0.1, "greater than or equal to 0"),
+    ("neo-kd.steps", 0, "greater than or equal to 1"),
+    ("cafedistill-text.objective-teacher", "me", "'ema' or 'matched'"),
     ("mu", 0.0, "greater than 0"),
     ("mu", -0.5, "greater than 0"),
     ("distill-weight", -1.0, "greater than or equal to 0"),
     ("temperature", 0.0, "greater than 0"),
-    ("selection", "random", "'shallow-first' or 'none'"),
-    ("conflict", "layers", "'clients' or 'exits'"),
-    ("match-by", "features", "'updates' or 'parameters'"),
-    ("classifier-start", "one", "'zero', 'common', 'own' or 'built'"),
-    ("plus-mixture-examples", 0.0, "greater than 0"),
-    ("text-classifier-start", "one", "'zero', 'common', 'own' or 'built'"),
-    ("text-mu", -0.5, "greater than or equal to 0"),
-    ("text-distill-weight", -1.0, "greater than or equal to 0"),
-    ("text-temperature", 0.0, "greater than 0"),
-    ("text-selection", "best", "'shallow-first', 'deep-first', 'random' or 'none'"),
-    ("text-peers", "some", "'all', 'alike' or 'deeper'"),
-    ("text-teachers", "all", "'matched', 'uniform' or 'own'"),
-    ("text-similarity-proxy", "loss", "'parameters' or 'gradients'"),
-    ("text-max-staleness", -1, "greater than or equal to 0"),
-    ("prior-classifier-start", "zero", "'built'"),
-    ("prior-mu", 0.0, "greater than 0"),
-    ("prior-pull", -0.1, "greater than or equal to 0"),
-    ("prior-pull", 1.1, "less than or equal to 1"),
-    ("plus-distill-weight", -1.0, "greater than or equal to 0"),
-    ("prior-distill-weight", -1.0, "greater than or equal to 0"),
-    ("prior-last-weight", -1.0, "greater than or equal to 0"),
-    ("prior-temperature", 0.0, "greater than 0"),
-    ("prior-selection", "best", "'shallow-first', 'deep-first', 'random' or 'none'"),
-    ("prior-backbone-pull", -0.1, "greater than or equal to 0"),
-    ("prior-backbone-pull", 1.1, "less than or equal to 1"),
-    ("prior-match-by", "name", "'features' or 'classifiers'"),
-    ("prior-same-above", -1.1, "greater than or equal to -1"),
-    ("prior-same-above", 1.1, "less than or equal to 1"),
-    ("prior-counts", "some", "'exact', 'noised' or 'none'"),
-    ("prior-count-epsilon", 0.0, "greater than 0"),
-    ("depthfl-ramp", 0.0, "greater than 0"),
-    ("depthfl-ramp", 1.1, "less than or equal to 1"),
-    ("ditto-pull", -0.1, "greater than or equal to 0"),
-    ("fedamp-sharpness", -1.0, "greater than or equal to 0"),
-    ("fedamp-self-weight", 1.1, "less than or equal to 1"),
-    ("fedamp-proximal", -0.1, "greater than or equal to 0"),
-    ("fedbabu-classifier-start", "zero", "'common', 'own' or 'built'"),
-    ("fedbabu-finetune-rounds", -1, "greater than or equal to 0"),
-    ("fedpac-alignment", -1.0, "greater than or equal to 0"),
-    ("fedprox-mu", -0.1, "greater than or equal to 0"),
-    ("local-kd-distill-weight", -1.0, "greater than or equal to 0"),
-    ("local-kd-temperature", 0.0, "greater than 0"),
-    ("pfedgraph-mu", -0.1, "greater than or equal to 0"),
-    ("pfedgraph-same-above", -1.1, "greater than or equal to -1"),
-    ("pfedgraph-same-above", 1.1, "less than or equal to 1"),
-    ("pfedgraph-alignment", -0.1, "greater than or equal to 0"),
-    ("scalefl-gamma", -0.1, "greater than or equal to 0"),
-    ("scalefl-temperature", 0.0, "greater than 0"),
-    ("scalefl-warmup", -0.1, "greater than or equal to 0"),
+    ("cafedistill.selection", "random", "'shallow-first' or 'none'"),
+    ("cafedistill.conflict", "layers", "'clients' or 'exits'"),
+    ("cafedistill.match-by", "features", "'updates' or 'parameters'"),
+    ("train.classifier-start", "one", "'zero', 'common', 'own' or 'built'"),
+    ("cafedistill-plus.mixture-examples", 0.0, "greater than 0"),
+    ("cafedistill-text.classifier-start", "one", "'zero', 'common', 'own' or 'built'"),
+    ("cafedistill-text.mu", -0.5, "greater than or equal to 0"),
+    ("cafedistill-text.distill-weight", -1.0, "greater than or equal to 0"),
+    ("cafedistill-text.temperature", 0.0, "greater than 0"),
+    ("cafedistill-text.selection", "best", "'shallow-first', 'deep-first', 'random' or 'none'"),
+    ("cafedistill-text.peers", "some", "'all', 'alike' or 'deeper'"),
+    ("cafedistill-text.teachers", "all", "'matched', 'uniform' or 'own'"),
+    ("cafedistill-text.similarity-proxy", "loss", "'parameters' or 'gradients'"),
+    ("cafedistill-text.max-staleness", -1, "greater than or equal to 0"),
+    ("cafedistill-prior.classifier-start", "zero", "'built'"),
+    ("cafedistill-prior.mu", 0.0, "greater than 0"),
+    ("cafedistill-prior.pull", -0.1, "greater than or equal to 0"),
+    ("cafedistill-prior.pull", 1.1, "less than or equal to 1"),
+    ("cafedistill-plus.distill-weight", -1.0, "greater than or equal to 0"),
+    ("cafedistill-prior.distill-weight", -1.0, "greater than or equal to 0"),
+    ("cafedistill-prior.last-weight", -1.0, "greater than or equal to 0"),
+    ("cafedistill-prior.temperature", 0.0, "greater than 0"),
+    ("cafedistill-prior.selection", "best", "'shallow-first', 'deep-first', 'random' or 'none'"),
+    ("cafedistill-prior.backbone-pull", -0.1, "greater than or equal to 0"),
+    ("cafedistill-prior.backbone-pull", 1.1, "less than or equal to 1"),
+    ("cafedistill-prior.match-by", "name", "'features' or 'classifiers'"),
+    ("cafedistill-prior.same-above", -1.1, "greater than or equal to -1"),
+    ("cafedistill-prior.same-above", 1.1, "less than or equal to 1"),
+    ("cafedistill-prior.counts", "some", "'exact', 'noised' or 'none'"),
+    ("cafedistill-prior.count-epsilon", 0.0, "greater than 0"),
+    ("depthfl.ramp", 0.0, "greater than 0"),
+    ("depthfl.ramp", 1.1, "less than or equal to 1"),
+    ("ditto.pull", -0.1, "greater than or equal to 0"),
+    ("fedamp.sharpness", -1.0, "greater than or equal to 0"),
+    ("fedamp.self-weight", 1.1, "less than or equal to 1"),
+    ("fedamp.proximal", -0.1, "greater than or equal to 0"),
+    ("fedbabu.classifier-start", "zero", "'common', 'own' or 'built'"),
+    ("fedbabu.finetune-rounds", -1, "greater than or equal to 0"),
+    ("fedpac.alignment", -1.0, "greater than or equal to 0"),
+    ("fedprox.mu", -0.1, "greater than or equal to 0"),
+    ("local-kd.distill-weight", -1.0, "greater than or equal to 0"),
+    ("local-kd.temperature", 0.0, "greater than 0"),
+    ("pfedgraph.mu", -0.1, "greater than or equal to 0"),
+    ("pfedgraph.same-above", -1.1, "greater than or equal to -1"),
+    ("pfedgraph.same-above", 1.1, "less than or equal to 1"),
+    ("pfedgraph.alignment", -0.1, "greater than or equal to 0"),
+    ("scalefl.gamma", -0.1, "greater than or equal to 0"),
+    ("scalefl.temperature", 0.0, "greater than 0"),
+    ("scalefl.warmup", -0.1, "greater than or equal to 0"),
 ]
 
 
@@ -437,8 +464,15 @@ def test_numbers_are_finite(key, value):
 
 def test_every_setting_with_a_range_or_a_list_is_tried_above():
     """A new setting must be tried too."""
-    elsewhere = {"state-dir", "data-dir", "class-names", "depth-shares", "modalities", "partition-column"}
-    elsewhere |= {"solver", "text-solver"}
+    elsewhere = {
+        "federation.state-dir",
+        "data.dir",
+        "data.class-names",
+        "heterogeneity.depth-shares",
+        "heterogeneity.modalities",
+        "data.partition-column",
+    }
+    elsewhere |= {"cafedistill.solver", "cafedistill-text.solver"}
     free = elsewhere | {key for key, value in DEFAULTS.items() if type(value) is bool}  # checked below
     assert {key for key, _, _ in IMPOSSIBLE} | free == set(DEFAULTS)
 
@@ -447,35 +481,63 @@ def test_every_setting_with_a_range_or_a_list_is_tried_above():
     ("settings", "message"),
     [
         (
-            {"calibration-share": 0.6, "test-share": 0.4},
-            r"calibration-share \+ test-share must leave something.*0.6 \+ ",
+            {"data.calibration-share": 0.6, "data.test-share": 0.4},
+            r"data.calibration-share \+ data.test-share must leave something.*0.6 \+ ",
         ),
-        ({"min-train-nodes": 5, "num-clients": 4}, r"min-train-nodes \(5\) must not exceed num-clients \(4\)"),
-        ({"solver": "gurobee"}, "solver must be 'exact' or one of: .*osqp.*; got 'gurobee'"),
         (
-            {"method": "cafedistill-text", "text-solver": "gurobee"},
-            "text-solver must be 'exact' or one of: .*osqp.*; got ",
+            {"federation.min-train-nodes": 5, "num-clients": 4},
+            r"federation.min-train-nodes \(5\) must not exceed num-clients \(4\)",
         ),
-        ({"classifier-start": "built"}, "classifier_start = 'built' is not for cafedistill: .* Set it to zero, common"),
-        ({"solver": ""}, "solver must be 'exact' or one of: .*osqp.*; got ''"),
-        ({"method": "fedrod", "prior": True}, "prior is not for fedrod"),
+        ({"cafedistill.solver": "gurobee"}, "solver must be 'exact' or one of: .*osqp.*; got 'gurobee'"),
+        (
+            {"method": "cafedistill-text", "cafedistill-text.solver": "gurobee"},
+            "cafedistill-text.solver must be 'exact' or one of: .*osqp.*; got ",
+        ),
+        (
+            {"train.classifier-start": "built"},
+            "classifier_start = 'built' is not for cafedistill: .* Set it to zero, common",
+        ),
+        ({"cafedistill.solver": ""}, "solver must be 'exact' or one of: .*osqp.*; got ''"),
+        ({"method": "fedrod", "train.prior": True}, "prior is not for fedrod"),
         ({"results-dir": "results"}, "results-dir must be an absolute path or start with '~', got 'results'"),
-        ({"dataset": "local:pacs"}, "dataset must be an absolute path .* got 'pacs'.*or set data-dir"),
-        ({"partition": "natural", "partition-column": "style"}, "dataset = 'digit-pairs' has none: set dataset to"),
-        ({"dataset": "local:/a", "partition": "natural"}, "needs partition-column"),
+        ({"dataset": "local:pacs"}, "dataset must be an absolute path .* got 'pacs'.*or set data.dir"),
         (
-            {"dataset": "local:/a", "partition": "natural", "partition-column": "style", "label-groups": 2},
-            "label-groups = 2 is not for partition = 'natural': set it to 0",
+            {"data.partition": "natural", "data.partition-column": "style"},
+            "dataset = 'digit-pairs' has none: set dataset to",
         ),
-        ({"partition-column": "style"}, "partition-column = 'style' .* partition = 'dirichlet': set partition to 'nat"),
-        ({"natural-split": "dirichlet"}, "natural-split = 'dirichlet' is of the natural partition"),
-        ({"dirichlet-cap": True, "partition": "pathological"}, "dirichlet-cap = true .* partition = 'pathological'"),
+        ({"dataset": "local:/a", "data.partition": "natural"}, "needs data.partition-column"),
         (
-            {"dataset": "cifar100", "partition": "natural", "partition-column": "coarse_label", "dirichlet-cap": True},
-            "dirichlet-cap = true .* or natural-split to 'dirichlet'",
+            {
+                "dataset": "local:/a",
+                "data.partition": "natural",
+                "data.partition-column": "style",
+                "data.label-groups": 2,
+            },
+            "data.label-groups = 2 is not for data.partition = 'natural': set it to 0",
         ),
-        ({"text-part": "title"}, "text-part = 'title' is for 'ag-news', and 'digit-pairs' has no titles"),
-        ({"state-dir": "./state"}, "state-dir must be an absolute path or start with '~', got './state'"),
+        (
+            {"data.partition-column": "style"},
+            "data.partition-column = 'style' .* data.partition = 'dirichlet': set data.partition to 'nat",
+        ),
+        ({"data.natural-split": "dirichlet"}, "data.natural-split = 'dirichlet' is of the natural partition"),
+        (
+            {"data.dirichlet-cap": True, "data.partition": "pathological"},
+            "data.dirichlet-cap = true .* data.partition = 'pathological'",
+        ),
+        (
+            {
+                "dataset": "cifar100",
+                "data.partition": "natural",
+                "data.partition-column": "coarse_label",
+                "data.dirichlet-cap": True,
+            },
+            "data.dirichlet-cap = true .* or data.natural-split to 'dirichlet'",
+        ),
+        ({"data.text-part": "title"}, "data.text-part = 'title' is for 'ag-news', and 'digit-pairs' has no titles"),
+        (
+            {"federation.state-dir": "./state"},
+            "federation.state-dir must be an absolute path or start with '~', got './state'",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(settings, message):
@@ -515,8 +577,8 @@ def test_home_is_understood_in_paths(monkeypatch):
 
 
 def test_shares_sum_to_one():
-    assert Settings().shares == pytest.approx((0.48, 0.12, 0.40))
-    assert sum(Settings(calibration_share=0.0, test_share=0.3).shares) == pytest.approx(1.0)
+    assert Data().shares == pytest.approx((0.48, 0.12, 0.40))
+    assert sum(Data(calibration_share=0.0, test_share=0.3).shares) == pytest.approx(1.0)
 
 
 def test_settings_do_not_change():
@@ -524,14 +586,175 @@ def test_settings_do_not_change():
         Settings().seed = 3
 
 
-def test_settings_that_the_method_does_not_read_are_named():
-    settings = Settings.from_run_config({"method": "ditto", "mu": 0.7, "ditto-pull": 0.3, "fedprox-mu": 0.01})
-    assert settings.unread() == ["mu"]
-    taught = {"method": "ditto", "objective": "erde", "ema-decay": 0.9, "safe-kd-alpha": 2.0, "neo-kd-beta": 0.0}
-    assert Settings.from_run_config(taught).unread() == ["neo-kd-beta", "safe-kd-alpha"]
-    matched = {"method": "cafedistill-text", "text-objective-teacher": "matched"}
-    assert Settings.from_run_config(matched).unread() == ["text-objective-teacher"]
-    assert Settings.from_run_config({**matched, "objective": "safe-kd"}).unread() == []
-    assert Settings.from_run_config({"text-mu": 0.7}).unread() == ["text-mu"]
-    assert Settings.from_run_config({"method": "cafedistill-plus", "mu": 0.7}).unread() == []
-    assert Settings.from_run_config({"mu": 0.7}).unread() == []
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        ({"method": "ditto", "mu": 0.7, "ditto.pull": 0.3, "fedprox.mu": 0.01}, ["mu"]),
+        (
+            {"method": "ditto", "objective": "erde", "erde.ema-decay": 0.9, "safe-kd.alpha": 2.0, "neo-kd.beta": 0.0},
+            ["neo-kd.beta", "safe-kd.alpha"],
+        ),
+        (
+            {"method": "cafedistill-text", "cafedistill-text.objective-teacher": "matched"},
+            ["cafedistill-text.objective-teacher"],
+        ),
+        (
+            {"method": "cafedistill-text", "cafedistill-text.objective-teacher": "matched", "objective": "safe-kd"},
+            [],
+        ),
+        ({"cafedistill-text.mu": 0.7}, ["cafedistill-text.mu"]),
+        ({"method": "cafedistill-plus", "mu": 0.7}, []),
+        ({"method": "cafedistill-plus", "distill-weight": 0.7}, ["distill-weight"]),
+        ({"method": "fedbabu", "train.classifier-start": "own"}, ["train.classifier-start"]),
+        ({"mu": 0.7}, []),
+        ({"calibration.risk": 0.1}, ["calibration.risk"]),
+        ({"calibration.risk": 0.1, "mode": "calibrate"}, []),
+        ({"data.max-tokens": 9}, ["data.max-tokens"]),
+        ({"data.max-tokens": 9, "dataset": "ag-news", "network": "transformer"}, []),
+        ({"data.image-size": 9, "dataset": "local:/a"}, []),
+        ({"model.dropout": 0.5}, ["model.dropout"]),
+        ({"data.classes-per-client": 3}, ["data.classes-per-client"]),
+        ({"data.classes-per-client": 3, "data.partition": "pathological"}, []),
+        ({"dirichlet-alpha": 0.3, "data.partition": "pathological"}, ["dirichlet-alpha"]),
+    ],
+)
+def test_what_is_set_and_not_read_is_refused_with_what_would_read_it(settings, unread):
+    read = Settings.from_run_config(settings)
+    assert sorted(read.unread()) == unread
+    if not unread:
+        read.check_read()
+        return
+    with pytest.raises(ValueError, match="would change nothing: it is read with ") as caught:
+        read.check_read()
+    assert all(f"{key} = " in str(caught.value) for key in unread)
+
+
+def test_the_sentence_on_what_is_not_read():
+    with pytest.raises(ValueError, match="ditto") as caught:
+        Settings.from_run_config({"ditto.pull": 0.7}).check_read()
+    assert str(caught.value) == (
+        "ditto.pull = 0.7 would change nothing: it is read with method = 'ditto', and method = 'cafedistill'"
+    )
+
+
+# --- tables, and names from before there were any --------------------------------------------------------------------
+
+
+def test_tables_and_dots_are_the_same():
+    nested = {"seed": 3, "federation": {"fraction-train": 0.5}, "safe-kd": {"alpha": 2.0}, "objective": "safe-kd"}
+    read = Settings.from_run_config(nested)
+    flat = {"seed": 3, "federation.fraction-train": 0.5, "safe-kd.alpha": 2.0, "objective": "safe-kd"}
+    assert read == Settings.from_run_config(flat)
+    assert (read.federation.fraction_train, read.safe_kd.alpha) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"federation": 3}, "^federation is a table of settings, got 3: write federation.fraction-train = 1.0$"),
+        ({"seed": {"a": 1}}, r"^seed is one value, got the table {'a': 1}: write seed = 0, or the like$"),
+        (
+            {"train": {"momentum": {"a": 1}}},
+            r"^train.momentum is one value, got the table {'a': 1}: write train.momentum",
+        ),
+        ({"federation": 1, "federation.fraction-train": 0.5}, "federation is a table of settings, got 1: write"),
+        ({"seed": 1, "seed.a": 2}, "'seed' is there as a value and as a table: leave one out"),
+        ({"seed.a": 2, "seed": 1}, "'seed' is there as a value and as a table: leave one out"),
+        (
+            {"federation": {"fraction-train": 0.5}, "federation.fraction-train": 0.5},
+            "'federation.fraction-train' is there twice, in a table and with a dot: leave one out",
+        ),
+        (
+            {"fraction-train": 0.5, "federation.fraction-train": 0.5},
+            "'fraction-train' and 'federation.fraction-train' are the same setting: leave out 'fraction-train', its na",
+        ),
+        (
+            {"federation": {"fraction-train": 0.5}, "fraction-train": 1.0},
+            "are the same setting: leave out 'fraction-tr",
+        ),
+    ],
+)
+def test_a_table_in_the_place_of_a_value_or_a_setting_twice_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        Settings.from_run_config(config)
+
+
+@pytest.mark.parametrize("name", sorted(FORMER))
+def test_a_name_from_before_there_were_tables_is_read(name, flower_log):
+    """With a line that says the key; values, bounds and all else are those of the key."""
+    _tell_former.cache_clear()
+    values = {"objective": FORMER[name][0].partition(".")[0]} if len(FORMER[name]) > 1 else {}
+    key = FORMER[name][0]
+    assert Settings.from_run_config({**values, name: DEFAULTS[key]}) == Settings.from_run_config(values)
+    assert f"'{name}' is '{key}'" in flower_log.text()
+
+
+def test_a_name_that_two_objectives_read_is_of_the_one_that_is_chosen():
+    for objective, other in (("safe-kd", "erde"), ("erde", "safe-kd")):
+        read = todays({"objective": objective, "ema-decay": 0.5, "objective-temperature": 2.0})
+        assert read == {"objective": objective, f"{objective}.ema-decay": 0.5, f"{objective}.temperature": 2.0}
+        assert not any(key.startswith(other) for key in read)
+    assert todays({"ema-decay": 0.5}) == {"safe-kd.ema-decay": 0.5, "erde.ema-decay": 0.5}
+
+
+def test_of_many_old_names_some_are_told(flower_log):
+    _tell_former.cache_clear()
+    Settings.from_run_config({name: DEFAULTS[keys[0]] for name, keys in FORMER.items() if len(keys) == 1})
+    assert f"and {len(FORMER) - 2 - 8} more" in flower_log.text()
+    assert flower_log.text().count("last to read the old ones") == 1
+
+
+# --- on the command line ---------------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_all_settings_or_a_table():
+    command = CliRunner()
+    listed = command.invoke(app, ["settings"], env={"COLUMNS": "200"})
+    assert listed.exit_code == 0
+    assert all(key in listed.output for key in OPTIONS)
+    table = command.invoke(app, ["settings", "ditto"], env={"COLUMNS": "200"})
+    assert "ditto.pull" in table.output
+    assert "train.batch-size" not in table.output
+    wrong = command.invoke(app, ["settings", "trian"])
+    assert wrong.exit_code == 1
+    assert "there is no table 'trian'; did you mean 'train'?" in wrong.output
+
+
+def test_flower_gets_one_flag_with_all_pairs(monkeypatch, tmp_path):
+    """Of two flags with keys of one table it would lose the first."""
+    calls = []
+    monkeypatch.setattr(launch, "flwr", lambda env, *given: calls.append(given) or {"success": False})
+    pairs = ["seed=1", "federation.fraction-train=0.5", "federation.wait-seconds=1.0"]
+    with pytest.raises(RuntimeError, match="Flower refused the run"):
+        launch.run_app(tmp_path, {}, pairs, ["num-supernodes=2", "client-resources-num-cpus=1"])
+    flags = [option for option in calls[0] if option.startswith(("--run-config", "--federation"))]
+    assert flags == [
+        f"--run-config={' '.join(pairs)}",
+        "--federation-config=num-supernodes=2 client-resources-num-cpus=1",
+    ]
+    given = parse_config_args([flags[0].partition("=")[2]])
+    assert given == {"seed": 1, "federation.fraction-train": 0.5, "federation.wait-seconds": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("ditto.pull=0.5", "ditto.pull = 0.5 would change nothing: it is read with method = 'ditto'"),
+        ("fraction-train=0.5 federation.fraction-train=0.4", "are the same setting"),
+        ("federation=1", "federation is a table of settings, got 1"),
+        ("fraktion-train=0.5", "did you mean 'federation.fraction-train'?"),
+    ],
+)
+def test_the_command_refuses_before_flower_starts(given, said):
+    done = CliRunner().invoke(app, ["run", str(ROOT), "--run-config", given], env={"COLUMNS": "400"})
+    assert done.exit_code == 1
+    assert said in done.output
+
+
+def test_the_command_takes_names_of_before_and_gives_flower_those_of_today(monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch, "run_app", lambda app, env, pairs, *_: seen.extend(pairs) or launch.RunStatus(1, "x"))
+    monkeypatch.setattr(launch, "private_superlink", lambda: nullcontext({}))
+    given = "fraction-train=0.5 objective='erde' ema-decay=0.9"
+    CliRunner().invoke(app, ["run", str(ROOT), "--run-config", given])
+    assert seen == ['objective="erde"', "federation.fraction-train=0.5", "erde.ema-decay=0.9"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from federations import changed, value_of
 from typer.testing import CliRunner
 
 from cafe_flwr.app.parts import build_network, federation
@@ -106,12 +107,13 @@ def test_the_papers_experiments_are_what_is_published(path):
         "partition": "dirichlet",
         "dirichlet_alpha": 0.3,
         "dirichlet_cap": True,
-        "shares": (0.75, 0.0, 0.25),
+        "calibration_share": 0.0,
+        "test_share": 0.25,
         "evaluate_every": 1,
     }
     published |= {"text_part": "title", "vocabulary": 32000, "max_tokens": 200} if texts else {"augmentation": "none"}
     for run in runs:
-        assert {key: getattr(run.settings, key) for key in published} == published
+        assert {key: value_of(run.settings, key) for key in published} == published
         rounds = run.settings.num_server_rounds + run.settings.build_method().extra_rounds()  # FedBABU's fine-tuning
         assert rounds == (100 if texts else 300)
     small = smoke_size(whole)
@@ -119,6 +121,7 @@ def test_the_papers_experiments_are_what_is_published(path):
     assert small.labels == whole.labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "ag-news"])
 def test_a_papers_experiment_runs_at_its_smoke_size_on_made_up_files(name, tmp_path, no_report, monkeypatch):
     """Two rows of it, in real worker processes; the page, tables and folder say what they are."""
@@ -137,7 +140,7 @@ def test_a_papers_experiment_runs_at_its_smoke_size_on_made_up_files(name, tmp_p
     for row in ("cafedistill", "fedavg"):
         (run,) = (home / "runs").glob(f"{row}-seed0")
         settings = json.loads((run / "settings.json").read_text())
-        assert settings["data-dir"] == str(home / "made-up-data")
+        assert settings["data.dir"] == str(home / "made-up-data")
         assert json.loads((run / "summary.json").read_text())["local_steps_per_client"] == 4
 
 
@@ -151,6 +154,7 @@ def test_a_copy_that_is_named_is_used_and_nothing_is_made_up(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_a_made_up_set_has_the_hubs_columns_and_is_never_written_over_real_data(tmp_path):
     script = [sys.executable, "scripts/make_local_data.py", "cifar100", str(tmp_path), "--rows", "40"]
     assert subprocess.run(script, capture_output=True).returncode == 0
@@ -168,7 +172,13 @@ def test_a_made_up_set_has_the_hubs_columns_and_is_never_written_over_real_data(
 
 
 def planned(**changes):
-    settings = {"dataset": "digits", "num-clients": 3, "num-server-rounds": 40, "local-steps": 10, "batch-size": 8}
+    settings = {
+        "dataset": "digits",
+        "num-clients": 3,
+        "num-server-rounds": 40,
+        "local-steps": 10,
+        "train.batch-size": 8,
+    }
     content = {"name": "e", "seeds": [0, 1], "settings": {**settings, **changes}, "rows": ["fedavg"]}
     return plan_runs(Experiment.model_validate(content), Path("/nowhere"))
 
@@ -185,7 +195,7 @@ def test_time_is_rounds_times_clients_times_steps_and_evaluations(monkeypatch):
     assert estimate(planned(), 2).seconds == pytest.approx(one)
     assert estimate(planned(), 9).jobs == 2
     half = 3 + 40 * 2 * 10 * 2.0 + 4 * 2 * (examples * 2 / 3) * 0.4 * 0.5
-    assert estimate(planned(**{"fraction-train": 0.6}), 2).seconds == pytest.approx(half)
+    assert estimate(planned(**{"federation.fraction-train": 0.6}), 2).seconds == pytest.approx(half)
     epochs = 3 + 40 * 3 * 2 * (600 * 0.48 / 3 / 8) * 2.0 + 4 * 2 * examples * 0.4 * 0.5
     assert estimate(planned(**{"local-epochs": 2}), 2).seconds == pytest.approx(epochs)
 
@@ -196,7 +206,7 @@ def test_memory_is_the_networks_the_data_and_what_a_step_keeps():
     network = build_network(settings)
     assert measured.network == 4 * sum(p.numel() for p in network.parameters())
     assert measured.example == 16 * 16 * 4
-    wide = measure(settings.model_copy(update={"batch_size": 16}))
+    wide = measure(changed(settings, {"train.batch-size": 16}))
     assert wide.activations == pytest.approx(2 * measured.activations, rel=0.1)
     biggest = 8 * 8 * 16 * 16 * 4  # the first convolution's output alone
     assert 2 * biggest < measured.activations < 8 * biggest

@@ -120,6 +120,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "start"), CASES)
 def test_every_method_starts_its_personal_classifiers_so_and_shared_ones_as_built(tmp_path, monkeypatch, name, start):
     """At zero unless told otherwise; those that nobody would train, and of older methods, as the network was built."""

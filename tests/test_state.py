@@ -154,6 +154,7 @@ def test_saving_twice_is_saving_once(tmp_path):
     assert all(torch.equal(t, after[p][name]) for p, content in before.items() for name, t in content.items())
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(data=st.data(), participation=st.lists(st.booleans(), min_size=1, max_size=14))
 def test_whatever_round_a_run_is_resumed_from_its_personal_state_is_there(tmp_path_factory, data, participation):

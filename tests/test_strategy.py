@@ -31,7 +31,6 @@ from cafe_flwr.methods import METHODS
 from cafe_flwr.methods.cafedistill_text import CafeDistillText
 from cafe_flwr.methods.pfedgraph import PFedGraph
 from cafe_flwr.metrics import THRESHOLDS
-from cafe_flwr.server import strategy as strategy_module
 from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
@@ -220,15 +219,14 @@ def test_the_text_reading_is_the_method_written_out_by_hand(tmp_path, monkeypatc
     """Four rounds of T = 6 (R = 1/3, 2/3, 1, 1), with everything that it has: averaging by n_i, teacher heads by a QP
     over present and absent clients, students joining depth first and least conflicting first, the loss. Parameters,
     losses, similarities and teacher weights agree."""
-    monkeypatch.setattr(strategy_module, "sample_clients", lambda *_, server_round, **__: participants[server_round])
+    monkeypatch.setattr(FederatedStrategy, "sample", lambda self, server_round, *_: participants[server_round])
     mu, lam, tau = 0.15, 0.7, 2.0
-    # A constant learning rate to T/2; after it the package's schedule is not what is tested here.
-    monkeypatch.setattr(strategy_module, "learning_rate_at", lambda base, *_: base)
     result, notes, _ = start(
         tmp_path,
         text={"mu": mu, "distill_weight": lam, "temperature": tau},
         num_nodes=num_nodes,
         run={"num_rounds": 4},
+        learning_rate_schedule="exponential",  # by a factor of 1: constant
     )
     hand = ByHand(N, 6, mu, lam, tau, FULL_BATCH.steps, FULL_BATCH.learning_rate)
     for t, clients in participants.items():
@@ -279,9 +277,9 @@ def test_the_exponential_schedule_shrinks_from_the_first_round_on(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"learning_rate_decay": 0.9}, "learning-rate-decay = 0.9 is of learning-rate-schedule = 'exponential'"),
-        ({"learning_rate_decay": 1.5}, "learning-rate-decay should be less than or equal to 1, got 1.5"),
-        ({"learning_rate_schedule": "steps"}, "learning-rate-schedule should be 'cosine' or 'exponential'"),
+        ({"learning_rate_decay": 0.9}, "learning-rate-decay = 0.9 is of train.learning-rate-schedule = 'exponential'"),
+        ({"learning_rate_decay": 1.5}, "learning_rate_decay must be at most 1, got 1.5"),
+        ({"learning_rate_schedule": "steps"}, "learning_rate_schedule must be one of cosine, exponential"),
         (
             {"learning_rate_schedule": "exponential", "learning_rate_decay": 1e-9, "num_rounds": 99},
             "learning-rate-decay = 1e-09 shrinks the learning rate to 0 within 99 rounds",
@@ -297,7 +295,7 @@ def test_an_impossible_schedule_is_refused(given, said):
 
 
 def patch_participants(monkeypatch, participants):
-    monkeypatch.setattr(strategy_module, "sample_clients", lambda *_, server_round, **__: participants[server_round])
+    monkeypatch.setattr(FederatedStrategy, "sample", lambda self, server_round, *_: participants[server_round])
 
 
 AWAY = {1: [0, 1, 2], 2: [0, 1], 3: [0, 1], 4: [0, 1], 5: [0, 1, 2], 6: [0, 1, 2]}
@@ -547,6 +545,37 @@ def test_one_node_that_hosts_all_clients_is_enough(tmp_path):
     """`Counts and fractions are of clients`, says the docstring; so three clients on a node are three."""
     grid = grid_of(tmp_path, num_nodes=1)
     CafeDistill(num_rounds=1, num_clients=3, local=FULL_BATCH, wait_seconds=0.0).start(grid)
+
+
+class Subclass(CafeDistill):
+    """What users of Flower override: who takes part, what is sent along, what becomes of the average."""
+
+    def sample(self, server_round, available, purpose="participants"):
+        return available[:2]
+
+    def configure_train(self, server_round, arrays, config, grid):
+        config["mine"] = server_round
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def aggregate_train(self, server_round, replies):
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        halved = ArrayRecord({name: Array(array.numpy() * 0.5) for name, array in arrays.items()})
+        self.halved[server_round] = np.concatenate([array.numpy().ravel() for array in halved.values()])
+        return halved, metrics
+
+
+def test_a_subclass_overrides_what_it_likes(tmp_path):
+    """The halved average is what clients are sent next, and what the run ends with."""
+    notes, grid = Notes(), grid_of(tmp_path)
+    strategy = Subclass(num_rounds=2, num_clients=N, local=FULL_BATCH, wait_seconds=0.0, callbacks=[notes])
+    strategy.halved = {}
+    result = strategy.start(grid)
+    assert [record.participants for record in notes.records.values()] == [[0, 1], [0, 1]]
+    sent = [message.content for message, _ in grid.of_type("train")]
+    assert [content["config"]["mine"] for content in sent] == [1, 1, 2, 2]
+    np.testing.assert_array_equal(sent[2]["arrays"]["flat"].numpy()[: len(strategy.halved[1])], strategy.halved[1])
+    final = np.concatenate([array.numpy().ravel() for array in result.arrays.values()])
+    np.testing.assert_array_equal(final, strategy.halved[2])
 
 
 def test_without_training_nothing_changes(tmp_path):
@@ -1209,31 +1238,31 @@ def test_final_reports_count_what_the_published_networks_do(tmp_path):
     ("settings", "message"),
     [
         ({"mu": 0.0}, "mu should be greater than 0, got 0.0"),
-        ({"mu": -0.1}, "mu should be greater than 0, got -0.1"),
-        ({"mu": math.nan}, "mu should be a finite number, got nan"),
-        ({"mu": math.inf}, "mu should be a finite number, got inf"),
-        ({"mu": "0.5"}, "mu should be a valid number, got '0.5'"),
-        ({"distill_weight": -1.0}, "distill-weight should be greater than or equal to 0"),
-        ({"temperature": 0.0}, "temperature should be greater than 0, got 0.0"),
-        ({"selection": "random"}, "selection should be 'shallow-first' or 'none', got 'random'"),
-        ({"conflict": "layers"}, "conflict should be 'clients' or 'exits', got 'layers'"),
-        ({"match_by": "features"}, "match-by should be 'updates' or 'parameters', got 'features'"),
-        ({"write_back": 1}, "write-back should be a valid boolean, got 1"),
-        ({"classifier_start": "one"}, "classifier-start should be 'zero', 'common', 'own' or 'built', got 'one'"),
+        ({"mu": -0.1}, "mu must be greater than 0, got -0.1"),
+        ({"mu": math.nan}, "mu must be greater than 0, got nan"),
+        ({"mu": math.inf}, "mu must be a finite number, got inf"),
+        ({"mu": "0.5"}, "mu must be a number, got '0.5'"),
+        ({"distill_weight": -1.0}, "distill_weight must be at least 0, got -1.0"),
+        ({"temperature": 0.0}, "temperature must be greater than 0, got 0.0"),
+        ({"selection": "random"}, "selection must be one of shallow-first, none; got 'random'"),
+        ({"conflict": "layers"}, "conflict must be one of clients, exits; got 'layers'"),
+        ({"match_by": "features"}, "match_by must be one of updates, parameters; got 'features'"),
+        ({"write_back": 1}, "write_back must be true or false, got 1"),
+        ({"classifier_start": "one"}, "classifier_start must be one of zero, common, own, built; got 'one'"),
         ({"classifier_start": "built"}, "classifier_start = 'built' is not for cafedistill: .* Set it to zero, common"),
-        ({"learning_rate_decay": 0.0}, "learning-rate-decay should be greater than 0, got 0.0"),
-        ({"learning_rate_decay": 1.01}, "learning-rate-decay should be less than or equal to 1, got 1.01"),
-        ({"evaluate_every": 0}, "evaluate-every should be greater than or equal to 1, got 0"),
-        ({"evaluate_every": 2.0}, "evaluate-every should be a valid integer, got 2.0"),
+        ({"learning_rate_decay": 0.0}, "learning_rate_decay must be greater than 0, got 0.0"),
+        ({"learning_rate_decay": 1.01}, "learning_rate_decay must be at most 1, got 1.01"),
+        ({"evaluate_every": 0}, "evaluate_every must be at least 1, got 0"),
+        ({"evaluate_every": 2.0}, "evaluate_every must be a whole number, got 2.0"),
         ({"solver": "osqpp"}, "solver must be 'exact' or one of: .*osqp.*; got 'osqpp'"),
-        ({"num_rounds": 0}, "num-server-rounds should be greater than or equal to 1, got 0"),
-        ({"num_clients": 0}, "num-clients should be greater than or equal to 1, got 0"),
-        ({"seed": -1}, "seed should be greater than or equal to 0, got -1"),
-        ({"wait_seconds": -1.0}, "wait-seconds should be greater than or equal to 0"),
-        ({"round_timeout": 0.0}, "round-timeout should be greater than 0"),
+        ({"num_rounds": 0}, "num_server_rounds must be at least 1, got 0"),
+        ({"num_clients": 0}, "num_clients must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"wait_seconds": -1.0}, "wait_seconds must be at least 0"),
+        ({"round_timeout": 0.0}, "round_timeout must be greater than 0"),
         ({"fraction_train": 1.5}, "fraction_train must lie between 0 and 1, got 1.5"),
         ({"fraction_evaluate": -0.5}, "fraction_evaluate must lie between 0 and 1, got -0.5"),
-        ({"mu": -1.0, "temperature": -1.0}, "mu should .*; temperature should"),
+        ({"mu": -1.0, "temperature": -1.0}, "mu must .*; temperature must"),
     ],
 )
 def test_bad_settings_are_refused_by_name(settings, message):

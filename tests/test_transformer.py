@@ -104,6 +104,7 @@ def test_costs_count_attention():
     assert costs == [(k + 1) * (block + leave) for k in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS)
 def test_it_learns_what_a_text_is_about(norm):
     """The class is which of three words is in the text, anywhere; every exit finds out."""
@@ -139,6 +140,7 @@ def test_measuring_takes_texts_as_it_takes_images():
     assert exit_features(network, x).shape == (4, 4, 6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("norm", NORMS)
 def test_every_stage_and_exit_can_be_exported(norm):

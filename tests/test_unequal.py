@@ -397,6 +397,7 @@ def test_a_personal_network_has_the_exits_its_client_holds(finished):
         assert accuracy == pytest.approx(personal.facts["accuracy_per_exit"])
 
 
+@pytest.mark.slow
 def test_the_summary_has_accuracy_by_depth(finished):
     """Against the personal networks; an exit's own accuracy is the mean over those who hold it."""
     settings, depths = finished
@@ -817,6 +818,6 @@ def test_shares_of_a_deeper_network_end_the_run_before_the_first_round(tmp_path,
 
 
 def test_shares_need_a_number_of_clients(tmp_path):
-    grid = WatchedGrid(toy_app(), 2, {"depth-shares": "1:0.5"})
+    grid = WatchedGrid(toy_app(), 2, {"heterogeneity.depth-shares": "1:0.5"})
     with pytest.raises(RuntimeError, match="depth-shares is for runs with num-clients: give every node a max-exit"):
         toy_strategy(wait_seconds=0).start(grid)

@@ -27,18 +27,19 @@ from cafe_flwr.personal.published import Metadata
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.results.summary import summarise
 from cafe_flwr.server.callbacks import RunInfo
-from cafe_flwr.settings import Settings
+from cafe_flwr.settings import Settings, todays
 from cafe_flwr.training.loop import LoopOptions, check_finite, train
 from cafe_flwr.training.objectives.base import Objective
+from cafe_flwr.training.objectives.registry import objective_named
 from cafe_flwr.training.options import LocalBudget
 
 # What a run in one place begins with where nothing else is said: SAFE-KD's recipe (arXiv 2602.03043).
 DEFAULTS: Mapping[str, Any] = {
     "objective": "safe-kd",
-    "optimizer": "adamw",
+    "train.optimizer": "adamw",
     "learning-rate": 3e-4,
-    "weight-decay": 0.05,
-    "batch-size": 64,
+    "train.weight-decay": 0.05,
+    "train.batch-size": 64,
     "local-epochs": 30,
 }
 
@@ -86,7 +87,7 @@ def train_central(
     data: ClientData,
     budget: LocalBudget = SAFE_KD,
     *,
-    objective: Objective | None = None,
+    objective: Objective | str = "safe-kd",
     seed: int = 0,
     progress: bool = False,
 ) -> Trained:
@@ -102,7 +103,7 @@ def train_central(
     budget
         Batch size, passes over the data (1 or more), and optimiser.
     objective
-        What every exit minimises; SAFE-KD if None.
+        What every exit minimises, or its name.
     seed
         Of the order of the examples, of dropout, and of adversarial inputs.
     progress
@@ -126,20 +127,20 @@ def train_central(
     """
     if budget.epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {budget.epochs}")
-    own = objective or Objective(objective="safe-kd")
-    lesson = own.begin(network, rng_for(seed, 0, 0, "objective"))
-    weights = torch.tensor(own.weights(network.num_exits), device=data.train.x.device)
+    own = objective_named(objective)
+    state = own.init(network, rng_for(seed, 0, 0, "objective"))
+    weights = torch.tensor(own.exit_weights(network.num_exits), device=data.train.x.device)
     start = time.perf_counter()
     with _bar(budget.epochs if progress else 0) as show:
         history = _History(network, data, budget.batch_size, show)
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
-            value = lesson.terms(x, y, network(x)) @ weights
+            value = own.losses(state, (x, y), network(x)) @ weights
             history.losses.append(value.detach())
             return value
 
         def after_step() -> None:
-            lesson.after_step()
+            state.update()
             history.after_step()
 
         options = LoopOptions(after_step=after_step, augment=data.augment)
@@ -147,7 +148,7 @@ def train_central(
             train(network, data.train, loss, budget, rng_for(seed, 0, 0, "batches"), options)
     network.eval()
     check_finite(network.state_dict())
-    return Trained(network, history.epochs, history.steps, time.perf_counter() - start, lesson.teacher)
+    return Trained(network, history.epochs, history.steps, time.perf_counter() - start, state.teacher)
 
 
 class _History:
@@ -204,14 +205,14 @@ def central_settings(run_config: Mapping[str, Any]) -> Settings:
 
     Examples
     --------
-    >>> settings = central_settings({"dataset": "digit-pairs", "num-clients": 20, "examples-per-client": 100})
-    >>> settings.num_clients, settings.examples_per_client, settings.objective, settings.local_epochs
+    >>> settings = central_settings({"num-clients": 20, "data.examples-per-client": 100})
+    >>> settings.num_clients, settings.data.examples_per_client, settings.objective, settings.local_epochs
     (1, 2000, 'safe-kd', 30)
     """
     asked = Settings.from_run_config(run_config)
-    pooled = asked.num_clients * asked.examples_per_client
-    one = {"method": "local", "num-clients": 1, "examples-per-client": pooled, "num-server-rounds": 1}
-    settings = Settings.from_run_config({**DEFAULTS, **run_config, **one})
+    pooled = asked.num_clients * asked.data.examples_per_client
+    one = {"method": "local", "num-clients": 1, "data.examples-per-client": pooled, "num-server-rounds": 1}
+    settings = Settings.from_run_config({**DEFAULTS, **todays(run_config), **one})
     if "name" not in run_config:
         settings = settings.model_copy(
             update={"name": f"{settings.dataset.partition(':')[0]}-central-seed{settings.seed}"}
@@ -244,9 +245,9 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
     data = federation(settings).load(0)
     with seeded(settings.seed):
         network = build_network(settings)
-    method = settings.build_method()
+    objective = settings.build_method().objective
     trained = train_central(
-        network, data, settings.build_budget(), objective=method, seed=settings.seed, progress=progress
+        network, data, settings.build_budget(), objective=objective, seed=settings.seed, progress=progress
     )
     evaluated = evaluate_personal(0, network, data, trained.steps)
     token, tensors = secrets.token_hex(8), network.state_dict()
@@ -255,7 +256,7 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
     asked = settings.to_run_config() | {"name": settings.run_name}
     summary = summarise(asked, info, [evaluated.report], [], None, trained.seconds) | {
         "method": "central",
-        "objective": method.objective,
+        "objective": objective.name,
         "history": [asdict(epoch) for epoch in trained.history],
     }
     write_atomically(folder / "settings.json", to_json(settings.to_run_config(), indent=2))
@@ -269,12 +270,11 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
 def _check(settings: Settings, folder: Path) -> None:
     """ValueError if the folder holds a run, or the settings are not those of training in one place."""
     for switch in ("prior", "distill"):
-        if getattr(settings, switch):
-            raise ValueError(f"{switch} is of a client in a federation: training in one place does not take it")
-    if settings.learning_rate_schedule != "cosine":
+        if getattr(settings.train, switch):
+            raise ValueError(f"train.{switch} is of a client in a federation: training in one place does not take it")
+    if settings.train.learning_rate_schedule != "cosine":
         raise ValueError(
-            f"learning-rate-schedule = {settings.learning_rate_schedule!r} is of a federation's rounds: training in "
-            "one place has none, leave it out"
+            "train.learning-rate-schedule is of a federation's rounds, which training in one place has not"
         )
     if settings.num_clients != 1 or not settings.local_epochs:
         raise ValueError("training in one place has one client and counts epochs: make settings by central_settings")

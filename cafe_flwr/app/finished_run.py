@@ -41,7 +41,9 @@ class FinishedRun:
     @property
     def run_config(self) -> Mapping[str, Any]:
         """Settings of the run, in kebab-case."""
-        return of_saved_run(json.loads((self.folder / "settings.json").read_text()))
+        from cafe_flwr.settings import todays
+
+        return todays(of_saved_run(json.loads((self.folder / "settings.json").read_text())))
 
     @property
     def class_names(self) -> tuple[str, ...]:

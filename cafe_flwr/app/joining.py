@@ -24,10 +24,10 @@ from cafe_flwr.client.process import Parts
 from cafe_flwr.core.random import seeded
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.data.federation import FederatedData
-from cafe_flwr.methods import METHODS
 from cafe_flwr.methods.base import Method, settings_of
 from cafe_flwr.methods.cafedistill import CafeDistillMethod
 from cafe_flwr.methods.cafedistill_text import CafeDistillText
+from cafe_flwr.methods.registry import METHODS
 from cafe_flwr.methods.robust_teachers import suspicious_heads
 from cafe_flwr.methods.server import ClientRecord
 from cafe_flwr.networks.capacity import Networks, networks_of
@@ -39,7 +39,7 @@ from cafe_flwr.training.options import LocalBudget
 
 JOINABLE = (CafeDistillMethod, CafeDistillText)
 _FEWEST = 2  # heads in a mean: that of one client is its own
-_PATHS = ("results-dir", "state-dir", "data-dir")
+_PATHS = ("results-dir", "federation.state-dir", "data.dir")
 
 
 def package_run(results: Path, *, head: bool = True) -> Package:
@@ -93,16 +93,16 @@ def _own_data(data: FederatedData) -> dict[str, Any]:
         )
     return {
         "dataset": "local",
-        "class-names": ",".join(data.class_names),
-        "image-size": height,
-        "image-channels": channels,
-        "label-groups": 0,
-        "rotations": 1,
-        "test-shift": 0.0,
-        "partition": "dirichlet",
-        "partition-column": "",
-        "natural-split": "even",
-        "dirichlet-cap": False,
+        "data.class-names": ",".join(data.class_names),
+        "data.image-size": height,
+        "data.image-channels": channels,
+        "data.label-groups": 0,
+        "data.rotations": 1,
+        "data.test-shift": 0.0,
+        "data.partition": "dirichlet",
+        "data.partition-column": "",
+        "data.natural-split": "even",
+        "data.dirichlet-cap": False,
     }
 
 

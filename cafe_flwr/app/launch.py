@@ -22,10 +22,6 @@ from urllib.request import urlopen
 import torch
 
 if TYPE_CHECKING:
-    pass
-
-
-if TYPE_CHECKING:
     from cafe_flwr.settings import Settings
 
 _START_SECONDS = 60.0
@@ -108,8 +104,11 @@ def run_app(
     RuntimeError
         If Flower refuses the app or its settings, with Flower's words.
     """
-    options = [f"--run-config={pair}" for pair in run_config]
-    options += [f"--federation-config={pair}" for pair in federation_config]
+    options = [  # one of each: of two with keys of one table, Flower loses the first
+        f"--{name}={' '.join(pairs)}"
+        for name, pairs in (("run-config", run_config), ("federation-config", federation_config))
+        if pairs
+    ]
     answer = flwr(env, "run", str(app), _CONNECTION, "--format", "json", *options)
     if not answer.get("success", False):
         raise RuntimeError(answer.get("error-message") or "Flower refused the run")
@@ -132,7 +131,7 @@ def with_resources(settings: Settings, federation_config: Sequence[str]) -> list
     given = " ".join(federation_config)
     if given.endswith(".toml"):  # a file is all there is
         return list(federation_config)
-    pairs = simulation_resources(settings.device, settings.clients_per_gpu)
+    pairs = simulation_resources(settings.compute.device, settings.compute.clients_per_gpu)
     return [*(pair for pair in pairs if pair.partition("=")[0] not in given), *federation_config]
 
 

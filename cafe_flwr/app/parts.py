@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from cafe_flwr.client.node_config import data_folder, hosted, is_device
-from cafe_flwr.data.federation import FederatedData, load_federation
+from cafe_flwr.data.federation import FederatedData, deal_out
 from cafe_flwr.data.modalities import ROWS, in_rows, rows_shape
+from cafe_flwr.data.options import Data, Heterogeneity
 from cafe_flwr.data.split import ClientData
 from cafe_flwr.networks.conv import ConvNet, SequenceNet
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.options import PUBLISHED, Model
 from cafe_flwr.networks.published import PublishedConvNet, PublishedResNet18, PublishedTransformer
 from cafe_flwr.networks.resnet import ResNet18
 from cafe_flwr.networks.transformer import TextTransformer
-from cafe_flwr.settings import PUBLISHED, Settings
+from cafe_flwr.settings import Settings
 
 
 def federation(settings: Settings, node_config: Mapping[str, Any] | None = None) -> FederatedData:
@@ -35,43 +37,20 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
     ValueError
         If there is no such data set, or it cannot serve so many clients.
     """
-    if settings.dataset == "local":
-        shape = (settings.image_channels, settings.image_size, settings.image_size)
+    options = settings.of(Data)
+    if options.dataset == "local":
+        shape = (options.image_channels, options.image_size, options.image_size)
         return FederatedData(
-            settings.num_clients, settings.classes, shape, lambda client: _own(client, settings, node_config or {})
+            settings.num_clients, options.classes, shape, lambda client: _own(client, settings, node_config or {})
         )
-    if settings.dataset.startswith("local:") and node_config is not None and is_device(node_config):
+    if options.dataset.startswith("local:") and node_config is not None and is_device(node_config):
         raise ValueError(
-            f"the run names a path on this node, dataset = {settings.dataset!r}: a node with a node-config of its own "
+            f"the run names a path on this node, dataset = {options.dataset!r}: a node with a node-config of its own "
             "reads data from its data-dir only; set dataset = 'local'"
         )
-    data = load_federation(
-        _located(settings),
-        settings.num_clients,
-        partition=settings.partition,
-        alpha=settings.dirichlet_alpha,
-        capped=settings.dirichlet_cap,
-        partition_column=settings.partition_column,
-        natural_split=settings.natural_split,
-        classes_per_client=settings.classes_per_client,
-        examples_per_client=settings.examples_per_client,
-        shares=settings.shares,
-        image_size=settings.image_size,
-        image_column=settings.image_column,
-        label_column=settings.label_column,
-        data_dir=_copies(settings, node_config),
-        augmentation=settings.augmentation,
-        max_tokens=settings.max_tokens,
-        vocabulary=settings.vocabulary,
-        long_texts=settings.long_texts,
-        text_part=settings.text_part,
-        validation_share=settings.validation_share,
-        label_groups=settings.label_groups,
-        rotations=settings.rotations,
-        test_shift=settings.test_shift,
-        seed=settings.seed,
-    )
-    if ROWS not in settings.modality_names:
+    located = replace(options, dataset=_located(options), dir=_copies(options, node_config))
+    data = deal_out(located, settings.num_clients, settings.seed)
+    if ROWS not in settings.of(Heterogeneity).modality_names:
         return data
     return replace(
         data,
@@ -79,34 +58,31 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
     )
 
 
-def _located(settings: Settings) -> str:
-    """The data set; the path of a local one, if it is not absolute, is one in data-dir."""
-    kind, _, path = settings.dataset.partition(":")
-    if not path or not settings.data_dir or Path(path).expanduser().is_absolute():
-        return settings.dataset
-    return f"{kind}:{Path(settings.data_dir).expanduser() / path}"
+def _located(options: Data) -> str:
+    """The data set; the path of a local one, if it is not absolute, is one in data.dir."""
+    kind, _, path = options.dataset.partition(":")
+    if not path or not options.dir or Path(path).expanduser().is_absolute():
+        return options.dataset
+    return f"{kind}:{Path(options.dir).expanduser() / path}"
 
 
-def _copies(settings: Settings, node_config: Mapping[str, Any] | None) -> str:
+def _copies(options: Data, node_config: Mapping[str, Any] | None) -> str:
     """Folder with copies of the hub's sets; empty: the hub. A device takes no path from the run's settings."""
     if node_config is not None and is_device(node_config):
         return str(node_config.get("data-dir", ""))
-    return settings.data_dir
+    return options.dir
 
 
 def _own(client: int, settings: Settings, node_config: Mapping[str, Any]) -> ClientData:
     from cafe_flwr.data.own import load_own
 
+    options = settings.of(Data)
     return load_own(
         data_folder(node_config, client, hosted(node_config, settings.num_clients)),
         client,
-        class_names=settings.classes,
-        shares=settings.shares,
-        image_size=settings.image_size,
-        channels=settings.image_channels,
-        image_column=settings.image_column,
-        label_column=settings.label_column,
-        validation_share=settings.validation_share,
+        options,
+        class_names=options.classes,
+        shape=(options.image_channels, options.image_size, options.image_size),
         seed=settings.seed,
     )
 
@@ -118,7 +94,7 @@ def state_dir(settings: Settings, node_config: Mapping[str, Any]) -> str:
     """
     if is_device(node_config):
         return ""
-    return settings.state_dir or str(settings.results / "personal")
+    return settings.federation.state_dir or str(settings.results / "personal")
 
 
 def build_network(settings: Settings, node_config: Mapping[str, Any] | None = None) -> EarlyExitNetwork:
@@ -141,51 +117,51 @@ def build_networks(settings: Settings, node_config: Mapping[str, Any] | None = N
         As for :func:`build_network`.
     """
     data = federation(settings, node_config)
-    found = {name: _network(settings, data, name) for name in settings.modality_names or ("",)}
+    found = {name: _network(settings, data, name) for name in settings.of(Heterogeneity).modality_names or ("",)}
     for network in found.values():
         if settings.network not in PUBLISHED:  # those take pixels as −1..1, which is what networks start with
             network.pixels = data.pixels
-        network.statistics = settings.statistics
+        network.statistics = settings.model.statistics
     return found
 
 
 def modality_of(settings: Settings, client: int) -> str:
     """A client's modality: they take turns; empty where there is one only."""
-    names = settings.modality_names or ("",)
+    names = settings.of(Heterogeneity).modality_names or ("",)
     return names[client % len(names)]
 
 
 def _network(settings: Settings, data: FederatedData, modality: str = "") -> EarlyExitNetwork:
-    if settings.network in PUBLISHED:
-        return _published(settings.network, data)
-    width, depth, features = settings.network_width, settings.network_depth, settings.feature_width
-    widths = [(width or 8) << k for k in range(depth or 3)]
+    model = settings.of(Model)
+    if model.network in PUBLISHED:
+        return _published(model.network, data)
+    widths = [(model.width or 8) << k for k in range(model.depth or 3)]
     if modality == ROWS:
-        return SequenceNet(rows_shape(data.input_shape), data.num_classes, widths, features, settings.norm)
-    if settings.network == "transformer":
+        return SequenceNet(rows_shape(data.input_shape), data.num_classes, widths, model.feature_width, model.norm)
+    if model.network == "transformer":
         return TextTransformer(
             data.vocabulary,
             data.input_shape[0],
             data.num_classes,
-            features,
-            width=width or 128,
-            heads=settings.attention_heads,
-            blocks=depth or 4,
-            norm=settings.norm,
-            dropout=settings.dropout,
+            model.feature_width,
+            width=model.width or 128,
+            heads=model.attention_heads,
+            blocks=model.depth or 4,
+            norm=model.norm,
+            dropout=model.dropout,
         )
-    if settings.norm == "layer":
-        raise ValueError("norm = 'layer' is of the transformer: choose 'group' or 'batch'")
-    if settings.network == "resnet18":
+    if model.norm == "layer":
+        raise ValueError("model.norm = 'layer' is of the transformer: choose 'group' or 'batch'")
+    if model.network == "resnet18":
         return ResNet18(
             data.input_shape,
             data.num_classes,
-            features,
-            norm=settings.norm,
-            width=width or 64,
-            stem_stride=settings.stem_stride,
+            model.feature_width,
+            norm=model.norm,
+            width=model.width or 64,
+            stem_stride=model.stem_stride,
         )
-    return ConvNet(data.input_shape, data.num_classes, widths, features, settings.norm)
+    return ConvNet(data.input_shape, data.num_classes, widths, model.feature_width, model.norm)
 
 
 def _published(name: str, data: FederatedData) -> EarlyExitNetwork:

@@ -3,41 +3,48 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result
 
 from cafe_flwr.app.page import write_page
 from cafe_flwr.core.log import logger
+from cafe_flwr.core.older_settings import of_saved_run
 from cafe_flwr.results.folder import Results, open_results
 from cafe_flwr.results.recorder import Recorder
+from cafe_flwr.risk.options import Calibration
+from cafe_flwr.server.calibration import calibrate_federation
 from cafe_flwr.server.checkpoints import ServerState
+from cafe_flwr.server.options import Federation
 from cafe_flwr.server.strategy import FederatedStrategy
-from cafe_flwr.settings import Settings
+from cafe_flwr.settings import FREE_ON_RESUME, Settings, todays
+from cafe_flwr.training.options import Schedule
+from cafe_flwr.wire.options import Bounds, Privacy
 
 
 def build_strategy(
     settings: Settings, recorder: Recorder | None = None, resume_from: ServerState | None = None
 ) -> FederatedStrategy:
     """The strategy of the settings."""
+    federation = settings.of(Federation)
     return FederatedStrategy(
         method=settings.build_method(),
-        fraction_train=settings.fraction_train,
-        min_train_nodes=settings.min_train_nodes,
-        min_available_nodes=settings.min_available_nodes,
-        num_rounds=settings.num_server_rounds,
+        fraction_train=federation.fraction_train,
+        min_train_nodes=federation.min_train_nodes,
+        min_available_nodes=federation.min_available_nodes,
+        num_rounds=federation.num_server_rounds,
         local=settings.build_budget(),
-        learning_rate_schedule=settings.learning_rate_schedule,
-        learning_rate_decay=settings.learning_rate_decay,
-        bounds=settings.build_bounds(),
-        privacy=settings.build_privacy(),
-        wire=settings.wire_dtype,
-        num_clients=settings.num_clients,
+        **vars(settings.of(Schedule)),
+        bounds=settings.of(Bounds),
+        privacy=settings.of(Privacy),
+        wire=federation.wire_dtype,
+        num_clients=federation.num_clients,
         seed=settings.seed,
-        evaluate_every=settings.evaluate_every,
-        wait_seconds=settings.wait_seconds,
-        round_timeout=settings.round_timeout,
-        round_retries=settings.round_retries,
+        evaluate_every=federation.evaluate_every,
+        wait_seconds=federation.wait_seconds,
+        round_timeout=federation.round_timeout,
+        round_retries=federation.round_retries,
         callbacks=[recorder] if recorder else [],
         resume_from=resume_from,
     )
@@ -45,8 +52,13 @@ def build_strategy(
 
 def open_results_of(settings: Settings) -> Results:
     """The results folder of the settings, made ready: see :func:`cafe_flwr.results.folder.open_results`."""
-    defaults = Settings.from_run_config({}).to_run_config()
-    return open_results(settings.results, settings.to_run_config(), defaults=defaults)
+    defaults = Settings().to_run_config()  # what an earlier version did not have
+    return open_results(
+        settings.results,
+        settings.to_run_config(),
+        read=lambda saved: {**defaults, **todays(of_saved_run(saved))},
+        free={*FREE_ON_RESUME, *settings.not_read()},
+    )
 
 
 def run(grid: Grid, settings: Settings) -> Result:
@@ -59,8 +71,7 @@ def run(grid: Grid, settings: Settings) -> Result:
     RuntimeError
         If no client can take part, or all fail in a round. What was recorded until then is kept.
     """
-    if unread := settings.unread():
-        logger.warning("%s does not read %s", settings.method, ", ".join(unread))
+    settings.check_read()
     results = open_results_of(settings)
     recorder = Recorder(results.folder, settings.to_run_config(), results.state)
     try:
@@ -69,6 +80,19 @@ def run(grid: Grid, settings: Settings) -> Result:
         if recorder.close():
             _report(results.folder)
         results.lock.close()
+
+
+def calibrate(grid: Grid, settings: Settings) -> dict[str, Any]:
+    """Calibrate the networks that the run of these settings has left, see :func:`calibrate_federation`."""
+    settings.check_read()
+    return calibrate_federation(
+        grid,
+        settings.build_method(),
+        settings.of(Calibration),
+        settings.of(Federation),
+        seed=settings.seed,
+        output=settings.results / "calibration.json",
+    )
 
 
 def _report(folder: Path) -> None:

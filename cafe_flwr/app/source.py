@@ -23,6 +23,7 @@ from cafe_flwr.client.process import Parts
 from cafe_flwr.core.random import rng_for, seeded
 from cafe_flwr.data import digits
 from cafe_flwr.data.federation import FederatedData
+from cafe_flwr.data.options import Data
 from cafe_flwr.data.own import load_own
 from cafe_flwr.data.split import ClientData
 from cafe_flwr.networks.capacity import Networks
@@ -105,18 +106,9 @@ class Source:
 
     def _own(self, path: Path, client: int) -> ClientData:
         """Data of the client's own, in the classes of an embedded data set."""
-        settings = self._settings
-        return load_own(
-            path,
-            client,
-            class_names=self.class_names,
-            shares=settings.shares,
-            image_size=digits.IMAGE_SIZE,
-            channels=1,
-            image_column=settings.image_column,
-            label_column=settings.label_column,
-            seed=self.seed,
-        )
+        options = replace(self._settings.of(Data), validation_share=0.0)
+        shape = (1, digits.IMAGE_SIZE, digits.IMAGE_SIZE)
+        return load_own(path, client, options, class_names=self.class_names, shape=shape, seed=self.seed)
 
     def _federation(self, client: int) -> FederatedData:
         from cafe_flwr.app.parts import federation
@@ -219,7 +211,9 @@ class NodeNetwork:
     @property
     def run_config(self) -> Mapping[str, Any]:
         """Settings of the run, in kebab-case."""
-        return dict(self.facts["context"]["run_config"])
+        from cafe_flwr.settings import todays
+
+        return todays(self.facts["context"]["run_config"])
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cafe_flwr.cli import compare, node, personal, runs
+from cafe_flwr.cli import compare, node, personal, runs, settings
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Personalised federated early-exit networks.")
 
@@ -16,7 +16,7 @@ def main() -> None:
 
 app.add_typer(node.node, name="node")
 for command in (
-    *(runs.run, runs.settings, runs.show, runs.report),
+    *(runs.run, settings.settings, runs.show, runs.report),
     *(personal.calibrate, personal.evaluate, personal.export, personal.predict),
     *(node.join_package, node.join, runs.train_central, compare.compare),
 ):

@@ -1,18 +1,19 @@
-"""Commands that start a run or show one: run, train-central, settings, show, report."""
+"""Commands that start a run or show one: run, train-central, show, report."""
 
 from __future__ import annotations
 
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
-from rich.table import Table
 
 from cafe_flwr.cli.common import ResultsDirOption, RunConfigOption, console, errors, fail, overridden
 from cafe_flwr.cli.personal import show_calibration
+
+if TYPE_CHECKING:
+    from cafe_flwr.settings import Settings
 
 _Results = Annotated[Path, typer.Argument(help="A results folder.")]
 
@@ -31,8 +32,7 @@ def run(
     """
     from cafe_flwr.app.launch import private_superlink, run_app, with_resources
 
-    overrides = overridden(run_config, results_dir)
-    settings = _settings(folder, overrides)
+    settings, overrides = _settings(folder, overridden(run_config, results_dir))
     results = settings.results
     pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
     try:
@@ -61,18 +61,6 @@ def train_central(run_config: RunConfigOption = None, results_dir: ResultsDirOpt
     console.print(f"Results: {settings.results}", soft_wrap=True)
 
 
-def settings() -> None:
-    """List every setting with its default and meaning."""
-    from cafe_flwr.settings import Settings
-
-    table = Table("setting", "default", "meaning", box=box.SIMPLE_HEAD)
-    names = Settings.keys()
-    for name in names:
-        field = Settings.model_fields[name.replace("-", "_")]
-        table.add_row(name, repr(field.default), (field.description or "").replace("\n", " "))
-    console.print(table)
-
-
 def show(folder: _Results) -> None:
     """Print the final table of a run, and where its report is."""
     from cafe_flwr.results.tables import final_table
@@ -90,9 +78,9 @@ def report(folder: _Results) -> None:
         console.print(f"Report: {write_page(folder)}", soft_wrap=True)
 
 
-def _settings(folder: Path, overrides: dict[str, Any]) -> Any:
-    """The settings the run will have: those of the app's manifest, overridden."""
-    from cafe_flwr.settings import Settings
+def _settings(folder: Path, overrides: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
+    """The settings the run will have, those of the app's manifest, overridden; and the overrides under today's keys."""
+    from cafe_flwr.settings import Settings, todays
 
     manifest = folder / "pyproject.toml"
     try:
@@ -100,4 +88,8 @@ def _settings(folder: Path, overrides: dict[str, Any]) -> Any:
     except (OSError, KeyError, tomllib.TOMLDecodeError) as error:
         fail(f"{folder} is not a Flower app of cafe-flwr: {manifest} has no [tool.flwr.app.config] ({error!r})")
     with errors():
-        return Settings.from_run_config({**config, **overrides})
+        config = todays(config)
+        asked = todays({**{key: config[key] for key in ("objective",) if key in config}, **overrides})
+        chosen = Settings.from_run_config({**config, **asked})
+        chosen.check_read()
+        return chosen, asked

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from cafe_flwr.client.node_config import is_limited, max_exit, max_width
+from cafe_flwr.core.options import values_of
+from cafe_flwr.data.options import Heterogeneity
 from cafe_flwr.networks.capacity import Held, drawn, read_shares
 
 
@@ -24,11 +26,13 @@ def held_by(
     ValueError
         If that is less than one exit or more than there are, or a width that is none.
     """
-    shares = read_shares(str(run_config.get("depth-shares", "")))
+    shares = read_shares(str(values_of(Heterogeneity, run_config).get("depth_shares", "")))
     if is_limited(node_config) or not shares:
         return Held(max_exit(node_config) or num_exits, max_width(node_config)).check(num_exits, "node-config max-exit")
     if num_clients is None:
-        raise ValueError("depth-shares is for runs with num-clients: give every node a max-exit in its node-config")
+        raise ValueError(
+            "heterogeneity.depth-shares is for runs with num-clients: give every node a max-exit in its node-config"
+        )
     for held in shares:
-        held.check(num_exits, "depth-shares")
+        held.check(num_exits, "heterogeneity.depth-shares")
     return drawn(client, num_clients, shares, num_exits, seed)

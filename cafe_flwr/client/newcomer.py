@@ -20,8 +20,8 @@ from cafe_flwr.client.evaluation import evaluate_personal, publish_personal
 from cafe_flwr.client.model import ClientModel
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.data.split import ClientData
-from cafe_flwr.methods import METHODS
 from cafe_flwr.methods.client import LocalTask
+from cafe_flwr.methods.registry import method_from
 from cafe_flwr.metrics.exits import ExitMetrics, evaluate
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.personal.package import Package
@@ -122,7 +122,7 @@ def join(
     """
     facts, client = package.facts, newcomer.client
     newcomer.check(facts)
-    model = ClientModel(network, METHODS[facts["method"]](**facts["method_settings"]), snapshot(network))
+    model = ClientModel(network, method_from(facts["method"], facts["method_settings"]), snapshot(network))
     if model.digest != facts["digest"]:
         raise ValueError(
             f"the federation's network has fingerprint {facts['digest']}, this one {model.digest}: network, number of "

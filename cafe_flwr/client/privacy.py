@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.options import Privacy
 
 
 def stricter(asked: Privacy, node_config: Mapping[str, Any]) -> Privacy:

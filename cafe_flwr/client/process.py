@@ -18,8 +18,8 @@ from cafe_flwr.client.node_config import hosted
 from cafe_flwr.core.random import rng_for, seeded
 from cafe_flwr.core.schema import Schema, digest
 from cafe_flwr.data.split import ClientData
-from cafe_flwr.methods import METHODS
 from cafe_flwr.methods.base import Method
+from cafe_flwr.methods.registry import METHODS, method_from
 from cafe_flwr.networks.capacity import Held, Networks, networks_of, start_alike
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import Placement
@@ -146,7 +146,7 @@ class NodeContext:
                 raise ValueError(f"this node knows no method {name!r}, only {', '.join(METHODS)}")
             with seeded(self.seed):
                 placement = Placement.of(context.run_config, context.node_config)
-                cache = ProcessCache(parts.build_network(context), METHODS[name](**settings), placement)
+                cache = ProcessCache(parts.build_network(context), method_from(name, settings), placement)
             _PROCESSES.clear()
             _PROCESSES[key] = cache
         return _PROCESSES[key]

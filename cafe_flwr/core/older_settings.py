@@ -12,10 +12,18 @@ _PRIOR = (
 )
 
 RENAMED: Mapping[str, str] = {
-    **{name: f"text-{name}" for name in _TEXT},
-    **{f"plus-{name}": f"prior-{name}" for name in _PRIOR},
+    **{name: f"cafedistill-text.{name}" for name in _TEXT},
+    **{f"plus-{name}": f"cafedistill-prior.{name}" for name in _PRIOR},
 }
 """Mapping from the name that a setting had in 0.1.0 to its name now."""
+
+PREFIXES: Mapping[str, str] = {
+    "cafedistill": "",
+    "cafedistill-plus": "plus-",
+    "cafedistill-prior": "prior-",
+    "cafedistill-text": "text-",
+}
+"""What stood before the settings of a method before there were tables, where it was not its name."""
 
 _OF_OTHERS = frozenset({"mu", "distill-weight", "temperature", "selection", "solver", "plus-distill-weight"})
 """What those two methods had under names that belong to another method now; a run by any other method never read it."""
@@ -29,13 +37,13 @@ def renamed(key: str) -> str:
 
     Examples
     --------
-    >>> renamed("peers")
-    "its name is 'text-peers' now: it is of method 'cafedistill-text', which was called 'cafedistill' until 0.1.0"
+    >>> renamed("peers").partition(", ")[0]
+    "its name is 'cafedistill-text.peers' now: it is of method 'cafedistill-text'"
     """
     if key not in RENAMED:
         return ""
     now = RENAMED[key]
-    then, method = next((old, new) for old, new in METHODS_THEN.items() if new == f"cafedistill-{now.split('-')[0]}")
+    then, method = next((old, new) for old, new in METHODS_THEN.items() if now.startswith(f"{new}."))
     return f"its name is {now!r} now: it is of method {method!r}, which was called {then!r} until 0.1.0"
 
 
@@ -56,4 +64,4 @@ def of_saved_run(run_config: Mapping[str, Any]) -> dict[str, Any]:
             "means another method. Use the version that made the run, or train anew under the name of today"
         )
     kept = {key: value for key, value in run_config.items() if key not in RENAMED and key not in _OF_OTHERS}
-    return {"classifier-start": "built", **kept}
+    return {"train.classifier-start": "built", **kept}

@@ -1,56 +1,214 @@
-"""Settings that are declared once, as fields of a dataclass: default, meaning and bounds."""
+"""Settings that are declared once: a field of a dataclass says its default, its meaning and all that follows from it.
+
+From the declarations are made: the fields of :class:`cafe_flwr.settings.Settings`, both manifests, the table in
+docs/settings.md, what must be equal in a comparison, and what may differ when a run is resumed.
+"""
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field, fields
-from typing import Any
+from dataclasses import Field, dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar
+
+from cafe_flwr.core.older_settings import PREFIXES
+from cafe_flwr.core.text import kebab
+
+Compare = Literal["all", "row", "budget", "free", "own"]
+Declared = TypeVar("Declared")
 
 
-def setting(
+def option(  # noqa: PLR0913 (all that can be said of a setting)
     default: Any,
     doc: str,
     *,
+    key: str = "",
+    formerly: str = "",
+    wire: str = "",
     ge: float | None = None,
     gt: float | None = None,
     le: float | None = None,
-    choices: Sequence[str] = (),
+    lt: float | None = None,
+    choices: Sequence[Any] = (),
+    pattern: str | None = None,
+    min_length: int | None = None,
+    max_length: int | None = None,
+    compare: Compare = "row",
+    free: bool = False,
+    sized: bool = False,
+    only: Mapping[str, Sequence[Any]] | None = None,
+    of_runs: Any = None,
 ) -> Any:
-    """A method's own setting, declared once: default, meaning and bounds.
+    """A setting: a field of a frozen dataclass.
 
-    The method checks its values by it, and :class:`cafe_flwr.settings.Settings` offers it as a run's setting.
+    Parameters
+    ----------
+    default, doc
+        What it is unless said otherwise, and what it means, as a sentence.
+    key
+        Its name in a run's settings, where that is not the table and the field's name: ``learning-rate`` for one that
+        is in no table, ``data.dir``.
+    formerly
+        The key that it had before there were tables, where that is not its name without the table.
+    wire
+        Of an objective: its name in messages, where that is not the objective's and its own.
+    ge, gt, le, lt, choices, pattern, min_length, max_length
+        What values there are.
+    compare
+        In a comparison: equal in ``"all"`` rows; a ``"row"``'s own; part of the ``"budget"``; ``"free"``, as it changes
+        no number; set by the comparison itself (``"own"``).
+    free
+        Whether it changes no number and may differ when a run is resumed; those that compare as free are.
+    sized
+        Whether a step's time and memory depend on it.
+    only
+        When it is read, if not always: keys and the values that read it.
+    of_runs
+        Default in a run's settings, where that is another one.
 
     Examples
     --------
-    >>> from dataclasses import dataclass
-    >>> @dataclass(frozen=True)
+    >>> @section("near")
+    ... @dataclass(frozen=True)
     ... class Near:
-    ...     pull: float = setting(0.1, "Weight of the pull.", ge=0)
+    ...     pull: float = option(0.1, "Weight of the pull.", ge=0)
+    >>> [(o.key, o.formerly, o.default) for o in options_of(Near)]
+    [('near.pull', 'pull', 0.1)]
     >>> check_settings(Near(pull=-1.0))
     Traceback (most recent call last):
         ...
     ValueError: pull must be at least 0, got -1.0
     """
-    return field(default=default, metadata={"doc": doc, "ge": ge, "gt": gt, "le": le, "choices": tuple(choices)})
+    said = {name: value for name, value in locals().items() if name not in ("default", "choices")}
+    return field(default=default, metadata={**said, "choices": tuple(choices)})
+
+
+setting = option
+
+
+def section(table: str) -> Callable[[type[Declared]], type[Declared]]:
+    """Say in which table of a run's settings the options of a dataclass are."""
+
+    def mark(declared: type[Declared]) -> type[Declared]:
+        declared.table = table  # type: ignore[attr-defined]
+        return declared
+
+    return mark
+
+
+@dataclass(frozen=True)
+class Option:
+    """A declared setting of a run.
+
+    Attributes
+    ----------
+    field
+        Its name in the dataclass that declares it.
+    key
+        In a run's settings: ``"federation.fraction-train"``, or ``"seed"`` where it is in no table.
+    formerly
+        Its key before there were tables; empty if that was the same.
+    default
+        Of a run.
+    said
+        All else that the declaration says, see :func:`option`.
+    """
+
+    field: str
+    key: str
+    formerly: str
+    default: Any
+    said: Mapping[str, Any]
+
+    @property
+    def table(self) -> str:
+        """Its table; empty if it is in none."""
+        return self.key.rpartition(".")[0]
+
+    @property
+    def doc(self) -> str:
+        """What it means."""
+        return str(self.said["doc"])
+
+    @property
+    def compare(self) -> str:
+        """What it is in a comparison, see :func:`option`."""
+        return str(self.said["compare"])
+
+    @property
+    def free(self) -> bool:
+        """Whether it changes no number."""
+        return bool(self.said["free"]) or self.compare == "free"
+
+    @property
+    def only(self) -> Mapping[str, Sequence[Any]]:
+        """When it is read: keys, and values of theirs that read it."""
+        return self.said["only"] or {}
+
+
+def options_of(declared: type) -> list[Option]:
+    """The options of a dataclass, in its order; a field without a meaning is none.
+
+    They are in the table that :func:`section` gives to the class that declares them, or in that of its name, as those
+    of methods and objectives are.
+    """
+    return [_option_of(declared, f) for f in fields(declared) if "doc" in f.metadata]
+
+
+def _option_of(declared: type, f: Field[Any]) -> Option:
+    said = f.metadata
+    owner = next(c for c in declared.__mro__ if f.name in vars(c).get("__annotations__", {}))
+    place = vars(owner if vars(owner).keys() & {"table", "name"} else declared)
+    prefix = "" if "table" in place else PREFIXES.get(place["name"], f"{place['name']}-")
+    table = place["table"] if "table" in place else place["name"]
+    key = said["key"] or ".".join(filter(None, (table, kebab(f.name))))
+    formerly = said["formerly"] or kebab(said["wire"]) or prefix + key.rpartition(".")[2]
+    default = f.default if said["of_runs"] is None else said["of_runs"]
+    return Option(f.name, key, "" if formerly == key else formerly, default, said)
+
+
+def values_of(declared: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run's config says of the fields of a dataclass, under today's keys or the former ones."""
+    found = {}
+    for o in options_of(declared):
+        for key in (o.formerly, o.key):
+            if key and key in config:
+                found[o.field] = config[key]
+    return found
 
 
 def check_settings(declared: Any) -> None:
-    """Raise ValueError, naming the setting, if a value of this dataclass is none of its choices or out of bounds."""
-    for f in fields(declared):
-        _check(f.name, getattr(declared, f.name), f.metadata)
+    """Raise ValueError, naming every option of this dataclass whose value is of the wrong type or out of bounds."""
+    values = ((f, getattr(declared, f.name)) for f in fields(declared) if "doc" in f.metadata)
+    if wrong := [f"{f.name} must be {what} got {value!r}" for f, value in values if (what := _expected(f, value))]:
+        raise ValueError("; ".join(wrong))
 
 
+_KINDS: Mapping[type, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a text"),
+}
 _BOUNDS: Sequence[tuple[str, str, Callable[[Any, Any], bool]]] = (
     ("ge", "at least", operator.ge),
     ("gt", "greater than", operator.gt),
     ("le", "at most", operator.le),
+    ("lt", "less than", operator.lt),
 )
 
 
-def _check(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
-    if bounds.get("choices") and value not in bounds["choices"]:
-        raise ValueError(f"{name} must be one of {', '.join(bounds['choices'])}; got {value!r}")
+def _expected(f: Field[Any], value: Any) -> str:
+    """What a value should be and is not; empty if all is well."""
+    said, kind = f.metadata, type(f.default)
+    if said["choices"]:
+        return "" if value in said["choices"] else f"one of {', '.join(map(str, said['choices']))};"
+    wanted, name = _KINDS[kind]
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+        return f"{name},"
     for key, word, holds in _BOUNDS:
-        if bounds.get(key) is not None and not holds(value, bounds[key]):
-            raise ValueError(f"{name} must be {word} {bounds[key]}, got {value!r}")
+        if said[key] is not None and not holds(value, said[key]):
+            return f"{word} {said[key]},"
+    return "a finite number," if kind is float and not math.isfinite(value) else ""

@@ -14,23 +14,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
-from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cafe_flwr.core.random import rng_for
-from cafe_flwr.data import digits, docstrings
-from cafe_flwr.data.augmentation import Augmentation
-from cafe_flwr.data.hub import HUB_SETS, open_set
-from cafe_flwr.data.local import read_local
+from cafe_flwr.data import digits
+from cafe_flwr.data.options import Data
 from cafe_flwr.data.partition import Rule, partition_labels, partition_naturally, stratified_split
 from cafe_flwr.data.shifts import check_rotations, check_shifts, rotate, shift_labels
+from cafe_flwr.data.sources import Source, source_of
 from cafe_flwr.data.split import ClientData, Split
-from cafe_flwr.data.tokenizer import Tokenizer
 from cafe_flwr.networks.preprocessing import SYMMETRIC, Normalisation
 
 
@@ -70,23 +65,7 @@ class FederatedData:
         return len(self.class_names)
 
 
-class _Source(NamedTuple):
-    """A data set before it is dealt out."""
-
-    labels: NDArray[np.int64]
-    class_names: tuple[str, ...]
-    input_shape: tuple[int, ...]
-    read: Callable[[NDArray[np.int64]], Tensor] | None = None  # inputs of rows; None: rendered, not read
-    column: Callable[[str], Sequence[Any]] | None = None  # values of a column; None: it has no columns
-    splits: NDArray[np.int64] | None = None  # 0, 1 or 2 where the set itself says what a row is for
-    rows: NDArray[np.int64] | None = None  # of the whole set, where only some take part
-    vocabulary: int = 0
-    pixels: Normalisation = SYMMETRIC
-    augment: Augmentation | None = None
-
-
-@lru_cache(maxsize=4)
-def load_federation(
+def load_federation(  # noqa: PLR0913 (public; options.Data has them all)
     dataset: str,
     num_clients: int,
     *,
@@ -113,7 +92,7 @@ def load_federation(
     test_shift: float = 0.0,
     seed: int = 0,
 ) -> FederatedData:
-    """Deal a data set out to clients. Built once per process.
+    """Deal a data set out to clients. Built once per process; see :class:`cafe_flwr.data.options.Data`.
 
     Parameters
     ----------
@@ -122,7 +101,7 @@ def load_federation(
         ``"tiny-imagenet"``, ``"ag-news"``. Or ``"local:<path>"`` (a parquet file, a folder of parquet files, or a
         folder with one subfolder of images per class).
     num_clients
-        Number of clients.
+        How many.
     partition
         ``"dirichlet"`` (concentration ``alpha``), ``"pathological"`` (``classes_per_client`` classes each) or
         ``"natural"`` (by the values of ``partition_column``).
@@ -136,18 +115,14 @@ def load_federation(
         Embedded sets only: mean number of examples per client, all splits together.
     shares
         Shares of train, calibration and test; they sum to 1.
-    image_size
-        Local sets only: resize images to this height and width; 0 keeps them as they are.
-    image_column, label_column
-        Local sets only: names of the columns.
-    data_dir
-        Sets of the hub only: folder with a local copy in ``<data_dir>/<dataset>``; empty: the hub.
-    augmentation
-        Sets of the hub only: ``"usual"``, random crops and mirror images in training, or ``"none"``.
-    max_tokens, vocabulary
-        Texts only: words of a text that are kept, and the number of different tokens (:mod:`cafe_flwr.data.tokenizer`).
-    long_texts
-        Texts only: ``"cut"`` those of more words than ``max_tokens``, or ``"refuse"`` them.
+    image_size, image_column, label_column
+        Local sets only: height and width that images are resized to (0 keeps them as they are), names of the columns.
+    data_dir, augmentation
+        Sets of the hub only: folder with a local copy in ``<data_dir>/<dataset>`` (empty: the hub); and ``"usual"``,
+        random crops and mirror images in training, or ``"none"``.
+    max_tokens, vocabulary, long_texts
+        Texts only: words of a text that are kept, the number of different tokens (:mod:`cafe_flwr.data.tokenizer`), and
+        what to do with longer ones, ``"cut"`` or ``"refuse"``.
     text_part
         AG News only: ``"whole"`` texts, or ``"title"`` (:meth:`cafe_flwr.data.hub.OpenSet.texts`).
     label_groups
@@ -183,127 +158,113 @@ def load_federation(
     """
     if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
         raise ValueError(f"shares of train, calibration and test must be 0 or more and sum to 1, got {shares}")
-    if min(num_clients, examples_per_client, classes_per_client) < 1:
+    options = Data(
+        dataset=dataset,
+        dir=data_dir,
+        augmentation=augmentation,
+        max_tokens=max_tokens,
+        vocabulary=vocabulary,
+        long_texts=long_texts,
+        text_part=text_part,
+        partition=partition,
+        dirichlet_alpha=alpha,
+        dirichlet_cap=capped,
+        partition_column=partition_column,
+        natural_split=natural_split,
+        classes_per_client=classes_per_client,
+        examples_per_client=examples_per_client,
+        calibration_share=shares[1],
+        test_share=shares[2],
+        validation_share=validation_share,
+        label_groups=label_groups,
+        rotations=rotations,
+        test_shift=test_shift,
+        image_size=image_size,
+        image_column=image_column,
+        label_column=label_column,
+    )
+    return deal_out(options, num_clients, seed)
+
+
+@lru_cache(maxsize=4)
+def deal_out(options: Data, num_clients: int, seed: int = 0) -> FederatedData:
+    """A data set dealt out to clients as its options say, see :func:`load_federation`. Built once per process."""
+    if min(num_clients, options.examples_per_client, options.classes_per_client) < 1:
         raise ValueError("num-clients, examples-per-client and classes-per-client must be at least 1")
-    check_shifts(dataset, num_clients, label_groups, validation_share, test_shift)
-    if partition == "natural" and label_groups:
-        raise ValueError(f"label-groups = {label_groups} is not for partition = 'natural': set it to 0")
-    tokenizer = Tokenizer(max_tokens, vocabulary, cut=long_texts == "cut")
-    if dataset in digits.NUM_CLASSES:
-        source = _embedded(dataset, num_clients * examples_per_client)
-    elif dataset == "docstrings":
-        source = _docstrings(num_clients * examples_per_client, shares, seed, tokenizer)
-    elif dataset in HUB_SETS:
-        source = _of_the_hub(dataset, data_dir, augmentation, text_part, tokenizer)
-    else:
-        source = _local(dataset, image_size, image_column, label_column)
-    check_rotations(rotations, source.input_shape)
-    groups = 0 if source.read is None else label_groups  # labels that are rendered need not be dealt out
-    if partition == "natural":
-        if source.column is None:
-            raise ValueError(
-                f"partition = 'natural' deals out by a column, and {dataset!r} has none: choose a set of the hub or "
-                "'local:<path>', or another partition"
-            )
-        parts = partition_naturally(
-            partition_column,
-            source.column(partition_column),
-            source.labels,
-            num_clients,
-            Rule(natural_split, alpha, capped=capped),
-            seed,
+    check_shifts(options.dataset, num_clients, options.label_groups, options.validation_share, options.test_shift)
+    if options.partition == "natural" and options.label_groups:
+        raise ValueError(
+            f"data.label-groups = {options.label_groups} is not for data.partition = 'natural': set it to 0"
         )
-    else:
-        rule = Rule(partition, alpha, classes_per_client, capped)
-        parts = partition_labels(source.labels, num_clients, rule, seed, groups)
-    if source.read is None and label_groups:
-        parts = [parts[client % label_groups] for client in range(num_clients)]
-
-    @cache
-    def load(client: int) -> ClientData:
-        if not 0 <= client < num_clients:
-            raise ValueError(f"client must be in 0..{num_clients - 1}, got {client}")
-        rng = partial(rng_for, seed, 0, client)
-        turn = client // max(label_groups, 1) % rotations
-        labels = source.labels[parts[client]]
-        if source.splits is None:
-            uses = stratified_split(labels, shares, rng("split"))
-        else:
-            uses = [np.flatnonzero(source.splits[parts[client]] == k) for k in range(len(digits.SPLITS))]
-        positions = dict(zip(digits.SPLITS, uses, strict=True))
-
-        def make(use: str, split: str, y: NDArray[np.int64]) -> Split:
-            if source.read is None:
-                x, origin = digits.render(dataset, y, split, seed, rng(f"render-{use}"))
-                x = rotate(x, turn, rotations, digits.BACKGROUND)
-            else:
-                rows = parts[client][positions[split]]
-                rows = rows if source.rows is None else source.rows[rows]
-                x, origin = rotate(source.read(rows), turn, rotations), rows[:, None]
-            return Split(x, torch.from_numpy(y), torch.from_numpy(origin))
-
-        train, calibration = (make(split, split, labels[positions[split]]) for split in ("train", "calibration"))
-        if not validation_share:
-            y = shift_labels(labels[positions["test"]], train.y.numpy(), test_shift, rng("test-shift"))
-            return ClientData(train, calibration, make("test", "test", y), source.augment)
-        cut = (1 - validation_share, validation_share)
-        train, validation = map(train.take, stratified_split(train.y.numpy(), cut, rng("validation")))
-        if test_shift:
-            y = shift_labels(validation.y.numpy(), train.y.numpy(), test_shift, rng("test-shift"))
-            validation = make("validation", "train", y)
-        return ClientData(train, calibration, validation, source.augment)
-
+    source = source_of(options, num_clients * options.examples_per_client, seed)
+    check_rotations(options.rotations, source.input_shape)
+    parts = _parts(options, source, num_clients, seed)
     return FederatedData(
         num_clients,
         source.class_names,
         source.input_shape,
-        load,
+        cache(partial(_load, options, source, parts, seed)),
         vocabulary=source.vocabulary,
         pixels=source.pixels,
         num_examples=sum(map(len, parts)),
     )
 
 
-def _embedded(dataset: str, num_examples: int) -> _Source:
-    """An embedded set of at least so many examples, all classes alike."""
-    names = digits.class_names(dataset)
-    labels = np.repeat(np.arange(len(names)), -(-num_examples // len(names)))
-    return _Source(labels, names, (1, digits.IMAGE_SIZE, digits.IMAGE_SIZE))
+def _parts(options: Data, source: Source, num_clients: int, seed: int) -> list[NDArray[np.int64]]:
+    """Positions of every client's examples."""
+    groups = options.label_groups
+    if options.partition == "natural":
+        if source.column is None:
+            raise ValueError(
+                f"data.partition = 'natural' deals out by a column, and {options.dataset!r} has none: choose a set of "
+                "the hub or 'local:<path>', or another partition"
+            )
+        return partition_naturally(
+            options.partition_column,
+            source.column(options.partition_column),
+            source.labels,
+            num_clients,
+            Rule(options.natural_split, options.dirichlet_alpha, capped=options.dirichlet_cap),
+            seed,
+        )
+    rule = Rule(options.partition, options.dirichlet_alpha, options.classes_per_client, options.dirichlet_cap)
+    dealt = 0 if source.read is None else groups  # labels that are rendered need not be dealt out
+    parts = partition_labels(source.labels, num_clients, rule, seed, dealt)
+    if source.read is None and groups:
+        return [parts[client % groups] for client in range(num_clients)]
+    return parts
 
 
-def _local(dataset: str, image_size: int, image_column: str, label_column: str) -> _Source:
-    """The set ``"local:<path>"``."""
-    kind, _, path = dataset.partition(":")
-    if kind != "local" or not path:
-        known = ", ".join(map(repr, (*digits.NUM_CLASSES, "docstrings", *HUB_SETS)))
-        raise ValueError(f"dataset must be {known} or 'local:<path>', got {dataset!r}")
-    images, labels, names, column = read_local(Path(path).expanduser(), image_size, image_column, label_column)
-    shape = tuple(int(n) for n in images.shape[1:])
-    return _Source(labels, names, shape, lambda rows: torch.from_numpy(images[rows]), column)
+def _load(options: Data, source: Source, parts: Sequence[NDArray[np.int64]], seed: int, client: int) -> ClientData:
+    """The data of one client."""
+    if not 0 <= client < len(parts):
+        raise ValueError(f"client must be in 0..{len(parts) - 1}, got {client}")
+    rng = partial(rng_for, seed, 0, client)
+    turn = client // max(options.label_groups, 1) % options.rotations
+    labels = source.labels[parts[client]]
+    if source.splits is None:
+        uses = stratified_split(labels, options.shares, rng("split"))
+    else:
+        uses = [np.flatnonzero(source.splits[parts[client]] == k) for k in range(len(digits.SPLITS))]
+    positions = dict(zip(digits.SPLITS, uses, strict=True))
 
+    def make(use: str, split: str, y: NDArray[np.int64]) -> Split:
+        if source.read is None:
+            x, origin = digits.render(options.dataset, y, split, seed, rng(f"render-{use}"))
+            x = rotate(x, turn, options.rotations, digits.BACKGROUND)
+        else:
+            rows = parts[client][positions[split]]
+            rows = rows if source.rows is None else source.rows[rows]
+            x, origin = rotate(source.read(rows), turn, options.rotations), rows[:, None]
+        return Split(x, torch.from_numpy(y), torch.from_numpy(origin))
 
-def _docstrings(num_examples: int, shares: tuple[float, float, float], seed: int, tokenizer: Tokenizer) -> _Source:
-    """The sentences of installed packages."""
-    sentences = docstrings.sentences()
-    rows, splits = docstrings.draw(num_examples, shares, seed)
-    return _Source(
-        sentences.labels[rows],
-        docstrings.PACKAGES,
-        (tokenizer.max_tokens,),
-        lambda wanted: tokenizer([sentences.texts[row] for row in wanted]),
-        splits=splits,
-        rows=rows,
-        vocabulary=tokenizer.vocabulary,
-    )
-
-
-def _of_the_hub(dataset: str, data_dir: str, augmentation: str, text_part: str, tokenizer: Tokenizer) -> _Source:
-    """A set of the hub, or a local copy of it."""
-    opened = open_set(dataset, data_dir)
-    about, size = opened.about, opened.about.image_size
-    source = _Source(opened.labels, opened.class_names, (3, size, size), opened.images, opened.column)
-    if not size:
-        read, shape = (lambda rows: tokenizer(opened.texts(rows, text_part))), (tokenizer.max_tokens,)
-        return source._replace(read=read, input_shape=shape, vocabulary=tokenizer.vocabulary)
-    augment = about.augmentation if augmentation == "usual" else None
-    return source._replace(pixels=about.pixels, augment=augment)
+    train, calibration = (make(split, split, labels[positions[split]]) for split in ("train", "calibration"))
+    held = options.validation_share
+    if not held:
+        y = shift_labels(labels[positions["test"]], train.y.numpy(), options.test_shift, rng("test-shift"))
+        return ClientData(train, calibration, make("test", "test", y), source.augment)
+    train, validation = map(train.take, stratified_split(train.y.numpy(), (1 - held, held), rng("validation")))
+    if options.test_shift:
+        y = shift_labels(validation.y.numpy(), train.y.numpy(), options.test_shift, rng("test-shift"))
+        validation = make("validation", "train", y)
+    return ClientData(train, calibration, validation, source.augment)

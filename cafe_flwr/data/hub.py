@@ -194,7 +194,7 @@ def _how_to_place(name: str, data_dir: str) -> str:
     copy = f"{data_dir}/{name}"
     return (
         f"To use a local copy: on a machine with a network run 'hf download {HUB_SETS[name].repository} --repo-type "
-        f"dataset --local-dir {copy}', bring the folder here, and set data-dir = '{data_dir}' (an absolute path)"
+        f"dataset --local-dir {copy}', bring the folder here, and set data.dir = '{data_dir}' (an absolute path)"
     )
 
 

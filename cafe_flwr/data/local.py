@@ -162,7 +162,7 @@ def _read_images(rows: Any, column: str, image_size: int, origin: str) -> NDArra
         images = [normalised(image) for image in images]
     shapes = {image.shape for image in images}
     if len(shapes) != 1:
-        raise ValueError(f"images of {origin} have {len(shapes)} different shapes: set image-size")
+        raise ValueError(f"images of {origin} have {len(shapes)} different shapes: set data.image-size")
     return np.stack(images)
 
 

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from cafe_flwr.data.options import MODALITIES
+
 if TYPE_CHECKING:
     from cafe_flwr.data.split import ClientData, Split
 
-IMAGE, ROWS = "image", "rows"
-MODALITIES = (IMAGE, ROWS)
+IMAGE, ROWS = MODALITIES
 
 
 def rows_shape(image_shape: Sequence[int]) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.data.local import normalised, read_local
+from cafe_flwr.data.options import Data
 from cafe_flwr.data.partition import stratified_split
 from cafe_flwr.data.split import ClientData, Split
 
@@ -19,17 +20,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as pillo
 
 
 def load_own(
-    path: Path,
-    client: int,
-    *,
-    class_names: Sequence[str],
-    shares: tuple[float, float, float],
-    image_size: int,
-    channels: int,
-    image_column: str = "image",
-    label_column: str = "label",
-    validation_share: float = 0.0,
-    seed: int = 0,
+    path: Path, client: int, options: Data, *, class_names: Sequence[str], shape: tuple[int, ...], seed: int = 0
 ) -> ClientData:
     """Read one client's own images and split them into train, calibration and test.
 
@@ -39,28 +30,26 @@ def load_own(
         A parquet file, a folder of them, or a folder with one subfolder of images per class.
     client
         Its number; with the seed it decides on the split.
+    options
+        Of the federation: the columns and the shares of the splits.
     class_names
         Classes of the federation, in the order of its labels. The client's are found among them by name.
-    shares
-        Of train, calibration and test.
-    image_size, channels
-        What all clients' images are made into: (channels, image_size, image_size); channels is 1 or 3.
-    validation_share
-        As for :func:`cafe_flwr.data.load_federation`.
+    shape
+        What all clients' images are made into: (channels, size, size); channels is 1 or 3.
 
     Raises
     ------
     ValueError
         If the data cannot be read, or has labels that the federation does not know.
     """
-    images, labels, names, _ = read_local(path, image_size, image_column, label_column)
+    images, labels, names, _ = read_local(path, shape[-1], options.image_column, options.label_column)
     y = _in_the_federation(labels, names, class_names, path)
-    x = torch.from_numpy(_with_channels(normalised(images), channels))
+    x = torch.from_numpy(_with_channels(normalised(images), shape[0]))
     rng = partial(rng_for, seed, 0, client)
     whole = Split(x, torch.from_numpy(y), torch.arange(len(y))[:, None])
-    train, calibration, test = (whole.take(rows) for rows in stratified_split(y, shares, rng("split")))
-    if validation_share:
-        cut = stratified_split(train.y.numpy(), (1 - validation_share, validation_share), rng("validation"))
+    train, calibration, test = (whole.take(rows) for rows in stratified_split(y, options.shares, rng("split")))
+    if held := options.validation_share:
+        cut = stratified_split(train.y.numpy(), (1 - held, held), rng("validation"))
         train, test = map(train.take, cut)
     return ClientData(train, calibration, test)
 
@@ -75,7 +64,7 @@ def _in_the_federation(
         rows = int(np.isin(labels, [names.index(name) for name in unknown]).sum())
         raise ValueError(
             f"its data in {path} has labels the federation does not know: {_some(unknown)} ({rows} of {len(labels)} "
-            f"examples); class-names has {_some(class_names)}"
+            f"examples); data.class-names has {_some(class_names)}"
         )
     return np.array([number.get(name, -1) for name in names], dtype=np.int64)[labels]
 

@@ -16,8 +16,8 @@ def check_shifts(dataset: str, num_clients: int, label_groups: int, validation_s
     """ValueError, naming the setting, if the labels of these clients cannot be shifted so."""
     if not 0 <= label_groups <= num_clients:
         raise ValueError(
-            f"label-groups must be from 0 (every client has its own labels) to num-clients = {num_clients}, "
-            f"got {label_groups}: lower label-groups or raise num-clients"
+            f"data.label-groups must be from 0 (every client has its own labels) to num-clients = {num_clients}, "
+            f"got {label_groups}: lower data.label-groups or raise num-clients"
         )
     if not 0 <= validation_share < 1:
         raise ValueError(f"validation-share must be 0 (none) or more and less than 1, got {validation_share}")
@@ -25,7 +25,7 @@ def check_shifts(dataset: str, num_clients: int, label_groups: int, validation_s
         raise ValueError(f"test-shift must be from 0 (none) to 1 (all test labels redrawn), got {test_shift}")
     if test_shift and dataset not in digits.NUM_CLASSES:
         known = " and ".join(map(repr, digits.NUM_CLASSES))
-        raise ValueError(f"test-shift works for the embedded sets only, {known}, not {dataset!r}: set test-shift to 0")
+        raise ValueError(f"data.test-shift is for {known}, not {dataset!r}: set it to 0")
 
 
 def check_rotations(rotations: int, shape: tuple[int, ...]) -> None:
@@ -33,11 +33,11 @@ def check_rotations(rotations: int, shape: tuple[int, ...]) -> None:
     if rotations < 1:
         raise ValueError(f"rotations must be at least 1 (images as they are), got {rotations}")
     if rotations > 1 and len(shape) != 3:
-        raise ValueError(f"rotations need images (channels, height, width), got inputs {shape}: set rotations to 1")
+        raise ValueError(f"data.rotations needs images (channels, height, width), got inputs {shape}: set it to 1")
     if rotations % 4 == 0 and shape[1] != shape[2]:
         raise ValueError(
             f"rotations = {rotations} has quarter turns, which need square images, got {shape[1]}×{shape[2]}: "
-            "set image-size, or choose rotations that 4 does not divide"
+            "set data.image-size, or choose rotations that 4 does not divide"
         )
 
 

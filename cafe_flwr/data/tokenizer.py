@@ -41,7 +41,7 @@ class Tokenizer(NamedTuple):
             if len(found) > self.max_tokens and not self.cut:
                 raise ValueError(
                     f"a text has {len(found)} words, more than the {self.max_tokens} that are taken "
-                    f"({text[:40]!r}…): raise max-tokens, or cut long texts (long-texts = 'cut')"
+                    f"({text[:40]!r}…): raise data.max-tokens, or cut long texts (data.long-texts = 'cut')"
                 )
             tokens = [_token(word, self.vocabulary) for word in found[: self.max_tokens]]
             rows.append(tokens + [PADDING] * (self.max_tokens - len(tokens)))

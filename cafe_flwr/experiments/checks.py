@@ -8,21 +8,13 @@ from typing import Any
 
 from cafe_flwr.core.text import nearest
 from cafe_flwr.experiments.contents import Contents, combinations, slug, words
-from cafe_flwr.methods import METHODS
+from cafe_flwr.methods.registry import METHODS
+from cafe_flwr.settings import OPTIONS
 
-_OURS = {"name", "seed", "method", "results-dir", "state-dir", "resume"}  # every run gets its own
-_BUDGET = {"equal-steps", "validation-share"}  # said by `budget` and `sweep`
-_COMMON = {  # a row that changed one of these would not be comparable with the others
-    *("num-clients", "fraction-train", "min-train-nodes", "min-available-nodes"),
-    *("dataset", "partition", "dirichlet-alpha", "classes-per-client", "examples-per-client"),
-    *("dirichlet-cap", "partition-column", "natural-split"),
-    *("calibration-share", "test-share", "image-size", "image-column", "label-column"),
-    *("label-groups", "rotations", "test-shift"),
-    *("data-dir", "augmentation", "max-tokens", "vocabulary", "long-texts", "text-part"),
-    *("network", "feature-width", "network-width", "network-depth", "norm", "statistics", "stem-stride"),
-    *("attention-heads", "dropout", "evaluate-every"),
-}
-_STEPS = {"num-server-rounds", "local-steps", "local-epochs"}  # equal in all rows, if the budget is
+_OURS, _COMMON, _STEPS = (
+    {key for key, o in OPTIONS.items() if o.compare == what}
+    for what in ("own", "all", "budget")  # the comparison's; of all rows; of all rows if the budget is equal
+)
 
 
 def disagreements(experiment: Contents) -> list[str]:
@@ -71,7 +63,7 @@ def _misplaced(experiment: Contents) -> Iterator[str]:
         yield from (f"smoke: settings: {key} is varied, so it cannot be one value for all" for key in sorted(varied))
     for where, keys, not_here in _places(experiment):
         for key in keys:
-            if key in _OURS | _BUDGET:
+            if key in _OURS:
                 yield f"{where}: {key} is set by the comparison itself"
             elif key in not_here:
                 yield f"{where}: {key} must be the same in all rows; set it under 'settings' or 'vary'"

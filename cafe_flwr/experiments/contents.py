@@ -7,18 +7,20 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
 
-from cafe_flwr.settings import STRICT
+from cafe_flwr.settings import STRICT, todays
 
 Condition = tuple[tuple[str, Any], ...]
 """What is varied between tables, as (setting, value) pairs; empty if nothing is."""
 
 
 def _candidates(value: Any) -> Any:
-    lists = isinstance(value, dict) and all(isinstance(item, list) and item for item in value.values())
-    if lists or (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
-        return value
+    if isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        return [todays(item) for item in value]
+    lists = todays(value) if isinstance(value, dict) else {"": value}
+    if all(isinstance(item, list) and item for item in lists.values()):
+        return lists
     raise ValueError("it should be lists of values ({learning-rate: [0.1, 0.3]}) or a list of mappings")
 
 
@@ -31,6 +33,14 @@ def combinations(candidates: Any) -> list[dict[str, Any]]:
 
 Candidates = Annotated[dict[str, list[Any]] | list[dict[str, Any]], PlainValidator(_candidates)]
 """Settings to try: every combination of lists, or a list of mappings."""
+
+
+def _settings(value: Any) -> Any:
+    return todays(value) if isinstance(value, dict) else value
+
+
+SomeSettings = Annotated[dict[str, Any], BeforeValidator(_settings)]
+"""Settings under today's keys; in the file, tables are nested or a dot."""
 
 
 class Part(BaseModel):
@@ -46,13 +56,13 @@ class Row(Part):
     """Name of the method."""
     label: str = Field("", max_length=60)
     """How the table names the row; by default the method, with the row's settings if it has any."""
-    settings: dict[str, Any] = {}
+    settings: SomeSettings = {}
     """Settings of this row alone."""
 
     @property
     def name(self) -> str:
         """The row's label, given or made."""
-        return self.label or " ".join([self.method, *(f"{key}={value}" for key, value in self.settings.items())])
+        return self.label or " ".join([self.method, *(f"{short(key)}={value}" for key, value in self.settings.items())])
 
     @property
     def plain(self) -> bool:
@@ -65,7 +75,7 @@ class Sweep(Part):
 
     seeds: list[int]
     """Seeds of every trial."""
-    settings: dict[str, Any] = {}
+    settings: SomeSettings = {}
     """Settings of the trials alone, e.g. fewer rounds."""
     validation_share: float = Field(0.25, gt=0, lt=1)
     """Share of each client's training split that trials are judged on instead of its test split."""
@@ -78,7 +88,7 @@ class Sweep(Part):
 class Smoke(Part):
     """The experiment at a size that shows within minutes that everything runs. Its figures mean nothing."""
 
-    settings: dict[str, Any] = {}
+    settings: SomeSettings = {}
     """Settings that replace those of all rows."""
     seeds: list[int] = Field([0], min_length=1)
     """Seeds that replace the experiment's."""
@@ -99,7 +109,7 @@ class Contents(Part):
     """Seeds of every row."""
     budget: Literal["equal", "published"] = "equal"
     """'equal': every row takes the same number of local gradient steps; 'published': as its paper has it."""
-    settings: dict[str, Any] = {}
+    settings: SomeSettings = {}
     """Settings of all rows."""
     vary: Candidates = {}
     """Conditions, with a table for each: every combination of lists of values, or a list of mappings."""
@@ -175,17 +185,22 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
+def short(key: str) -> str:
+    """A setting's name without its table: as tables and folders call it."""
+    return key.rpartition(".")[2]
+
+
 def words(condition: Condition) -> str:
     """A condition as text; empty if nothing is varied.
 
     Examples
     --------
-    >>> words((("dirichlet-alpha", 0.1), ("num-clients", 20)))
-    'dirichlet-alpha = 0.1, num-clients = 20'
+    >>> words((("dirichlet-alpha", 0.1), ("data.label-groups", 5)))
+    'dirichlet-alpha = 0.1, label-groups = 5'
     """
-    return ", ".join(f"{key} = {value}" for key, value in condition)
+    return ", ".join(f"{short(key)} = {value}" for key, value in condition)
 
 
 def settings_words(settings: Mapping[str, Any]) -> str:
     """Settings as text: ``mu=2.0, learning-rate=0.1``."""
-    return ", ".join(f"{key}={value}" for key, value in settings.items())
+    return ", ".join(f"{short(key)}={value}" for key, value in settings.items())

@@ -12,20 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cafe_flwr.data.federation import FederatedData
+from cafe_flwr.data.options import Data
 from cafe_flwr.data.split import ClientData
 from cafe_flwr.experiments.plan import PlannedRun
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.statistics import evaluating
 from cafe_flwr.results.run import duration, scaled
-from cafe_flwr.settings import Settings
+from cafe_flwr.settings import OPTIONS, Settings
+from cafe_flwr.training.optimizer_state import new_optimizer
 
 _PROCESS = 1e9  # bytes of Python and its libraries in every process, at their most, when a run writes its page
 _BESIDES = 3.0  # seconds of a run for its start, its files and its page
-_SIZES = (  # settings that what is measured depends on
-    *("dataset", "data_dir", "network", "network_width", "network_depth", "feature_width", "norm", "statistics"),
-    *("stem_stride", "attention_heads", "image_size", "max_tokens", "vocabulary", "batch_size", "num_clients"),
-    *("examples_per_client", "optimizer"),
-)
+_SIZES = tuple(key for key, o in OPTIONS.items() if o.said["sized"])  # what is measured depends on them
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,16 @@ def measure(settings: Settings) -> Measured:
 
     data, network = federation(settings), build_network(settings)
     client = data.load(0)
-    rows = torch.arange(settings.batch_size) % len(client.train)  # a small client's again and again: others are larger
+    rows = torch.arange(settings.train.batch_size) % len(
+        client.train
+    )  # a small client's again and again: others are larger
     x, y = client.train.x[rows], client.train.y[rows]
     held = client.test.x[:64]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the workers
     try:
         kept = _activations(network, x, y)
-        optimizer = settings.build_budget().new_optimizer(list(network.parameters()))
+        optimizer = new_optimizer(settings.build_budget(), list(network.parameters()))
         step = _seconds(lambda: (_loss(network, x, y).backward(), optimizer.step()))
         with torch.no_grad(), evaluating(network):
             evaluation = _seconds(lambda: network(held)) / max(1, len(held))
@@ -100,7 +100,7 @@ def estimate(runs: Sequence[PlannedRun], jobs: int) -> Estimate:
     known: dict[tuple[Any, ...], Measured] = {}
     seconds, memory, steps = [], [], []
     for run in runs:
-        key = tuple(getattr(run.settings, name) for name in _SIZES)
+        key = tuple(run.settings.value(key) for key in _SIZES)
         if key not in known:
             known[key] = measure(run.settings)
         steps.append(known[key].step)
@@ -115,17 +115,17 @@ def _run_seconds(run: PlannedRun, measured: Measured) -> float:
     """Seconds of the rounds that are not done yet."""
     s = run.settings
     rounds = max(0, s.num_server_rounds - run.rounds_done)
-    participants = max(1, round(s.fraction_train * s.num_clients))
-    training = measured.examples * s.shares[0] / s.num_clients  # examples of a mean client
+    participants = max(1, round(s.federation.fraction_train * s.num_clients))
+    training = measured.examples * s.of(Data).shares[0] / s.num_clients  # examples of a mean client
     budget = s.build_budget()
     steps = budget.epochs * max(1.0, training / budget.batch_size) if budget.epochs else budget.steps
-    evaluations = -(-rounds // s.evaluate_every)
-    tested = 2 * measured.examples * s.test_share * participants / s.num_clients  # before and after training
+    evaluations = -(-rounds // s.federation.evaluate_every)
+    tested = 2 * measured.examples * s.data.test_share * participants / s.num_clients  # before and after training
     return _BESIDES + rounds * participants * steps * measured.step + evaluations * tested * measured.evaluation
 
 
 def _run_memory(s: Settings, measured: Measured) -> float:
-    participants = max(1, round(s.fraction_train * s.num_clients))
+    participants = max(1, round(s.federation.fraction_train * s.num_clients))
     data = measured.examples * measured.example
     return _PROCESS + data + (4 + participants) * measured.network + measured.activations
 

@@ -84,7 +84,7 @@ def smoke_size(experiment: Experiment) -> SmokeExperiment:
 
 def with_data_dir(experiment: Experiment, folder: Path) -> Experiment:
     """The experiment with copies of the hub's sets in another folder."""
-    return experiment.model_copy(update={"settings": {**experiment.settings, "data-dir": str(folder)}})
+    return experiment.model_copy(update={"settings": {**experiment.settings, "data.dir": str(folder)}})
 
 
 class _Loader(yaml.SafeLoader):

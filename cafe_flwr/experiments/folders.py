@@ -9,15 +9,15 @@ from typing import Any, Literal
 
 from cafe_flwr.experiments.file import Experiment
 from cafe_flwr.experiments.plan import PlannedRun, plan_runs, plan_trials
-from cafe_flwr.results.folder import FREE_ON_RESUME, is_bare
+from cafe_flwr.results.folder import is_bare
 from cafe_flwr.server.checkpoints import Checkpoints
-from cafe_flwr.settings import Settings, keys_of_other_methods
+from cafe_flwr.settings import FREE_ON_RESUME, Settings, todays
 
 State = Literal["finished", "resumable", "new"]
 
 
 def state_of(run: PlannedRun, undecided: Iterable[str] = ()) -> State:
-    """How far a run is, by what its folder holds. Settings that only other methods read do not count.
+    """How far a run is, by what its folder holds. Settings that it does not read do not count.
 
     Settings that are ``undecided`` may still change, and are not compared. Raises ValueError if the folder holds
     something else than (a part of) this run.
@@ -29,15 +29,12 @@ def state_of(run: PlannedRun, undecided: Iterable[str] = ()) -> State:
         before = json.loads((run.folder / "settings.json").read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{run.folder} is in the way, it is no run of cafe-flwr ({error}): {advice}") from None
-    wanted, defaults = run.settings.to_run_config(), Settings.from_run_config({}).to_run_config()
-    differing = [
-        key
-        for key, value in wanted.items()
-        if key not in FREE_ON_RESUME | {"name"} and before.get(key, defaults[key]) != value
-    ]
-    ignored = keys_of_other_methods(run.settings.method).union(undecided)
-    if changed := [key for key in differing if key not in ignored]:
-        details = "; ".join(f"{key} was {before.get(key, defaults[key])!r}, now {wanted[key]!r}" for key in changed)
+    wanted = run.settings.to_run_config()
+    was = {**Settings().to_run_config(), **todays(before)}
+    ignored = FREE_ON_RESUME.union(run.settings.not_read())
+    differing = [key for key, value in wanted.items() if key not in ignored and was[key] != value]
+    if changed := [key for key in differing if key not in {*undecided}]:
+        details = "; ".join(f"{key} was {was[key]!r}, now {wanted[key]!r}" for key in changed)
         raise ValueError(f"row {run.row!r}: {run.folder} is the result of another experiment ({details}): {advice}")
     if read_summary(run):
         return "finished"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cafe_flwr.experiments.contents import Condition, Row, slug
+from cafe_flwr.data.options import Data
+from cafe_flwr.experiments.contents import Condition, Row, short, slug
 from cafe_flwr.experiments.file import Experiment
-from cafe_flwr.settings import Settings, keys_of_other_methods
+from cafe_flwr.settings import Settings
 
 _EVALUATE_EVERY = 10  # rounds, unless the file says otherwise: evaluation is a quarter of a run's time
 
@@ -61,7 +61,7 @@ def plan_trials(experiment: Experiment, folder: Path) -> list[PlannedRun]:
         return []
     sweep = experiment.sweep
     return [
-        _planned(experiment, folder, row, condition, seed, {**sweep.settings, **trial}, number)
+        _planned(experiment, folder, row, condition, seed, trial, number)
         for condition in experiment.conditions
         for seed in sweep.seeds
         for row in experiment.rows
@@ -93,35 +93,47 @@ def _planned(
     further: Mapping[str, Any],
     trial: int | None = None,
 ) -> PlannedRun:
-    parts = [slug(row.name), slug("_".join(f"{key}-{value}" for key, value in condition)).replace("_", "-")]
+    varied = "_".join(f"{short(key)}-{value}" for key, value in condition)
+    parts = [slug(row.name), slug(varied).replace("_", "-")]
     name = "--".join(filter(None, parts)) + ("" if trial is None else f"--trial{trial}") + f"-seed{seed}"
+    sweep = None if trial is None else experiment.sweep
     config = {
-        "evaluate-every": _EVALUATE_EVERY,
+        "federation.evaluate-every": _EVALUATE_EVERY,
         **experiment.settings,
         **dict(condition),
         **row.settings,
+        **(sweep.settings if sweep else {}),
         **further,
         "name": name,
         "seed": seed,
         "method": row.method,
         "results-dir": str(folder / ("runs" if trial is None else "trials")),
-        "equal-steps": experiment.budget == "equal",
+        "train.equal-steps": experiment.budget == "equal",
+        **({"data.validation-share": sweep.validation_share} if sweep else {}),
     }
-    if trial is not None and experiment.sweep:
-        config["validation-share"] = experiment.sweep.validation_share
     try:
         settings = Settings.from_run_config(config)
-        if experiment.budget == "equal" and (extra := settings.build_method().extra_rounds()):
-            rounds = settings.num_server_rounds - extra
-            if rounds < 1:
-                raise ValueError(
-                    f"{row.method} fine-tunes for {extra} rounds' worth of steps at the end: that leaves "
-                    f"no rounds of num-server-rounds ({settings.num_server_rounds})"
-                )
-            settings = settings.model_copy(update={"num_server_rounds": rounds})
+        others = settings.unread().keys() - row.settings.keys() - further.keys()  # common ones that other rows read
+        if others:
+            settings = Settings.from_run_config({key: value for key, value in config.items() if key not in others})
+        settings = _within_budget(settings, experiment, row)
     except ValueError as error:
         raise ValueError(f"row {row.name!r}: {error}") from None
     return PlannedRun(row.name, condition, settings, trial)
+
+
+def _within_budget(settings: Settings, experiment: Experiment, row: Row) -> Settings:
+    """With as many rounds less as a method fine-tunes for at the end, where the budget is equal."""
+    extra = settings.build_method().extra_rounds()
+    if experiment.budget != "equal" or not extra:
+        return settings
+    rounds = settings.num_server_rounds - extra
+    if rounds < 1:
+        raise ValueError(
+            f"{row.method} fine-tunes for {extra} rounds' worth of steps at the end: that leaves "
+            f"no rounds of num-server-rounds ({settings.num_server_rounds})"
+        )
+    return settings.model_copy(update={"num_server_rounds": rounds})
 
 
 def check_experiment(experiment: Experiment, folder: Path) -> None:
@@ -130,22 +142,29 @@ def check_experiment(experiment: Experiment, folder: Path) -> None:
     Raises ValueError with a line for every reason why a run could not start.
     """
     problems: dict[str, None] = {}  # each once, in order
-    for row in experiment.rows:
-        others = keys_of_other_methods(row.method)
-        for key in dict.fromkeys([*row.settings, *itertools.chain.from_iterable(experiment.trials(row.name))]):
-            if key in others:
-                problems[f"row {row.name!r}: {row.method} has no setting {key!r}, so it would change nothing"] = None
-    try:
-        runs = plan_trials(experiment, folder) + plan_runs(experiment, folder)
-    except ValueError as error:
-        raise ValueError("\n".join([*problems, str(error)])) from None
-    for run in sorted(runs, key=lambda run: (run.settings.shares, experiment.conditions.index(run.condition))):
+    runs = plan_trials(experiment, folder) + plan_runs(experiment, folder)
+    for run in runs:
+        problems |= {
+            f"row {run.row!r}: {key} would change nothing: {why}": None for key, why in run.settings.unread().items()
+        }
+    if not experiment.is_smoke:  # where rows may be left out
+        problems |= dict.fromkeys(_read_by_no_row(experiment, runs))
+    for run in sorted(runs, key=lambda run: (run.settings.of(Data).shares, experiment.conditions.index(run.condition))):
         try:
             _check_run(run)
         except ValueError as error:
             problems[f"row {run.row!r}: {error}"] = None
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def _read_by_no_row(experiment: Experiment, runs: Sequence[PlannedRun]) -> Iterator[str]:
+    """Common settings that no row reads, with what would read them."""
+    for where, keys in (("settings", experiment.settings.keys()), ("vary", experiment.varied)):
+        for key in sorted(keys):
+            reasons = [run.settings.not_read().get(key) for run in runs]
+            if reasons and reasons[0] and all(reasons):
+                yield f"{where}: {key} would change nothing: {reasons[0]}"
 
 
 def _check_run(run: PlannedRun) -> None:
@@ -158,5 +177,5 @@ def _check_run(run: PlannedRun) -> None:
         method.check(network)
         for names in (method.shared_names, method.personal_names, method.upload_names, method.download_names):
             names(network)
-        for held in read_shares(run.settings.depth_shares):
-            held.check(network.num_exits, "depth-shares").of(network)
+        for held in read_shares(run.settings.heterogeneity.depth_shares):
+            held.check(network.num_exits, "heterogeneity.depth-shares").of(network)

@@ -147,7 +147,7 @@ def markdown_rows(comparison: Comparison, table: ConditionTable) -> list[list[st
     exits = range(1, table.exits + 1)
     head = ["method", "mean over exits", *(f"exit {k}" for k in exits), "ensemble of exits", "worst 10 % of clients"]
     adapted = any(math.isfinite(row.of("accuracy_adapted").mean) for row in table.rows)
-    five = comparison.experiment.settings.get("evaluate-every") == 1  # else they are no five rounds in a row
+    five = comparison.experiment.settings.get("federation.evaluate-every") == 1  # else they are no five rounds in a row
     head += ["last five rounds"] if five else []
     head += ["after local training", *(["log-prior re-estimated"] if adapted else [])]
     head += ["area under accuracy–MACs", "MACs at equal accuracy", "bytes up + down"]

@@ -1,24 +1,22 @@
-"""Methods of federated learning, one file each, both halves.
+"""Methods of federated learning, one file each, both halves."""
 
-Every module of this package is looked through for methods: to add one, add its file (docs/methods.md).
-"""
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from pkgutil import iter_modules
+from cafe_flwr.core.lazy import lazily
 
-from cafe_flwr.core.options import setting
-from cafe_flwr.methods.base import Method, settings_of
-from cafe_flwr.methods.cafedistill import CafeDistillMethod
-from cafe_flwr.methods.client import LocalResult, LocalTask
-from cafe_flwr.methods.server import ClientRecord, Conclusion, RoundPlan, ServerRound, joined_plans
-
-METHODS: dict[str, type[Method]] = {CafeDistillMethod.name: CafeDistillMethod}
-"""Mapping from method name to method."""
-
-for _module in iter_modules(__path__):
-    for _value in vars(import_module(f"{__name__}.{_module.name}")).values():
-        if isinstance(_value, type) and issubclass(_value, Method) and "name" in vars(_value):
-            METHODS[_value.name] = _value
+if TYPE_CHECKING:
+    from cafe_flwr.core.options import setting as setting
+    from cafe_flwr.methods.base import Method as Method
+    from cafe_flwr.methods.base import settings_of as settings_of
+    from cafe_flwr.methods.cafedistill import CafeDistillMethod as CafeDistillMethod
+    from cafe_flwr.methods.client import LocalResult as LocalResult
+    from cafe_flwr.methods.client import LocalTask as LocalTask
+    from cafe_flwr.methods.registry import METHODS as METHODS
+    from cafe_flwr.methods.server import ClientRecord as ClientRecord
+    from cafe_flwr.methods.server import Conclusion as Conclusion
+    from cafe_flwr.methods.server import RoundPlan as RoundPlan
+    from cafe_flwr.methods.server import ServerRound as ServerRound
+    from cafe_flwr.methods.server import joined_plans as joined_plans
 
 __all__ = [
     "METHODS",
@@ -34,3 +32,15 @@ __all__ = [
     "setting",
     "settings_of",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "cafe_flwr.core.options": "setting",
+        "cafe_flwr.methods.base": "Method settings_of",
+        "cafe_flwr.methods.cafedistill": "CafeDistillMethod",
+        "cafe_flwr.methods.client": "LocalResult LocalTask",
+        "cafe_flwr.methods.registry": "METHODS",
+        "cafe_flwr.methods.server": "ClientRecord Conclusion RoundPlan ServerRound joined_plans",
+    },
+)

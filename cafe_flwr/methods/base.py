@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from cafe_flwr.core.options import check_settings, section
 from cafe_flwr.core.options import setting as setting  # methods declare their settings with it
 from cafe_flwr.data.split import Split
 from cafe_flwr.methods.client import LocalResult, LocalTask, Tensors
@@ -16,13 +17,45 @@ from cafe_flwr.methods.server import ClientRecord, Conclusion, RoundPlan, Server
 from cafe_flwr.methods.starts import STARTS
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.training.class_prior import class_counts, log_prior
-from cafe_flwr.training.losses import cross_entropies, self_distillation
+from cafe_flwr.training.losses import self_distillation
 from cafe_flwr.training.objectives.base import Objective
+from cafe_flwr.training.objectives.cross_entropy import CrossEntropy
+from cafe_flwr.training.objectives.registry import (
+    OBJECTIVES,
+    all_flat_fields,
+    flat_fields,
+    flat_settings,
+    objective_named,
+)
 from cafe_flwr.wire.capacity import Kind
 
 
+class _ByName:
+    """Lets the constructor of a method take its objective by name; what is read is the objective."""
+
+    def __get__(self, method: Method | None, kind: type[Method]) -> Objective:
+        return CrossEntropy() if method is None else vars(method)["objective"]
+
+    def __set__(self, method: Method, given: Objective | str) -> None:
+        vars(method)["objective"] = objective_named(given)
+
+
+@section("")
 @dataclass(frozen=True, kw_only=True)
-class Method(Objective):
+class ObjectiveName:
+    """How the name of a method's objective is declared."""
+
+    objective: str = setting(
+        "cross-entropy",
+        "What a client minimises at every exit, see docs/objectives.md.",
+        key="objective",
+        choices=tuple(OBJECTIVES),
+    )
+
+
+@section("train")
+@dataclass(frozen=True, kw_only=True)
+class Method:
     """Both halves of a method; a subclass is a frozen dataclass of the method's own settings, in a file of its own.
 
     As it stands here it is FedPer: the backbone is averaged, the classifiers are personal, all exits train on the mean
@@ -35,26 +68,28 @@ class Method(Objective):
     Attributes
     ----------
     name
-        Of the method, as in ``method = "fedper"``.
-    prefix
-        Before the names of its settings in a run's settings: ``ditto-`` and ``pull`` make ``ditto-pull``.
+        Of the method, as in ``method = "fedper"``; and of the table of its own settings.
     refuses
         Settings of every method that this one cannot take, with the reason.
     phases
         Things it trains one after the other in a round, which share the round's steps if ``equal_steps``.
+    objective
+        What a client minimises at every exit: an :class:`cafe_flwr.training.objectives.Objective`, or its name.
     prior, distill, equal_steps, classifier_start
-        Settings of every method, beside those of its objective.
+        Settings of every method.
     """
 
     name: ClassVar[str]
-    prefix: ClassVar[str]
     refuses: ClassVar[Mapping[str, str]] = {}
     phases: ClassVar[int] = 1
 
+    objective: _ByName = _ByName()
     prior: bool = setting(False, "Add the log of the client's own class shares to its logits, in training and after.")
     distill: bool = setting(False, "Let the mean of a client's exits teach each of them (temperature 3).")
     equal_steps: bool = setting(
-        True, "Methods that train two things in a round share the round's steps; false: each takes all, as published."
+        True,
+        "Methods that train two things in a round share the round's steps; false: each takes all, as published.",
+        compare="own",
     )
     classifier_start: str = setting(
         "zero",
@@ -64,10 +99,19 @@ class Method(Objective):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        check_settings(self)
         for switch, reason in self.refuses.items():
-            if getattr(self, switch):
+            if getattr(self, switch) != type(self).__dataclass_fields__[switch].default:
                 raise ValueError(f"{switch} is not for {self.name}: {reason}")
+
+    @property
+    def is_taught(self) -> bool:
+        """Whether a teacher takes part in the objective."""
+        return self.objective.is_taught
+
+    def unread(self) -> set[str]:
+        """Which of :func:`settings_of` the objective chosen leaves unread."""
+        return all_flat_fields().keys() - flat_fields(type(self.objective)).keys()
 
     # --- what travels ---
 
@@ -164,7 +208,7 @@ class Method(Objective):
         a_k are the objective's weights, 1/m for cross-entropy, unless given; with ``distill``, self-distillation is
         added with the same weights. ``shift`` is what the method has added to the logits.
         """
-        weights = weights or self.weights(len(logits))
+        weights = weights or self.objective.exit_weights(len(logits))
         terms = self.exit_terms(task, x, y, logits, shift=shift)
         if self.distill:
             terms = terms + self_distillation(logits)
@@ -181,12 +225,10 @@ class Method(Objective):
         shift: Tensor | None = None,
         teacher: Tensor | None = None,
     ) -> Tensor:
-        """What every exit minimises, (m,): its cross-entropy, or its term of another objective (``Lesson.terms``)."""
-        if self.objective == "cross-entropy":
-            return cross_entropies(logits, y)
-        if task.lesson is None:
-            task.lesson = self.begin(task.network, task.rng(f"objective {task.steps}"))
-        return task.lesson.terms(x, y, logits, exits=exits, shift=shift, teacher=teacher)
+        """What every exit minimises, (m,): its cross-entropy, or its loss of another objective."""
+        if task.objective_state is None:
+            task.objective_state = self.objective.init(task.network, task.rng(f"objective {task.steps}"))
+        return self.objective.losses(task.objective_state, (x, y), logits, exits=exits, shift=shift, teacher=teacher)
 
     def offset(self, data: Split, num_classes: int) -> Tensor | None:
         """What is added to the client's logits at every exit, in training and after: its log-prior, or nothing."""
@@ -221,8 +263,15 @@ def check_selection(network: EarlyExitNetwork, selection: str, key: str) -> None
 
 
 def settings_of(method: Method) -> dict[str, Any]:
-    """The method's own settings, by name."""
-    return {f.name: getattr(method, f.name) for f in fields(method)}
+    """The method's settings as they travel, by name: those of its objective under flat names, then its own."""
+    own = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "objective"}
+    return flat_settings(method.objective) | own
+
+
+def declared_settings(kind: type[Method]) -> dict[str, Field[Any]]:
+    """The fields that declare what :func:`settings_of` gives, in its order."""
+    own = {f.name: f for f in fields(kind) if f.name != "objective"}
+    return {f.name: f for f in fields(ObjectiveName)} | all_flat_fields() | own
 
 
 def phase(method: Method, number: int) -> tuple[int, int]:

@@ -47,14 +47,18 @@ class CafeDistillMethod(Method):
     """Both halves of CAFEDistill, and its ablations."""
 
     name: ClassVar[str] = "cafedistill"
-    prefix: ClassVar[str] = ""
     refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
     mu: float = setting(
-        0.6, "μ of matching (the authors' α): small = only those whose updates agree most, large = all alike.", gt=0
+        0.6,
+        "μ of matching (the authors' α): small = only those whose updates agree most, large = all alike.",
+        key="mu",
+        gt=0,
     )
-    distill_weight: float = setting(1.0, "λ, the weight of distillation in the local loss; 0: no distillation.", ge=0)
-    temperature: float = setting(2.0, "τ of distillation.", gt=0)
+    distill_weight: float = setting(
+        1.0, "λ, the weight of distillation in the local loss; 0: no distillation.", key="distill-weight", ge=0
+    )
+    temperature: float = setting(2.0, "τ of distillation.", key="temperature", gt=0)
     conflict: str = setting(
         "clients",
         "What orders students and slows them down: cosines between the updates of clients, as released, or of each "

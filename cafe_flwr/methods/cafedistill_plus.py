@@ -29,7 +29,6 @@ class CafeDistillPlus(CafeDistillMethod):
     """All classifiers mixed, class by class."""
 
     name: ClassVar[str] = "cafedistill-plus"
-    prefix: ClassVar[str] = "plus-"
 
     distill_weight: float = setting(0.3, "λ, the weight of distillation in the local loss; 0: no distillation.", ge=0)
     mixture_examples: float = setting(

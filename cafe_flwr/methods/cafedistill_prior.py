@@ -48,7 +48,6 @@ class CafeDistillPrior(Method):
     """A log-prior, classifiers shared class by class, an elastic backbone, and all exits teaching."""
 
     name: ClassVar[str] = "cafedistill-prior"
-    prefix: ClassVar[str] = "prior-"
     refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
     classifier_start: str = setting(
@@ -88,9 +87,9 @@ class CafeDistillPrior(Method):
 
     def check(self, network: EarlyExitNetwork) -> None:
         """Class means of all exits are one tensor, and the order of students is by classifiers: both of one width."""
-        check_selection(network, self.selection, f"{self.prefix}selection")
+        check_selection(network, self.selection, f"{self.name}.selection")
         if self.match_by == "features":
-            key = f"{self.prefix}match-by"
+            key = f"{self.name}.match-by"
             check_equal_exits(network, f"{key} = 'features'", f"set {key} to 'classifiers'")
 
     # --- what travels ---

@@ -49,7 +49,6 @@ class CafeDistillText(Method):
     """Both halves of the reading from the text, and its ablations."""
 
     name: ClassVar[str] = "cafedistill-text"
-    prefix: ClassVar[str] = "text-"
     refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
     classifier_start: str = setting("built", "As for all methods; here as the network was built.", choices=STARTS)
@@ -85,12 +84,17 @@ class CafeDistillText(Method):
         "ema",
         "Who teaches in safe-kd and erde: the EMA teacher, or in its place the classifiers matched by the QP.",
         choices=("ema", "matched"),
+        only={"objective": ("safe-kd", "erde")},
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.solver != "exact":
-            check_solver(self.solver, f"{self.prefix}solver")
+            check_solver(self.solver, f"{self.name}.solver")
+
+    def unread(self) -> set[str]:
+        """Who teaches, too, where the objective has no teacher."""
+        return super().unread() | (set() if self.is_taught else {"objective_teacher"})
 
     # --- what travels ---
 
@@ -107,9 +111,13 @@ class CafeDistillText(Method):
     def check(self, network: EarlyExitNetwork) -> None:
         """What compares or mixes classifiers of different exits needs them of one shape."""
         if self.similarity_proxy == "parameters":
-            check_selection(network, self.selection, "text-similarity-proxy to 'gradients', or text-selection")
+            check_selection(
+                network,
+                self.selection,
+                f"{self.name}.similarity-proxy to 'gradients', or {self.name}.selection",
+            )
         if self.peers == "deeper":
-            check_equal_exits(network, "text-peers = 'deeper'", "set text-peers to 'alike' or 'all'")
+            check_equal_exits(network, f"{self.name}.peers = 'deeper'", "set it to 'alike' or 'all'")
 
     # --- server half ---
 

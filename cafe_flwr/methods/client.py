@@ -14,7 +14,7 @@ from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.split import Split
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.training.loop import LoopOptions, train
-from cafe_flwr.training.objectives.base import Lesson
+from cafe_flwr.training.objectives.base import ObjectiveState
 from cafe_flwr.training.options import LocalBudget
 
 Tensors = Mapping[str, Tensor]
@@ -49,7 +49,7 @@ class LocalTask:
         The weights that the client's network started from, by name.
     steps
         Gradient steps taken so far.
-    lesson
+    objective_state
         The objective at work in the training that runs now, if it has been asked for.
     augment
         How training varies the inputs of a batch; None: not at all.
@@ -72,7 +72,7 @@ class LocalTask:
     state: dict[str, Tensor] = field(default_factory=dict)
     initial: Tensors = field(default_factory=dict)
     steps: int = 0
-    lesson: Lesson | None = None
+    objective_state: ObjectiveState | None = None
     augment: Augmentation | None = None
     momentum: dict[str, Tensor] = field(default_factory=dict)
     runs: int = 0
@@ -125,12 +125,12 @@ class LocalTask:
         -------
         Mean loss over the steps.
         """
-        self.lesson = None
+        self.objective_state = None
         of_this = f"{purpose}/{self.runs}/"
         kept = without_prefix(self.momentum, of_this) if self.budget.keep_momentum else None
         options = LoopOptions(only, also, adjust, self._after_step, part, times, self.augment, kept)
         outcome = train(self.network, self.data, loss, self.budget, self.rng(purpose), options)
-        self.lesson = None
+        self.objective_state = None
         self.runs += 1
         if kept is not None:
             others = {name: t for name, t in self.momentum.items() if not name.startswith(of_this)}
@@ -139,8 +139,8 @@ class LocalTask:
         return outcome.loss
 
     def _after_step(self) -> None:
-        if self.lesson is not None:
-            self.lesson.after_step()
+        if self.objective_state is not None:
+            self.objective_state.update()
 
 
 @dataclass(frozen=True)

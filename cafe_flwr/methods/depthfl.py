@@ -28,7 +28,6 @@ class DepthFL(FedAvg):
     """FedAvg with mutual distillation between all exits."""
 
     name: ClassVar[str] = "depthfl"
-    prefix: ClassVar[str] = "depthfl-"
 
     ramp: float = setting(0.3, "Share of the rounds over which distillation ramps up.", gt=0, le=1)
 

@@ -27,7 +27,6 @@ class Ditto(FedAvg):
     """FedAvg, and a full personal model with a proximal term."""
 
     name: ClassVar[str] = "ditto"
-    prefix: ClassVar[str] = "ditto-"
     phases: ClassVar[int] = 2
 
     pull: float = setting(0.1, "Weight λ of the pull towards the global model.", ge=0)

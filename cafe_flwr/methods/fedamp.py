@@ -29,7 +29,6 @@ class FedAMP(WholeModel):
     """Personal models with a proximal term towards a mixture."""
 
     name: ClassVar[str] = "fedamp"
-    prefix: ClassVar[str] = "fedamp-"
 
     sharpness: float = setting(10.0, "σ of the weights exp(σ·cos).", ge=0)
     self_weight: float = setting(0.3, "Weight of a client's own model in its mixture.", ge=0, le=1)

@@ -19,7 +19,6 @@ class FedAvg(Method):
     """The whole network is averaged, nothing is personal."""
 
     name: ClassVar[str] = "fedavg"
-    prefix: ClassVar[str] = "fedavg-"
 
     def shared_names(self, network: EarlyExitNetwork) -> list[str]:
         """The whole network."""

@@ -20,7 +20,6 @@ class FedBABU(Method):
     """Classifiers frozen during rounds, fine-tuning after them."""
 
     name: ClassVar[str] = "fedbabu"
-    prefix: ClassVar[str] = "fedbabu-"
 
     classifier_start: str = setting(
         "built", "As for all methods; zeros, which nobody trains, would teach the backbone nothing.", choices=STARTS[1:]

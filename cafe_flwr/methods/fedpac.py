@@ -31,6 +31,7 @@ from cafe_flwr.metrics.exits import exit_features
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.teaching import simplex_qp
 from cafe_flwr.training.class_prior import class_counts, class_sums
+from cafe_flwr.training.objectives.base import exits_at
 
 _MEANS, _VARIANCE, _COUNTS, _PROTOTYPES = "class-means", "variance", "class-counts", "prototypes"
 
@@ -40,7 +41,6 @@ class FedPAC(Method):
     """A shared backbone with feature alignment; personal classifiers from those that fit."""
 
     name: ClassVar[str] = "fedpac"
-    prefix: ClassVar[str] = "fedpac-"
     phases: ClassVar[int] = 2
 
     alignment: float = setting(1.0, "Weight λ of feature alignment.", ge=0)
@@ -96,12 +96,7 @@ class FedPAC(Method):
         prototypes = task.download.get(_PROTOTYPES)
 
         def aligned(x: Tensor, y: Tensor) -> Tensor:
-            h, features, logits = x, [], []
-            for k in range(network.num_exits):
-                h = network.stage(k, h)
-                f, z = network.exit(k, h)
-                features.append(f)
-                logits.append(z)
+            features, logits = exits_at(network, x, range(network.num_exits))
             total = self.exits_loss(task, x, y, logits)
             if prototypes is None:
                 return total

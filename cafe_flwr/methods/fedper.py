@@ -18,4 +18,3 @@ class FedPer(Method):
     """What :class:`cafe_flwr.methods.base.Method` is."""
 
     name: ClassVar[str] = "fedper"
-    prefix: ClassVar[str] = "fedper-"

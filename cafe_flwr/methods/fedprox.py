@@ -19,7 +19,6 @@ class FedProx(FedAvg):
     """FedAvg with a proximal term."""
 
     name: ClassVar[str] = "fedprox"
-    prefix: ClassVar[str] = "fedprox-"
 
     mu: float = setting(0.01, "Weight μ of the proximal term.", ge=0)
 

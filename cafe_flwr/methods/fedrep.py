@@ -21,7 +21,6 @@ class FedRep(Method):
     """A shared backbone and personal classifiers, trained in turn."""
 
     name: ClassVar[str] = "fedrep"
-    prefix: ClassVar[str] = "fedrep-"
     phases: ClassVar[int] = 2
 
     def train(self, task: LocalTask) -> LocalResult:

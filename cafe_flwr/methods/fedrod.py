@@ -22,6 +22,7 @@ from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import device_of
 from cafe_flwr.training.class_prior import class_counts, log_prior
 from cafe_flwr.training.losses import cross_entropies
+from cafe_flwr.training.objectives.base import exits_at
 
 _PERSONAL = "personal."
 
@@ -31,7 +32,6 @@ class FedRoD(FedAvg):
     """Balanced softmax for generic classifiers; personal classifiers on top."""
 
     name: ClassVar[str] = "fedrod"
-    prefix: ClassVar[str] = "fedrod-"
     refuses: ClassVar[Mapping[str, str]] = {"prior": "its balanced softmax holds the client's log-prior already"}
 
     def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
@@ -50,13 +50,12 @@ class FedRoD(FedAvg):
         own = {name: t.clone().requires_grad_() for name, t in task.state.items()}
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
-            h, generic, both = x, [], []
-            for k in range(network.num_exits):
-                h = network.stage(k, h)
-                features, z = network.exit(k, h)
+            both = []
+            features, logits = exits_at(network, x, range(network.num_exits))
+            for k, (f, z) in enumerate(zip(features, logits, strict=True)):
                 weight, bias = (own[_PERSONAL + name] for name in network.head_names(k))
-                generic.append(z + balance)
-                both.append(z.detach() + F.linear(features.detach(), weight, bias))
+                both.append(z.detach() + F.linear(f.detach(), weight, bias))
+            generic = [z + balance for z in logits]
             return self.exits_loss(task, x, y, generic, shift=balance) + cross_entropies(both, y).mean()
 
         result = LocalResult(task.run(loss, also=list(own.values())))

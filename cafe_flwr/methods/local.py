@@ -14,7 +14,6 @@ class Local(Method):
     """Every client trains a network of its own, Σ_k CE(z_k, y)/m."""
 
     name: ClassVar[str] = "local"
-    prefix: ClassVar[str] = "local-"
 
     def shared_names(self, network: EarlyExitNetwork) -> list[str]:
         """Nothing."""

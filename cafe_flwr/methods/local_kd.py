@@ -25,7 +25,6 @@ class LocalKD(Method):
     """FedPer with distillation from the client's own last exit."""
 
     name: ClassVar[str] = "local-kd"
-    prefix: ClassVar[str] = "local-kd-"
     refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
     distill_weight: float = setting(1.0, "Weight λ of distillation.", ge=0)

@@ -33,7 +33,6 @@ class PFedGraph(WholeModel):
     """Models mixed by a learned collaboration graph."""
 
     name: ClassVar[str] = "pfedgraph"
-    prefix: ClassVar[str] = "pfedgraph-"
 
     mu: float = setting(0.8, "μ of the graph's QP: 0 = oneself only, large = all in proportion to their data.", ge=0)
     same_above: float = setting(0.9, "Models more similar than this count as equal.", ge=-1, le=1)

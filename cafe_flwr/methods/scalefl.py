@@ -25,7 +25,6 @@ class ScaleFL(FedAvg):
     """FedAvg with exits weighted by depth and distillation from the last one."""
 
     name: ClassVar[str] = "scalefl"
-    prefix: ClassVar[str] = "scalefl-"
 
     gamma: float = setting(0.05, "Weight γ of distillation.", ge=0)
     temperature: float = setting(3.0, "Temperature τ of distillation.", gt=0)

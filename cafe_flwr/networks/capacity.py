@@ -84,16 +84,16 @@ def read_shares(text: str) -> dict[Held, float]:
         try:
             held, share = Held(int(exits_text), float(width_text or 1.0)), float(share_text)
         except ValueError:
-            raise ValueError(f"depth-shares must look like {_SHARES}, got {text!r}") from None
+            raise ValueError(f"heterogeneity.depth-shares must look like {_SHARES}, got {text!r}") from None
         if held.exits < 1:
-            raise ValueError(f"depth-shares: a client holds one exit at least, got {held.exits}")
+            raise ValueError(f"heterogeneity.depth-shares: a client holds one exit at least, got {held.exits}")
         if held in shares:
-            raise ValueError(f"depth-shares names {what} twice")
+            raise ValueError(f"heterogeneity.depth-shares names {what} twice")
         if not (0 < share <= 1 and 0 < held.width <= 1):
-            raise ValueError(f"depth-shares: shares lie above 0 and at most at 1, got {pair!r}")
+            raise ValueError(f"heterogeneity.depth-shares: shares lie above 0 and at most at 1, got {pair!r}")
         shares[held] = share
     if sum(shares.values()) > 1 + 1e-9:
-        raise ValueError(f"depth-shares must sum to 1 at most, got {sum(shares.values()):g}")
+        raise ValueError(f"heterogeneity.depth-shares must sum to 1 at most, got {sum(shares.values()):g}")
     return shares
 
 

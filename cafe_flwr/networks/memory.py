@@ -24,15 +24,15 @@ def reason_of(error: BaseException, device: torch.device) -> str:
     if _ONE_VALUE in str(error):
         return (
             "a batch norm cannot normalise one example by its own statistics: give the client more examples, raise "
-            "batch-size, or set norm = 'group'"
+            "train.batch-size, or set model.norm = 'group'"
         )
     if not is_out_of_memory(error):
         return f"{type(error).__name__}: {error}"
     first = str(error).strip().split(". ")[0].splitlines()
-    sharing = ", clients-per-gpu" if device.type == "cuda" else ""
+    sharing = ", compute.clients-per-gpu" if device.type == "cuda" else ""
     return (
-        f"out of memory on {device} ({first[0] if first else type(error).__name__}): lower batch-size or "
-        f"network-width{sharing}, or set precision = 'bfloat16'"
+        f"out of memory on {device} ({first[0] if first else type(error).__name__}): lower train.batch-size or "
+        f"model.width{sharing}, or set compute.precision = 'bfloat16'"
     )
 
 

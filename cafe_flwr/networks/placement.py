@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from cafe_flwr.core.options import values_of
+from cafe_flwr.networks.options import DEVICE_PATTERN, Compute
+
 if TYPE_CHECKING:
     from cafe_flwr.networks.early_exit import EarlyExitNetwork
 
 
-DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _INIT_SCALE = 1024.0  # a round is short: scaling starts where hardly any gradient overflows, and no step is lost
 
@@ -57,15 +59,11 @@ class Placement:
 
         Examples
         --------
-        >>> Placement.of({"device": "cuda", "precision": "bfloat16"}, {"device": "cpu"})
+        >>> Placement.of({"compute.device": "cuda", "compute.precision": "bfloat16"}, {"device": "cpu"})
         Placement(device='cpu', precision='bfloat16', channels_last=False, compile=False)
         """
-        return cls(
-            device=node_config.get("device", run_config.get("device", cls.device)),
-            precision=run_config.get("precision", cls.precision),
-            channels_last=bool(run_config.get("channels-last", cls.channels_last)),
-            compile=bool(run_config.get("compile", cls.compile)),
-        )
+        said = {f.name: value for f in fields(cls) if (value := values_of(Compute, run_config).get(f.name)) is not None}
+        return cls(**said | ({"device": node_config["device"]} if "device" in node_config else {}))
 
     def place(self, network: EarlyExitNetwork) -> None:
         """Move a network, and make it compute as said; its weights stay float32.
@@ -134,7 +132,7 @@ def _check_precision(device: torch.device, dtype: torch.dtype) -> None:
     except RuntimeError:
         ok = False
     if not ok:
-        raise ValueError(f"precision = {name!r} cannot be had on {device}: set precision to 'float32'")
+        raise ValueError(f"precision = {name!r} cannot be had on {device}: set compute.precision to 'float32'")
 
 
 def device_of(network: nn.Module) -> torch.device:

@@ -87,8 +87,8 @@ class PublishedTransformer(TextNetwork):
     def __init__(self, num_classes: int, vocabulary: int = 32_000, max_length: int = MAX_LENGTH) -> None:
         if not 1 <= max_length <= MAX_LENGTH:
             raise ValueError(
-                f"the published Transformer takes texts of 1 to {MAX_LENGTH} tokens, got {max_length}: set max-tokens "
-                f"to {MAX_LENGTH} or less"
+                f"the published Transformer takes texts of 1 to {MAX_LENGTH} tokens, got {max_length}: set "
+                f"data.max-tokens to {MAX_LENGTH} or less"
             )
         layers: list[nn.Module] = [
             nn.TransformerEncoderLayer(_WIDTH, _HEADS, _HIDDEN, _DROPOUT, batch_first=True) for _ in range(_LAYERS)

@@ -83,7 +83,7 @@ def evaluate_run(  # noqa: PLR0913 (public, all by name)
         "ece_bins": ECE_BINS,
         "macs_per_exit": found[0].macs,
         "notes": notes,
-        **put_together(found, pooled, guarantee=guarantee, shifted=bool(run.run_config.get("test-shift"))),
+        **put_together(found, pooled, guarantee=guarantee, shifted=bool(run.run_config.get("data.test-shift"))),
     }
     write_atomically(run.output("evaluation.parquet"), long_table(found, pooled).to_parquet(index=False))
     write_atomically(run.output("evaluation.json"), to_json(evaluation, indent=1))
@@ -138,8 +138,8 @@ def _check_alike(run: PersonalNetworks, clients: Sequence[int]) -> None:
 
 def _notes(settings: Mapping[str, Any]) -> list[str]:
     notes = []
-    if settings.get("validation-share"):
+    if settings.get("data.validation-share"):
         notes.append("Measured on validation examples taken from the training data: the run had a validation-share.")
-    if settings.get("test-shift"):
+    if settings.get("data.test-shift"):
         notes.append(f"The run had a test-shift: its test examples have other class priors; {VOID}.")
     return notes

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from cafe_flwr.core.files import to_json, write_atomically
 from cafe_flwr.core.log import logger
-from cafe_flwr.core.older_settings import of_saved_run
 from cafe_flwr.server.checkpoints import Checkpoints, ServerState
-
-# Settings that may differ when a run is resumed: they do not change its numbers.
-FREE_ON_RESUME = frozenset(
-    ("resume", "results-dir", "state-dir", "wait-seconds", "round-timeout", "round-retries", "min-available-nodes")
-)
 
 
 class Results(NamedTuple):
@@ -27,7 +21,11 @@ class Results(NamedTuple):
 
 
 def open_results(
-    folder: Path, settings: Mapping[str, Any], *, defaults: Mapping[str, Any], free: Collection[str] = FREE_ON_RESUME
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    read: Callable[[dict[str, Any]], Mapping[str, Any]],
+    free: Collection[str],
 ) -> Results:
     """Make the run's results folder ready, before the first round.
 
@@ -40,10 +38,10 @@ def open_results(
         Of the run.
     settings
         All settings of the run, in kebab-case.
-    defaults
-        Values of settings that a run of an earlier version did not have yet.
+    read
+        What the settings of a saved run mean today, with those that it did not have yet.
     free
-        Settings that may differ when a run is resumed, because they do not change its numbers.
+        Settings that may differ when a run is resumed: they change no number of it.
 
     Raises
     ------
@@ -54,7 +52,7 @@ def open_results(
     try:
         state = None
         if settings["resume"]:
-            state = _resumable(folder, settings, defaults, free)
+            state = _resumable(folder, settings, read, free)
         elif not is_bare(folder):
             _move_aside(folder)
         lock = _lock(folder)
@@ -90,7 +88,10 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _resumable(
-    folder: Path, settings: Mapping[str, Any], defaults: Mapping[str, Any], free: Collection[str]
+    folder: Path,
+    settings: Mapping[str, Any],
+    read: Callable[[dict[str, Any]], Mapping[str, Any]],
+    free: Collection[str],
 ) -> ServerState:
     """The last checkpoint of the run, if it was a run of these settings."""
     state = Checkpoints(folder / "checkpoint").load()
@@ -101,10 +102,9 @@ def _resumable(
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot resume {folder}: its settings.json cannot be read ({error})") from error
     try:
-        before = of_saved_run(before)
+        was = read(before)
     except ValueError as error:
         raise ValueError(f"cannot resume {folder}: {error}") from None
-    was = {**defaults, **before}  # an earlier version knew fewer
     changed = [
         f"{key} was {was[key]!r}, now {value!r}"
         for key, value in settings.items()

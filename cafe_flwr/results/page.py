@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -240,14 +240,13 @@ def _figures(run: Run) -> tuple[dict[str, list[dict[str, str]]], list[str]]:
     return sections, absent
 
 
-def render(run: Run, unread: Collection[str] = ()) -> str:
-    """The whole page; settings that are ``unread`` are not on it."""
+def render(run: Run, settings: Mapping[str, Any]) -> str:
+    """The whole page, with these of the run's settings on it."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     sections, absent = _figures(run)
     notes = [*run.notes, *([f"Not recorded in this run, so not shown: {'; '.join(absent)}."] if absent else [])]
-    settings = {key: value for key, value in run.settings.items() if key not in unread}
     m = run.num_exits
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(PAGE)
     return page.render(
@@ -278,15 +277,15 @@ def render(run: Run, unread: Collection[str] = ()) -> str:
     )
 
 
-def write_report(folder: Path, unread: Callable[[str], Collection[str]] = lambda method: ()) -> Path:
+def write_report(folder: Path, shown: Callable[[dict[str, Any]], Mapping[str, Any]] = dict) -> Path:
     """Write ``report.html`` into the folder of a run and return its path: one page, nothing loaded from elsewhere.
 
     The page is written from what is there and says what is missing; a page that is there already is replaced at once.
-    ``unread`` gives the settings that a method does not read, which are not shown. Raises FileNotFoundError if the
-    folder holds none of a run's files.
+    ``shown`` gives, of all settings, those that the page shows. Raises FileNotFoundError if the folder holds none of a
+    run's files.
     """
     run = read_run(Path(folder))
-    page = render(run, unread(str(run.get("method"))))
+    page = render(run, shown(run.settings))
     path = Path(folder) / "report.html"
     write_atomically(path, page)
     return path

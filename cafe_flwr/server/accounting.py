@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
+from typing import Any
+
+from cafe_flwr.core.log import logger
+from cafe_flwr.wire.describe import NodeInfo
+from cafe_flwr.wire.options import Privacy
 
 _LEAST_SAMPLED = 0.3  # privacy loss distributions of less noise need memory without bound
 UNITS = ("add-or-remove", "replace")
@@ -61,12 +66,7 @@ def epsilon(
         return 0.0
     if noise_multiplier == 0:
         return math.inf
-    try:
-        dp_accounting = import_module("dp_accounting")
-    except ImportError as error:
-        raise ValueError(
-            f"ε needs the dp-accounting library ({error}): pip install 'cafe-flwr[privacy]', or 'dp-accounting>=0.6'"
-        ) from error
+    dp_accounting = _library()
     per_round = noise_multiplier / (math.sqrt(releases) * (2.0 if unit == "replace" else 1.0))
     if poisson_rate is None:
         return float(dp_accounting.get_epsilon_gaussian(per_round / math.sqrt(rounds), delta))
@@ -79,3 +79,38 @@ def epsilon(
     accountant = import_module("dp_accounting.pld").PLDAccountant()
     accountant.compose(dp_accounting.SelfComposedDpEvent(sampled, rounds))
     return float(accountant.get_epsilon(delta))
+
+
+def _library() -> Any:
+    try:
+        return import_module("dp_accounting")
+    except ImportError as error:
+        raise ValueError(
+            f"ε needs the dp-accounting library ({error}): pip install 'cafe-flwr[privacy]', or 'dp-accounting>=0.6'"
+        ) from error
+
+
+def tell_guarantee(privacy: Privacy, num_rounds: int, info: NodeInfo) -> None:
+    """Log what the noise of clients guarantees that send what this node does."""
+    if not privacy.on:
+        return
+    if not privacy.noise_multiplier:
+        logger.info("Updates are clipped to norm %g, without noise: this is no differential privacy", privacy.clip_norm)
+        return
+    releases = sum(schema.size > 0 for schema in (info.shared, info.upload))
+    try:
+        value = epsilon(privacy.noise_multiplier, num_rounds, delta=privacy.delta, releases=releases)
+    except ValueError as error:
+        logger.warning("Updates get noise, but what it guarantees is not known here: %s", error)
+        return
+    logger.info(
+        "Differential privacy of what a client sends: ε = %.4g at δ = %g, for a client that takes part in all %d "
+        "rounds (its whole update against none; %d release(s) of σ = %g a round; nothing claimed for sampling)",
+        value,
+        privacy.delta,
+        num_rounds,
+        releases,
+        privacy.noise_multiplier,
+    )
+    if privacy.report_metrics:
+        logger.warning("Accuracies, losses and similarities get no noise: report-metrics = false withholds them")

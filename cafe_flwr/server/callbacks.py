@@ -12,6 +12,7 @@ import numpy as np
 from cafe_flwr.core.numbers import mean, mean_rows
 from cafe_flwr.methods.server import RoundPlan
 from cafe_flwr.server.checkpoints import ServerState
+from cafe_flwr.server.directory import Directory
 from cafe_flwr.wire.capacity import Kind
 from cafe_flwr.wire.evaluate import FinalReport
 from cafe_flwr.wire.keys import PHASES
@@ -44,6 +45,13 @@ class RunInfo:
     num_parameters: int
     macs_per_exit: Sequence[int]
     kinds: Mapping[int, Kind] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, directory: Directory, state: ServerState, num_rounds: int) -> RunInfo:
+        """The run of the clients that are there, from this state on."""
+        info, clients = directory.reference, sorted(directory.hosts)
+        sizes = info.num_exits, info.num_parameters, directory.macs
+        return cls(state.run, state.round + 1, num_rounds, clients, *sizes, directory.held)
 
 
 @dataclass(frozen=True)

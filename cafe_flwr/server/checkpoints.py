@@ -52,6 +52,14 @@ class ServerState:
     kinds: dict[str, Kind] = field(default_factory=dict)
     pairs: Pairs = field(default_factory=Pairs)
 
+    def check(self, digest: str) -> None:
+        """ValueError if the clients' network or method is another than that of the state."""
+        if self.digest != digest:
+            raise ValueError(
+                f"the checkpoint was made with another network or method (fingerprint {self.digest}, the clients' is "
+                f"{digest}): resume with the settings of the run"
+            )
+
 
 class Checkpoints:
     """The last two states of the server, in a folder."""

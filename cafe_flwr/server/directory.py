@@ -13,15 +13,18 @@ from flwr.serverapp import Grid
 
 from cafe_flwr import __version__
 from cafe_flwr.core.log import logger
-from cafe_flwr.server.replies import last_line
-from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.methods.base import Method, settings_of
+from cafe_flwr.wire.capacity import Kind, are_unequal
+from cafe_flwr.wire.codec import method_config
 from cafe_flwr.wire.describe import NodeInfo
-from cafe_flwr.wire.keys import Keys
+from cafe_flwr.wire.keys import PROTOCOL, Keys
+from cafe_flwr.wire.slices import View
 
-_POLL_SECONDS = 1.0
-_GRACE_SECONDS = 5.0  # how long to wait for a sound node when all that are there failed
-_LATE_SECONDS = 10.0  # how long a round waits for the answer of a node that has just come
-_RETRY_SECONDS = 30.0  # a node that failed to answer is asked again after so long
+
+def describe_request(seed: int, method: Method, num_clients: int | None) -> dict[str, Any]:
+    """What every node is asked when it is first met."""
+    clients = {} if num_clients is None else {"num-clients": num_clients}
+    return {"protocol": PROTOCOL, "seed": seed, **method_config(method.name, settings_of(method)), **clients}
 
 
 class Directory:
@@ -31,21 +34,29 @@ class Directory:
     ----------
     keys
         Names of the records in messages.
-    question
-        What every node is asked: seed, method and its settings, and the number of clients where it is known.
+    request
+        What every node is asked (:func:`describe_request`).
     """
 
-    def __init__(self, keys: Keys, question: Mapping[str, Any]) -> None:
+    # How often to look for nodes while waiting for them, and how long to wait for: a sound node when all that are there
+    # failed; the answer, in a round, of a node that has just come; before a node is asked again that did not answer.
+    poll_seconds = 1.0
+    grace_seconds = 5.0
+    late_seconds = 10.0
+    retry_seconds = 30.0
+
+    def __init__(self, keys: Keys, request: Mapping[str, Any]) -> None:
         self.keys = keys
-        self.question = question
+        self.request = request
         self.nodes: dict[int, NodeInfo] = {}
         self.hosts: dict[int, int] = {}
         self.kinds: dict[str, Kind] = {}  # what clients hold, by name; also of nodes that are gone
         self.names: dict[int, str] = {}  # of clients' nodes, where they have one; also of nodes that are gone
+        self.held: dict[int, Kind] = {}  # by client, as last taken down
         self.problems: list[str] = []
         self._refused: set[int] = set()
         self._asked_at: dict[int, float] = {}
-        self._unanswered: dict[str, int] = {}  # questions under way: message → node
+        self._unanswered: dict[str, int] = {}  # describe requests under way: message → node
         self._suspects: set[int] = set()
 
     @property
@@ -64,20 +75,40 @@ class Directory:
         """What a client holds."""
         return self.nodes[self.hosts[client]].kind(client)
 
+    def examples(self, client: int) -> int:
+        """Training examples of a client, as its node said when it was first asked."""
+        info = self.nodes[self.hosts[client]]
+        return info.num_examples[info.clients.index(client)]
+
+    def view(self, clients: Sequence[int]) -> View:
+        """What clients hold together of the shared part."""
+        return View(self.reference.shared, [self.kind(client).shared for client in clients])
+
+    def note_held(self) -> None:
+        """Take down in ``held`` what the clients that are there hold; what others held stays."""
+        self.held |= {client: self.kind(client) for client in sorted(self.hosts)}
+
+    @property
+    def macs(self) -> Sequence[int]:
+        """MACs per exit of the largest network; the first node may host none of its clients, and not know them."""
+        info = self.reference
+        known = [list(kind.macs) for kind in self.kinds.values() if kind.num_exits == info.num_exits]
+        return max([info.macs, *known], key=lambda macs: macs[-1])
+
+    @property
+    def unequal(self) -> bool:
+        """Whether some clients hold a part only of what others hold."""
+        return are_unequal(self.kinds.values())
+
+    def request_to(self, node: int, message_type: str = MessageType.QUERY, **values: Any) -> Message:
+        """A message to a node that carries what every node is asked, and more values."""
+        config = ConfigRecord({**self.request, **values})
+        return Message(RecordDict({self.keys.config: config}), node, message_type)
+
     def label(self, client: int) -> str:
         """A client for people: its number, and its node's name if it has one."""
         name = self.names.get(client)
         return f"client {client} ({name})" if name else f"client {client}"
-
-    def gather(self, grid: Grid, clients: Sequence[int] | None, minimum: int, seconds: float) -> list[int]:
-        """Clients that are there, of those named or of all; waits for so many of them, but not longer than that."""
-        deadline = time.monotonic() + seconds
-        while True:
-            there = sorted(self.hosts) if clients is None else [c for c in clients if c in self.hosts]
-            if len(there) >= minimum or time.monotonic() >= deadline:
-                return there
-            time.sleep(_POLL_SECONDS)
-            self.refresh(grid)
 
     def wait(self, grid: Grid, *, min_nodes: int, num_clients: int | None, seconds: float) -> None:
         """Wait until the clients are there; go on without some of them when the time is up.
@@ -93,11 +124,11 @@ class Directory:
         deadline = time.monotonic() + seconds
         told = False
         while True:
-            present = self.refresh(grid, timeout=max(seconds, _POLL_SECONDS))
+            present = self.refresh(grid, timeout=max(seconds, self.poll_seconds))
             expected = max((info.num_nodes for info in self.nodes.values()), default=0)
             answered = len(self.nodes) + len(self._refused)
             if not self.nodes and present >= min_nodes and self.problems:
-                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)  # all that are here failed
+                deadline = min(deadline, time.monotonic() + self.grace_seconds)  # all that are here failed
             complete = answered >= max(min_nodes, expected) and (
                 bool(expected)
                 or (num_clients is not None and len(self.hosts) >= num_clients)
@@ -108,7 +139,7 @@ class Directory:
             if not told:
                 logger.info("Waiting for nodes: %d here, %s", present, self._wanted(min_nodes, expected, num_clients))
                 told = True
-            time.sleep(_POLL_SECONDS)
+            time.sleep(self.poll_seconds)
         if not self.hosts:
             reasons = "\n  ".join(self.problems) or f"no node was there within {seconds:.0f} s"
             raise RuntimeError(f"no client can take part:\n  {reasons}")
@@ -121,11 +152,11 @@ class Directory:
             absent = sorted(set(range(num_clients)) - set(self.hosts))
             logger.warning("Starting without clients %s", ", ".join(map(str, absent)))
 
-    def refresh(self, grid: Grid, timeout: float = _LATE_SECONDS) -> int:
+    def refresh(self, grid: Grid, timeout: float | None = None) -> int:
         """Ask nodes that are new, forget nodes that are gone; the number of nodes there are.
 
-        An answer that comes after the timeout is read the next time: a small device may take longer to start than a
-        round should wait.
+        An answer that comes after the timeout (by default ``late_seconds``) is read the next time: a small device may
+        take longer to start than a round should wait.
         """
         present = sorted(grid.get_node_ids())
         for node in set(self.nodes) - set(present):
@@ -136,15 +167,11 @@ class Directory:
             self._take(grid.pull_messages(list(self._unanswered)))
         now = time.monotonic()
         known = self._refused | set(self.nodes)
-        new = [n for n in present if n not in known and now - self._asked_at.get(n, -_RETRY_SECONDS) >= _RETRY_SECONDS]
+        new = [n for n in present if n not in known and now - self._asked_at.get(n, -math.inf) >= self.retry_seconds]
         if new:
             self._asked_at |= dict.fromkeys(new, now)
-            asked = {
-                node: Message(
-                    RecordDict({self.keys.config: ConfigRecord(dict(self.question))}), node, MessageType.QUERY
-                )
-                for node in new
-            }
+            asked = {node: self.request_to(node) for node in new}
+            timeout = self.late_seconds if timeout is None else timeout
             replies = grid.send_and_receive(list(asked.values()), timeout=timeout)
             self._unanswered |= {message.metadata.message_id: node for node, message in asked.items()}
             self._take(replies)
@@ -234,3 +261,9 @@ def _clients(info: NodeInfo) -> str:
     """The clients of a node, and its name if it has one."""
     name = f" ({info.name})" if info.name else ""
     return f"clients {', '.join(map(str, info.clients)) or '(none)'}{name}"
+
+
+def last_line(reason: str | None) -> str:
+    """The line of a traceback that says what happened."""
+    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
+    return lines[-1].removesuffix("'>") if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>

@@ -1,12 +1,21 @@
-"""Sorting out what came back: replies that can be used, and clients that are left out, with the reason."""
+"""What came back: replies that can be used, and clients that are left out, with the reason."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 from flwr.app import Message
+
+from cafe_flwr.server.checkpoints import ServerState
+from cafe_flwr.server.directory import last_line
+from cafe_flwr.server.requests import PendingRequest
+from cafe_flwr.server.run import StrategyPart
+from cafe_flwr.wire.bounds import check_norm, far_longer, norm, times_median
+from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.codec import clients_in
+from cafe_flwr.wire.train import Expected, TrainReply
 
 
 class _Reply(Protocol):
@@ -24,38 +33,121 @@ R = TypeVar("R", bound=_Reply)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A message under way, and the node and clients it is for."""
+class Replies(Generic[R]):
+    """What came back from the nodes.
 
-    message: Message
-    node: int
-    clients: list[int]
+    Attributes
+    ----------
+    good
+        Replies with at least one report, in the order of their clients.
+    left_out
+        Clients without a report that can be used, with the reason.
+    """
+
+    good: Sequence[R]
+    left_out: Mapping[int, str]
+
+    @property
+    def reports(self) -> list[Any]:
+        """The reports of all clients, in their order."""
+        return sorted((report for reply in self.good for report in reply.reports), key=lambda report: report.client)
+
+    @property
+    def notes(self) -> dict[int, str]:
+        """What nodes noted about clients that they report themselves, in the order of the clients."""
+        found = {
+            report.client: reply.notes[report.client]
+            for reply in self.good
+            for report in reply.reports
+            if report.client in reply.notes
+        }
+        return dict(sorted(found.items()))
+
+
+@dataclass(frozen=True)
+class ReplyReader(StrategyPart):
+    """Reads what nodes answer, and refuses what is broken or out of bounds."""
+
+    def read(
+        self, state: ServerState, server_round: int, pending: Sequence[PendingRequest], messages: Iterable[Message]
+    ) -> Replies[TrainReply]:
+        """Replies to the messages of a round."""
+        kinds = {client: self.directory.kind(client) for one in pending for client in one.clients}
+        replies = sort_out(
+            messages, pending, lambda m: self._train_reply(state, server_round, kinds, m), self.directory.suspect
+        )
+        return self._within_bounds(state, replies)
+
+    def _train_reply(
+        self, state: ServerState, server_round: int, kinds: Mapping[int, Kind], message: Message
+    ) -> TrainReply:
+        """Read a reply; ValueError, in words, if it cannot be used."""
+        run, directory, plain = self.run, self.directory, self.plain_mean
+        reported = clients_in(message, run.keys)
+        if unknown := set(reported) - kinds.keys():
+            raise ValueError(f"it reports clients {sorted(unknown)}, which were not asked")
+        view = directory.view(reported)
+        sent = view.take(state.shared)
+        expected = Expected(
+            digest=state.digest,
+            shared_size=view.size,
+            upload_size={client: kind.upload.size for client, kind in kinds.items()},
+            num_exits={client: kind.num_exits for client, kind in kinds.items()},
+            wire=run.wire,
+            base=sent,
+            counted=view.weight(1 if plain else directory.examples(client) for client in reported),
+        )
+        reply = TrainReply.from_message(message, run.keys, expected)
+        if reply.reports:
+            check_norm(reply.update(sent), run.bounds.max_norm, "its update")
+        if reply.server_round != server_round:
+            raise ValueError(f"it is of round {reply.server_round}")
+        for r in reply.reports:
+            check_norm(r.upload, run.bounds.max_norm, f"what client {r.client} sends of its own")
+            if r.num_examples != (examples := directory.examples(r.client)):
+                raise ValueError(f"client {r.client} reports {r.num_examples} examples, {examples} at the start")
+        return replace(reply, reports=[report.padded(directory.reference.num_exits) for report in reply.reports])
+
+    def _within_bounds(self, state: ServerState, replies: Replies[TrainReply]) -> Replies[TrainReply]:
+        """The replies that are not far longer than the others; clients of those that are join those left out."""
+        good, ratio = replies.good, self.run.bounds.max_ratio
+        refused: dict[int, str] = {}
+        views = [self.directory.view([report.client for report in reply.reports]) for reply in good]
+        lengths = [norm(reply.update(view.take(state.shared))) for reply, view in zip(good, views, strict=True)]
+        for i in far_longer(lengths, [reply.examples / len(reply.reports) for reply in good], ratio):
+            refused[i] = f"its update has {times_median(lengths, i)}"
+        reports = [(i, report) for i, reply in enumerate(good) for report in reply.reports]
+        lengths = [norm(report.upload) for _, report in reports]
+        for j in far_longer(lengths, [report.num_examples for _, report in reports], ratio):
+            i, report = reports[j]
+            refused.setdefault(i, f"what client {report.client} sends of its own has {times_median(lengths, j)}")
+        left_out = dict(replies.left_out)
+        for i, reason in refused.items():
+            text = f"its node's reply cannot be used: {reason}; at most {ratio:g} times are allowed"
+            left_out |= {report.client: text for report in good[i].reports}
+        return Replies([reply for i, reply in enumerate(good) if i not in refused], left_out)
 
 
 def sort_out(
     replies: Iterable[Message],
-    asked: Sequence[Asked],
+    pending: Sequence[PendingRequest],
     read: Callable[[Message], R],
     on_node: Callable[[int, bool], None],
-) -> tuple[list[R], dict[int, str]]:
+) -> Replies[R]:
     """Match replies with what was asked, and read them.
 
     Parameters
     ----------
     replies
         In any order; some may be errors, some missing, some nobody asked for.
-    asked
+    pending
         The messages they answer.
     read
         Reads a reply; whatever it raises leaves the reply's clients out.
     on_node
         Called with every node asked, and whether it failed.
-
-    Returns
-    -------
-    Replies with at least one report, in the order of their clients, and the clients left out with the reason.
     """
-    waiting = {one.message.metadata.message_id: one for one in asked}
+    waiting = {one.message.metadata.message_id: one for one in pending}
     good: list[R] = []
     left_out: dict[int, str] = {}
     for message in replies:
@@ -81,21 +173,4 @@ def sort_out(
     for one in waiting.values():
         on_node(one.node, True)
         left_out |= dict.fromkeys(one.clients, "no reply from its node in time")
-    return sorted(good, key=lambda reply: reply.reports[0].client), left_out
-
-
-def notes_in(replies: Iterable[_Reply]) -> dict[int, str]:
-    """What nodes noted about clients that they report, in the order of the clients."""
-    found = {
-        report.client: reply.notes[report.client]
-        for reply in replies
-        for report in reply.reports
-        if report.client in reply.notes
-    }
-    return dict(sorted(found.items()))
-
-
-def last_line(reason: str | None) -> str:
-    """The line of a traceback that says what happened."""
-    lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return lines[-1].removesuffix("'>") if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>
+    return Replies(sorted(good, key=lambda reply: reply.reports[0].client), left_out)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.split import Split
 from cafe_flwr.networks.placement import device_of, gradient_scaler, moved
-from cafe_flwr.training.optimizer_state import given_back, taken
+from cafe_flwr.training.optimizer_state import given_back, new_optimizer, taken
 from cafe_flwr.training.options import LocalBudget
 
 
@@ -119,7 +119,7 @@ def train(
     with frozen(network, how.only):
         named: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
         named.update({f"also.{i}": p for i, p in enumerate(how.also)})
-        optimizer = budget.new_optimizer(list(named.values()))
+        optimizer = new_optimizer(budget, list(named.values()))
         if how.kept is not None:
             given_back(optimizer, list(named), how.kept)
         step = _stepper(optimizer, list(named.values()), gradient_scaler(network), budget.max_grad_norm, how.adjust)

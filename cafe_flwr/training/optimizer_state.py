@@ -11,6 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cafe_flwr.training.options import LocalBudget
+
+
+def new_optimizer(budget: LocalBudget, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+    """The optimiser of a budget, as it starts."""
+    if budget.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, budget.learning_rate, weight_decay=budget.weight_decay)
+    return torch.optim.SGD(parameters, budget.learning_rate, momentum=budget.momentum, weight_decay=budget.weight_decay)
+
 
 def taken(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
     """The optimiser's state, not copied: ``<parameter>/<what>``; parameters that never had a gradient have none.

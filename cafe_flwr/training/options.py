@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from cafe_flwr.core.options import check_settings, option, options_of, section
 
 OPTIMIZERS = ("sgd", "adamw")
 
 
+@section("train")
 @dataclass(frozen=True)
 class LocalBudget:
     """How a client trains in one round.
@@ -35,30 +34,52 @@ class LocalBudget:
         to round; else it starts at rest in every round.
     """
 
-    batch_size: int = 16
-    steps: int = 6
-    epochs: int = 0
-    learning_rate: float = 0.3
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.0
-    optimizer: str = "sgd"
-    keep_momentum: bool = False
+    batch_size: int = option(16, "Examples a step.", ge=1, sized=True)
+    steps: int = option(
+        6,
+        "Gradient steps of a client in a round; used where local-epochs is 0.",
+        key="local-steps",
+        ge=1,
+        compare="budget",
+    )
+    epochs: int = option(
+        0,
+        "Passes over the client's training split in a round; 0: count local-steps instead.",
+        key="local-epochs",
+        ge=0,
+        compare="budget",
+    )
+    learning_rate: float = option(
+        0.3,
+        "Of the optimiser, in the first round. It and train.momentum were chosen for the default job on validation "
+        "data (docs/evidence.md).",
+        key="learning-rate",
+        gt=0,
+        of_runs=0.15,
+    )
+    momentum: float = option(0.0, "Of SGD; AdamW has means of its own.", ge=0, lt=1, of_runs=0.9)
+    weight_decay: float = option(0.0, "Of the optimiser.", ge=0)
+    max_grad_norm: float = option(0.0, "Scale gradients down to this norm; 0: leave them.", ge=0)
+    optimizer: str = option(
+        "sgd",
+        "Of local training; 'adamw' needs a far smaller learning-rate, such as 0.0003.",
+        choices=OPTIMIZERS,
+        sized=True,
+    )
+    keep_momentum: bool = option(
+        False,
+        "What the optimiser remembers (SGD's momentum, AdamW's running means) stays with the client between rounds, on "
+        "its disk; false: it starts anew in every round.",
+    )
 
     def __post_init__(self) -> None:
-        for name, low in (("batch_size", 1), ("steps", 1), ("epochs", 0)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be greater than 0, got {self.learning_rate}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}; got {self.optimizer!r}")
+        check_settings(self)
         if self.momentum and self.optimizer != "sgd":
             raise ValueError(f"momentum is of sgd, {self.optimizer} has none: set it to 0, got {self.momentum}")
         if self.keep_momentum and self.optimizer == "sgd" and not self.momentum:
             raise ValueError(
-                "keep_momentum has nothing to keep, as sgd with momentum 0 has none: raise momentum (0.9 is usual), "
-                "or leave keep_momentum off"
+                "keep_momentum has nothing to keep, as sgd with momentum 0 has none: raise train.momentum, or leave "
+                "train.keep-momentum off"
             )
 
     def num_draws(self, num_examples: int) -> int:
@@ -67,15 +88,31 @@ class LocalBudget:
             return self.epochs * num_examples
         return self.steps * min(self.batch_size, num_examples)
 
-    def new_optimizer(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-        """The optimiser, as it starts."""
-        if self.optimizer == "adamw":
-            return torch.optim.AdamW(parameters, self.learning_rate, weight_decay=self.weight_decay)
-        return torch.optim.SGD(parameters, self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay)
+
+@section("train")
+@dataclass(frozen=True)
+class Schedule:
+    """What becomes of the learning rate from round to round."""
+
+    learning_rate_schedule: str = option(
+        "cosine",
+        "'cosine': the learning rate is constant until half of the rounds, then a cosine down to 0. 'exponential': it "
+        "shrinks by the factor learning-rate-decay a round.",
+        choices=("cosine", "exponential"),
+    )
+    learning_rate_decay: float = option(
+        1.0,
+        "Factor of the exponential schedule: in round t = 0, 1, … the rate is learning-rate · factor^t; 1: constant.",
+        gt=0,
+        le=1,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
-DEFAULT_BUDGET = LocalBudget(learning_rate=0.15, momentum=0.9)
-"""How clients train unless told otherwise; chosen for the default job on validation data (docs/evidence.md)."""
+DEFAULT_BUDGET = LocalBudget(**{o.field: o.default for o in options_of(LocalBudget)})
+"""How clients train unless told otherwise, as in a run."""
 
 
 def learning_rate_at(
@@ -98,3 +135,18 @@ def learning_rate_at(
     half = num_rounds / 2
     progress = max(0.0, (server_round - half) / (num_rounds - half + 1))
     return base * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def check_training(budget: LocalBudget, schedule: Schedule, num_rounds: int) -> None:
+    """Raise ValueError, in the keys of a run's settings, if momentum and learning rates do not go together."""
+    decay, name = schedule.learning_rate_decay, schedule.learning_rate_schedule
+    said = f"train.learning-rate-decay = {decay}"
+    if decay != 1 and name != "exponential":
+        raise ValueError(
+            f"{said} is of train.learning-rate-schedule = 'exponential', got {name!r}: set "
+            "train.learning-rate-schedule to 'exponential', or train.learning-rate-decay to 1.0"
+        )
+    if not learning_rate_at(budget.learning_rate, num_rounds, num_rounds, name, decay):
+        raise ValueError(
+            f"{said} shrinks the learning rate to 0 within {num_rounds} rounds: choose one nearer to 1, such as 0.99"
+        )

@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-MAX_NORM = 1e6
+from cafe_flwr.wire.options import Bounds
+
+MAX_NORM = Bounds().max_norm
 _FEWEST = 3  # of two that differ nobody can say which one is wrong
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """How long a client's update, or what it sends of its own, may be.
-
-    Attributes
-    ----------
-    max_norm
-        Euclidean norm that neither may exceed; 0: no bound.
-    max_ratio
-        How many times the median of the round's replies either may be; 0: no bound. Rough on purpose: it stops what is
-        absurd, and leaves the merely unusual to the method (:mod:`cafe_flwr.methods.robust_teachers`).
-    """
-
-    max_norm: float = MAX_NORM
-    max_ratio: float = 100.0
-
-    def __post_init__(self) -> None:
-        for name in ("max_norm", "max_ratio"):
-            value = getattr(self, name)
-            if not (np.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a number of 0 (no bound) or more, got {value}")
-        if 0 < self.max_ratio <= 1:
-            raise ValueError(f"max_ratio must be greater than 1, or 0 for no bound, got {self.max_ratio}")
 
 
 def norm(values: NDArray[Any]) -> float:

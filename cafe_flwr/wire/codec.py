@@ -112,7 +112,7 @@ def narrowed(values: NDArray[Any], wire: str) -> NDArray[Any]:
     if beyond.any():
         raise ValueError(
             f"{int(beyond.sum())} values are too large to travel as {wire}, the largest {np.abs(values).max():.4g}: "
-            'set wire-dtype = "float32"'
+            'set federation.wire-dtype = "float32"'
         )
     return np.asarray(narrow)
 

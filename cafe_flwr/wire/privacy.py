@@ -10,57 +10,11 @@ it costs.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-
-@dataclass(frozen=True)
-class Privacy:
-    """What clients do to what they send.
-
-    Attributes
-    ----------
-    clip_norm
-        C: the update of the shared part is scaled down to this norm; 0: neither clipping nor noise.
-    upload_clip_norm
-        C of what a client sends of its own; 0: as ``clip_norm``.
-    noise_multiplier
-        σ: noise has the standard deviation σC; 0: none.
-    delta
-        δ for which ε is reported.
-    report_metrics
-        Whether clients report accuracies, losses and similarities, which get no noise.
-    """
-
-    clip_norm: float = 0.0
-    upload_clip_norm: float = 0.0
-    noise_multiplier: float = 0.0
-    delta: float = 1e-5
-    report_metrics: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("clip_norm", "upload_clip_norm", "noise_multiplier"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a number of 0 (off) or more, got {value}")
-        if not 0 < self.delta < 1:
-            raise ValueError(f"delta must lie between 0 and 1, far below 1 / number of clients, got {self.delta}")
-        if not self.clip_norm and (self.noise_multiplier or self.upload_clip_norm):
-            raise ValueError("noise_multiplier and upload_clip_norm need a clip_norm greater than 0: noise is σ·C")
-
-    @property
-    def on(self) -> bool:
-        """Whether anything is clipped."""
-        return self.clip_norm > 0
-
-    def clip_of(self, kind: str) -> float:
-        """C of the ``"shared"`` part or of the ``"upload"``."""
-        return self.upload_clip_norm or self.clip_norm if kind == "upload" else self.clip_norm
 
 
 def clipped(update: NDArray[Any], clip_norm: float) -> NDArray[np.float64]:

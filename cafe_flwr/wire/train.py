@@ -32,7 +32,7 @@ from cafe_flwr.wire.codec import (
     round_of,
 )
 from cafe_flwr.wire.keys import FLAT, METRICS, PROTOCOL, WIRES, Keys
-from cafe_flwr.wire.privacy import Privacy
+from cafe_flwr.wire.options import Privacy
 from cafe_flwr.wire.reports import ClientReport, columns_of, reports_of
 from cafe_flwr.wire.slices import Weight
 

@@ -1,0 +1,37 @@
+"""Settings in nested tables, and the same ones under keys with a dot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def leaves(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots, and their values.
+
+    Examples
+    --------
+    >>> dict(leaves({"seed": 1, "federation": {"wait-seconds": 5.0}}))
+    {'seed': 1, 'federation.wait-seconds': 5.0}
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
+def nested(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys with dots as tables; ValueError if one is a value and a table."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        *tables, name = str(key).split(".")
+        place = found
+        for table in tables:
+            place = place.setdefault(table, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{key.rpartition('.')[0]!r} is there as a value and as a table: leave one out")
+        if isinstance(place.get(name), dict):
+            raise ValueError(f"{key!r} is there as a value and as a table: leave one out")
+        place[name] = value
+    return found

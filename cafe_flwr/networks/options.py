@@ -1,0 +1,154 @@
+"""Which network is trained, and where it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from cafe_flwr.core.options import check_settings, option, options_of, section
+
+NETWORKS = ("conv", "resnet18", "transformer", "published-conv", "published-resnet18", "published-transformer")
+TEXT_NETWORKS = ("transformer", "published-transformer")
+PUBLISHED: Mapping[str, Mapping[str, int | str]] = {
+    "published-conv": {"width": 128, "depth": 3, "feature_width": 128},
+    "published-resnet18": {"width": 64, "depth": 4, "norm": "batch"},
+    "published-transformer": {"width": 192, "depth": 4, "feature_width": 192, "norm": "layer", "attention_heads": 2},
+}
+"""Networks of fixed build, with the options of :class:`Model` that could say the same of them."""
+
+DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+
+
+@section("model")
+@dataclass(frozen=True)
+class Model:
+    """A network of the package's own."""
+
+    network: str = option(
+        "conv",
+        "'conv': convolutional blocks; 'resnet18': four stages of residual blocks; both for images. 'transformer': "
+        "blocks of attention, for texts. An exit after each block or stage. With 'published-' before the name: those "
+        "that CAFEDistill's authors run, of fixed size (docs/networks.md).",
+        key="network",
+        choices=NETWORKS,
+        compare="all",
+        sized=True,
+    )
+    feature_width: int = option(
+        24, "Width of the features that enter the classifier of every exit.", ge=1, compare="all", sized=True
+    )
+    width: int = option(
+        0,
+        "Channels of the first block (conv) or stage (resnet18), or of the embeddings (transformer); 0: 8, 64 or 128.",
+        formerly="network-width",
+        ge=0,
+        compare="all",
+        sized=True,
+    )
+    depth: int = option(
+        0,
+        "Blocks, and exits; 0: 3 (conv) or 4. resnet18 has 4.",
+        formerly="network-depth",
+        ge=0,
+        compare="all",
+        sized=True,
+    )
+    norm: Literal["group", "batch", "layer"] = option(
+        "group",
+        "Of groups of channels of an example, of a batch, or of a token ('layer': transformer only).",
+        choices=("group", "batch", "layer"),
+        compare="all",
+        sized=True,
+    )
+    statistics: str = option(
+        "average",
+        "Running statistics of batch norms: averaged as weights are, kept on the client, or none (docs/networks.md).",
+        choices=("average", "personal", "drop"),
+        compare="all",
+        sized=True,
+    )
+    stem_stride: int = option(
+        1,
+        "Of resnet18's first convolution; 2 for 64×64 images at the cost of 32×32.",
+        choices=(1, 2),
+        compare="all",
+        sized=True,
+    )
+    attention_heads: int = option(
+        4,
+        "Of the transformer; they divide its width.",
+        ge=1,
+        compare="all",
+        sized=True,
+        only={"network": TEXT_NETWORKS},
+    )
+    dropout: float = option(0.1, "Of the transformer.", ge=0, lt=1, compare="all", only={"network": TEXT_NETWORKS})
+
+
+def check_model(model: Model) -> None:
+    """Raise ValueError, in the keys of a run's settings, if options do not go together."""
+    published = PUBLISHED.get(model.network)
+    if published is not None:
+        _check_published(model, published)
+    elif model.norm == "layer" and model.network != "transformer":
+        raise ValueError(f"model.norm = 'layer' is of the transformer: {model.network!r} takes 'group' or 'batch'")
+    norm = model.norm if published is None else published.get("norm")
+    if model.statistics != "average" and norm != "batch":
+        asked = f"model.statistics = {model.statistics!r} is about batch norms, and "
+        if published is not None:
+            raise ValueError(f"{asked}{model.network!r} has none: set it to 'average'")
+        raise ValueError(
+            f"{asked}model.norm = {model.norm!r} keeps none: set model.norm to 'batch', or model.statistics to "
+            "'average'"
+        )
+    if model.network == "resnet18" and model.depth not in (0, 4):
+        raise ValueError(f"resnet18 has 4 stages, got model.depth = {model.depth}: set it to 0")
+    if model.stem_stride != 1 and model.network != "resnet18":
+        raise ValueError(f"model.stem-stride = {model.stem_stride} is of resnet18: set it to 1 for {model.network!r}")
+
+
+def _check_published(model: Model, fixed: Mapping[str, int | str]) -> None:
+    """A published network is as it is: an option that asks for another one would change nothing."""
+    for o in options_of(Model):
+        value = getattr(model, o.field)
+        if o.field not in ("network", "statistics") and value not in (o.default, fixed.get(o.field, o.default)):
+            raise ValueError(
+                f"{o.key} = {value!r} does not change {model.network!r}, which is built as its authors run it: leave "
+                f"it at {o.default!r}, or choose network = {model.network.removeprefix('published-')!r}"
+            )
+
+
+@section("compute")
+@dataclass(frozen=True)
+class Compute:
+    """Where and how precisely networks compute (docs/devices.md)."""
+
+    device: str = option(
+        "auto",
+        "'auto' (a GPU if there is one), 'cpu', 'cuda', 'cuda:1', … or 'mps'. A node's own node-config 'device' comes "
+        "first.",
+        pattern=DEVICE_PATTERN,
+    )
+    precision: str = option(
+        "float32",
+        "Of matrix products and convolutions (autocast); weights, losses and all that is sent or kept are float32.",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    channels_last: bool = option(
+        False,
+        "Keep the weights of convolutions as (out, height, width, in): faster on GPUs with tensor cores.",
+    )
+    compile: bool = option(
+        False, "Compile stages and exits by torch.compile: the first steps take longer, the others less."
+    )
+    clients_per_gpu: int = option(
+        1,
+        "Clients that train at a time on one GPU, in a simulation started by cafe-flwr run; without a GPU: no meaning.",
+        ge=1,
+        le=100,
+        free=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)

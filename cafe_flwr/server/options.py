@@ -1,0 +1,114 @@
+"""What the server is told: which run it is, who takes part, how often clients evaluate, how long it waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cafe_flwr.core.options import check_settings, option, section
+
+
+@section("")
+@dataclass(frozen=True)
+class Run:
+    """What the run is, and where it writes."""
+
+    name: str = option(
+        "",
+        "Name of the run and of its results folder; empty: made from data set, method and seed.",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+        max_length=100,
+        compare="own",
+        free=True,
+    )
+    seed: int = option(
+        0,
+        "Seed of everything that is random: partition, images, initial weights, participants, batches.",
+        ge=0,
+        lt=2**32,
+        compare="own",
+    )
+    results_dir: str = option(
+        "~/cafe-flwr-results",
+        "Folder of all results, absolute or from '~'. A run writes to <results-dir>/<name>.",
+        min_length=1,
+        compare="own",
+        free=True,
+    )
+    mode: str = option(
+        "train",
+        "'train': a federation. 'calibrate': thresholds for the personal networks that the run of this name has left.",
+        choices=("train", "calibrate"),
+        compare="row",
+    )
+    resume: bool = option(False, "Go on from the last checkpoint of the run of this name.", compare="own", free=True)
+    method: str = option("cafedistill", "Method of federated learning, see docs/methods.md.", compare="own")
+
+
+@section("federation")
+@dataclass(frozen=True)
+class Federation:
+    """Clients, rounds and waiting."""
+
+    num_server_rounds: int = option(
+        100,
+        "Rounds T. Schedules (learning rate, student exits) span all of them.",
+        key="num-server-rounds",
+        ge=1,
+        compare="budget",
+    )
+    num_clients: int = option(
+        20,
+        "Clients, each with its own data and personal network. A node hosts one or more.",
+        key="num-clients",
+        ge=1,
+        compare="all",
+        sized=True,
+    )
+    fraction_train: float = option(1.0, "Share of the clients that train in a round.", gt=0, le=1, compare="all")
+    min_train_nodes: int = option(
+        1,
+        "At least so many clients train in a round, whatever fraction-train says; a round in which fewer replied well "
+        "does not count.",
+        ge=1,
+        compare="all",
+    )
+    min_available_nodes: int = option(
+        1, "Wait for at least so many nodes before the first round.", ge=1, compare="all", free=True
+    )
+    evaluate_every: int = option(
+        1,
+        "Clients evaluate before and after training in every so many rounds, and in the last one.",
+        ge=1,
+        compare="all",
+    )
+    wait_seconds: float = option(
+        120.0,
+        "How long to wait, before the first round, for the nodes that host the missing clients.",
+        ge=0,
+        compare="free",
+    )
+    round_timeout: float = option(
+        600.0, "Seconds after which a round goes on without the replies that are missing.", gt=0, compare="free"
+    )
+    round_retries: int = option(
+        1,
+        "A round with fewer than min-train-nodes good replies is repeated so many times, then the run stops.",
+        ge=0,
+        compare="free",
+    )
+    wire_dtype: str = option(
+        "float32",
+        "Numbers of the flat arrays in messages; 'float16' halves the bytes.",
+        choices=("float32", "float16"),
+        compare="all",
+    )
+    state_dir: str = option(
+        "",
+        "Folder of the clients' personal state; empty: <results-dir>/<name>/personal. A node's own node-config "
+        "'state-dir' comes first.",
+        compare="own",
+        free=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)

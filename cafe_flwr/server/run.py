@@ -1,0 +1,103 @@
+"""What stays the same in all rounds of a run, and what the parts of a strategy have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cafe_flwr.methods.base import Method
+from cafe_flwr.server.directory import Directory
+from cafe_flwr.server.options import Federation
+from cafe_flwr.training.options import LocalBudget, Schedule, check_training, learning_rate_at
+from cafe_flwr.wire.keys import WIRES, Keys
+from cafe_flwr.wire.options import Bounds, Privacy
+
+
+@dataclass(frozen=True)
+class RunConstants:
+    """What stays the same in all rounds of a run.
+
+    Attributes
+    ----------
+    keys
+        Names of the records in messages.
+    method, seed, num_rounds, num_clients, local, learning_rate_schedule, learning_rate_decay, evaluate_every
+        As :class:`cafe_flwr.server.strategy.FederatedStrategy` was given them.
+    fraction_train, fraction_evaluate, min_train_nodes, min_available_nodes, wait_seconds, round_timeout, round_retries
+        Likewise.
+    bounds, privacy, wire
+        Likewise.
+    """
+
+    keys: Keys
+    method: Method
+    seed: int
+    num_rounds: int
+    num_clients: int | None
+    local: LocalBudget
+    learning_rate_schedule: str
+    learning_rate_decay: float
+    evaluate_every: int
+    fraction_train: float
+    fraction_evaluate: float
+    min_train_nodes: int
+    min_available_nodes: int
+    wait_seconds: float
+    round_timeout: float
+    round_retries: int
+    bounds: Bounds
+    privacy: Privacy
+    wire: str
+
+    @property
+    def min_clients(self) -> int:
+        """Clients that a round needs; where it is known how many there are, not more than these."""
+        return self.min_train_nodes if self.num_clients is None else min(self.min_train_nodes, self.num_clients)
+
+    def evaluates_in(self, server_round: int) -> bool:
+        """Whether clients evaluate before and after training in this round."""
+        return server_round % self.evaluate_every == 0 or server_round == self.num_rounds
+
+    def learning_rate(self, server_round: int) -> float:
+        """The learning rate of a round."""
+        schedule = self.num_rounds, self.learning_rate_schedule, self.learning_rate_decay
+        return learning_rate_at(self.local.learning_rate, server_round, *schedule)
+
+    def check_rounds(self, last: int) -> None:
+        """ValueError if the run cannot stop after this round, or cannot go on to its last one."""
+        if not 1 <= last <= self.num_rounds:
+            raise ValueError(f"num_rounds must be in 1..{self.num_rounds}, for which the strategy was made, got {last}")
+        if not self.learning_rate(self.num_rounds):
+            raise ValueError(
+                f"learning_rate_decay = {self.learning_rate_decay} shrinks the learning rate to 0 within "
+                f"{self.num_rounds} rounds: choose one nearer to 1"
+            )
+
+
+def check_arguments(run: RunConstants) -> None:
+    """ValueError for an impossible argument of a strategy, naming it."""
+    if run.seed < 0:
+        raise ValueError(f"seed must be at least 0, got {run.seed}")
+    names = ("evaluate_every", "wait_seconds", "round_timeout", "round_retries")
+    values: dict[str, Any] = {name: getattr(run, name) for name in names}
+    values |= {} if run.num_clients is None else {"num_clients": run.num_clients}
+    Federation(num_server_rounds=run.num_rounds, **values)
+    check_training(run.local, Schedule(run.learning_rate_schedule, run.learning_rate_decay), run.num_rounds)
+    for name in ("fraction_train", "fraction_evaluate"):
+        if not 0 <= getattr(run, name) <= 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {getattr(run, name)}")
+    if run.wire not in WIRES:
+        raise ValueError(f"wire must be one of {', '.join(WIRES)}; got {run.wire!r}")
+
+
+@dataclass(frozen=True)
+class StrategyPart:
+    """A part of a strategy: it knows what stays the same in the run, and who is there."""
+
+    run: RunConstants
+    directory: Directory
+
+    @property
+    def plain_mean(self) -> bool:
+        """Whether clients count alike in the mean of what is shared."""
+        return self.run.method.plain_mean(self.directory.unequal)

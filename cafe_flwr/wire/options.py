@@ -1,0 +1,88 @@
+"""What travels: how large it may be, and what clients do to it before it is sent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cafe_flwr.core.options import check_settings, option, section
+
+
+@section("federation")
+@dataclass(frozen=True)
+class Bounds:
+    """How long a client's update, or what it sends of its own, may be.
+
+    Attributes
+    ----------
+    max_norm
+        Euclidean norm that neither may exceed; 0: no bound.
+    max_ratio
+        How many times the median of the round's replies either may be; 0: no bound. Rough on purpose: it stops what is
+        absurd, and leaves the merely unusual to the method (:mod:`cafe_flwr.methods.robust_teachers`).
+    """
+
+    max_norm: float = option(
+        1e6,
+        "A client whose update, or what it sends of its own, has a larger norm is left out of its round; 0: no bound.",
+        key="federation.max-update-norm",
+        ge=0,
+        compare="all",
+    )
+    max_ratio: float = option(
+        100.0,
+        "So many times the median norm of a round's replies is refused too; 0: no bound, else greater than 1.",
+        key="federation.max-update-ratio",
+        ge=0,
+        compare="all",
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if 0 < self.max_ratio <= 1:
+            raise ValueError(f"max_ratio must be greater than 1, or 0 for no bound, got {self.max_ratio}")
+
+
+@section("privacy")
+@dataclass(frozen=True)
+class Privacy:
+    """What clients do to what they send.
+
+    Attributes
+    ----------
+    clip_norm
+        C: the update of the shared part is scaled down to this norm; 0: neither clipping nor noise.
+    upload_clip_norm
+        C of what a client sends of its own; 0: as ``clip_norm``.
+    noise_multiplier
+        σ: noise has the standard deviation σC; 0: none.
+    delta
+        δ for which ε is reported.
+    report_metrics
+        Whether clients report accuracies, losses and similarities, which get no noise.
+    """
+
+    clip_norm: float = option(
+        0.0,
+        "Clients scale the update of the shared part down to this norm C before it is sent; 0: off (docs/security.md).",
+        ge=0,
+    )
+    upload_clip_norm: float = option(0.0, "C of what a client sends of its own (its head); 0: as clip-norm.", ge=0)
+    noise_multiplier: float = option(
+        0.0, "Clients add Gaussian noise of standard deviation so many times C to what they send; 0: none.", ge=0
+    )
+    delta: float = option(1e-5, "δ at which the log states ε.", formerly="privacy-delta", gt=0, lt=1)
+    report_metrics: bool = option(True, "Clients report accuracies, losses and similarities, which get no noise.")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not self.clip_norm and (self.noise_multiplier or self.upload_clip_norm):
+            raise ValueError("noise_multiplier and upload_clip_norm need a clip_norm greater than 0: noise is σ·C")
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is clipped."""
+        return self.clip_norm > 0
+
+    def clip_of(self, kind: str) -> float:
+        """C of the ``"shared"`` part or of the ``"upload"``."""
+        return self.upload_clip_norm or self.clip_norm if kind == "upload" else self.clip_norm
