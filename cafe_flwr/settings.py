@@ -48,11 +48,9 @@ _SECTIONS = (
 
 def _declared() -> dict[str, Option]:
     """Every option by its key: those in no table first, the tables of objectives and methods last."""
-    declarations = [*_SECTIONS, *OBJECTIVES.values(), *METHODS.values()]
     found: dict[str, Option] = {}
-    for declaration in declarations:
-        for o in options_of(declaration):
-            found.setdefault(o.key, o)
+    for declaration in (*_SECTIONS, *OBJECTIVES.values(), *METHODS.values()):
+        found |= {o.key: o for o in options_of(declaration) if o.key not in found}
     tables = list(dict.fromkeys(["", *(o.table for o in found.values())]))
     return dict(sorted(found.items(), key=lambda pair: tables.index(pair[1].table)))
 
@@ -166,6 +164,9 @@ class Settings(_Declared):
         except ValidationError as error:
             raise ValueError("; ".join(_explain(detail) for detail in error.errors())) from None
 
+    def __reduce__(self) -> Any:  # the classes of tables cannot be pickled by their names
+        return Settings.from_run_config, (self.to_run_config(),)
+
     def to_run_config(self) -> dict[str, bool | int | float | str]:
         """All settings by their keys."""
         return {key: self.value(key) for key in OPTIONS}
@@ -222,10 +223,8 @@ class Settings(_Declared):
 
     def check_read(self) -> None:
         """Raise ValueError if a setting was changed that nothing reads, naming what would."""
-        if found := self.unread():
-            raise ValueError(
-                "; ".join(f"{key} = {self.value(key)!r} would change nothing: {why}" for key, why in found.items())
-            )
+        if found := self.unread().items():
+            raise ValueError("; ".join(f"{k} = {self.value(k)!r} would change nothing: {why}" for k, why in found))
 
     @property
     def run_name(self) -> str:

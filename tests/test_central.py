@@ -158,7 +158,7 @@ def test_settings_are_safe_kds_where_nothing_else_is_said():
     settings = central_settings({})
     assert (settings.objective, settings.train.optimizer, settings.learning_rate) == ("safe-kd", "adamw", 3e-4)
     assert (settings.train.weight_decay, settings.run_name) == (0.05, "digit-pairs-central-seed0")
-    assert (settings.num_clients, settings.examples_per_client) == (1, 4000)
+    assert (settings.num_clients, settings.data.examples_per_client) == (1, 4000)
     said = central_settings(
         {"objective": "erde", "train.optimizer": "sgd", "learning-rate": 0.1, "name": "mine", "seed": 3}
     )

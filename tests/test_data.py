@@ -482,7 +482,7 @@ def test_images_of_different_sizes_need_image_size(tmp_path):
     pictures = [picture(i, (6 + i % 2, 6)) for i in range(N)]
     write_with_pyarrow(tmp_path / "set.parquet", LABELS, pictures)
     path = f"local:{tmp_path / 'set.parquet'}"
-    with pytest.raises(ValueError, match="2 different shapes: set image-size"):
+    with pytest.raises(ValueError, match=r"2 different shapes: set data.image-size"):
         load_federation(path, 3, alpha=1.0)
     federation = load_federation(path, 3, alpha=1.0, image_size=6)
     check_rows(federation, LABELS)
@@ -819,7 +819,9 @@ def test_no_images_can_be_rotated_too(turns):
 def test_oblong_images_may_be_rotated_but_not_by_quarter_turns(tmp_path):
     write_with_pyarrow(tmp_path / "set.parquet", LABELS, [picture(i, (8, 5)) for i in range(N)])
     path = f"local:{tmp_path / 'set.parquet'}"
-    with pytest.raises(ValueError, match=r"rotations = 4 .*square images, got 5×8: set image-size.*4 does not divide"):
+    with pytest.raises(
+        ValueError, match=r"rotations = 4 .*square images, got 5×8: set data.image-size.*4 does not divide"
+    ):
         load_federation(path, 3, alpha=1.0, rotations=4)
     assert load_federation(path, 3, alpha=1.0, rotations=4, image_size=6).load(1).train.x.shape[1:] == (1, 6, 6)
     for rotations in (2, 3):
@@ -829,9 +831,9 @@ def test_oblong_images_may_be_rotated_but_not_by_quarter_turns(tmp_path):
 def test_only_images_can_be_rotated(monkeypatch):
     rows = np.zeros((60, 7), dtype=np.float32)
     read = LocalSet(rows, np.array(LABELS), ("0", "1", "2"), lambda name: [])
-    monkeypatch.setattr("cafe_flwr.data.federation.read_local", lambda *_: read)
+    monkeypatch.setattr("cafe_flwr.data.sources.read_local", lambda *_: read)
     assert load_federation("local:vectors", 3, alpha=1.0).load(0).train.x.shape[1:] == (7,)
-    with pytest.raises(ValueError, match=r"rotations need images .*got inputs \(7,\): set rotations to 1"):
+    with pytest.raises(ValueError, match=r"data.rotations needs images .*got inputs \(7,\): set it to 1"):
         load_federation("local:vectors", 3, alpha=1.0, rotations=2)
 
 
@@ -984,8 +986,8 @@ def test_shifts_come_together():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_groups": -1}, "label-groups must be from 0 .*num-clients = 8, got -1: lower label-groups"),
-        ({"label_groups": 9}, "num-clients = 8, got 9: lower label-groups or raise num-clients"),
+        ({"label_groups": -1}, "label-groups must be from 0 .*num-clients = 8, got -1: lower data.label-groups"),
+        ({"label_groups": 9}, "num-clients = 8, got 9: lower data.label-groups or raise num-clients"),
         ({"rotations": 0}, "rotations must be at least 1 .*got 0"),
         ({"validation_share": 1.0}, "validation-share must be 0 .*less than 1, got 1.0"),
         ({"validation_share": -0.1}, "validation-share .*got -0.1"),
@@ -1001,7 +1003,7 @@ def test_shifts_that_cannot_be_are_errors(options, message):
 
 
 def test_a_test_shift_of_local_data_is_an_error_before_they_are_read(tmp_path):
-    with pytest.raises(ValueError, match=r"test-shift works for the embedded sets only.*nowhere': set test-shift"):
+    with pytest.raises(ValueError, match=r"data.test-shift is for .*nowhere': set it to 0"):
         load_federation(f"local:{tmp_path / 'nowhere'}", 8, test_shift=0.5)
 
 

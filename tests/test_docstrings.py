@@ -137,9 +137,9 @@ def test_label_groups_and_validation_work_on_texts_and_rotations_are_refused():
     assert (splits == 2).sum() > 100  # what no client has been given
     given = sum(len(split) for client in clients_of(federation) for split in splits_of(client).values())
     assert given == (splits != 2).sum()
-    with pytest.raises(ValueError, match="rotations need images"):
+    with pytest.raises(ValueError, match=r"data.rotations needs images"):
         load_federation("docstrings", 6, rotations=2, **OPTIONS)
-    with pytest.raises(ValueError, match=r"test-shift works for .*not 'docstrings'"):
+    with pytest.raises(ValueError, match=r"data.test-shift is for .*not 'docstrings'"):
         load_federation("docstrings", 6, test_shift=0.5, **OPTIONS)
 
 

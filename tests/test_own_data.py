@@ -164,8 +164,9 @@ def test_labels_that_the_federation_does_not_know_are_named_in_the_servers_log(t
     settings = own_settings(tmp_path)
     run_small(settings, grid=Devices(settings, *three(data, tmp_path, b={"data-dir": str(odd)})))
     count = int((LABELS[:60] == 3).sum())
-    assert f"has labels the federation does not know: 'seagull' ({count} of 60 examples); class-names has '0', '1'" in (
-        flower_log.text()
+    assert (
+        f"has labels the federation does not know: 'seagull' ({count} of 60 examples); data.class-names has '0', '1'"
+        in (flower_log.text())
     )
     assert [line["participants"] for line in lines_of(settings)] == [[0, 2]] * 2
 

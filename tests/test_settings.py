@@ -1,6 +1,7 @@
 """Settings: the manifest's defaults are the library's, and what cannot be is refused by name, before anything runs."""
 
 import math
+import pickle
 import shutil
 import tomllib
 from contextlib import nullcontext
@@ -758,3 +759,8 @@ def test_the_command_takes_names_of_before_and_gives_flower_those_of_today(monke
     given = "fraction-train=0.5 objective='erde' ema-decay=0.9"
     CliRunner().invoke(app, ["run", str(ROOT), "--run-config", given])
     assert seen == ['objective="erde"', "federation.fraction-train=0.5", "erde.ema-decay=0.9"]
+
+
+def test_settings_go_to_other_processes():
+    settings = Settings.from_run_config({"federation.fraction-train": 0.5, "method": "ditto", "ditto.pull": 0.2})
+    assert pickle.loads(pickle.dumps(settings)) == settings

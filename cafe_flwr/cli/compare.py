@@ -132,7 +132,7 @@ def _with_stand_ins(experiment: Experiment, home: Path) -> Experiment:
     from cafe_flwr.experiments.plan import plan_runs
 
     planned = [run.settings for run in plan_runs(experiment, home)]
-    made, folder = [s.dataset for s in planned if s.dataset in HUB_SETS and not s.data_dir], home / "made-up-data"
+    made, folder = [s.dataset for s in planned if s.dataset in HUB_SETS and not s.data.dir], home / "made-up-data"
     for name in dict.fromkeys(made):
         if not (folder / name).is_dir():
             write_stand_in(folder, name, _SMOKE_ROWS)
