@@ -428,7 +428,7 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         weight_decay=0.001,
         max_grad_norm=2.5,
         objective="erde",
-        ema_decay=0.9,
+        erde_ema_decay=0.9,
         objective_temperature=2.0,
         erde_right=0.75,
         erde_wrong=0.2,
