@@ -342,7 +342,7 @@ class Checked:
 class CountedAlike(CafeDistillMethod):
     """Asks for the mean in which examples do not count."""
 
-    def plain_mean(self, unequal: bool) -> bool:
+    def uniform_weights(self, unequal: bool) -> bool:
         return True
 
 

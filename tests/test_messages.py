@@ -12,7 +12,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe_flwr.core.schema import Schema, digest
+from cafe_flwr.core.schema import Schema, schema_hash
 from cafe_flwr.core.text import kebab
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.metrics import DynamicCounts, ExitMetrics
@@ -113,8 +113,8 @@ def test_the_digest_tells_names_shapes_order_and_kind_apart():
         (SCHEMA, Schema(())),
         (Schema(()), SCHEMA),
     ]
-    assert len({digest(*s) for s in schemas}) == len(schemas)
-    assert digest(SCHEMA) == digest(Schema.from_json(SCHEMA.to_json()))
+    assert len({schema_hash(*s) for s in schemas}) == len(schemas)
+    assert schema_hash(SCHEMA) == schema_hash(Schema.from_json(SCHEMA.to_json()))
 
 
 # --- who are you? ---

@@ -33,7 +33,7 @@ from cafe_flwr.inference import EarlyExitRunner
 from cafe_flwr.inference.policies import MaxProb
 from cafe_flwr.methods import METHODS
 from cafe_flwr.networks import ConvNet, ResNet18, SequenceNet
-from cafe_flwr.networks.capacity import Held, drawn
+from cafe_flwr.networks.capacity import Capacity, drawn
 from cafe_flwr.networks.preprocessing import Normalisation
 from cafe_flwr.personal import FinishedRun
 from cafe_flwr.personal.calibration import calibrate_run
@@ -46,7 +46,7 @@ from cafe_flwr.risk.client_calibration import Request
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.training import LocalBudget
 from cafe_flwr.wire.averaging import weighted
-from cafe_flwr.wire.slices import View, mean_of_holders
+from cafe_flwr.wire.slices import SharedSlice, masked_mean
 
 DEPTHS = [1, 2, 3, 3, 2]  # of the toys' clients
 UNEQUAL = {"depth_shares": "1:0.2,2:0.4"}
@@ -123,12 +123,12 @@ def test_the_mean_of_every_value_is_that_of_its_holders(data):
     sums = []
     for node in sorted(set(nodes)):
         here = [i for i, at in enumerate(nodes) if at == node]
-        view = View(whole, [parts[i] for i in here])
+        view = SharedSlice(whole, [parts[i] for i in here])
         total = np.zeros(view.size)
         for i in here:
             view.add(total, parts[i], weighted(values[i], examples[i]))
         sums.append((view, total, view.weight([examples[i] for i in here])))
-    mean = mean_of_holders(before, sums)
+    mean = masked_mean(before, sums)
 
     expected = by_name(before, whole)
     for name, tensor in expected.items():
@@ -152,7 +152,7 @@ def test_what_a_client_gets_of_a_nodes_message_is_its_part_of_the_whole(data):
     )
     parts = [data.draw(parts_of(whole)) for _ in range(3)]
     flat = np.arange(whole.size, dtype=np.float32)
-    view = View(whole, parts)
+    view = SharedSlice(whole, parts)
     sent = view.take(flat)
     assert len(sent) == view.size <= whole.size
     for part in parts:
@@ -355,7 +355,8 @@ def test_a_width_that_is_none_is_refused_before_the_first_round(tmp_path, width)
 
 def test_depths_are_dealt_by_their_shares_and_the_seed():
     dealt = [
-        [drawn(client, 20, {Held(1): 0.3, Held(2): 0.25}, 4, seed).exits for client in range(20)] for seed in (0, 0, 1)
+        [drawn(client, 20, {Capacity(1): 0.3, Capacity(2): 0.25}, 4, seed).exits for client in range(20)]
+        for seed in (0, 0, 1)
     ]
     assert [dealt[0].count(depth) for depth in (1, 2, 3, 4)] == [6, 5, 0, 9]
     assert dealt[0] == dealt[1] != dealt[2]
@@ -378,7 +379,7 @@ def test_students_that_are_not_there_never_train_and_take_no_place(selection):
 def finished(tmp_path_factory):
     settings = small_settings(tmp_path_factory.mktemp("unequal"), method="cafedistill", **UNEQUAL)
     run_small(settings, 2)
-    depths = {client: drawn(client, N, {Held(1): 0.2, Held(2): 0.4}, 3, 0).exits for client in range(N)}
+    depths = {client: drawn(client, N, {Capacity(1): 0.2, Capacity(2): 0.4}, 3, 0).exits for client in range(N)}
     assert sorted(depths.values()) == [1, 2, 2, 3, 3]
     return settings, depths
 

@@ -17,7 +17,7 @@ from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.client.evaluation import evaluate_personal, publish_personal
 from cafe_flwr.core.files import to_json, write_atomically
 from cafe_flwr.core.random import rng_for, seeded
-from cafe_flwr.core.schema import Schema, digest
+from cafe_flwr.core.schema import Schema, schema_hash
 from cafe_flwr.cost import macs_per_exit
 from cafe_flwr.data.split import ClientData
 from cafe_flwr.metrics.exits import evaluate
@@ -260,7 +260,7 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
         "history": [asdict(epoch) for epoch in trained.history],
     }
     write_atomically(folder / "settings.json", to_json(settings.to_run_config(), indent=2))
-    which = digest(Schema.of(tensors, list(tensors)))
+    which = schema_hash(Schema.of(tensors, list(tensors)))
     metadata = Metadata(run=token, round=1, method="central", digest=which, seed=settings.seed)
     publish_personal(PersonalStore(folder / "personal", token), network, data, evaluated, metadata)
     write_atomically(folder / "summary.json", to_json(summary, indent=2))

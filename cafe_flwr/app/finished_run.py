@@ -10,7 +10,7 @@ from typing import Any
 
 from cafe_flwr.core.older_settings import of_saved_run
 from cafe_flwr.data.split import ClientData
-from cafe_flwr.personal.published import Personal, clients_of, pixels_of, read_personal
+from cafe_flwr.personal.published import PersonalNetwork, clients_of, pixels_of, read_personal
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class FinishedRun:
         """Mean and standard deviation that images were normalised by."""
         return pixels_of(self.run_config.get("dataset", ""))
 
-    def personal(self, client: int) -> Personal:
+    def personal(self, client: int) -> PersonalNetwork:
         """A client's personal network."""
         from cafe_flwr.app.parts import build_networks
 

@@ -28,7 +28,7 @@ from cafe_flwr.data.own import load_own
 from cafe_flwr.data.split import ClientData
 from cafe_flwr.networks.capacity import Networks
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
-from cafe_flwr.personal.published import Personal, clients_of, pixels_of, read_facts, read_personal
+from cafe_flwr.personal.published import PersonalNetwork, clients_of, pixels_of, read_facts, read_personal
 
 
 def parts_of(name: str) -> Parts:
@@ -226,7 +226,7 @@ class NodeNetwork:
         """Mean and standard deviation that images in 0..1 were normalised by; None for a project of one's own."""
         return self._source.pixels
 
-    def personal(self, client: int) -> Personal:
+    def personal(self, client: int) -> PersonalNetwork:
         """The client's network."""
         self._check(client)
         return read_personal(self.networks, client, self._source.network())

@@ -8,7 +8,7 @@ from typing import Any
 from cafe_flwr.client.node_config import is_limited, max_exit, max_width
 from cafe_flwr.core.options import values_of
 from cafe_flwr.data.options import Heterogeneity
-from cafe_flwr.networks.capacity import Held, drawn, read_shares
+from cafe_flwr.networks.capacity import Capacity, drawn, read_shares
 
 
 def held_by(
@@ -18,7 +18,7 @@ def held_by(
     num_clients: int | None,
     num_exits: int,
     seed: int,
-) -> Held:
+) -> Capacity:
     """How much of a network a client holds: what its node says, else its share in a simulation, else all.
 
     Raises
@@ -28,7 +28,9 @@ def held_by(
     """
     shares = read_shares(str(values_of(Heterogeneity, run_config).get("depth_shares", "")))
     if is_limited(node_config) or not shares:
-        return Held(max_exit(node_config) or num_exits, max_width(node_config)).check(num_exits, "node-config max-exit")
+        return Capacity(max_exit(node_config) or num_exits, max_width(node_config)).check(
+            num_exits, "node-config max-exit"
+        )
     if num_clients is None:
         raise ValueError(
             "heterogeneity.depth-shares is for runs with num-clients: give every node a max-exit in its node-config"

@@ -15,7 +15,7 @@ from cafe_flwr.core.log import logger
 from cafe_flwr.data.split import ClientData
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import device_of
-from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.capacity import ClientSpec
 from cafe_flwr.wire.describe import NodeInfo
 
 SPLITS = ("train", "calibration", "test")
@@ -81,13 +81,13 @@ def _macs(model: ClientModel, data: ClientData, *, compiled: bool) -> list[int]:
     return macs_per_exit(network, data.train.x[:1].to(device_of(network)))
 
 
-def kind_of(model: ClientModel, macs: Sequence[int]) -> Kind:
+def kind_of(model: ClientModel, macs: Sequence[int]) -> ClientSpec:
     """What clients with this model hold, as the server is told."""
     depth, part = model.network.num_exits, ""
     if model.held:
         width = f" at width {model.held.width:g}" if model.held.width < 1 else ""
         part = f"{depth} exit{'s' * (depth > 1)}{width}"
-    return Kind(
+    return ClientSpec(
         name=", ".join(filter(None, (model.modality, part))),
         num_exits=depth,
         num_parameters=_num_parameters(model.network),

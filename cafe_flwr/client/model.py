@@ -11,13 +11,13 @@ from functools import cached_property, partial
 from torch import Tensor
 
 from cafe_flwr.core.random import rng_for
-from cafe_flwr.core.schema import Schema, digest
+from cafe_flwr.core.schema import Schema, schema_hash
 from cafe_flwr.data.split import ClientData
 from cafe_flwr.methods.base import Method
 from cafe_flwr.methods.client import LocalTask, without_prefix
 from cafe_flwr.methods.starts import classifier_start
 from cafe_flwr.methods.whole_model import UPDATE
-from cafe_flwr.networks.capacity import Held
+from cafe_flwr.networks.capacity import Capacity
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import OnDevice, device_of
 from cafe_flwr.personal.store import PersonalStore
@@ -39,7 +39,7 @@ class ClientModel:
     method: Method
     weights: Mapping[str, Tensor]
     modality: str = ""
-    held: Held | None = None  # all, if None
+    held: Capacity | None = None  # all, if None
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -163,4 +163,4 @@ class ClientModel:
     @cached_property
     def digest(self) -> str:
         """Fingerprint of what travels and what stays."""
-        return digest(*(self.schemas[kind] for kind in KINDS))
+        return schema_hash(*(self.schemas[kind] for kind in KINDS))

@@ -16,11 +16,11 @@ from cafe_flwr.client.capacity import held_by
 from cafe_flwr.client.model import ClientModel
 from cafe_flwr.client.node_config import hosted
 from cafe_flwr.core.random import rng_for, seeded
-from cafe_flwr.core.schema import Schema, digest
+from cafe_flwr.core.schema import Schema, schema_hash
 from cafe_flwr.data.split import ClientData
 from cafe_flwr.methods.base import Method
 from cafe_flwr.methods.registry import METHODS, method_from
-from cafe_flwr.networks.capacity import Held, Networks, networks_of, start_alike
+from cafe_flwr.networks.capacity import Capacity, Networks, networks_of, start_alike
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import Placement
 from cafe_flwr.personal.store import personal_folder
@@ -78,14 +78,15 @@ class ProcessCache:
         self.wholes = {name: ClientModel(net, method, weights[name], name) for name, net in self.networks.items()}
         self.shared = Schema(tuple(entry for whole in self.wholes.values() for entry in whole.shared.entries))
         kinds = ("upload", "download", "personal")
-        self.digest = digest(self.shared, *(whole.schemas[kind] for whole in self.wholes.values() for kind in kinds))
+        personal = (whole.schemas[kind] for whole in self.wholes.values() for kind in kinds)
+        self.digest = schema_hash(self.shared, *personal)
         self.data: dict[int, ClientData] = {}
-        self._parts: dict[tuple[str, Held], ClientModel] = {}
+        self._parts: dict[tuple[str, Capacity], ClientModel] = {}
 
-    def model(self, modality: str, held: Held) -> ClientModel:
+    def model(self, modality: str, held: Capacity) -> ClientModel:
         """For clients that hold so much of a modality's network."""
         whole = self.wholes[modality]
-        if held == Held(whole.network.num_exits):
+        if held == Capacity(whole.network.num_exits):
             return whole
         if (modality, held) not in self._parts:
             network = held.of(whole.network)

@@ -31,7 +31,7 @@ from cafe_flwr.wire.averaging import weighted
 from cafe_flwr.wire.codec import clients_in
 from cafe_flwr.wire.privacy import release
 from cafe_flwr.wire.reports import ClientReport
-from cafe_flwr.wire.slices import View
+from cafe_flwr.wire.slices import SharedSlice
 from cafe_flwr.wire.train import TrainReply, TrainRequest
 
 
@@ -63,7 +63,7 @@ class Assignment:
     request: TrainRequest
     store: PersonalStore
     models: Mapping[int, ClientModel]
-    view: View
+    view: SharedSlice
     tensors: Mapping[int, Mapping[str, Tensor]]
     failures: dict[int, str] = field(default_factory=dict)
     exhausted: dict[int, Exception] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class Assignment:
         """From a message; ValueError if it does not fit the node's network, or asks for what the node refuses."""
         message, keys, process = here.message, here.node.keys, here.process
         models = {client: here.model(client) for client in clients_in(message, keys)}
-        view = View(process.shared, [model.shared for model in models.values()])
+        view = SharedSlice(process.shared, [model.shared for model in models.values()])
         downloads = {client: model.schemas["download"].size for client, model in models.items()}
         request = TrainRequest.from_message(message, keys, shared_size=view.size, download_size=downloads)
         if request.digest != process.digest:
@@ -128,8 +128,8 @@ def train(here: NodeContext, trainer: LocalTrainer) -> RecordDict:
 def _reply(work: Assignment, done: Sequence[tuple[ClientReport, NDArray[np.float32]]]) -> RecordDict:
     """What the clients report, and their shared parts: the one's own, or the weighted sum over several."""
     request, reports = work.request, [report for report, _ in done]
-    view = View(work.here.process.shared, [work.models[report.client].shared for report in reports])
-    weights = [1 if request.plain_mean else report.num_examples for report in reports]
+    view = SharedSlice(work.here.process.shared, [work.models[report.client].shared for report in reports])
+    weights = [1 if request.uniform_weights else report.num_examples for report in reports]
     if len(done) == 1:
         total: NDArray[Any] = done[0][1]
     else:

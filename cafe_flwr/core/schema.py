@@ -121,12 +121,12 @@ class Schema:
             )
 
 
-def digest(*schemas: Schema) -> str:
+def schema_hash(*schemas: Schema) -> str:
     """Short fingerprint of schemas; equal exactly if names, shapes and order are equal.
 
     Examples
     --------
-    >>> digest(Schema((("a", (2,)),))) == digest(Schema((("a", (3,)),)))
+    >>> schema_hash(Schema((("a", (2,)),))) == schema_hash(Schema((("a", (3,)),)))
     False
     """
     text = "\n".join(schema.to_json() for schema in schemas)

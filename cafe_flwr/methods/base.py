@@ -27,7 +27,7 @@ from cafe_flwr.training.objectives.registry import (
     flat_settings,
     objective_named,
 )
-from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.capacity import ClientSpec
 
 
 class _ByName:
@@ -140,11 +140,11 @@ class Method:
 
     # --- server half ---
 
-    def comparable(self, kind: Kind) -> Hashable:
+    def comparable(self, kind: ClientSpec) -> Hashable:
         """Clients learn from one another whose kinds give the same here; by default, those with the same network."""
         return kind.name
 
-    def plain_mean(self, unequal: bool) -> bool:
+    def uniform_weights(self, unequal: bool) -> bool:
         """Whether clients count alike in the average of what is shared; by default they count by their examples.
 
         ``unequal``: some clients hold a part of the network only.

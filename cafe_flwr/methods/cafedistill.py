@@ -39,7 +39,7 @@ from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.teaching import check_solver, cosine_similarity, teacher_weights
 from cafe_flwr.training.losses import distillation
 from cafe_flwr.training.objectives.base import exits_at
-from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.capacity import ClientSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class CafeDistillMethod(Method):
 
     # --- server half ---
 
-    def comparable(self, kind: Kind) -> Hashable:
+    def comparable(self, kind: ClientSpec) -> Hashable:
         """Those who send the same classifiers: exit k is mixed with exit k."""
         return kind.upload.entries
 

@@ -39,7 +39,7 @@ from cafe_flwr.teaching import TEACHERS, check_solver, cosine_similarity, teache
 from cafe_flwr.training.loop import batches
 from cafe_flwr.training.losses import distillation
 from cafe_flwr.training.objectives.base import exits_at
-from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.capacity import ClientSpec
 
 PEERS = ("all", "alike", "deeper")
 
@@ -121,7 +121,7 @@ class CafeDistillText(Method):
 
     # --- server half ---
 
-    def comparable(self, kind: Kind) -> Hashable:
+    def comparable(self, kind: ClientSpec) -> Hashable:
         """All whose last classifiers have one shape."""
         return tuple(shape for _, shape in kind.download.entries)
 

@@ -31,7 +31,7 @@ class DepthFL(FedAvg):
 
     ramp: float = setting(0.3, "Share of the rounds over which distillation ramps up.", gt=0, le=1)
 
-    def plain_mean(self, unequal: bool) -> bool:
+    def uniform_weights(self, unequal: bool) -> bool:
         """Where depths are unequal."""
         return unequal
 

@@ -29,7 +29,7 @@ class ClientRecord:
     similarity
         (m−1,): how similar its student exits are to its last exit; NaN for exits that it does not hold.
     kind
-        What it holds (:class:`cafe_flwr.wire.capacity.Kind`), by name.
+        What it holds (:class:`cafe_flwr.wire.capacity.ClientSpec`), by name.
     level
         CAFEDistill: its deepest exit that has trained as a student, counted from 0.
     """

@@ -47,13 +47,13 @@ def start_alike(networks: Networks) -> None:
             network.load_state_dict({mine: tensors[theirs] for mine, theirs in pairs}, strict=False)
 
 
-class Held(NamedTuple):
+class Capacity(NamedTuple):
     """How much of a network a client holds: its first exits, and a share of the width of all its layers."""
 
     exits: int
     width: float = 1.0
 
-    def check(self, num_exits: int, setting: str) -> Held:
+    def check(self, num_exits: int, setting: str) -> Capacity:
         """The same; ValueError, naming who asks for it, if a network is not so deep."""
         if self.exits > num_exits:
             raise ValueError(f"{setting} asks for {self.exits} exits, and this network has {num_exits}")
@@ -67,7 +67,7 @@ class Held(NamedTuple):
 _SHARES = "'1:0.3,2:0.3' (exits:share of the clients) or '1x0.5:0.3' (exits x share of the width:share of the clients)"
 
 
-def read_shares(text: str) -> dict[Held, float]:
+def read_shares(text: str) -> dict[Capacity, float]:
     """Shares of the clients by what they hold, from ``"1:0.3,2x0.5:0.3"``; the others hold all.
 
     ValueError if it is not such a text, something is named twice, or a number is not in its range.
@@ -75,14 +75,14 @@ def read_shares(text: str) -> dict[Held, float]:
     Examples
     --------
     >>> read_shares("1:0.3, 2x0.75:0.5")
-    {Held(exits=1, width=1.0): 0.3, Held(exits=2, width=0.75): 0.5}
+    {Capacity(exits=1, width=1.0): 0.3, Capacity(exits=2, width=0.75): 0.5}
     """
-    shares: dict[Held, float] = {}
+    shares: dict[Capacity, float] = {}
     for pair in filter(None, (part.strip() for part in text.split(","))):
         what, _, share_text = pair.partition(":")
         exits_text, _, width_text = what.partition("x")
         try:
-            held, share = Held(int(exits_text), float(width_text or 1.0)), float(share_text)
+            held, share = Capacity(int(exits_text), float(width_text or 1.0)), float(share_text)
         except ValueError:
             raise ValueError(f"heterogeneity.depth-shares must look like {_SHARES}, got {text!r}") from None
         if held.exits < 1:
@@ -97,17 +97,17 @@ def read_shares(text: str) -> dict[Held, float]:
     return shares
 
 
-def drawn(client: int, num_clients: int, shares: Mapping[Held, float], num_exits: int, seed: int) -> Held:
+def drawn(client: int, num_clients: int, shares: Mapping[Capacity, float], num_exits: int, seed: int) -> Capacity:
     """What a simulated client holds: clients are dealt to the parts by the seed, all others hold all.
 
     Examples
     --------
-    >>> [drawn(client, 6, {Held(1): 0.5}, 3, seed=0).exits for client in range(6)]
+    >>> [drawn(client, 6, {Capacity(1): 0.5}, 3, seed=0).exits for client in range(6)]
     [1, 3, 1, 3, 3, 1]
     """
     place = _places(num_clients, seed)[client]
     ends = np.cumsum(list(shares.values())) * num_clients
-    return next((held for held, end in zip(shares, ends, strict=True) if place < round(end)), Held(num_exits))
+    return next((held for held, end in zip(shares, ends, strict=True) if place < round(end)), Capacity(num_exits))
 
 
 @lru_cache(maxsize=4)

@@ -23,10 +23,10 @@ def fingerprint(network: EarlyExitNetwork) -> str:
     >>> fingerprint(network) == before
     False
     """
-    return fingerprint_of(network.state_dict())
+    return weights_hash(network.state_dict())
 
 
-def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
     """The fingerprint of the network that has these tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

@@ -7,7 +7,7 @@ from cafe_flwr.core.lazy import lazily
 if TYPE_CHECKING:
     from cafe_flwr.app.finished_run import FinishedRun as FinishedRun
     from cafe_flwr.networks.fingerprint import fingerprint as fingerprint
-    from cafe_flwr.personal.published import Personal as Personal
+    from cafe_flwr.personal.published import PersonalNetwork as PersonalNetwork
     from cafe_flwr.personal.published import PersonalNetworks as PersonalNetworks
 
 __getattr__ = lazily(
@@ -15,6 +15,6 @@ __getattr__ = lazily(
     {
         "cafe_flwr.app.finished_run": "FinishedRun",
         "cafe_flwr.networks.fingerprint": "fingerprint",
-        "cafe_flwr.personal.published": "Personal PersonalNetworks",
+        "cafe_flwr.personal.published": "PersonalNetwork PersonalNetworks",
     },
 )

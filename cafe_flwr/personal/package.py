@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cafe_flwr import __version__
 from cafe_flwr.core.files import to_json, write_atomically
-from cafe_flwr.networks.fingerprint import fingerprint_of
+from cafe_flwr.networks.fingerprint import weights_hash
 
 FORMAT, FORMAT_VERSION = "cafe-flwr-joining", 1
 _SHARED, _TEACHER = "shared.", "teacher."
@@ -43,7 +43,7 @@ class Package:
         """Write it to one safetensors file, whole or not at all."""
         tensors = {_SHARED + name: t for name, t in self.shared.items()}
         tensors |= {_TEACHER + name: t for name, t in self.teacher.items()}
-        facts = {**self.facts, "fingerprint": fingerprint_of(tensors)}
+        facts = {**self.facts, "fingerprint": weights_hash(tensors)}
         content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, {"facts": to_json(facts)})
         write_atomically(path, content)
 
@@ -71,7 +71,7 @@ class Package:
                 f"{path} was made by cafe-flwr {facts.get('version')} (format {facts.get('format_version')}), this is "
                 f"{__version__} (format {FORMAT_VERSION}): install the same version"
             )
-        if facts.get("fingerprint") != fingerprint_of(tensors):
+        if facts.get("fingerprint") != weights_hash(tensors):
             raise ValueError(f"{path} is damaged: its fingerprint is not that of what it holds; copy it again")
         if broken := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
             raise ValueError(f"{path}: {broken[0]} has NaN or infinite values")

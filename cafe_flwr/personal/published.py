@@ -15,9 +15,9 @@ from torch import Tensor
 from cafe_flwr.core.files import STATE_VERSION
 from cafe_flwr.data import digits
 from cafe_flwr.data.split import ClientData
-from cafe_flwr.networks.capacity import Held, Networks, networks_of
+from cafe_flwr.networks.capacity import Capacity, Networks, networks_of
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
-from cafe_flwr.networks.fingerprint import fingerprint_of
+from cafe_flwr.networks.fingerprint import weights_hash
 from cafe_flwr.training.loop import snapshot
 
 _EMBEDDED_PIXELS = (0.3, 0.4)  # as cafe_flwr.data.digits renders them
@@ -25,7 +25,7 @@ _LOCAL_PIXELS = (0.5, 0.5)  # as cafe_flwr.data.local reads them
 
 
 @dataclass(frozen=True)
-class Personal:
+class PersonalNetwork:
     """A client's personal network, in evaluation mode, with its facts.
 
     ``facts`` are the contents of ``client-<partition>.json``: round, method, temperatures, accuracy per exit, …
@@ -88,7 +88,7 @@ class Metadata:
             "num_classes": network.num_classes,
             "input_shape": list(input_shape),
             "personal": network.personal_names(),
-            "fingerprint": fingerprint_of(tensors),
+            "fingerprint": weights_hash(tensors),
             "accuracy_per_exit": list(accuracy_per_exit),
             "temperatures": list(temperatures),
             **({"class_names": list(self.class_names)} if self.class_names else {}),
@@ -137,7 +137,7 @@ def read_facts(folder: Path, client: int) -> dict[str, Any]:
     return dict(facts)
 
 
-def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks) -> Personal:
+def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks) -> PersonalNetwork:
     """Load a client's personal weights into its part of the network (of those by modality) that the run built.
 
     Raises
@@ -156,14 +156,14 @@ def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks)
     except RuntimeError as error:
         raise ValueError(f"{weights} holds the weights of another network: {error}") from None
     published = facts.get("fingerprint")  # files of earlier versions have none
-    if published is not None and published != fingerprint_of(tensors):
+    if published is not None and published != weights_hash(tensors):
         raise ValueError(
             f"{weights} is damaged, or not the file that client {client} published: its fingerprint is "
-            f"{fingerprint_of(tensors)}, that in client-{client}.json is {published}. Bring both files back together"
+            f"{weights_hash(tensors)}, that in client-{client}.json is {published}. Bring both files back together"
         )
     network.offset = None  # it is in the biases of a published network
     network.eval()
-    return Personal(client, network, facts)
+    return PersonalNetwork(client, network, facts)
 
 
 def _held(networks: Networks, facts: Mapping[str, Any]) -> EarlyExitNetwork:
@@ -174,7 +174,7 @@ def _held(networks: Networks, facts: Mapping[str, Any]) -> EarlyExitNetwork:
         raise ValueError(f"the network of client {facts['client']} is of modality {modality!r}, built are {known}")
     network = networks[modality]
     exits = min(int(facts.get("num_exits", network.num_exits)), network.num_exits)
-    return Held(exits, float(facts.get("width", 1.0))).of(network)
+    return Capacity(exits, float(facts.get("width", 1.0))).of(network)
 
 
 class PersonalNetworks(Protocol):
@@ -204,7 +204,7 @@ class PersonalNetworks(Protocol):
     def pixels(self) -> tuple[float, float] | None:
         """Mean and standard deviation that images in 0..1 were normalised by; None if that is not known."""
 
-    def personal(self, client: int) -> Personal:
+    def personal(self, client: int) -> PersonalNetwork:
         """A client's personal network."""
 
     def data(self, client: int) -> ClientData:

@@ -17,7 +17,7 @@ from cafe_flwr.wire.averaging import weighted, weighted_mean
 from cafe_flwr.wire.evaluate import FinalReport
 from cafe_flwr.wire.keys import METRICS, PHASES
 from cafe_flwr.wire.reports import ClientReport
-from cafe_flwr.wire.slices import mean_of_holders
+from cafe_flwr.wire.slices import masked_mean
 from cafe_flwr.wire.train import TrainReply
 
 Average = Callable[[list[RecordDict], str], MetricRecord]
@@ -34,7 +34,7 @@ class Aggregator(StrategyPart):
         sums = (weighted(r.shared, r.weight) if len(r.reports) == 1 else r.shared for r in good)
         if all(view.alike and view.schema == view.whole for view in views):
             return weighted_mean(sums, sum(float(reply.weight) for reply in good))
-        return mean_of_holders(state.shared, zip(views, sums, [reply.weight for reply in good], strict=True))
+        return masked_mean(state.shared, zip(views, sums, [reply.weight for reply in good], strict=True))
 
     def training_metrics(
         self, average: Average, server_round: int, reports: Sequence[ClientReport]

@@ -13,7 +13,7 @@ from cafe_flwr.core.numbers import mean, mean_rows
 from cafe_flwr.methods.server import RoundPlan
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.directory import Directory
-from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.capacity import ClientSpec
 from cafe_flwr.wire.evaluate import FinalReport
 from cafe_flwr.wire.keys import PHASES
 from cafe_flwr.wire.reports import ClientReport
@@ -44,7 +44,7 @@ class RunInfo:
     num_exits: int
     num_parameters: int
     macs_per_exit: Sequence[int]
-    kinds: Mapping[int, Kind] = field(default_factory=dict)
+    kinds: Mapping[int, ClientSpec] = field(default_factory=dict)
 
     @classmethod
     def of(cls, directory: Directory, state: ServerState, num_rounds: int) -> RunInfo:

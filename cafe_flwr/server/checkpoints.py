@@ -16,7 +16,7 @@ from cafe_flwr.core.files import STATE_VERSION, Damaged, checksum, version_path,
 from cafe_flwr.core.log import logger
 from cafe_flwr.methods.pairs import Pairs
 from cafe_flwr.methods.server import ClientRecord, RoundPlan
-from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.capacity import ClientSpec
 
 
 @dataclass
@@ -49,7 +49,7 @@ class ServerState:
     shared: NDArray[np.float32]
     known: dict[int, ClientRecord] = field(default_factory=dict)
     plan: RoundPlan | None = None
-    kinds: dict[str, Kind] = field(default_factory=dict)
+    kinds: dict[str, ClientSpec] = field(default_factory=dict)
     pairs: Pairs = field(default_factory=Pairs)
 
     def check(self, digest: str) -> None:
@@ -133,7 +133,7 @@ class Checkpoints:
             if "weights" in arrays:
                 rows, columns = facts["rows"], facts["columns"]
                 plan = RoundPlan(arrays["active"], {}, arrays["weights"], rows, columns)
-            kinds = {kind.name: kind for kind in map(Kind.from_json, facts.get("kinds", []))}
+            kinds = {kind.name: kind for kind in map(ClientSpec.from_json, facts.get("kinds", []))}
             pairs = Pairs(arrays["pair-keys"], arrays["pair-values"]) if "pair-keys" in arrays else Pairs()
             return ServerState(
                 facts["run"], facts["round"], facts["digest"], arrays["shared"], known, plan, kinds, pairs

@@ -14,11 +14,11 @@ from flwr.serverapp import Grid
 from cafe_flwr import __version__
 from cafe_flwr.core.log import logger
 from cafe_flwr.methods.base import Method, settings_of
-from cafe_flwr.wire.capacity import Kind, are_unequal
+from cafe_flwr.wire.capacity import ClientSpec, are_unequal
 from cafe_flwr.wire.codec import method_config
 from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.keys import PROTOCOL, Keys
-from cafe_flwr.wire.slices import View
+from cafe_flwr.wire.slices import SharedSlice
 
 
 def describe_request(seed: int, method: Method, num_clients: int | None) -> dict[str, Any]:
@@ -50,9 +50,9 @@ class Directory:
         self.request = request
         self.nodes: dict[int, NodeInfo] = {}
         self.hosts: dict[int, int] = {}
-        self.kinds: dict[str, Kind] = {}  # what clients hold, by name; also of nodes that are gone
+        self.kinds: dict[str, ClientSpec] = {}  # what clients hold, by name; also of nodes that are gone
         self.names: dict[int, str] = {}  # of clients' nodes, where they have one; also of nodes that are gone
-        self.held: dict[int, Kind] = {}  # by client, as last taken down
+        self.held: dict[int, ClientSpec] = {}  # by client, as last taken down
         self.problems: list[str] = []
         self._refused: set[int] = set()
         self._asked_at: dict[int, float] = {}
@@ -71,7 +71,7 @@ class Directory:
             groups[self.hosts[client]].append(client)
         return dict(groups)
 
-    def kind(self, client: int) -> Kind:
+    def kind(self, client: int) -> ClientSpec:
         """What a client holds."""
         return self.nodes[self.hosts[client]].kind(client)
 
@@ -80,9 +80,9 @@ class Directory:
         info = self.nodes[self.hosts[client]]
         return info.num_examples[info.clients.index(client)]
 
-    def view(self, clients: Sequence[int]) -> View:
+    def view(self, clients: Sequence[int]) -> SharedSlice:
         """What clients hold together of the shared part."""
-        return View(self.reference.shared, [self.kind(client).shared for client in clients])
+        return SharedSlice(self.reference.shared, [self.kind(client).shared for client in clients])
 
     def note_held(self) -> None:
         """Take down in ``held`` what the clients that are there hold; what others held stays."""

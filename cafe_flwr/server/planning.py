@@ -11,7 +11,7 @@ from cafe_flwr.core.random import rng_for
 from cafe_flwr.methods.server import ClientRecord, RoundPlan, ServerRound, joined_plans
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.run import StrategyPart
-from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.capacity import ClientSpec
 from cafe_flwr.wire.reports import ClientReport
 
 
@@ -99,7 +99,7 @@ class RoundPlanner(StrategyPart):
                 trains=trains,
             )
 
-    def _comparable(self, here: Iterable[Kind]) -> list[set[str]]:
+    def _comparable(self, here: Iterable[ClientSpec]) -> list[set[str]]:
         """Names of kinds of clients, in groups whose clients can learn from one another."""
         key = self.run.method.comparable
         groups: list[set[str]] = []

@@ -13,7 +13,7 @@ from cafe_flwr.server.directory import last_line
 from cafe_flwr.server.requests import PendingRequest
 from cafe_flwr.server.run import StrategyPart
 from cafe_flwr.wire.bounds import check_norm, far_longer, norm, times_median
-from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.capacity import ClientSpec
 from cafe_flwr.wire.codec import clients_in
 from cafe_flwr.wire.train import Expected, TrainReply
 
@@ -79,10 +79,10 @@ class ReplyReader(StrategyPart):
         return self._within_bounds(state, replies)
 
     def _train_reply(
-        self, state: ServerState, server_round: int, kinds: Mapping[int, Kind], message: Message
+        self, state: ServerState, server_round: int, kinds: Mapping[int, ClientSpec], message: Message
     ) -> TrainReply:
         """Read a reply; ValueError, in words, if it cannot be used."""
-        run, directory, plain = self.run, self.directory, self.plain_mean
+        run, directory, plain = self.run, self.directory, self.uniform_weights
         reported = clients_in(message, run.keys)
         if unknown := set(reported) - kinds.keys():
             raise ValueError(f"it reports clients {sorted(unknown)}, which were not asked")

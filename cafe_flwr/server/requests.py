@@ -83,7 +83,7 @@ class RequestWriter(StrategyPart):
             evaluate=run.evaluates_in(server_round),
             privacy=run.privacy,
             wire=run.wire,
-            plain_mean=trains and self.plain_mean,
+            uniform_weights=trains and self.uniform_weights,
         )
 
 

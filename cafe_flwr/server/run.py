@@ -98,6 +98,6 @@ class StrategyPart:
     directory: Directory
 
     @property
-    def plain_mean(self) -> bool:
+    def uniform_weights(self) -> bool:
         """Whether clients count alike in the mean of what is shared."""
-        return self.run.method.plain_mean(self.directory.unequal)
+        return self.run.method.uniform_weights(self.directory.unequal)

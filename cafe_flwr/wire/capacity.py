@@ -16,7 +16,7 @@ from cafe_flwr.wire.slices import is_part
 
 
 @dataclass(frozen=True)
-class Kind:
+class ClientSpec:
     """What clients of one depth, width and modality hold.
 
     Attributes
@@ -46,7 +46,7 @@ class Kind:
         return json.dumps({f.name: _plain(getattr(self, f.name)) for f in fields(self)})
 
     @classmethod
-    def from_json(cls, text: str) -> Kind:
+    def from_json(cls, text: str) -> ClientSpec:
         """What :meth:`to_json` wrote; ValueError if it is something else."""
         try:
             values: dict[str, Any] = json.loads(text)
@@ -69,7 +69,7 @@ class Kind:
         if not is_part(self.shared, shared):
             raise ValueError("names a kind of clients whose shared tensors are not among the federation's")
 
-    def like(self, other: Kind) -> bool:
+    def like(self, other: ClientSpec) -> bool:
         """Whether clients of both hold and send the same; what it costs, not every node can tell."""
         return (self.num_exits, self.shared, self.upload, self.download) == (
             other.num_exits,
@@ -79,7 +79,7 @@ class Kind:
         )
 
 
-def are_unequal(kinds: Iterable[Kind]) -> bool:
+def are_unequal(kinds: Iterable[ClientSpec]) -> bool:
     """Whether some clients hold a part only of what others hold."""
     held = {kind.shared for kind in kinds}
     return any(one != other and is_part(one, other) for one in held for other in held)

@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.core.text import check_name, kebab
-from cafe_flwr.wire.capacity import Kind
+from cafe_flwr.wire.capacity import ClientSpec
 from cafe_flwr.wire.codec import filled, record_of
 from cafe_flwr.wire.keys import PROTOCOL, Keys
 
@@ -59,20 +59,20 @@ class NodeInfo:
     num_parameters: int
     macs: list[int]
     name: str = ""
-    kinds: list[Kind] = field(default_factory=list)
+    kinds: list[ClientSpec] = field(default_factory=list)
     kind_of: list[int] = field(default_factory=list)
 
-    def kind(self, client: int) -> Kind:
+    def kind(self, client: int) -> ClientSpec:
         """What the client holds."""
         if not self.kinds:
             return self.whole
         return self.kinds[self.kind_of[self.clients.index(client)]]
 
     @cached_property
-    def whole(self) -> Kind:
+    def whole(self) -> ClientSpec:
         """What a client holds that is like all others."""
         size, macs = self.num_parameters, tuple(self.macs)
-        return Kind("", self.num_exits, size, macs, self.shared, self.upload, self.download)
+        return ClientSpec("", self.num_exits, size, macs, self.shared, self.upload, self.download)
 
     def to_content(self, keys: Keys) -> RecordDict:
         """As a Flower record."""
@@ -100,7 +100,7 @@ class NodeInfo:
         check_name(values["name"])
         for name in ("shared", "upload", "download"):
             values[name] = Schema.from_json(values[name])
-        kinds = values["kinds"] = [Kind.from_json(text) for text in values["kinds"]]
+        kinds = values["kinds"] = [ClientSpec.from_json(text) for text in values["kinds"]]
         for kind in kinds:
             kind.check(values["shared"], int(values["num_exits"]))
         fit = len(values["kind_of"]) == len(values["clients"]) and set(values["kind_of"]) <= set(range(len(kinds)))

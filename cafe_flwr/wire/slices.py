@@ -18,7 +18,7 @@ Where = tuple[slice | NDArray[np.int64], ...]
 """Positions in a flat array, piece by piece."""
 
 
-class View:
+class SharedSlice:
     """The part of a federation's flat array that some clients hold together: each value once, in its order.
 
     A client may hold some tensors only, and of a tensor the first rows, columns, … only.
@@ -34,7 +34,7 @@ class View:
     --------
     >>> whole = Schema((("a", (1,)), ("b", (2, 2)), ("c", (1,))))
     >>> narrow, deep = Schema((("a", (1,)), ("b", (2, 1)))), Schema(whole.entries[:2])
-    >>> view = View(whole, [narrow, deep])
+    >>> view = SharedSlice(whole, [narrow, deep])
     >>> view.take(np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
     array([1., 2., 3., 4., 5.])
     >>> view.part(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), narrow)
@@ -86,8 +86,8 @@ class View:
         return total
 
 
-def mean_of_holders(
-    before: NDArray[np.float32], sums: Iterable[tuple[View, NDArray[np.float64], Weight]]
+def masked_mean(
+    before: NDArray[np.float32], sums: Iterable[tuple[SharedSlice, NDArray[np.float64], Weight]]
 ) -> NDArray[np.float32]:
     """Mean of every value over the clients that hold it; as it was where none of them took part.
 
@@ -101,9 +101,9 @@ def mean_of_holders(
     Examples
     --------
     >>> whole = Schema((("a", (1,)), ("b", (1,)), ("c", (1,))))
-    >>> short, long = View(whole, [Schema(whole.entries[:1])]), View(whole, [Schema(whole.entries[:2])])
+    >>> short, long = SharedSlice(whole, [Schema(whole.entries[:1])]), SharedSlice(whole, [Schema(whole.entries[:2])])
     >>> before = np.array([0, 0, 9], dtype=np.float32)
-    >>> mean_of_holders(before, [(short, np.array([10.0]), 10), (long, np.array([90.0, 60.0]), 30)])
+    >>> masked_mean(before, [(short, np.array([10.0]), 10), (long, np.array([90.0, 60.0]), 30)])
     array([2.5, 2. , 9. ], dtype=float32)
     """
     total, weight = np.zeros(len(before)), np.zeros(len(before))

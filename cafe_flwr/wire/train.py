@@ -70,7 +70,7 @@ class TrainRequest:
         What clients do to what they send.
     wire
         Type of the values that travel, ``"float32"`` or ``"float16"``.
-    plain_mean
+    uniform_weights
         Whether clients count alike in the average of the shared part, whatever their examples.
     """
 
@@ -91,7 +91,7 @@ class TrainRequest:
     evaluate: bool = True
     privacy: Privacy = field(default_factory=Privacy)
     wire: str = "float32"
-    plain_mean: bool = False
+    uniform_weights: bool = False
 
     def to_content(self, keys: Keys, config: Mapping[str, Any]) -> RecordDict:
         """As a Flower record; ``config`` is the user's own, sent along."""
@@ -109,7 +109,7 @@ class TrainRequest:
             **entries("local.", budget),
             **({} if self.privacy == Privacy() else entries("privacy.", vars(self.privacy))),
             **({} if self.wire == "float32" else {"wire-dtype": self.wire}),
-            **({"plain-mean": True} if self.plain_mean else {}),
+            **({"plain-mean": True} if self.uniform_weights else {}),
         }
         return RecordDict({keys.arrays: ArrayRecord({FLAT: Array(flat)}), keys.config: ConfigRecord(filled(values))})
 
@@ -151,7 +151,7 @@ class TrainRequest:
             evaluate=bool(config.get("evaluate", True)),
             privacy=Privacy(**prefixed(config, "privacy.")),
             wire=wire,
-            plain_mean=bool(config.get("plain-mean", False)),
+            uniform_weights=bool(config.get("plain-mean", False)),
         )
 
 
