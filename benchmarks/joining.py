@@ -96,19 +96,19 @@ def measure(results: Path, epochs: int) -> dict[str, float]:
         work = fresh()
         train_newcomer(work, replace(package, teacher={}), client, data, epochs)
         found["joined, no teacher"].append(mean(evaluate(work.network, data.test).accuracy))
-        network = train_alone(fresh(), package.facts, client, data, epochs)
+        network = train_alone(fresh(), package.metadata, client, data, epochs)
         found["alone"].append(mean(evaluate(network, data.test).accuracy))
     return {way: mean(values) for way, values in found.items()}
 
 
-def train_alone(work: Any, facts: Any, client: int, data: Any, epochs: int) -> Any:
+def train_alone(work: Any, metadata: Any, client: int, data: Any, epochs: int) -> Any:
     """The whole network from the common start, by the steps and the learning rates of a newcomer."""
     from cafe_flwr.core.random import rng_for
     from cafe_flwr.methods import LocalTask
     from cafe_flwr.training import LocalBudget, learning_rate_at
 
-    budget = LocalBudget(**facts["budget"])
-    work.network.load_state_dict({**work.weights, **work.classifiers_at_start(facts["seed"], client)})
+    budget = LocalBudget(**metadata["budget"])
+    work.network.load_state_dict({**work.weights, **work.classifiers_at_start(metadata["seed"], client)})
     for epoch in range(1, epochs + 1):
         rate = learning_rate_at(budget.learning_rate, epoch, epochs)
         task = LocalTask(
@@ -117,7 +117,7 @@ def train_alone(work: Any, facts: Any, client: int, data: Any, epochs: int) -> A
             active=[True] * (work.network.num_exits - 1),
             download={},
             budget=replace(budget, epochs=1, learning_rate=rate),
-            rng=partial(rng_for, facts["seed"], facts["num_rounds"] + epoch, client),
+            rng=partial(rng_for, metadata["seed"], metadata["num_rounds"] + epoch, client),
         )
         work.method.train(task)
     return work.network

@@ -168,7 +168,7 @@ class Recorded:
     summary: dict[str, Any]
     rows: pd.DataFrame
     networks: dict[int, dict[str, Tensor]]
-    facts: dict[int, dict[str, Any]]
+    metadata: dict[int, dict[str, Any]]
     versions: dict[str, tuple[dict[str, str], dict[str, Tensor]]]
     run: str
 
@@ -180,9 +180,9 @@ class Recorded:
         for line in [*rounds, summary]:
             del line["seconds"]
         paths = sorted((folder / "personal").glob("client-*.json"))
-        facts = {int(path.stem.split("-")[1]): json.loads(path.read_text()) for path in paths}
-        tokens = {fact.pop("run") for fact in facts.values()}
-        for fact in facts.values():
+        metadata = {int(path.stem.split("-")[1]): json.loads(path.read_text()) for path in paths}
+        tokens = {fact.pop("run") for fact in metadata.values()}
+        for fact in metadata.values():
             fact.pop("context", None)  # names folders, and the node of many that hosted the client
         (versions,) = (folder / "personal" / "versions").iterdir()
         assert tokens <= {versions.name}
@@ -190,8 +190,8 @@ class Recorded:
             rounds=rounds,
             summary=summary,
             rows=pd.read_parquet(folder / "clients.parquet"),
-            networks={c: load_file(folder / "personal" / f"client-{c}.safetensors") for c in facts},
-            facts=facts,
+            networks={c: load_file(folder / "personal" / f"client-{c}.safetensors") for c in metadata},
+            metadata=metadata,
             versions={
                 str(path.relative_to(versions)): facts_and_tensors(path)
                 for path in sorted(versions.rglob("*.safetensors"))
@@ -212,19 +212,19 @@ class Recorded:
         assert list(self.networks) == list(other.networks)
         for client, tensors in self.networks.items():
             assert same_tensors(tensors, other.networks[client]), f"client {client}"
-        assert self.facts == other.facts
+        assert self.metadata == other.metadata
         assert list(self.versions) == list(other.versions)
-        for name, (facts, tensors) in self.versions.items():
-            assert facts == other.versions[name][0], name
+        for name, (metadata, tensors) in self.versions.items():
+            assert metadata == other.versions[name][0], name
             assert same_tensors(tensors, other.versions[name][1]), name
 
 
 def facts_and_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """What a safetensors file holds, but the time; the order of its facts is left to chance by the library."""
     with safe_open(path, framework="pt") as file:
-        facts = dict(file.metadata() or {})
-    facts.pop("asked-at", None)
-    return facts, load_file(path)
+        metadata = dict(file.metadata() or {})
+    metadata.pop("asked-at", None)
+    return metadata, load_file(path)
 
 
 def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

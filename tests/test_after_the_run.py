@@ -32,7 +32,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cafe_flwr import EarlyExitNetwork, __version__
-from cafe_flwr.app.joining import RunFacts, mean_head, package, package_run
+from cafe_flwr.app.joining import RunMetadata, mean_head, package, package_run
 from cafe_flwr.app.parts import build_network, federation
 from cafe_flwr.app.source import NodeNetwork, parts_of
 from cafe_flwr.cli import app
@@ -199,9 +199,9 @@ def test_files_of_another_client_or_damaged_ones_are_refused(state: Path) -> Non
 
 
 def test_facts_without_settings_are_said_to_be_of_an_earlier_version(state: Path) -> None:
-    facts = json.loads((state / "client-3.json").read_text())
-    del facts["context"]
-    (state / "client-3.json").write_text(json.dumps(facts))
+    metadata = json.loads((state / "client-3.json").read_text())
+    del metadata["context"]
+    (state / "client-3.json").write_text(json.dumps(metadata))
     on_node("evaluate", state, fails="published by an earlier version. Use the commands on the results folder")
 
 
@@ -371,9 +371,9 @@ def test_a_newcomer_gets_a_network_better_than_the_mean_and_than_its_own_effort(
     tensors = personal.network.state_dict()
     assert all(torch.equal(tensors[name], shared) for name, shared in got.shared.items())
     accuracy = evaluate(personal.network, data.test).accuracy
-    assert accuracy == personal.facts["accuracy_per_exit"]
+    assert accuracy == personal.metadata["accuracy_per_exit"]
     assert " ".join(f"{a:.3f}" for a in accuracy) in said.output
-    assert personal.facts["joined"]["local_steps"] >= 10
+    assert personal.metadata["joined"]["local_steps"] >= 10
 
     with seeded(ended.settings.seed):
         network = build_network(ended.settings)
@@ -386,7 +386,7 @@ def test_a_newcomer_gets_a_network_better_than_the_mean_and_than_its_own_effort(
         )
     start = np.mean(evaluate(network, data.test).accuracy)
     network.load_state_dict(work.weights)
-    alone = np.mean(evaluate(train_alone(work, got.facts, NEWCOMER, data, epochs=5), data.test).accuracy)
+    alone = np.mean(evaluate(train_alone(work, got.metadata, NEWCOMER, data, epochs=5), data.test).accuracy)
     assert np.mean(accuracy) > max(start, alone) + 0.05
 
 
@@ -485,7 +485,7 @@ def test_the_package_holds_a_mean_and_nobody_s_head(ended: Ended) -> None:
     for record in known.values():
         assert np.linalg.norm(flat - record.upload) > 0.1 * np.linalg.norm(record.upload)
         assert record.upload.tobytes()[:64] not in content
-    assert got.facts["clients"] == MEMBERS
+    assert got.metadata["clients"] == MEMBERS
     assert str(ended.settings.results_dir) not in content.decode("latin-1")
 
 
@@ -496,10 +496,10 @@ def test_a_package_may_do_without_heads(ended: Ended, tmp_path: Path) -> None:
     assert "It holds the shared part, and no head" in said.output
     path = tmp_path / "results" / "joining.safetensors"
     got = Package.load(path)
-    assert (got.teacher, got.facts["teachers"]) == ({}, 0)
+    assert (got.teacher, got.metadata["teachers"]) == ({}, 0)
     call("join", path, "--client", 4, "--state-dir", tmp_path / "state")
-    facts = json.loads((tmp_path / "state" / "client-4.json").read_text())
-    assert np.mean(facts["accuracy_per_exit"]) > 0.5
+    metadata = json.loads((tmp_path / "state" / "client-4.json").read_text())
+    assert np.mean(metadata["accuracy_per_exit"]) > 0.5
 
 
 def test_a_head_unlike_any_other_is_not_in_the_mean() -> None:
@@ -530,12 +530,14 @@ def test_a_package_that_is_damaged_or_of_another_version_is_refused(ended: Ended
     refused("is damaged, or no joining package")
     save_file({"a": torch.zeros(1)}, path)
     refused("is no joining package")
-    replace(got, facts={**got.facts, "version": "0.0.1"}).save(path)
+    replace(got, metadata={**got.metadata, "version": "0.0.1"}).save(path)
     refused(f"was made by cafe-flwr 0.0.1 (format 1), this is {__version__}")
     name = next(iter(got.shared))
     replace(got, shared={**got.shared, name: torch.full_like(got.shared[name], float("nan"))}).save(path)
     refused("NaN or infinite")
-    replace(got, facts={**got.facts, "run_config": {**got.facts["run_config"], "model.feature-width": 12}}).save(path)
+    replace(
+        got, metadata={**got.metadata, "run_config": {**got.metadata["run_config"], "model.feature-width": 12}}
+    ).save(path)
     refused("network, number of classes and method must be the same")
     assert not (tmp_path / "state").exists()
 
@@ -558,16 +560,16 @@ def test_only_a_finished_run_of_the_method_makes_a_package(ended: Ended, tmp_pat
     results = Path(shutil.copytree(ended.results, tmp_path / "results"))
     state = Checkpoints(results / "checkpoint").load()
     assert state is not None
-    facts = RunFacts(ended.settings.build_budget(), num_rounds=12)
+    metadata = RunMetadata(ended.settings.build_budget(), num_rounds=12)
     with pytest.raises(
         ValueError,
         match="only a federation of cafedistill, cafedistill-plus, cafedistill-text can be joined when it has ended, "
         "not of ditto",
     ):
-        package(build_network(ended.settings), METHODS["ditto"](), state, facts)
+        package(build_network(ended.settings), METHODS["ditto"](), state, metadata)
     wider = build_network(changed(ended.settings, {"model.feature-width": 12}))
     with pytest.raises(ValueError, match="made with another network or method"):
-        package(wider, ended.settings.build_method(), state, facts)
+        package(wider, ended.settings.build_method(), state, metadata)
     (results / "checkpoint" / "round-000012.safetensors").unlink()
     with pytest.raises(ValueError, match="has finished 11 of 12 rounds: let the run end"):
         package_run(results)
@@ -593,7 +595,7 @@ def test_a_federation_of_one_s_own_can_be_joined_in_python(tmp_path: Path, metho
     strategy.start(DeviceGrid(toy_app(build=normed_network), ["0,1,2"], tmp_path / "state"))
     with seeded(0):
         network = normed_network()
-    made = package(network, strategy.method, strategy.state, RunFacts(budget, num_rounds=3))
+    made = package(network, strategy.method, strategy.state, RunMetadata(budget, num_rounds=3))
     made.save(tmp_path / "p.safetensors")
     newcomer = Newcomer(7, tmp_path / "new", epochs=3)
     result = join(Package.load(tmp_path / "p.safetensors"), newcomer, network, toy_data(7))
@@ -614,7 +616,7 @@ def test_newcomers_start_from_the_mean_of_what_clients_sent(tmp_path: Path, meth
     strategy.start(DeviceGrid(toy_app(), ["0,1,2"], tmp_path))
     with seeded(0):
         network = toy_network()
-    made = package(network, strategy.method, strategy.state, RunFacts(budget, num_rounds=2))
+    made = package(network, strategy.method, strategy.state, RunMetadata(budget, num_rounds=2))
     examples = np.array([12, 17, 22]) / 51
     sent = np.stack([strategy.state.known[client].upload for client in range(3)]).astype(np.float64)
     mean = torch.from_numpy(examples @ sent).float()

@@ -172,9 +172,9 @@ def test_personal_statistics_are_the_clients_own_and_averaged_ones_the_same_for_
 
 def test_personal_statistics_are_facts_of_the_published_network(tmp_path):
     federate(tmp_path, "cafedistill", "personal")
-    facts = json.loads((tmp_path / "personal" / "client-0.json").read_text())
+    metadata = json.loads((tmp_path / "personal" / "client-0.json").read_text())
     n = names_of("personal")
-    assert set(facts["personal"]) == n.heads | n.running
+    assert set(metadata["personal"]) == n.heads | n.running
 
 
 def test_a_client_with_one_example_is_left_out_with_what_to_do(tmp_path):

@@ -176,10 +176,10 @@ def test_the_folder_is_a_finished_run_of_one_client_with_all_the_data(done):
     assert len(data.train.y.unique()) == len(run.class_names) == 10
     accuracy = evaluate(personal.network, data.test).accuracy
     assert accuracy == pytest.approx(summary["accuracy_per_exit"])
-    assert accuracy == pytest.approx(personal.facts["accuracy_per_exit"])
+    assert accuracy == pytest.approx(personal.metadata["accuracy_per_exit"])
     assert len(personal.temperatures) == 3
-    assert set(personal.facts) >= {"run", "round", "digest", "num_exits", "num_classes", "personal", "state-version"}
-    assert (personal.facts["method"], personal.facts["client"]) == ("central", 0)
+    assert set(personal.metadata) >= {"run", "round", "digest", "num_exits", "num_classes", "personal", "state-version"}
+    assert (personal.metadata["method"], personal.metadata["client"]) == ("central", 0)
     assert json.loads((folder / "settings.json").read_text()) == settings.to_run_config()
 
 

@@ -981,8 +981,8 @@ def test_unknown_accuracies_do_not_spoil_flowers_averages(tmp_path):
 def test_facts_of_a_client_without_test_data_are_json(tmp_path):
     settings = toy_settings(tmp_path)
     run_small(settings, 2, app=toy_app(without_test_data))
-    facts = strict_json((settings.results / "personal" / f"client-{BAD}.json").read_text())
-    assert facts["accuracy_per_exit"] == [None] * 3
+    metadata = strict_json((settings.results / "personal" / f"client-{BAD}.json").read_text())
+    assert metadata["accuracy_per_exit"] == [None] * 3
 
 
 def test_a_client_of_a_single_class_takes_part(tmp_path, flower_log):

@@ -246,8 +246,8 @@ def test_the_long_table_keeps_every_digit(finished):
     folder, _, _, _ = finished
     final = pd.read_parquet(folder / "clients.parquet").query("phase == 'final'")
     for client, rows in final.groupby("client"):
-        facts = strict_json((folder / "personal" / f"client-{client}.json").read_text())
-        assert rows.accuracy.tolist() == facts["accuracy_per_exit"]
+        metadata = strict_json((folder / "personal" / f"client-{client}.json").read_text())
+        assert rows.accuracy.tolist() == metadata["accuracy_per_exit"]
 
 
 @pytest.mark.parametrize("client", range(CLIENTS))
@@ -266,16 +266,16 @@ def test_a_personal_network_loads_and_reproduces_its_recorded_accuracy(finished,
         logits = torch.stack(network(test.x)).numpy()
     accuracy = (logits.argmax(axis=2) == test.y.numpy()).mean(axis=1)
 
-    facts = strict_json((folder / "personal" / f"client-{client}.json").read_text())
-    assert facts["client"] == client
-    assert (facts["round"], facts["method"]) == (4, "cafedistill")
-    assert (facts["num_exits"], facts["num_classes"]) == (EXITS, 10)
-    assert facts["personal"] == network.personal_names()
-    assert facts["accuracy_per_exit"] == pytest.approx(accuracy, abs=1e-7)
+    metadata = strict_json((folder / "personal" / f"client-{client}.json").read_text())
+    assert metadata["client"] == client
+    assert (metadata["round"], metadata["method"]) == (4, "cafedistill")
+    assert (metadata["num_exits"], metadata["num_classes"]) == (EXITS, 10)
+    assert metadata["personal"] == network.personal_names()
+    assert metadata["accuracy_per_exit"] == pytest.approx(accuracy, abs=1e-7)
     rows = pd.read_parquet(folder / "clients.parquet").query(f"phase == 'final' and client == {client}")
     assert rows.accuracy.tolist() == pytest.approx(accuracy, abs=1e-7)
 
-    assert len(facts["temperatures"]) == EXITS
+    assert len(metadata["temperatures"]) == EXITS
     for name in network.shared_names():
         np.testing.assert_array_equal(tensors[name].numpy(), result.arrays[name].numpy())
     heads = [load_file(path) for path in (folder / "personal").rglob(f"client-{client}/round-000004.safetensors")]
@@ -352,8 +352,8 @@ def test_dynamic_inference_in_the_summary_is_what_the_personal_networks_do(finis
     for client in range(CLIENTS):
         network = build_network(settings).eval()
         network.load_state_dict(load_file(folder / "personal" / f"client-{client}.safetensors"))
-        facts = strict_json((folder / "personal" / f"client-{client}.json").read_text())
-        personal.append((network, facts["temperatures"], federation(settings).load(client)))
+        metadata = strict_json((folder / "personal" / f"client-{client}.json").read_text())
+        personal.append((network, metadata["temperatures"], federation(settings).load(client)))
     assert any(t != 1.0 for _, temperatures, _ in personal for t in temperatures)
 
     def outcomes(split, threshold):
@@ -1072,8 +1072,8 @@ def test_a_train_message_that_arrives_twice_is_harmless(tmp_path, no_report):
             again = super()._handle(message)
             after = {p: facts_and_tensors(p) for p in versions.rglob("*") if p.is_file()}
             assert list(after) == list(before)
-            for path, (facts, tensors) in after.items():
-                assert facts == before[path][0]
+            for path, (metadata, tensors) in after.items():
+                assert metadata == before[path][0]
                 assert same_tensors(tensors, before[path][1])
             if message.metadata.message_type == "train":
                 for key, record in first.content.items():
@@ -1172,9 +1172,9 @@ def test_results_of_an_unusable_accuracy_are_null_in_json(tmp_path, no_report):
     assert line["accuracy_per_exit"] == [None] * EXITS
     assert math.isfinite(line["train_loss"])
     for client in range(CLIENTS):
-        facts = strict_json((settings.results / "personal" / f"client-{client}.json").read_text())
-        assert facts["accuracy_per_exit"] == [None] * EXITS
-        assert facts["temperatures"] == [1.0] * EXITS
+        metadata = strict_json((settings.results / "personal" / f"client-{client}.json").read_text())
+        assert metadata["accuracy_per_exit"] == [None] * EXITS
+        assert metadata["temperatures"] == [1.0] * EXITS
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_a_set_goes_from_its_files_to_the_report(tmp_path, name, rows, settings)
     assert network.num_classes == CLASSES[name] == len(run.class_names)
     with torch.no_grad():
         right = (network(data.test.x)[-1].argmax(dim=1) == data.test.y).float().mean().item()
-    assert right == pytest.approx(run.personal(1).facts["accuracy_per_exit"][-1])
+    assert right == pytest.approx(run.personal(1).metadata["accuracy_per_exit"][-1])
 
 
 # --- what is read ---

@@ -193,8 +193,8 @@ def test_a_checkpoint_with_a_flipped_bit_is_reported_and_the_one_before_is_used(
 
 def test_files_of_an_earlier_release_without_a_checksum_are_read(tmp_path):
     store, paths = saved(tmp_path, 1)
-    facts = {"state-version": "1", "client": "0", "round": "1"}
-    save_file(load_file(paths[0]), paths[0], facts)
+    metadata = {"state-version": "1", "client": "0", "round": "1"}
+    save_file(load_file(paths[0]), paths[0], metadata)
     assert store.load(0, 1)["head"].tolist() == [1.0] * 3
     store.save(0, 1, {"head": torch.ones(3)}, base=0, resumable_from=0)
 

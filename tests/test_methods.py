@@ -663,9 +663,9 @@ def test_the_published_network_is_the_personal_one_and_gives_the_accuracies_repo
         measured = evaluate(loaded(published), toy_data(report.client).test)
         assert measured.accuracy == report.exits.accuracy
         assert measured.loss == pytest.approx(report.exits.loss, rel=1e-5)
-        facts = strict_json((run.folder / "personal" / f"client-{report.client}.json").read_text())
-        assert facts["accuracy_per_exit"] == report.exits.accuracy
-        assert facts["method"] == run.variant[0]
+        metadata = strict_json((run.folder / "personal" / f"client-{report.client}.json").read_text())
+        assert metadata["accuracy_per_exit"] == report.exits.accuracy
+        assert metadata["method"] == run.variant[0]
         if run.variant[0] == "fedbabu":  # fine-tuned before it is published
             continue
         expected = personal_network(run, starting_point(run, report.client, message))

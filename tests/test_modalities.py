@@ -224,7 +224,7 @@ def test_personal_networks_are_of_the_clients_modality_and_as_good_as_recorded(f
         personal, test = run.personal(client), run.data(client).test
         assert isinstance(personal.network, kind)
         accuracy = [(z.argmax(dim=1) == test.y).float().mean().item() for z in personal.network(test.x)]
-        assert accuracy == pytest.approx(personal.facts["accuracy_per_exit"])
+        assert accuracy == pytest.approx(personal.metadata["accuracy_per_exit"])
     assert export_client(run, 1, tmp_path / "exported", max_prob=0.5).folder.exists()
 
 

@@ -70,7 +70,7 @@ def test_networks_by_name_run_on_real_messages(tmp_path, no_report, settings):
     run = FinishedRun(settings.results)
     for client in range(2):
         personal = run.personal(client)
-        assert personal.network.num_exits == len(personal.facts["accuracy_per_exit"])
+        assert personal.network.num_exits == len(personal.metadata["accuracy_per_exit"])
         assert same(personal.network, build_network(settings))
 
 

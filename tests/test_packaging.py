@@ -131,8 +131,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     package = (path for path in (ROOT / "cafe_flwr").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    facts = {name for name in names if name.startswith(f"cafe_flwr-{__version__}.dist-info/")}
-    assert names - facts == {str(path.relative_to(ROOT)) for path in package}
+    metadata = {name for name in names if name.startswith(f"cafe_flwr-{__version__}.dist-info/")}
+    assert names - metadata == {str(path.relative_to(ROOT)) for path in package}
 
 
 RUN = """

@@ -317,8 +317,8 @@ def test_withheld_metrics_do_not_leave_the_client(tmp_path, no_report):
     assert lines[-1]["accuracy_per_exit"] == [None] * 3
     folder = tmp_path / "small"
     assert strict_json((folder / "summary.json").read_text())["accuracy"] is None
-    facts = strict_json((folder / "personal" / "client-0.json").read_text())
-    assert facts["accuracy_per_exit"][0] is not None  # on the client's own disk
+    metadata = strict_json((folder / "personal" / "client-0.json").read_text())
+    assert metadata["accuracy_per_exit"][0] is not None  # on the client's own disk
 
 
 def test_a_node_that_demands_noise_is_left_out_of_a_run_without(tmp_path, no_report):

@@ -185,7 +185,7 @@ def test_they_run_by_name_on_real_messages(tmp_path, no_report, copies, network,
     run_small(settings)
     personal = FinishedRun(settings.results).personal(0)
     assert personal.network.pixels == SYMMETRIC
-    assert len(personal.facts["accuracy_per_exit"]) == personal.network.num_exits
+    assert len(personal.metadata["accuracy_per_exit"]) == personal.network.num_exits
     lines = [json.loads(line) for line in (settings.results / "rounds.jsonl").read_text().splitlines()]
     measured = [value for line in lines for value in line["similarity_per_exit"]]
     assert len(lines) == 2
@@ -289,7 +289,7 @@ def test_methods_that_compare_no_exits_take_exits_of_own_widths(tmp_path, no_rep
     settings = small_settings(tmp_path, num_server_rounds=2, num_clients=2, **settings)
     run_small(settings, app=toy_app(build=lambda: toy_network(widths=(2, 3, 4))))
     kept = [json.loads((settings.results / f"personal/client-{client}.json").read_text()) for client in range(2)]
-    assert sorted(facts["num_exits"] for facts in kept) == ([2, 3] if settings.heterogeneity.depth_shares else [3, 3])
+    assert sorted(one["num_exits"] for one in kept) == ([2, 3] if settings.heterogeneity.depth_shares else [3, 3])
 
 
 def test_a_similarity_that_cannot_be_measured_is_none():

@@ -279,8 +279,8 @@ def test_a_published_network_is_whole_with_its_facts_beside(tmp_path):
     loaded = load_file(tmp_path / "client-7.safetensors")
     assert sorted(loaded) == sorted(network)
     assert all(torch.equal(loaded[name], t) for name, t in network.items())
-    facts = json.loads((tmp_path / "client-7.json").read_text())
-    assert facts == {"state-version": 1, "client": 7, "round": 9, "accuracy_per_exit": [0.25, 0.5]}
+    metadata = json.loads((tmp_path / "client-7.json").read_text())
+    assert metadata == {"state-version": 1, "client": 7, "round": 9, "accuracy_per_exit": [0.25, 0.5]}
 
 
 # --- the client's secret ---

@@ -1207,8 +1207,8 @@ def test_final_reports_count_what_the_published_networks_do(tmp_path):
     for report in notes.reports:
         network, data = toy_network().eval(), toy_data(report.client)
         network.load_state_dict(load_file(tmp_path / f"client-{report.client}.safetensors"))
-        facts = json.loads((tmp_path / f"client-{report.client}.json").read_text())
-        temperatures = facts["temperatures"]
+        metadata = json.loads((tmp_path / f"client-{report.client}.json").read_text())
+        temperatures = metadata["temperatures"]
         assert any(temperature != 1.0 for temperature in temperatures)
         sizes = (report.train_examples, report.calibration_examples, report.test_examples, report.classes)
         assert sizes == (len(data.train), len(data.calibration), len(data.test), len(data.train.y.unique()))
@@ -1228,7 +1228,7 @@ def test_final_reports_count_what_the_published_networks_do(tmp_path):
         with torch.no_grad():
             accuracy = [(z.argmax(1) == data.test.y).float().mean().item() for z in network(data.test.x)]
         assert report.exits.accuracy == pytest.approx(accuracy)
-        assert facts["accuracy_per_exit"] == report.exits.accuracy
+        assert metadata["accuracy_per_exit"] == report.exits.accuracy
 
 
 # --- settings and summary ---

@@ -310,7 +310,7 @@ def test_clients_with_narrower_layers_train_wherever_they_are_hosted(tmp_path, n
             assert personal.network.stages[0][0].out_channels == (8 if kind is full else 4)
             test = run.data(client).test
             accuracy = [(z.argmax(dim=1) == test.y).float().mean().item() for z in personal.network(test.x)]
-            assert accuracy == pytest.approx(personal.facts["accuracy_per_exit"])
+            assert accuracy == pytest.approx(personal.metadata["accuracy_per_exit"])
 
 
 def test_every_value_of_a_layer_is_averaged_over_those_who_hold_it(tmp_path):
@@ -395,7 +395,7 @@ def test_a_personal_network_has_the_exits_its_client_holds(finished):
         logits = personal.network(test.x)
         assert len(logits) == depth
         accuracy = [(z.argmax(dim=1) == test.y).float().mean().item() for z in logits]
-        assert accuracy == pytest.approx(personal.facts["accuracy_per_exit"])
+        assert accuracy == pytest.approx(personal.metadata["accuracy_per_exit"])
 
 
 @pytest.mark.slow
@@ -404,16 +404,16 @@ def test_the_summary_has_accuracy_by_depth(finished):
     settings, depths = finished
     summary = json.loads((settings.results / "summary.json").read_text())
     run = FinishedRun(settings.results)
-    facts = {client: run.personal(client).facts["accuracy_per_exit"] for client in depths}
+    metadata = {client: run.personal(client).metadata["accuracy_per_exit"] for client in depths}
     by_depth = {kind["num_exits"]: kind for kind in summary["kinds"]}
     assert [kind["name"] for kind in summary["kinds"]] == ["1 exit", "2 exits", "all 3 exits"]
     for depth, kind in by_depth.items():
         clients = [client for client in depths if depths[client] == depth]
         assert kind["clients"] == clients
-        np.testing.assert_allclose(kind["accuracy_per_exit"], np.mean([facts[c] for c in clients], axis=0))
+        np.testing.assert_allclose(kind["accuracy_per_exit"], np.mean([metadata[c] for c in clients], axis=0))
         assert kind["macs_per_exit"] == summary["macs_per_exit"][:depth]
     for k in range(3):
-        mean = np.mean([facts[client][k] for client in depths if depths[client] > k])
+        mean = np.mean([metadata[client][k] for client in depths if depths[client] > k])
         assert summary["accuracy_per_exit"][k] == pytest.approx(mean)
     sizes = [by_depth[depth]["bytes_up_per_client_round"] for depth in (1, 2, 3)]
     assert sizes == sorted(sizes)
@@ -501,8 +501,8 @@ def test_every_method_trains_unequal_clients(tmp_path, no_report, method):
     rounds = [json.loads(line) for line in (settings.results / "rounds.jsonl").read_text().splitlines()]
     assert [line["left_out"] for line in rounds] == [{}] * 6
     assert np.mean(rounds[-1]["accuracy_per_exit_after"]) > np.mean(rounds[0]["accuracy_per_exit"])
-    facts = [json.loads((tmp_path / "state" / f"client-{c}.json").read_text()) for c in range(N)]
-    assert [fact["num_exits"] for fact in facts] == DEPTHS
+    metadata = [json.loads((tmp_path / "state" / f"client-{c}.json").read_text()) for c in range(N)]
+    assert [fact["num_exits"] for fact in metadata] == DEPTHS
 
 
 # --- who teaches ---

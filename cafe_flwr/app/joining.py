@@ -73,7 +73,7 @@ def package_run(results: Path, *, head: bool = True) -> Package:
     run_config: dict[str, Any] = {k: v for k, v in settings.to_run_config().items() if k not in _PATHS}
     if settings.dataset.startswith("local:"):
         run_config |= _own_data(data)
-    facts = RunFacts(
+    metadata = RunMetadata(
         budget=settings.build_budget(),
         num_rounds=settings.num_server_rounds,
         seed=settings.seed,
@@ -81,7 +81,7 @@ def package_run(results: Path, *, head: bool = True) -> Package:
         class_names=data.class_names,
         input_shape=data.input_shape,
     )
-    return package(network, settings.build_method(), state, facts, head=head)
+    return package(network, settings.build_method(), state, metadata, head=head)
 
 
 def _own_data(data: FederatedData) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _own_data(data: FederatedData) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunMetadata:
     """What a package says of its run.
 
     Attributes
@@ -131,7 +131,7 @@ class RunFacts:
 
 
 def package(
-    network: EarlyExitNetwork, method: Method, state: ServerState, run: RunFacts, *, head: bool = True
+    network: EarlyExitNetwork, method: Method, state: ServerState, run: RunMetadata, *, head: bool = True
 ) -> Package:
     """The package of any federation, from the parts of its server: ``strategy.method``, ``strategy.state``, …
 
@@ -162,7 +162,7 @@ def package(
     if head and state.known and not deep:
         raise ValueError("no client of the federation holds the last exit: there is no head to give to newcomers")
     teacher, teachers = mean_head(deep, model.schemas["upload"]) if head else ({}, 0)
-    facts = {
+    metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "version": __version__,
@@ -181,7 +181,7 @@ def package(
         "input_shape": list(run.input_shape),
         "run_config": dict(run.run_config),
     }
-    return Package(facts, model.schemas["shared"].unpack(state.shared), teacher)
+    return Package(metadata, model.schemas["shared"].unpack(state.shared), teacher)
 
 
 def check_joinable(method: Method) -> None:
@@ -251,9 +251,9 @@ def join_from(
     ValueError
         As :func:`join`, and if there is no data: a path that the server names is not read.
     """
-    facts, client = package.facts, newcomer.client
-    newcomer.check(facts)
-    run_config, own = dict(facts["run_config"]), {"clients": str(client), **(node_config or {})}
+    metadata, client = package.metadata, newcomer.client
+    newcomer.check(metadata)
+    run_config, own = dict(metadata["run_config"]), {"clients": str(client), **(node_config or {})}
     if parts is None:
         if not run_config:
             raise ValueError("the federation had a network of its own: name its ClientApp (--app module:app)")
@@ -261,7 +261,7 @@ def join_from(
             raise ValueError("the federation learned from local data: say where this client's is (--data)")
     if data_dir is not None:
         data_dir = data_dir.expanduser().resolve()
-    source = Source(run_config, own, int(facts["seed"]), parts, data_dir)
+    source = Source(run_config, own, int(metadata["seed"]), parts, data_dir)
     context = {"run_config": run_config, "node_config": own, "data_dir": str(data_dir or "")}
     return join(package, newcomer, _only(source.network()), source.data(client), context)
 

@@ -28,7 +28,7 @@ from cafe_flwr.data.own import load_own
 from cafe_flwr.data.split import ClientData
 from cafe_flwr.networks.capacity import Networks
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
-from cafe_flwr.personal.published import PersonalNetwork, clients_of, pixels_of, read_facts, read_personal
+from cafe_flwr.personal.published import PersonalNetwork, clients_of, pixels_of, read_metadata, read_personal
 
 
 def parts_of(name: str) -> Parts:
@@ -187,16 +187,16 @@ class NodeNetwork:
 
     def __post_init__(self) -> None:
         check_published(self.networks, self.client)
-        if "context" not in self.facts:
+        if "context" not in self.metadata:
             raise ValueError(
                 f"{self.networks / f'client-{self.client}.json'} does not say with which settings its network was "
                 "made: it was published by an earlier version. Use the commands on the results folder of the run"
             )
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Contents of ``client-<client>.json``."""
-        return read_facts(self.networks, self.client)
+        return read_metadata(self.networks, self.client)
 
     @property
     def name(self) -> str:
@@ -213,13 +213,13 @@ class NodeNetwork:
         """Settings of the run, in kebab-case."""
         from cafe_flwr.settings import todays
 
-        return todays(self.facts["context"]["run_config"])
+        return todays(self.metadata["context"]["run_config"])
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes; their numbers, where nobody has named them."""
-        names = tuple(self.facts.get("class_names", ())) or self._source.class_names
-        return names or tuple(map(str, range(int(self.facts["num_classes"]))))
+        names = tuple(self.metadata.get("class_names", ())) or self._source.class_names
+        return names or tuple(map(str, range(int(self.metadata["num_classes"]))))
 
     @property
     def pixels(self) -> tuple[float, float] | None:
@@ -235,7 +235,7 @@ class NodeNetwork:
         """The client's data, checked against what its network takes."""
         self._check(client)
         data = self._source.data(client)
-        check_fits(data, self.facts["input_shape"], int(self.facts["num_classes"]))
+        check_fits(data, self.metadata["input_shape"], int(self.metadata["num_classes"]))
         return data
 
     def output(self, name: str) -> Path:
@@ -244,10 +244,12 @@ class NodeNetwork:
 
     @cached_property
     def _source(self) -> Source:
-        context = self.facts["context"]
+        context = self.metadata["context"]
         node_config = {**context["node_config"], **(self.node_config or {})}
         found = Path(context["data_dir"]) if context.get("data_dir") else None  # of a client that has joined later
-        return Source(context["run_config"], node_config, int(self.facts["seed"]), self.parts, self.data_dir or found)
+        return Source(
+            context["run_config"], node_config, int(self.metadata["seed"]), self.parts, self.data_dir or found
+        )
 
     def _check(self, client: int) -> None:
         if client != self.client:

@@ -113,7 +113,7 @@ def join_package(
         package = package_run(folder, head=head)
         path = to or folder / "joining.safetensors"
         package.save(path)
-    teachers = package.facts["teachers"]
+    teachers = package.metadata["teachers"]
     console.print(
         f"It holds the shared part and the mean of {teachers} heads."
         if teachers

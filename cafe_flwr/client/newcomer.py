@@ -120,24 +120,24 @@ def join(
     ValueError
         Before any training, if something does not fit, or would be overwritten.
     """
-    facts, client = package.facts, newcomer.client
-    newcomer.check(facts)
-    model = ClientModel(network, method_from(facts["method"], facts["method_settings"]), snapshot(network))
-    if model.digest != facts["digest"]:
+    run, client = package.metadata, newcomer.client
+    newcomer.check(run)
+    model = ClientModel(network, method_from(run["method"], run["method_settings"]), snapshot(network))
+    if model.digest != run["digest"]:
         raise ValueError(
-            f"the federation's network has fingerprint {facts['digest']}, this one {model.digest}: network, number of "
+            f"the federation's network has fingerprint {run['digest']}, this one {model.digest}: network, number of "
             "classes and method must be the same"
         )
-    check_fits(data, facts["input_shape"] or data.train.x.shape[1:], network.num_classes)
+    check_fits(data, run["input_shape"] or data.train.x.shape[1:], network.num_classes)
     start, task = train_newcomer(model, package, client, data, newcomer.epochs)
     metadata = Metadata(
-        **{key: facts[key] for key in ("run", "round", "method", "digest", "seed", "class_names")},
-        joined={"epochs": newcomer.epochs, "local_steps": task.steps, "teachers": facts["teachers"]},
-        context=dict(context or {"run_config": facts["run_config"], "node_config": {}}),
+        **{key: run[key] for key in ("run", "round", "method", "digest", "seed", "class_names")},
+        joined={"epochs": newcomer.epochs, "local_steps": task.steps, "teachers": run["teachers"]},
+        context=dict(context or {"run_config": run["run_config"], "node_config": {}}),
     )
     with model.deployed(task) as personal:
         evaluated = evaluate_personal(client, personal, data, task.steps)
-        publish_personal(PersonalStore(newcomer.folder, facts["run"]), personal, data, evaluated, metadata)
+        publish_personal(PersonalStore(newcomer.folder, run["run"]), personal, data, evaluated, metadata)
     return Joined(start, evaluated.report)
 
 
@@ -165,10 +165,10 @@ def train_newcomer(
     Every epoch is a round of local training by the method, all exits active. The backbone stays as the federation left
     it, as it does for the clients that took part.
     """
-    facts, network = package.facts, model.network
+    metadata, network = package.metadata, model.network
     classifiers = network.classifier_names()
     backbone = {name: t for name, t in package.shared.items() if name not in classifiers}
-    heads = {**model.classifiers_at_start(facts["seed"], client), **mean_heads(package.teacher, network)}
+    heads = {**model.classifiers_at_start(metadata["seed"], client), **mean_heads(package.teacher, network)}
     tensors = {**model.initial, **package.shared, **heads}
     task = _epoch(model, package, client, data, epoch=0, epochs=epochs)
     model.put(task, tensors)
@@ -193,7 +193,7 @@ def _epoch(
     model: ClientModel, package: Package, client: int, data: ClientData, *, epoch: int, epochs: int
 ) -> LocalTask:
     """The task of an epoch, before it has tensors."""
-    facts, budget = package.facts, LocalBudget(**package.facts["budget"])
+    metadata, budget = package.metadata, LocalBudget(**package.metadata["budget"])
     rate = learning_rate_at(budget.learning_rate, epoch, epochs)
     return LocalTask(
         network=model.network,
@@ -201,8 +201,8 @@ def _epoch(
         active=[True] * (model.network.num_exits - 1),
         download=package.teacher,
         budget=replace(budget, epochs=1, learning_rate=rate),
-        rng=partial(rng_for, facts["seed"], facts["num_rounds"] + epoch, client),
-        server_round=facts["num_rounds"],
-        num_rounds=facts["num_rounds"],
+        rng=partial(rng_for, metadata["seed"], metadata["num_rounds"] + epoch, client),
+        server_round=metadata["num_rounds"],
+        num_rounds=metadata["num_rounds"],
         initial=model.weights,
     )

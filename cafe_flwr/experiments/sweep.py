@@ -86,11 +86,11 @@ def choose(sweeps: Iterable[RowSweep]) -> Chosen:
 def write_sweep(folder: Path, experiment: Experiment, sweeps: Iterable[RowSweep]) -> None:
     """Write ``sweep.json``: all trials with their figures, and what was chosen."""
     assert experiment.sweep is not None
-    facts = {
+    metadata = {
         "measure": "accuracy on the clients' validation data, mean over exits, clients and seeds; highest is chosen",
         "validation_share": experiment.sweep.validation_share,
         "seeds": experiment.sweep.seeds,
         "settings": experiment.sweep.settings,
         "rows": [sweep.to_json() for sweep in sweeps],
     }
-    write_atomically(folder / "sweep.json", to_json(facts, indent=2))
+    write_atomically(folder / "sweep.json", to_json(metadata, indent=2))

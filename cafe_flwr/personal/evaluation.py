@@ -15,7 +15,7 @@ from cafe_flwr.metrics.exits import ECE_BINS
 from cafe_flwr.metrics.selective import VOID
 from cafe_flwr.personal.client_evaluation import CLEAN, ClientEvaluation, certify_together, evaluate_client
 from cafe_flwr.personal.evaluation_tables import long_table, put_together
-from cafe_flwr.personal.published import PersonalNetworks, read_facts
+from cafe_flwr.personal.published import PersonalNetworks, read_metadata
 from cafe_flwr.risk.thresholds import GUARANTEES
 
 RISKS = (0.01, 0.05, 0.10)
@@ -121,9 +121,9 @@ def _check_alike(run: PersonalNetworks, clients: Sequence[int]) -> None:
     """ValueError if the clients' networks differ: their exits cannot be put together in one table."""
     kinds: dict[tuple[str, int, float], list[int]] = {}
     for client in clients:
-        facts = read_facts(run.networks, client)
-        exits = int(facts.get("num_exits") or len(facts["temperatures"]))
-        kind = (str(facts.get("modality", "")), exits, float(facts.get("width", 1.0)))
+        metadata = read_metadata(run.networks, client)
+        exits = int(metadata.get("num_exits") or len(metadata["temperatures"]))
+        kind = (str(metadata.get("modality", "")), exits, float(metadata.get("width", 1.0)))
         kinds.setdefault(kind, []).append(client)
     if len(kinds) > 1:
         each = "; ".join(

@@ -50,6 +50,10 @@ def export_client(
         facts={
             "run": run.name,
             "client": client,
-            **{key: personal.facts[key] for key in ("method", "round", "accuracy_per_exit") if key in personal.facts},
+            **{
+                key: personal.metadata[key]
+                for key in ("method", "round", "accuracy_per_exit")
+                if key in personal.metadata
+            },
         },
     )

@@ -27,7 +27,7 @@ class Package:
 
     Attributes
     ----------
-    facts
+    metadata
         How the federation was trained, and what its network is; JSON values.
     shared
         The shared part after the last round, by name.
@@ -35,7 +35,7 @@ class Package:
         Mean of the heads that clients send, under their names; empty if it was left out, or where they send none.
     """
 
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
     shared: Mapping[str, Tensor]
     teacher: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -43,8 +43,8 @@ class Package:
         """Write it to one safetensors file, whole or not at all."""
         tensors = {_SHARED + name: t for name, t in self.shared.items()}
         tensors |= {_TEACHER + name: t for name, t in self.teacher.items()}
-        facts = {**self.facts, "fingerprint": weights_hash(tensors)}
-        content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, {"facts": to_json(facts)})
+        metadata = {**self.metadata, "fingerprint": weights_hash(tensors)}
+        content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, {"facts": to_json(metadata)})
         write_atomically(path, content)
 
     @classmethod
@@ -60,18 +60,19 @@ class Package:
             raise ValueError(f"{path}: there is no such file; the server makes it, cafe-flwr join-package")
         try:
             with safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {}).get("facts", "{}"))
+                metadata = json.loads((file.metadata() or {}).get("facts", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path} is damaged, or no joining package: {error}") from None
-        if not isinstance(facts, dict) or facts.get("format") != FORMAT:
+        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             raise ValueError(f"{path} is no joining package: cafe-flwr join-package makes one")
-        if (facts.get("format_version"), facts.get("version")) != (FORMAT_VERSION, __version__):
+        if (metadata.get("format_version"), metadata.get("version")) != (FORMAT_VERSION, __version__):
             raise ValueError(
-                f"{path} was made by cafe-flwr {facts.get('version')} (format {facts.get('format_version')}), this is "
-                f"{__version__} (format {FORMAT_VERSION}): install the same version"
+                f"{path} was made by cafe-flwr {metadata.get('version')} (format "
+                f"{metadata.get('format_version')}), this is {__version__} (format "
+                f"{FORMAT_VERSION}): install the same version"
             )
-        if facts.get("fingerprint") != weights_hash(tensors):
+        if metadata.get("fingerprint") != weights_hash(tensors):
             raise ValueError(f"{path} is damaged: its fingerprint is not that of what it holds; copy it again")
         if broken := [name for name, t in tensors.items() if not torch.isfinite(t).all()]:
             raise ValueError(f"{path}: {broken[0]} has NaN or infinite values")
@@ -79,4 +80,4 @@ class Package:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
-        return cls(facts, part(_SHARED), part(_TEACHER))
+        return cls(metadata, part(_SHARED), part(_TEACHER))

@@ -1,4 +1,4 @@
-"""The personal networks that a run leaves behind, loaded again: one network per client, with its facts and its data."""
+"""The personal networks that a run leaves behind, loaded again: one per client, with its metadata and its data."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _LOCAL_PIXELS = (0.5, 0.5)  # as cafe_flwr.data.local reads them
 
 @dataclass(frozen=True)
 class PersonalNetwork:
-    """A client's personal network, in evaluation mode, with its facts.
+    """A client's personal network, in evaluation mode, with its metadata.
 
-    ``facts`` are the contents of ``client-<partition>.json``: round, method, temperatures, accuracy per exit, …
+    ``metadata`` are the contents of ``client-<partition>.json``: round, method, temperatures, accuracy per exit, …
     """
 
     client: int
     network: EarlyExitNetwork
-    facts: Mapping[str, Any]
+    metadata: Mapping[str, Any]
 
     @property
     def temperatures(self) -> list[float]:
         """Temperature per exit, fitted on the client's calibration split."""
-        return [float(t) for t in self.facts["temperatures"]]
+        return [float(t) for t in self.metadata["temperatures"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ def clients_of(folder: Path) -> list[int]:
     return sorted(int(name) for name in found if name.isdigit())
 
 
-def read_facts(folder: Path, client: int) -> dict[str, Any]:
+def read_metadata(folder: Path, client: int) -> dict[str, Any]:
     """Contents of ``client-<partition>.json``: what is known of a client's personal network.
 
     Raises
@@ -120,21 +120,22 @@ def read_facts(folder: Path, client: int) -> dict[str, Any]:
     ValueError
         If the client has no personal network there, or the file is damaged or of another client.
     """
-    weights, facts_file = (folder / f"client-{client}.{kind}" for kind in ("safetensors", "json"))
-    for path in (weights, facts_file):
+    weights, metadata_file = (folder / f"client-{client}.{kind}" for kind in ("safetensors", "json"))
+    for path in (weights, metadata_file):
         if not path.is_file():
             known = ", ".join(map(str, clients_of(folder))) or "none"
             raise ValueError(f"{path} is not there: {folder} holds the personal networks of clients {known}")
     try:
-        facts = json.loads(facts_file.read_text())
-        version, owner = facts.get("state-version"), facts.get("client")
+        metadata = json.loads(metadata_file.read_text())
+        version, owner = metadata.get("state-version"), metadata.get("client")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"the personal network of client {client} in {folder} is damaged: {error}") from None
     if version != STATE_VERSION or owner != client:
         raise ValueError(
-            f"{facts_file} is of client {owner} in format {version}, expected client {client} in format {STATE_VERSION}"
+            f"{metadata_file} is of client {owner} in format {version}, expected client {client} in format "
+            f"{STATE_VERSION}"
         )
-    return dict(facts)
+    return dict(metadata)
 
 
 def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks) -> PersonalNetwork:
@@ -145,8 +146,8 @@ def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks)
     ValueError
         If there is no such client, a file is damaged, or the weights are those of another network or client.
     """
-    facts, weights = read_facts(folder, client), folder / f"client-{client}.safetensors"
-    network = _held(networks_of(built), facts)
+    metadata, weights = read_metadata(folder, client), folder / f"client-{client}.safetensors"
+    network = _held(networks_of(built), metadata)
     try:
         tensors = load_file(weights)
     except (SafetensorError, ValueError) as error:
@@ -155,7 +156,7 @@ def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks)
         network.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"{weights} holds the weights of another network: {error}") from None
-    published = facts.get("fingerprint")  # files of earlier versions have none
+    published = metadata.get("fingerprint")  # files of earlier versions have none
     if published is not None and published != weights_hash(tensors):
         raise ValueError(
             f"{weights} is damaged, or not the file that client {client} published: its fingerprint is "
@@ -163,18 +164,18 @@ def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks)
         )
     network.offset = None  # it is in the biases of a published network
     network.eval()
-    return PersonalNetwork(client, network, facts)
+    return PersonalNetwork(client, network, metadata)
 
 
-def _held(networks: Networks, facts: Mapping[str, Any]) -> EarlyExitNetwork:
+def _held(networks: Networks, metadata: Mapping[str, Any]) -> EarlyExitNetwork:
     """The network of a client's modality, as deep and wide as the client holds it."""
-    modality = str(facts.get("modality", ""))
+    modality = str(metadata.get("modality", ""))
     if modality not in networks:
         known = ", ".join(networks) or "one modality"
-        raise ValueError(f"the network of client {facts['client']} is of modality {modality!r}, built are {known}")
+        raise ValueError(f"the network of client {metadata['client']} is of modality {modality!r}, built are {known}")
     network = networks[modality]
-    exits = min(int(facts.get("num_exits", network.num_exits)), network.num_exits)
-    return Capacity(exits, float(facts.get("width", 1.0))).of(network)
+    exits = min(int(metadata.get("num_exits", network.num_exits)), network.num_exits)
+    return Capacity(exits, float(metadata.get("width", 1.0))).of(network)
 
 
 class PersonalNetworks(Protocol):

@@ -1,7 +1,7 @@
 """State that survives: personal parameters on the client's disk.
 
-Files are safetensors with their facts as JSON in the header, written to a temporary name and then renamed, so a file is
-either whole or not there. A damaged one is reported and the version before it is used.
+Files are safetensors with their metadata as JSON in the header, written to a temporary name and then renamed, so a file
+is either whole or not there. A damaged one is reported and the version before it is used.
 """
 
 from __future__ import annotations
@@ -114,16 +114,17 @@ class PersonalStore:
             if server_round > version:
                 continue
             try:
-                facts, tensors = _read_version(path)
+                metadata, tensors = _read_version(path)
             except Damaged as error:
                 logger.warning(
                     "state of client %d, round %d, is damaged (%s): using an older", client, server_round, error
                 )
                 continue
-            if facts.get("client") != str(client) or facts.get("state-version") != str(STATE_VERSION):
+            if metadata.get("client") != str(client) or metadata.get("state-version") != str(STATE_VERSION):
                 raise ValueError(
-                    f"{path} holds the state of client {facts.get('client')} in format {facts.get('state-version')}, "
-                    f"expected client {client} in format {STATE_VERSION}: give every client its own state folder"
+                    f"{path} holds the state of client {metadata.get('client')} in format "
+                    f"{metadata.get('state-version')}, expected client {client} in format {STATE_VERSION}: "
+                    "give every client its own state folder"
                 )
             if server_round < version:
                 self.notes[client] = f"its state of round {version} is damaged, that of round {server_round} was used"
@@ -187,14 +188,14 @@ class PersonalStore:
             If the server has asked again since; nothing is written.
         """
         self.check_current(client, server_round)
-        facts = {
+        metadata = {
             "state-version": str(STATE_VERSION),
             "client": str(client),
             "round": str(server_round),
             "asked-at": repr(self.asked_at),
             "checksum": checksum(_bytes_of(tensors)),
         }
-        content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, facts)
+        content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, metadata)
         write_atomically(version_path(self._of(client), server_round), content)
         versions = versions_in(self._of(client))
         lost = [path for r, path in versions if base < r < server_round]
@@ -221,11 +222,11 @@ class PersonalStore:
         seed = hashlib.sha256(secret + purpose.encode()).digest()
         return np.random.default_rng(np.frombuffer(seed, dtype=np.uint32))
 
-    def publish(self, client: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write the client's whole personal network: ``client-<partition>.safetensors`` and its facts as JSON."""
+    def publish(self, client: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+        """Write the client's whole personal network: ``client-<partition>.safetensors`` and its metadata as JSON."""
         content = save_tensors({name: t.contiguous() for name, t in tensors.items()})
         write_atomically(self.folder / f"client-{client}.safetensors", content)
-        text = to_json({"state-version": STATE_VERSION, "client": client, **facts}, indent=2)
+        text = to_json({"state-version": STATE_VERSION, "client": client, **metadata}, indent=2)
         write_atomically(self.folder / f"client-{client}.json", text)
 
 
@@ -233,13 +234,13 @@ def _read_version(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Facts and tensors of a version; :class:`Damaged` if it is not as it was written."""
     try:
         with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise Damaged(str(error)) from error
-    if "checksum" in facts and facts["checksum"] != checksum(_bytes_of(tensors)):
+    if "checksum" in metadata and metadata["checksum"] != checksum(_bytes_of(tensors)):
         raise Damaged("its checksum differs")
-    return facts, tensors
+    return metadata, tensors
 
 
 def _asked_at(path: Path) -> float:

@@ -195,11 +195,11 @@ def key_figures(run: Run) -> list[tuple[str, str]]:
 
 def client_rows(run: Run) -> list[dict[str, str]]:
     """Every client's data and accuracies, worst client first."""
-    facts = {row["client"]: row for row in run.get("clients")}
-    known = [key for key in ("train", "calibration", "test", "classes") if any(key in row for row in facts.values())]
+    metadata = {row["client"]: row for row in run.get("clients")}
+    known = [key for key in ("train", "calibration", "test", "classes") if any(key in row for row in metadata.values())]
     return [
         {"client": str(client)}
-        | {key: str(facts.get(client, {}).get(key, "–")) for key in known}
+        | {key: str(metadata.get(client, {}).get(key, "–")) for key in known}
         | {f"exit {k}": fixed(value) for k, value in run.accuracy.loc[client].items()}
         for client in run.accuracy.mean(axis=1).sort_values().index
     ]

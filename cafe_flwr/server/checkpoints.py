@@ -71,7 +71,7 @@ class Checkpoints:
         """Write the state of a round; the one before it stays."""
         clients = sorted(state.known)
         records = [state.known[c] for c in clients]
-        facts: dict[str, Any] = {
+        metadata: dict[str, Any] = {
             "state-version": STATE_VERSION,
             "run": state.run,
             "round": state.round,
@@ -81,25 +81,25 @@ class Checkpoints:
             "seen": [r.seen for r in records],
         }
         if any(state.kinds):
-            facts["kinds"] = [kind.to_json() for kind in state.kinds.values()]
-            facts["kind-of"] = [record.kind for record in records]
+            metadata["kinds"] = [kind.to_json() for kind in state.kinds.values()]
+            metadata["kind-of"] = [record.kind for record in records]
         if any(record.level for record in records):
-            facts["levels"] = [record.level for record in records]
+            metadata["levels"] = [record.level for record in records]
         arrays: dict[str, NDArray[Any]] = {"shared": state.shared}
         if len(state.pairs):
             arrays |= {"pair-keys": state.pairs.keys, "pair-values": state.pairs.values}
         if state.plan is not None and state.plan.weights is not None:
             arrays |= {"active": state.plan.active, "weights": state.plan.weights}
-            facts |= {"rows": list(state.plan.weight_rows), "columns": list(state.plan.weight_columns)}
+            metadata |= {"rows": list(state.plan.weight_rows), "columns": list(state.plan.weight_columns)}
         if records:
             sizes = [len(r.upload) for r in records]
             arrays["uploads"] = np.concatenate([r.upload for r in records])
             if len(set(sizes)) == 1:
                 arrays["uploads"] = arrays["uploads"].reshape(len(records), -1)
             else:
-                facts["upload-sizes"] = sizes
+                metadata["upload-sizes"] = sizes
             arrays["similarity"] = np.stack([r.similarity for r in records])
-        header = {"facts": json.dumps(facts), "checksum": checksum(arrays)}
+        header = {"facts": json.dumps(metadata), "checksum": checksum(arrays)}
         write_atomically(version_path(self.folder, state.round), save(arrays, header))
         for _, path in versions_in(self.folder)[2:]:
             path.unlink(missing_ok=True)
@@ -110,32 +110,32 @@ class Checkpoints:
             try:
                 with safe_open(path, framework="np") as file:
                     header = file.metadata() or {}
-                    facts = json.loads(header["facts"])
+                    metadata = json.loads(header["facts"])
                     arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 if header.get("checksum", checksum(arrays)) != checksum(arrays):
                     raise Damaged("its checksum differs")
             except (SafetensorError, OSError, KeyError, ValueError, Damaged) as error:
                 logger.warning("checkpoint of round %d is damaged (%s), using the one before", server_round, error)
                 continue
-            if facts["state-version"] != STATE_VERSION:
-                raise ValueError(f"{path} has format {facts['state-version']}, this version reads {STATE_VERSION}")
+            if metadata["state-version"] != STATE_VERSION:
+                raise ValueError(f"{path} has format {metadata['state-version']}, this version reads {STATE_VERSION}")
             known = {}
-            if facts["clients"]:
+            if metadata["clients"]:
                 uploads = list(arrays["uploads"])
-                if "upload-sizes" in facts:
-                    uploads = np.split(arrays["uploads"], np.cumsum(facts["upload-sizes"])[:-1])
-                columns = (facts["num-examples"], facts["seen"], uploads, arrays["similarity"])
+                if "upload-sizes" in metadata:
+                    uploads = np.split(arrays["uploads"], np.cumsum(metadata["upload-sizes"])[:-1])
+                columns = (metadata["num-examples"], metadata["seen"], uploads, arrays["similarity"])
                 number = len(uploads)
-                kinds_of, levels = facts.get("kind-of", [""] * number), facts.get("levels", [0] * number)
+                kinds_of, levels = metadata.get("kind-of", [""] * number), metadata.get("levels", [0] * number)
                 records = map(ClientRecord, *columns, kinds_of, levels)
-                known = dict(zip(facts["clients"], records, strict=True))
+                known = dict(zip(metadata["clients"], records, strict=True))
             plan = None
             if "weights" in arrays:
-                rows, columns = facts["rows"], facts["columns"]
+                rows, columns = metadata["rows"], metadata["columns"]
                 plan = RoundPlan(arrays["active"], {}, arrays["weights"], rows, columns)
-            kinds = {kind.name: kind for kind in map(ClientSpec.from_json, facts.get("kinds", []))}
+            kinds = {kind.name: kind for kind in map(ClientSpec.from_json, metadata.get("kinds", []))}
             pairs = Pairs(arrays["pair-keys"], arrays["pair-values"]) if "pair-keys" in arrays else Pairs()
             return ServerState(
-                facts["run"], facts["round"], facts["digest"], arrays["shared"], known, plan, kinds, pairs
+                metadata["run"], metadata["round"], metadata["digest"], arrays["shared"], known, plan, kinds, pairs
             )
         return None

@@ -25,7 +25,7 @@ def describe(message: Message, context: Context) -> Message:
     network, client = begin(message.content["config"], context)
     layout = Layout(network)
     x, y = data.tensors(client, "train")
-    facts = {
+    metadata = {
         "version": "",  # of cafe-flwr, which does not run here
         "clients": [client],
         "num-examples": [len(y)],
@@ -38,7 +38,7 @@ def describe(message: Message, context: Context) -> Message:
         "num-parameters": sum(tensor.numel() for tensor in network.state_dict().values()),
         "macs": measuring.macs(network, x),
     }
-    return answer(message, {"config": facts})
+    return answer(message, {"config": metadata})
 
 
 @app.query("initial")
