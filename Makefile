@@ -21,12 +21,11 @@ demo: .venv/.installed ## Train the default federation, write results/demo, prin
 compare: .venv/.installed ## The short comparison of methods; writes its table into README.md (about 8 minutes)
 	$(BIN)/cafe-flwr compare experiments/quick.yaml --results-dir results --update-markdown README.md
 
-test: lint ## Lint, types and all tests: first those in one process, two files at a time, then real nodes and servers
-	$(BIN)/python -m pytest -m "not flower" -n 2 --dist loadfile
-	$(BIN)/python -m pytest -m flower -n 2 --dist loadgroup tests
+test: lint ## Lint, types and all tests, three files at a time: real nodes and servers first, which wait a lot
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: .venv/.installed ## The quick tests of every part, without processes: a minute and a half on two cores
-	$(BIN)/python -m pytest -m "not flower and not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not flower and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed ## Lint and types only
 	$(BIN)/ruff check .

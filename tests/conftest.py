@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,11 +25,16 @@ if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > 4 * 2**30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))  # pytest's name for where its folders go
 
 
+_FIRST = ("test_faults_processes.py", "test_flower.py", "test_deploy.py")  # which wait a lot
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of real processes get time."""
+    """Tests of real processes get time and come first, then files with the most slow tests: workers end together."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     for item in items:
         if item.get_closest_marker("flower"):
             item.add_marker(pytest.mark.timeout(900))
+    items.sort(key=lambda item: (*(item.path.name != name for name in _FIRST), -slow[item.path]))
 
 
 @pytest.fixture(autouse=True)

@@ -248,7 +248,6 @@ def test_an_answer_of_another_protocol_is_refused(kind, stops, by_hand, tmp_path
 
 
 @pytest.mark.flower
-@pytest.mark.xdist_group("simulation")
 def test_hand_written_clients_in_flowers_simulation_engine(superlink, by_hand, tmp_path):
     """The same metrics as in one process, but for the last digits: processes differ in their threads."""
     expected = metrics_of(by_hand, tmp_path, rounds=2)

@@ -24,7 +24,7 @@ from cafe_flwr.server.strategy import FederatedStrategy
 from deploy.daemons import wait_for
 from deploy.loopback import Loopback
 
-pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("deployment")]
+pytestmark = pytest.mark.flower
 
 ROOT = Path(__file__).resolve().parent.parent
 NODES = "abc"  # node i hosts client i, with data of its own

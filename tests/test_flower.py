@@ -17,7 +17,7 @@ from cafe_flwr.app.run import run
 from cafe_flwr.engine import InProcessGrid
 from cafe_flwr.settings import Settings
 
-pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("simulation")]
+pytestmark = pytest.mark.flower
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = {"num-server-rounds": 2, "num-clients": 6, "data.examples-per-client": 50, "dataset": "digits"}
