@@ -36,7 +36,6 @@ from cafe_flwr.core.random import rng_for
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.data import ClientData, Split
 from cafe_flwr.methods import METHODS, ClientRecord, LocalTask, ServerRound, settings_of
-from cafe_flwr.methods.base import declared_settings
 from cafe_flwr.methods.registry import method_from
 from cafe_flwr.methods.starts import classifier_start
 from cafe_flwr.metrics import evaluate
@@ -375,7 +374,7 @@ def test_settings_are_scalars_that_survive_the_wire(name):
         method = build(variant)
         values = settings_of(method)
         assert all(type(value) in (int, float, bool, str) for value in values.values())
-        assert list(values) == list(declared_settings(type(method)))
+        assert list(values) == list(settings_of(type(method)()))
         record = RecordDict({"config": ConfigRecord(values)})
         back = recorddict_from_proto(recorddict_to_proto(record))["config"]
         assert method_from(name, back) == method

@@ -13,10 +13,9 @@ from federations import WatchedGrid, toy_app, toy_data, toy_network
 from torch import nn
 
 from cafe_flwr import CafeDistill
+from cafe_flwr.core.options import options_of
 from cafe_flwr.core.random import rng_for
-from cafe_flwr.core.text import kebab
 from cafe_flwr.methods import METHODS, LocalTask, settings_of
-from cafe_flwr.methods.base import declared_settings
 from cafe_flwr.methods.registry import method_from
 from cafe_flwr.networks import EarlyExitNetwork, Exit
 from cafe_flwr.networks.safe_kd import safe_kd_exit
@@ -37,7 +36,6 @@ from cafe_flwr.training.losses import (
 from cafe_flwr.training.objectives import ERDE, OBJECTIVES, CrossEntropy, NeoKD, SafeKD
 from cafe_flwr.training.objectives.adversarial import adversarial_examples, deal_classes
 from cafe_flwr.training.objectives.base import logits_at
-from cafe_flwr.training.objectives.registry import flat_fields
 
 OTHERS = sorted(set(OBJECTIVES) - {"cross-entropy"})
 TAUGHT = ["erde", "safe-kd"]
@@ -303,7 +301,7 @@ def test_an_objective_can_be_given_as_an_object_and_travels_under_flat_names(nam
     plain = METHODS[name](objective="safe-kd")
     assert plain == METHODS[name](objective=SafeKD()) != method
     sent = settings_of(method)
-    assert list(sent) == list(declared_settings(METHODS[name]))
+    assert list(sent) == list(settings_of(METHODS[name]()))
     assert {key: sent[key] for key in ("objective", "safe_kd_alpha", "safe_kd_beta", "objective_temperature")} == {
         "objective": "safe-kd",
         "safe_kd_alpha": 0.5,
@@ -347,19 +345,19 @@ def test_a_method_that_cannot_take_an_objective_says_why():
 
 
 @pytest.mark.parametrize("objective", OTHERS)
-def test_settings_of_an_objective_are_settings_of_a_run_under_their_flat_names(objective):
+def test_settings_of_an_objective_are_a_table_of_a_run(objective):
     """A value set arrives; one out of bounds is refused in code and in a run."""
     kind = OBJECTIVES[objective]
-    for name, f in flat_fields(kind).items():
-        run = {"method": "fedper", "objective": objective, kebab(name): type(f.default)(1)}
+    for o in options_of(kind):
+        run = {"method": "fedper", "objective": objective, o.key: type(o.default)(1)}
         given = Settings.from_run_config(run)
-        assert given.build_method().objective == kind(**{f.name: 1})
-        assert given.unread() == []
-        bad = type(f.default)(-1)
-        with pytest.raises(ValueError, match=f"^{f.name} must be"):
-            kind(**{f.name: bad})
-        with pytest.raises(ValueError, match=f"^{kebab(name)} should be"):
-            Settings.from_run_config({**run, kebab(name): bad})
+        assert given.build_method().objective == kind(**{o.field: 1})
+        assert given.unread() == {}
+        bad = type(o.default)(-1)
+        with pytest.raises(ValueError, match=f"{o.field} must be"):
+            kind(**{o.field: bad})
+        with pytest.raises(ValueError, match=f"{o.key} should be"):
+            Settings.from_run_config({**run, o.key: bad})
 
 
 @pytest.mark.parametrize("distill", [False, True])

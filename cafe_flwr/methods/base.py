@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -266,12 +266,6 @@ def settings_of(method: Method) -> dict[str, Any]:
     """The method's settings as they travel, by name: those of its objective under flat names, then its own."""
     own = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "objective"}
     return flat_settings(method.objective) | own
-
-
-def declared_settings(kind: type[Method]) -> dict[str, Field[Any]]:
-    """The fields that declare what :func:`settings_of` gives, in its order."""
-    own = {f.name: f for f in fields(kind) if f.name != "objective"}
-    return {f.name: f for f in fields(ObjectiveName)} | all_flat_fields() | own
 
 
 def phase(method: Method, number: int) -> tuple[int, int]:
