@@ -192,4 +192,4 @@ def test_a_client_with_one_example_is_left_out_with_what_to_do(tmp_path):
         seen += reply.content["config"].get("failures", [])
     (reason,) = seen
     assert reason.startswith("a batch norm cannot normalise one example by its own statistics")
-    assert "set norm = 'group'" in reason
+    assert "set model.norm = 'group'" in reason

@@ -187,7 +187,8 @@ def test_a_client_without_memory_says_which_settings_to_lower(tmp_path, caplog):
     with pytest.raises(RuntimeError):
         run_small(settings, app=toy_app(build=build))
     assert (
-        "out of memory on cpu (CUDA out of memory): lower batch-size or network-width, or set precision" in caplog.text
+        "out of memory on cpu (CUDA out of memory): lower train.batch-size or model.width, or set compute.precision"
+        in caplog.text
     )
 
 
@@ -199,7 +200,9 @@ def test_memory_that_has_run_out_is_known_by_its_many_names():
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: 9"),
         RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
     ):
-        assert "lower batch-size or network-width, clients-per-gpu, or set precision" in reason_of(error, gpu)
+        assert "lower train.batch-size or model.width, compute.clients-per-gpu, or set compute.precision" in reason_of(
+            error, gpu
+        )
     assert reason_of(RuntimeError("shapes differ"), gpu) == "RuntimeError: shapes differ"
 
 
@@ -212,7 +215,7 @@ def test_workers_share_a_gpu_as_the_settings_say(monkeypatch):
         share = float(simulation_resources("cuda", clients)[1].partition("=")[2])
         assert 0 < share * clients <= 1  # all fit
         assert share * (clients + 1) > 1 or clients > 98  # and no more
-    settings = Settings(clients_per_gpu=4)
+    settings = Settings(compute={"clients_per_gpu": 4})
     assert with_resources(settings, []) == ["client-resources-num-cpus=1", "client-resources-num-gpus=0.25"]
     assert with_resources(settings, ["num-supernodes=3 client-resources-num-gpus=0.5"]) == [
         "client-resources-num-cpus=1",

@@ -406,7 +406,7 @@ def test_every_record_key_type_and_shape_is_as_documented(contract, tmp_path):
             n_down, n_up = len(asked(message)), len(up.get("clients", []))
             noted = len(up.get("noted-clients", []))
             sizes = {**size, "q": noted, "K": len(THRESHOLDS), "d": len(config.get("downloads", []))}
-            checked.wire = np.dtype(config.get("federation.wire-dtype", "float32"))
+            checked.wire = np.dtype(config.get("wire-dtype", "float32"))
             checked.check(f"{message.metadata.message_type} Down", message.content, {**sizes, "n": n_down})
             checked.check(f"{message.metadata.message_type} Up", reply.content, {**sizes, "n": n_up, "k": len(failed)})
     documented = {(table, *name) for table, rows in contract.items() for name in rows}

@@ -180,7 +180,7 @@ def test_refused_text(tmp_path: Path, text: str, words: str) -> None:
 def test_steps_may_differ_where_the_budget_is_as_published(tmp_path: Path) -> None:
     rows = ["cafedistill", {"method": "fedavg", "settings": {"local-steps": 9}}]
     runs = plan_runs(experiment(rows=rows, budget="published"), tmp_path)
-    assert [(run.settings.local_steps, run.settings.equal_steps) for run in runs] == [(2, False), (9, False)]
+    assert [(run.settings.local_steps, run.settings.train.equal_steps) for run in runs] == [(2, False), (9, False)]
 
 
 # --- what runs follow ------------------------------------------------------------------------------------------------

@@ -429,7 +429,7 @@ def test_every_setting_reaches_the_strategy(tmp_path):
         max_grad_norm=2.5,
         objective="erde",
         erde_ema_decay=0.9,
-        objective_temperature=2.0,
+        erde_temperature=2.0,
         erde_right=0.75,
         erde_wrong=0.2,
         prior=True,
@@ -881,14 +881,16 @@ def test_two_and_two_rounds_are_four(tmp_path, undisturbed, no_report, flower_lo
         {"match_by": "parameters", "selection": "none"},
         {"conflict": "exits", "classifier_start": "own"},
         {"method": "cafedistill-plus"},
-        {"method": "cafedistill-text"},
+        {"method": "cafedistill-text", "text_mu": 0.2},
         {"method": "cafedistill-text", "text_teachers": "own"},
         {"method": "cafedistill-text", "text_teachers": "uniform"},
     ],
     ids=str,
 )
-def test_two_and_two_rounds_are_four_for_the_ablations(tmp_path, no_report, changes):
+def test_two_and_two_rounds_are_four_for_the_ablations(tmp_path, no_report, changes, monkeypatch):
     """With `text-teachers = own` a client uploads nothing of its own, and a checkpoint holds none of it."""
+    if changes.get("method") == "cafedistill-text":  # which has a μ of its own
+        monkeypatch.delitem(STOPPED, "mu")
     whole = small_settings(tmp_path / "whole", **STOPPED, **changes)
     arrays = run_small(whole).arrays
     settings = stopped_run(tmp_path / "parts", "asked to", **changes)
@@ -1026,7 +1028,7 @@ def test_a_run_of_a_version_that_knew_fewer_settings_is_resumed(tmp_path, undist
     settings = stopped_run(tmp_path, "asked to")
     path = settings.results / "settings.json"
     known = json.loads(path.read_text())
-    del known["federation.wire-dtype"], known["device"]
+    del known["federation.wire-dtype"], known["compute.device"]
     path.write_text(json.dumps(known))
     assert same_arrays(resume(settings), undisturbed[1])
 

@@ -108,7 +108,7 @@ def test_no_two_different_releases_share_their_noise(what):
         ({"noise_multiplier": 1.0}, "need a clip_norm greater than 0"),
         ({"upload_clip_norm": 1.0}, "need a clip_norm greater than 0"),
         ({"clip_norm": 1.0, "noise_multiplier": math.inf}, "noise_multiplier must be"),
-        ({"delta": 0.0}, "delta must lie between 0 and 1"),
+        ({"delta": 0.0}, "delta must be greater than 0"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

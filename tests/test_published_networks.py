@@ -132,7 +132,10 @@ def test_they_are_exported_with_what_they_compute(tmp_path):
         (lambda: PublishedConvNet((9, 200), 10), r"takes images .* got an input of shape \(9, 200\)"),
         (lambda: PublishedResNet18((3, 7, 32), 10), "at least 8 pixels high and wide"),
         (lambda: PublishedResNet18((200,), 10), r"shape \(200,\)"),
-        (lambda: PublishedTransformer(4, max_length=201), "texts of 1 to 200 tokens, got 201: set max-tokens to 200"),
+        (
+            lambda: PublishedTransformer(4, max_length=201),
+            "texts of 1 to 200 tokens, got 201: set data.max-tokens to 200",
+        ),
         (lambda: PublishedConvNet((3, 32, 32), 9).check_inputs(torch.zeros(2, 3, 20, 20)), "at least 22 pixels"),
         (lambda: PublishedConvNet((3, 32, 32), 9).check_inputs(torch.zeros(2, 9).long()), "images must be"),
         (lambda: PublishedResNet18((3, 32, 32), 9).check_inputs(torch.zeros(2, 1, 32, 32)), "images must be"),

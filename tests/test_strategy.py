@@ -1237,7 +1237,7 @@ def test_final_reports_count_what_the_published_networks_do(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"mu": 0.0}, "mu should be greater than 0, got 0.0"),
+        ({"mu": 0.0}, "mu must be greater than 0, got 0.0"),
         ({"mu": -0.1}, "mu must be greater than 0, got -0.1"),
         ({"mu": math.nan}, "mu must be greater than 0, got nan"),
         ({"mu": math.inf}, "mu must be a finite number, got inf"),
