@@ -224,6 +224,7 @@ class Watched:
         return self.session.run(names, inputs)
 
 
+@pytest.mark.slow
 def test_rows_that_left_are_not_computed_further(cases: Callable[[str], Case]) -> None:
     case = cases("mlp")
     model = load(case.folder)
@@ -235,6 +236,7 @@ def test_rows_that_left_are_not_computed_further(cases: Callable[[str], Case]) -
     assert [session.rows[1:] for session in watched] == [[1], [], []]
 
 
+@pytest.mark.slow
 def test_manifest(cases: Callable[[str], Case]) -> None:
     case = cases("conv, 100 classes, offset")
     manifest = strict_json((case.folder / "manifest.json").read_text())

@@ -28,6 +28,7 @@ def same(network, other):
     return {n: t.shape for n, t in network.state_dict().items()} == {n: t.shape for n, t in other.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_networks_are_built_as_named(tmp_path):
     def built(**settings):
         return build_network(small_settings(tmp_path, **settings))

@@ -108,6 +108,7 @@ def test_narrow_widths_join_first_and_with_the_least_conflict(trained):
     assert not records[0].plan.active[:, 1:].any()
 
 
+@pytest.mark.slow
 def test_classifiers_stay_at_home_and_the_full_width_teaches(trained):
     watch, state = trained
     records = watch.records
@@ -125,6 +126,7 @@ def test_classifiers_stay_at_home_and_the_full_width_teaches(trained):
         assert last.accuracy_per_exit("after")[k] > first.accuracy_per_exit("before")[k] + 0.2
 
 
+@pytest.mark.slow
 def test_macs_of_widths_add_up_on_the_way_and_a_width_chosen_beforehand_costs_itself_only(trained):
     _, state = trained
     network = network_of(load_file(state / "client-0.safetensors"))
