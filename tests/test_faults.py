@@ -25,8 +25,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
+from cafe_flwr.core.options import options_of
 from cafe_flwr.data import ClientData
 from cafe_flwr.engine import InProcessGrid
+from cafe_flwr.methods import METHODS
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.server.checkpoints import Checkpoints
 from cafe_flwr.server.directory import Directory
@@ -52,7 +54,9 @@ def reference(tmp_path_factory):
 
 def toy_settings(folder, **changes):
     """All student exits train in every round, whoever takes part."""
-    defaults = {"num_clients": N, "num_server_rounds": T, "batch_size": 8, "selection": "none"}
+    defaults = {"num_clients": N, "num_server_rounds": T, "batch_size": 8}
+    options = options_of(METHODS[changes.get("method", "cafedistill")])
+    defaults |= {o.key: "none" for o in options if o.field == "selection"}
     return small_settings(folder, **{**defaults, **changes})
 
 

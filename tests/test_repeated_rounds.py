@@ -313,7 +313,7 @@ def test_the_same_message_again_and_a_resumed_run_are_not_late(tmp_path):
 
 def test_the_strategy_takes_the_minimum_of_flower_and_the_retries(tmp_path):
     assert CafeDistill(round_retries=3).round_retries == 3
-    with pytest.raises(ValueError, match="round-retries should be greater than or equal to 0"):
+    with pytest.raises(ValueError, match="round_retries must be at least 0"):
         CafeDistill(round_retries=-1)
 
 

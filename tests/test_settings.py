@@ -17,6 +17,7 @@ from cafe_flwr import CafeDistill
 from cafe_flwr.app import launch
 from cafe_flwr.app.manifest import MANIFESTS, PAGE, main, up_to_date
 from cafe_flwr.cli import app
+from cafe_flwr.cli.common import console
 from cafe_flwr.coordination import SELECTIONS
 from cafe_flwr.core.options import options_of
 from cafe_flwr.data.options import Data, Heterogeneity
@@ -708,8 +709,9 @@ def test_of_many_old_names_some_are_told(flower_log):
 # --- on the command line ---------------------------------------------------------------------------------------------
 
 
-def test_the_command_lists_all_settings_or_a_table():
+def test_the_command_lists_all_settings_or_a_table(monkeypatch):
     command = CliRunner()
+    monkeypatch.setattr(console, "_width", 200)
     listed = command.invoke(app, ["settings"], env={"COLUMNS": "200"})
     assert listed.exit_code == 0
     assert all(key in listed.output for key in OPTIONS)

@@ -84,7 +84,7 @@ class CafeDistillMethod(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.solver != "exact":
-            check_solver(self.solver)
+            check_solver(self.solver, "cafedistill.solver")
         if self.classifier_start == "built":
             raise ValueError(
                 f"classifier_start = 'built' is not for {self.name}: the server must know what classifiers start from. "
