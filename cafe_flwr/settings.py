@@ -346,5 +346,7 @@ def _nearest(key: str) -> str | None:
     """The key most like a name: like the key, like its name in its table, or like the one that it had before."""
     names = {name: k for k, o in OPTIONS.items() for name in (k.rpartition(".")[2], o.formerly) if name}
     names |= {k: k for k in OPTIONS}
-    near = key.rpartition(".")[2]  # right, but in the wrong table
-    return names.get(near) or names.get(closest(key, names) or "")
+    table, _, name = key.rpartition(".")
+    if table in TABLES and name in names:  # right, but in the wrong table
+        return names[name]
+    return names.get(closest(key, names) or "")
