@@ -332,10 +332,8 @@ def _explain(detail: Any) -> str:
         key = next(leaves({key: value}), (key, None))[0]
         if now := renamed(key):
             return f"unknown setting {key!r}: {now}"
-        near = _nearest(key)
-        return f"unknown setting {key!r}; " + (
-            f"did you mean {near!r}?" if near else f"known settings: {', '.join(OPTIONS)}"
-        )
+        hint = f"did you mean {near!r}?" if (near := _nearest(key)) else f"known settings: {', '.join(OPTIONS)}"
+        return f"unknown setting {key!r}; {hint}"
     if isinstance(value, dict):
         return f"{key} is one value, got the table {value!r}: write {key} = {OPTIONS[key].default!r}, or the like"
     expected = detail["msg"].partition(" should ")[2] or detail["msg"]
