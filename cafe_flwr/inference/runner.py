@@ -158,9 +158,7 @@ class EarlyExitRunner:
         """Labels, exits and confidence of a batch, which is not empty."""
         h: Any = x.to(self.device, self._dtype if x.is_floating_point() else x.dtype)
         last = self.network.num_exits - 1
-        rows = history = (
-            None  # remaining rows (None: all), and labels of the exits so far (None: the policy ignores them)
-        )
+        rows = history = None  # remaining rows (None: all), and their labels by the exits so far (None: not needed)
         for k in range(last + 1):
             h = self.network.stage(k, h)
             if k in self._closed:
