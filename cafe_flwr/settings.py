@@ -249,9 +249,9 @@ def _disagreements(s: Settings) -> Iterator[str]:
         fitting = "'transformer'" if holds == "texts" else "'conv' or 'resnet18'"
         yield f"network = {s.network!r} takes {takes}, and {s.dataset!r} holds {holds}: set network to {fitting}"
     if s.objective == "neo-kd" and takes == "texts":
-        yield "objective = 'neo-kd' changes inputs a little, and tokens cannot be: choose another one"
+        yield "objective = 'neo-kd' perturbs inputs, which tokens cannot be: choose another one"
     if s.train.optimizer != "sgd" and s.train.momentum not in (0.0, OPTIONS["train.momentum"].default):
-        yield f"train.momentum = {s.train.momentum} is of sgd: set it to 0, or train.optimizer = 'sgd'"
+        yield f"train.momentum = {s.train.momentum} is read by sgd alone: set it to 0, or train.optimizer = 'sgd'"
 
 
 def _relative_paths(s: Settings) -> Iterator[str]:

@@ -257,12 +257,12 @@ def _check(settings: Settings, folder: Path) -> None:
     """ValueError if the folder is not empty, or the settings are not those of central training."""
     for switch in ("prior", "distill"):
         if getattr(settings.train, switch):
-            raise ValueError(f"train.{switch} is of a client in a federation: training in one place does not take it")
+            raise ValueError(f"train.{switch} is of a client in a federation: central training does not support it")
     if settings.train.learning_rate_schedule != "cosine":
         raise ValueError(
-            "train.learning-rate-schedule is of a federation's rounds, which training in one place has not"
+            "train.learning-rate-schedule is for a federation's rounds: central training has a constant learning rate"
         )
     if settings.num_clients != 1 or not settings.local_epochs:
-        raise ValueError("training in one place has one client and counts epochs: make settings by central_settings")
+        raise ValueError("central training has one client and counts epochs: make its settings by central_settings")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another name, or remove it")
