@@ -112,9 +112,7 @@ class CafeDistillText(Method):
         """What compares or mixes classifiers of different exits needs them of one shape."""
         if self.similarity_proxy == "parameters":
             check_selection(
-                network,
-                self.selection,
-                f"{self.name}.similarity-proxy to 'gradients', or {self.name}.selection",
+                network, self.selection, f"{self.name}.similarity-proxy to 'gradients', or {self.name}.selection"
             )
         if self.peers == "deeper":
             check_equal_exits(network, f"{self.name}.peers = 'deeper'", "set it to 'alike' or 'all'")

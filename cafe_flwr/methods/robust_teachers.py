@@ -19,11 +19,7 @@ _FEWEST = 3
 
 
 def suspicious_heads(
-    heads: ArrayLike,
-    *,
-    max_score: float = MAX_SCORE,
-    min_spread: float = MIN_SPREAD,
-    min_cosine: float = MIN_COSINE,
+    heads: ArrayLike, *, max_score: float = MAX_SCORE, min_spread: float = MIN_SPREAD, min_cosine: float = MIN_COSINE
 ) -> dict[int, str]:
     """Rows that are far from all others or of absurd norm, with the reason in words.
 

@@ -1,4 +1,4 @@
-"""What the server is told: which run it is, who takes part, how often clients evaluate, how long it waits."""
+"""Settings of the server: name and mode of the run, clients, rounds and waiting."""
 
 from __future__ import annotations
 
