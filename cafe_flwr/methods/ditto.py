@@ -1,4 +1,4 @@
-"""Ditto-EE (Li et al., arXiv 2012.04221): a global model by FedAvg, and beside it a personal one held near to it.
+"""Ditto-EE (Li et al., arXiv 2012.04221): a global model by FedAvg, and a personal one that is kept near it.
 
 client i, round t
   1. θ_i: minimise Σ_k CE(z_k, y)/m from θ^t, to be averaged

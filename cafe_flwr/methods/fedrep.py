@@ -1,4 +1,4 @@
-"""FedRep-EE (Collins et al., arXiv 2102.07078): classifiers first, then the backbone under them.
+"""FedRep-EE (Collins et al., arXiv 2102.07078): classifiers train first, then the backbone.
 
 client i, round t
   1. minimise Σ_k CE(z_k, y)/m over own classifiers, the backbone frozen
@@ -24,7 +24,7 @@ class FedRep(Method):
     phases: ClassVar[int] = 2
 
     def train(self, task: LocalTask) -> LocalResult:
-        """The two phases of a round."""
+        """Train the classifiers, then the backbone."""
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
             return self.loss(task, x, y)
