@@ -332,10 +332,8 @@ def _explain(detail: Any) -> str:
         key = next(leaves({key: value}), (key, None))[0]
         if now := renamed(key):
             return f"unknown setting {key!r}: {now}"
-        near = _nearest(key)
-        return f"unknown setting {key!r}; " + (
-            f"did you mean {near!r}?" if near else f"known settings: {', '.join(OPTIONS)}"
-        )
+        hint = f"did you mean {near!r}?" if (near := _nearest(key)) else f"known settings: {', '.join(OPTIONS)}"
+        return f"unknown setting {key!r}; {hint}"
     if isinstance(value, dict):
         return f"{key} is one value, got the table {value!r}: write {key} = {OPTIONS[key].default!r}, or the like"
     expected = detail["msg"].partition(" should ")[2] or detail["msg"]
@@ -346,5 +344,7 @@ def _nearest(key: str) -> str | None:
     """The key most like a name: like the key, like its name in its table, or like the one that it had before."""
     names = {name: k for k, o in OPTIONS.items() for name in (k.rpartition(".")[2], o.formerly) if name}
     names |= {k: k for k in OPTIONS}
-    near = key.rpartition(".")[2]  # right, but in the wrong table
-    return names.get(near) or names.get(closest(key, names) or "")
+    table, _, name = key.rpartition(".")
+    if table in TABLES and name in names:  # right, but in the wrong table
+        return names[name]
+    return names.get(closest(key, names) or "")

@@ -212,6 +212,7 @@ def test_too_few_steps_for_the_phases_of_a_method_are_refused(method):
         ("fraction-trian", "federation.fraction-train"),
         ("model.network-width", "model.width"),
         ("fedprox-mu.mu", "fedprox.mu"),
+        ("data.dirichlet-alpha", "dirichlet-alpha"),
         ("lokal-steps", "local-steps"),
     ],
 )
