@@ -68,7 +68,7 @@ def max_exit(node: NodeConfig) -> int | None:
         depth = 0
     if depth < 1:
         raise ValueError(
-            f"node-config max-exit must be the number of an exit, 1 or more, got {node['max-exit']!r}: leave it away "
+            f"node-config max-exit must be the number of an exit, 1 or more, got {node['max-exit']!r}: leave it out "
             "where clients hold the whole network"
         )
     return depth

@@ -85,7 +85,7 @@ class Method:
     distill: bool = setting(False, "Let the mean of a client's exits teach each of them (temperature 3).")
     equal_steps: bool = setting(
         True,
-        "Methods that train two things in a round share the round's steps; false: each takes all, as published.",
+        "Methods with two phases a round share its steps between them; false: each phase takes all, as published.",
         compare="own",
     )
     classifier_start: str = setting(

@@ -62,8 +62,8 @@ class CafeDistillMethod(Method):
     temperature: float = setting(2.0, "τ of distillation.", key="temperature", gt=0)
     conflict: str = setting(
         "clients",
-        "What orders students and slows them down: cosines between the updates of clients, as released, or of each "
-        "student exit and the last exit of a client.",
+        "Conflict that orders students and slows them down: cosines between the updates of clients, as released, or "
+        "between each student exit and the last exit of a client.",
         choices=("clients", "exits"),
     )
     selection: str = setting(
@@ -73,8 +73,8 @@ class CafeDistillMethod(Method):
     )
     match_by: str = setting(
         "updates",
-        "Whether clients are matched by what they made of the classifier in the round, or ('parameters', an ablation) "
-        "by the classifier itself.",
+        "Match clients by the updates of their classifiers in the round, or ('parameters', an ablation) by the "
+        "classifiers themselves.",
         choices=("updates", "parameters"),
     )
     write_back: bool = setting(

@@ -50,7 +50,9 @@ class CafeDistillPrior(Method):
     name: ClassVar[str] = "cafedistill-prior"
     refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
-    classifier_start: str = setting("built", "As for all methods; here updates since it are sent.", choices=("built",))
+    classifier_start: str = setting(
+        "built", "As for all methods; here fixed, since updates from it are sent.", choices=("built",)
+    )
     prior: bool = setting(True, "Add the log of the client's own class shares to its logits, in training and after.")
     mu: float = setting(0.1, "μ of class-wise matching: small = those most like oneself, large = all.", gt=0)
     pull: float = setting(1.0, "Share ρ of the matched classifiers in what a client starts a round from.", ge=0, le=1)

@@ -67,8 +67,9 @@ class CafeDistillText(Method):
     )
     peers: str = setting(
         "all",
-        "Whose classifiers teach a client where depths or modalities differ: last exits of all, of the same network "
-        "only, or of its own last exit those of all who hold it ('deeper': clients send all their classifiers).",
+        "Which classifiers teach a client where depths or modalities differ: last exits of all clients, those of "
+        "clients with the same network, or ('deeper', clients send all classifiers) those of the client's own last "
+        "exit.",
         choices=PEERS,
     )
     similarity_proxy: str = setting(
@@ -97,7 +98,7 @@ class CafeDistillText(Method):
         return super().unread() | (set() if self.is_taught else {"objective_teacher"})
 
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
-        """The last exit's classifier; all classifiers if clients of fewer exits learn from them; none if none teaches."""
+        """The last exit's classifier; all classifiers if ``peers = "deeper"``; nothing if ``teachers = "own"``."""
         if self.teachers == "own":
             return []
         return network.classifier_names() if self.peers == "deeper" else network.head_names(network.num_exits - 1)

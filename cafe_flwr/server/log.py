@@ -70,13 +70,13 @@ class RunLog:
 
     def suspicious(self, server_round: int, reasons: Mapping[int, str]) -> None:
         """Name clients whose influence on others was bounded."""
-        self.warn(server_round, "{} counts for next to nothing with others", reasons)
+        self.warn(server_round, "{} gets almost no weight with other clients", reasons)
 
     def unmoved(self, clients: Iterable[int]) -> None:
         """Warn once of each client that returned its classifier unchanged."""
         for client in sorted(set(clients) - self._unmoved):
             logger.warning(
-                "%s sent its classifier back as it got it: it is like nobody (cosine 0), and gets the mean of all",
+                "%s returned its classifier unchanged: its cosine with all others is 0, and it gets the mean of all",
                 self.directory.label(client),
             )
         self._unmoved |= set(clients)

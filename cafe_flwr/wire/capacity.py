@@ -54,7 +54,9 @@ class ClientSpec:
             raise ValueError(f"names a kind of clients that cannot be read: {error}") from None
         numbers = [kind.num_exits, kind.num_parameters, *kind.macs]
         if not isinstance(kind.name, str) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError("names a kind of clients with a name that is no text, or with numbers that are none")
+            raise ValueError(
+                "names a kind of clients whose name is no text, or with numbers that are not whole and at least 0"
+            )
         return kind
 
     def check(self, shared: Schema, num_exits: int) -> None:

@@ -100,5 +100,5 @@ class NodeInfo:
             kind.check(values["shared"], int(values["num_exits"]))
         fit = len(values["kind_of"]) == len(values["clients"]) and set(values["kind_of"]) <= set(range(len(kinds)))
         if kinds and not (fit and len({kind.name for kind in kinds}) == len(kinds)):
-            raise ValueError("names kinds of clients that do not fit its clients, or one twice")
+            raise ValueError("names kinds of clients that do not fit its clients, or the same kind twice")
         return cls(**values)

@@ -25,7 +25,7 @@ class Bounds:
     )
     max_ratio: float = option(
         100.0,
-        "So many times the median norm of a round's replies is refused too; 0: no bound, else greater than 1.",
+        "Largest norm allowed, as a multiple of the median of the round's replies; 0: no bound, else greater than 1.",
         key="federation.max-update-ratio",
         ge=0,
         compare="all",
@@ -49,7 +49,7 @@ class Privacy:
     )
     upload_clip_norm: float = option(0.0, "C of what a client sends of its own (its head); 0: as clip-norm.", ge=0)
     noise_multiplier: float = option(
-        0.0, "Clients add Gaussian noise of standard deviation so many times C to what they send; 0: none.", ge=0
+        0.0, "σ: clients add Gaussian noise of standard deviation σC to what they send; 0: none.", ge=0
     )
     delta: float = option(1e-5, "δ at which the log states ε.", formerly="privacy-delta", gt=0, lt=1)
     report_metrics: bool = option(True, "Clients report accuracies, losses and similarities, which get no noise.")
