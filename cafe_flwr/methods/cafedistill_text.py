@@ -181,8 +181,7 @@ class CafeDistillText(Method):
     def train(self, task: LocalTask) -> LocalResult:
         """Minimise the local loss, then report the similarity of every student exit to the last exit."""
 
-        mean_loss = task.run(lambda x, y: self.loss(task, x, y))
-        return LocalResult(mean_loss, self._similarity(task))
+        return LocalResult(task.run(lambda x, y: self.loss(task, x, y)), self._similarity(task))
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
         """L_i = CE(z_m, y) + Σ_{k active} [ CE(z_k, y) + λ·τ²·KL( softmax(z̃/τ) ‖ softmax(z_k/τ) ) ].

@@ -8,6 +8,7 @@ client i, round t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -41,11 +42,7 @@ class Ditto(FedAvg):
 
     def train(self, task: LocalTask) -> LocalResult:
         """Train the global model, then the personal one."""
-        network = task.network
-
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            return self.loss(task, x, y)
-
+        network, loss = task.network, partial(self.loss, task)
         received = snapshot(network)
         task.run(loss, part=phase(self, 0))
         trained = snapshot(network)

@@ -8,9 +8,8 @@ client i, round t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
-
-from torch import Tensor
 
 from cafe_flwr.methods.base import Method, phase
 from cafe_flwr.methods.client import LocalResult, LocalTask
@@ -26,9 +25,6 @@ class FedRep(Method):
     def train(self, task: LocalTask) -> LocalResult:
         """Train the classifiers, then the backbone."""
 
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            return self.loss(task, x, y)
-
-        network = task.network
+        network, loss = task.network, partial(self.loss, task)
         task.run(loss, only=network.classifier_names(), part=phase(self, 0))
         return LocalResult(task.run(loss, only=network.shared_names(), part=phase(self, 1)))

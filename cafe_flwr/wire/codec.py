@@ -131,8 +131,3 @@ def read_flat(message: Message, key: str, wire: str) -> NDArray[Any]:
 def ints_of(config: Mapping[str, Any], key: str) -> list[int]:
     """A list of whole numbers, empty if it is missing."""
     return [int(v) for v in config.get(key, [])]
-
-
-def round_of(config: Mapping[str, Any]) -> int:
-    """Number of the round that a message belongs to."""
-    return int(config["server-round"])

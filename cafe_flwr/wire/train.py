@@ -29,7 +29,6 @@ from cafe_flwr.wire.codec import (
     prefixed,
     read_flat,
     record_of,
-    round_of,
 )
 from cafe_flwr.wire.keys import FLAT, METRICS, PROTOCOL, WIRES, Keys
 from cafe_flwr.wire.options import Privacy
@@ -243,8 +242,8 @@ class TrainReply:
             shared, uploads = _arrays(read_flat(message, keys.arrays, expected.wire), clients, expected)
             reports = reports_of(metrics, keys, clients, uploads, expected.num_exits)
             shared = _widened(shared, [report.num_examples for report in reports], expected)
-        notes, wire = notes_of(config), expected.wire
-        return cls(round_of(config), expected.digest, shared, reports, failures, wire, notes, expected.counted)
+        server_round, notes, wire = int(config["server-round"]), notes_of(config), expected.wire
+        return cls(server_round, expected.digest, shared, reports, failures, wire, notes, expected.counted)
 
 
 @dataclass(frozen=True)
