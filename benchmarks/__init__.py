@@ -1,1 +1,1 @@
-"""Benchmarks: every figure a bound speaks of, as ratios in one run. `python -m benchmarks` prints them all."""
+"""Benchmarks of every figure that has a bound. `python -m benchmarks` runs them all."""

@@ -1,4 +1,4 @@
-"""`make demo` as a person runs it: wall clock and memory of all its processes."""
+"""Wall clock of `make demo`, and memory of all its processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.runs import ROOT
 
 
 def _memory(process: psutil.Process) -> tuple[int, int]:
-    """Resident and proportional memory of a process and all it started, in bytes."""
+    """Resident and proportional memory of a process and its descendants, in bytes."""
     resident = proportional = 0
     for one in [process, *process.children(recursive=True)]:
         try:

@@ -1,7 +1,6 @@
-"""The text path: a Transformer on docstrings, personal networks against the single global one, over three seeds.
+"""A Transformer on docstrings: personal networks against a single global one, over three seeds.
 
-The learning rates are the best of 0.002, 0.006 and 0.015 (and 0.03 for the global network) on seed 0, which is not
-counted.
+Learning rates are the best of 0.002, 0.006 and 0.015 (and 0.03 for the global network) on seed 0, which does not count.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What a GPU makes of local training and of early exits, in one call of a few minutes; needs torch and numpy only.
+"""Local training and early exits on a GPU, in one call of a few minutes; needs torch and numpy only.
 
     python -m benchmarks.gpu          on a machine with a CUDA GPU
     python -m benchmarks.gpu --cpu    a tiny version of everything, which only shows that it works
 
-The network is a ResNet-18 as for CIFAR (group norm, an exit after each stage), the data are random images in the shape
-of CIFAR-100's, as pixels on the CPU, as clients have them. The bare loop has its data on the GPU, and nothing around
-forward, backward and step. Both are measured in turn, in one process. Clients that train at a time are processes of
-their own, as the workers of a simulation are; they start together, and the slowest one counts.
+The network is a ResNet-18 for CIFAR (group norm, an exit after each stage); the data are random pixels in the shape of
+CIFAR-100's, on the CPU as at clients. The bare loop, measured in turn with ours in one process, has its data on the GPU
+and nothing but forward, backward and step. Clients that train at the same time are separate processes, like the workers
+of a simulation; they start together, and the slowest one counts.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LOCAL_BOUND, SHARED_BOUND = 0.85, 3.0
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured."""
+    """Sizes of network, data and measurements."""
 
     device: str
     width: int
@@ -82,7 +82,7 @@ class Residual(nn.Module):
 
 
 def resnet18(width: int) -> EarlyExitNetwork:
-    """ResNet-18 without torchvision: the layers of ``cafe_flwr.networks.ResNet18``, but for the norm of its stem."""
+    """ResNet-18 without torchvision: the layers of ``cafe_flwr.networks.ResNet18``, except for the norm of its stem."""
     torch.manual_seed(0)
     stages, exits = [], []
     for k in range(4):
@@ -122,7 +122,7 @@ def ours(name: str, network: EarlyExitNetwork, data: Split, budget: LocalBudget)
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has finished."""
+    """Wait until the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -142,7 +142,7 @@ def seconds_of(runs: dict[str, Callable[[], object]], repeats: int, device: torc
 
 
 def local_training(size: Size) -> bool:
-    """Images per second, and what share of the bare loop's they are."""
+    """Images per second, and their share of the bare loop's."""
     good = True
     for precision in ("float32", "bfloat16"):
         network, data = resnet18(size.width), examples(size)
@@ -166,7 +166,7 @@ def local_training(size: Size) -> bool:
 
 
 def worker(size: Size) -> None:
-    """One client in a process of its own: says that it is ready, waits for a line, trains, says that it has."""
+    """One client in its own process: report that it is ready, wait for a line, train, report the end."""
     torch.set_num_threads(1)
     network, data = resnet18(size.width), examples(size)
     Placement(size.device).place(network)
@@ -184,7 +184,7 @@ def worker(size: Size) -> None:
 
 
 def images_per_second(size: Size, processes: int) -> float:
-    """Of so many clients that train at a time, all together."""
+    """Measure this many clients that train at the same time."""
     command = [sys.executable, "-m", "benchmarks.gpu", "--worker", "--batch", str(size.batch)]
     command += ["--cpu"] if size is TINY else []
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": ROOT}
@@ -213,7 +213,7 @@ def _expect(process: subprocess.Popen[str], word: str) -> None:
 
 
 def clients_together(size: Size) -> bool:
-    """Several clients on one GPU, next to one at a time."""
+    """Several clients on one GPU, compared with one at a time."""
     best = 0.0
     for batch in dict.fromkeys((size.batch, max(1, size.batch // 4))):
         of_batch = Size(**{**vars(size), "batch": batch}) if size is not TINY else size
@@ -231,7 +231,7 @@ def clients_together(size: Size) -> bool:
 
 
 def early_exits(size: Size) -> bool:
-    """The realised speed-up next to that of the multiply-adds, at batch 256 and 1."""
+    """The speed-up of early exits, compared with that in multiply-adds, at batch 256 and 1."""
     if size is not TINY:
         return inference.measure(size.device)
     torch.manual_seed(0)
@@ -247,7 +247,7 @@ def early_exits(size: Size) -> bool:
 
 
 def peak_memory(size: Size) -> bool:
-    """Of a client that trains."""
+    """Peak memory of a client that trains."""
     network, data = resnet18(size.width), examples(size)
     Placement(size.device).place(network)
     device = device_of(network)

@@ -1,4 +1,4 @@
-"""Two hundred rounds on one SuperNode: whether the clients' state folder and the memory of its processes grow."""
+"""Whether the clients' state folder and the memory of processes grow over two hundred rounds on one SuperNode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SETTINGS = (
 
 
 def memory(process: psutil.Process, name: str) -> int:
-    """Resident bytes of those processes it has started whose command line has this name in it."""
+    """Resident bytes of the process's descendants with this name in their command line."""
     total = 0
     for child in process.children(recursive=True):
         try:

@@ -1,4 +1,4 @@
-"""What stopping early saves: the realised speed-up over running everything, against what the multiply-adds promise."""
+"""Speed-up of early exit over running the whole network, compared with the reduction of multiply-adds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def everything(model: EarlyExitNetwork, parts: Iterable[Tensor]) -> None:
 
 
 def speeds(runs: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """How many times as fast as the first each is: medians of ratios within a repeat, which measures all in turn.
+    """Speed-ups over the first: medians of the ratios within a repeat, which measures all in turn.
 
     On the CPU, seconds of work of this thread, the only one there is: what else the machine does does not count.
     """
@@ -72,7 +72,7 @@ def speeds(runs: dict[str, Callable[[], object]], repeats: int, device: str) -> 
 
 
 def measure(device: str) -> bool:
-    """Print the figures of one device; whether they keep the bounds."""
+    """Print the figures of one device; return whether they keep the bounds."""
     torch.manual_seed(0)
     model = network(WIDTH[device], BLOCKS[device]).to(device)
     x = torch.randn(ROWS, 3, SIZE, SIZE, device=device) * torch.rand(ROWS, 1, 1, 1, device=device)
@@ -92,7 +92,7 @@ def measure(device: str) -> bool:
 def measure_batches(
     model: EarlyExitNetwork, early: PerExit, macs: list[int], parts: Sequence[Tensor], repeats: int, bound: float
 ) -> bool:
-    """The same, of batches of one size."""
+    """Print the figures of batches of one size; return whether they keep the bounds."""
     batch, rows = len(parts[0]), torch.cat(list(parts))
     latency = latency_per_exit(model, parts[0], 1 if batch > 1 else 20)
     stages = [b - a for a, b in zip([0.0, *latency], latency, strict=False)]

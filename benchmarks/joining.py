@@ -1,7 +1,7 @@
-"""What joining a finished federation is worth: newcomers against training alone, and against the mean head as it is.
+"""Accuracy of newcomers to a finished federation, compared with training alone and with the mean head untrained.
 
-Clients that no node hosts take no part in the run, and join afterwards. "alone": the same network from the weights that
-all start from, the same loss, batches and steps, nothing from the federation. Methods may be named as arguments.
+Clients that no node hosts take no part in the run, and join afterwards. "alone": the same network from the common
+initial weights, with the same loss, batches and steps, without the federation. Methods may be named as arguments.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def settings_of(method: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def federate(job: dict[str, Any], seed: int, folder: str) -> Path:
-    """Run a federation on all but the last clients of a partition; its results folder."""
+    """Run a federation on all but the last clients of a partition; return its results folder."""
     sys.path.insert(0, str(ROOT))
     from cafe_flwr.app.run import run
     from cafe_flwr.engine import InProcessGrid
@@ -66,7 +66,7 @@ def federate(job: dict[str, Any], seed: int, folder: str) -> Path:
 
 
 def measure(results: Path, epochs: int) -> dict[str, float]:
-    """Mean test accuracy over exits and newcomers, by way of getting a network."""
+    """Mean test accuracy over exits and newcomers, for every way to get a network."""
     from cafe_flwr.app.joining import package_run
     from cafe_flwr.app.parts import build_network, federation
     from cafe_flwr.client.model import ClientModel
@@ -102,7 +102,7 @@ def measure(results: Path, epochs: int) -> dict[str, float]:
 
 
 def train_alone(work: Any, metadata: Any, client: int, data: Any, epochs: int) -> Any:
-    """The whole network from the common start, by the steps and the learning rates of a newcomer."""
+    """The whole network, trained from the common start with the steps and learning rates of a newcomer."""
     from cafe_flwr.core.random import rng_for
     from cafe_flwr.methods import LocalTask
     from cafe_flwr.training import LocalBudget, learning_rate_at

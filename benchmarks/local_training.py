@@ -1,4 +1,4 @@
-"""What the local loop and the federation around it cost, next to the bare forward and backward passes."""
+"""Cost of the local loop and of the federation around it, relative to bare forward and backward passes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESNET_BATCH, RESNET_REPEATS, RESNET_BOUND = 64, 6, 1.15
 
 
 def resnet18() -> bool:
-    """ResNet-18 on data of CIFAR-100's shape, the same loss in the bare loop; whether the bound is kept."""
+    """ResNet-18 on data of CIFAR-100's shape, with the same loss in the bare loop; return whether the bound is kept."""
     torch.manual_seed(0)
     data = Split(torch.randint(256, (RESNET_BATCH, 3, 32, 32), dtype=torch.uint8), torch.randint(100, (RESNET_BATCH,)))
     network = ResNet18((3, 32, 32), num_classes=100)
@@ -45,7 +45,7 @@ def resnet18() -> bool:
     for repeat in range(RESNET_REPEATS + 1):
         row = []
         for function in (bare, ours) if repeat % 2 else (ours, bare):
-            start = time.thread_time()  # of the only thread: what else the machine does does not count
+            start = time.thread_time()  # of this, the only thread: other load does not count
             function()
             row.append(time.thread_time() - start)
         if repeat:  # the first one warms up
@@ -59,7 +59,7 @@ def resnet18() -> bool:
 
 
 def of_the_demo() -> None:
-    """Print how long the demo's local training takes by every method, against its forward and backward alone."""
+    """Print the time of the demo's local training by every method, relative to its forward and backward passes."""
     settings = Settings()
     data = federation(settings).load(0).train
     network = build_network(settings)

@@ -1,12 +1,10 @@
-"""Peak memory of a client that trains, next to what training cannot do without.
+"""Peak memory of a client that trains, compared with the least that training needs.
 
-The bound: network + gradients + momentum + activations of one batch, and 15 %. The activations are the storages that
-autograd keeps for the backward pass of the exits' cross-entropies, each once, the weights left out. On the CPU every
-allocation and release of PyTorch's allocator is in a profile (``profile_memory``), and the largest value of their
-running sum is the peak; on a GPU it is ``torch.cuda.max_memory_allocated``. NumPy's arrays, such as those of a message,
-are not counted, nor is Python. The client is a real one: a ClientApp that gets the messages of a federation, evaluates,
-trains, evaluates, and keeps its personal state. All that its process holds from before, such as the initial weights,
-counts.
+The bound: network + gradients + momentum + activations of one batch, and 15 %. Activations are the storages that
+autograd keeps for the backward pass of the exits' cross-entropies, without the weights. On the CPU the peak is the
+largest running sum of allocations in a profile (``profile_memory``); on a GPU, ``torch.cuda.max_memory_allocated``.
+NumPy's arrays, such as those of a message, and Python are not counted; what the process holds before, such as initial
+weights, is. The client is a ClientApp in a federation: it evaluates, trains, evaluates and keeps its personal state.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ BOUND = 1.15
 
 
 def peak_of(work: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that were allocated on the device while this ran, more than before."""
+    """Peak bytes allocated on the device while this runs, above those allocated before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -65,13 +63,13 @@ def activations_of(network: nn.Module, x: Tensor, y: Tensor) -> int:
 
 
 def needed(network: nn.Module, x: Tensor, y: Tensor) -> dict[str, int]:
-    """Bytes of what training by SGD with momentum cannot do without."""
+    """Bytes that training by SGD with momentum needs at least."""
     weights = sum(p.numel() * p.element_size() for p in network.parameters())
     return {"network": weights, "gradients": weights, "momentum": weights, "activations": activations_of(network, x, y)}
 
 
 def report(what: str, peak: int, parts: dict[str, int]) -> bool:
-    """Print a peak and its bound; whether it is kept."""
+    """Print a peak and its bound; return whether it is kept."""
     total = sum(parts.values())
     words = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
     print(f"{what}: peak memory {peak / 1e6:.0f} MB, {peak / total:.2f} × ({words}) MB (bound {BOUND})")

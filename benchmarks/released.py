@@ -1,10 +1,10 @@
-"""The published protocol on `digit-pairs`: our methods beside what the authors' code gives on the same partitions.
+"""The published protocol on `digit-pairs`: our methods compared with the authors' code on the same partitions.
 
 ``python -m benchmarks.released --seeds 0 1 2 [--ablations] [--methods cafedistill fedper]``
 
 20 clients that all take part, 100 rounds of one local epoch, batch 16, SGD at 0.1 · 0.99^t with momentum 0.9 that stays
-with the client. A line per method and seed: the mean over exits of the accuracy that clients hold, in the last
-round before local training; then the means.
+with the client. It prints the accuracy per method and seed, mean over exits and clients, in the last round before local
+training; then the means.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The server's step of the released form for many clients: a round's plan, similarities, weights, mixtures, S."""
+"""The server's step of `cafedistill` for many clients: a round's plan, similarities, weights, mixtures and S."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def records(rng: np.random.Generator, clients: np.ndarray, server_round: int) ->
 
 
 def past(rng: np.random.Generator, known: np.ndarray) -> Pairs:
-    """S when all of these have met: after a few hundred rounds."""
+    """S after a few hundred rounds, when all of these have met."""
     keys = np.concatenate([(np.int64(low) << 32) | known[i + 1 :] for i, low in enumerate(known.tolist())])
     return Pairs(keys, rng.uniform(-1, 1, len(keys)).astype(np.float32))
 
@@ -56,7 +56,7 @@ def step(task: ServerRound, reports: dict[int, ClientRecord]) -> Conclusion:
 
 
 def added_to_checkpoint(task: ServerRound, done: Conclusion) -> int:
-    """Bytes by which the round makes a checkpoint longer."""
+    """Bytes that the round adds to a checkpoint."""
     before = ServerState("0" * 8, BEFORE, "", np.zeros(1, dtype=np.float32), dict(task.known), None, {}, task.pairs)
     after = replace(before, round=BEFORE + 1, known={**task.known, **done.records}, plan=done.plan, pairs=done.pairs)
     with tempfile.TemporaryDirectory() as folder:

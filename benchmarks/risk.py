@@ -1,4 +1,4 @@
-"""Whether the guarantees of early exits hold: re-splits of a known population, next to Bonferroni and MAPIE.
+"""Whether the guarantees of early exits hold, on re-splits of a known population, compared with Bonferroni and MAPIE.
 
 The population is finite and drawn from with replacement, so true risks are exact counts over it.
 """
@@ -22,7 +22,7 @@ from cafe_flwr.risk.path import count_along, histogram, path_from, quantile_edge
 
 SPLITS, PEOPLE, DELTA = 1000, 5_000, 0.1
 RISKS, SIZES = (0.01, 0.05, 0.1), (200, 1000, 5000)
-BONFERRONI_SPLITS = 200  # of those, compared with the reference, pair by pair
+BONFERRONI_SPLITS = 200  # of the splits are compared with Bonferroni, pair by pair
 
 
 class Population(NamedTuple):
@@ -83,7 +83,7 @@ def setting(people: Population, risk: float, size: int, guarantee: str) -> dict[
 
 
 def simulate() -> bool:
-    """Print the table of all settings; whether every bound held."""
+    """Print the table of all settings; return whether every bound held."""
     allowed = DELTA + 3 * math.sqrt(DELTA * (1 - DELTA) / SPLITS)
     print(
         f"{SPLITS} re-splits per setting, δ = {DELTA}. selective, gap: violations (bound δ + 3 s.e. = {allowed:.3f}); "
@@ -128,14 +128,14 @@ def simulate() -> bool:
 def right_if_left(
     confidence: NDArray[Any], correct: NDArray[np.bool_], x: NDArray[Any], *thresholds: float
 ) -> NDArray[np.float64]:
-    """Of the examples x, positions among all: 1 if right where they leave early, 0 if wrong, NaN if they stay."""
+    """For the examples at positions x: 1 if right where they leave early, 0 if wrong, NaN if they stay."""
     rows = x.ravel().astype(int)
     exits = first_exit(confidence[rows], thresholds)
     return np.where(exits < len(thresholds), correct[rows, exits].astype(float), np.nan)
 
 
 def against_mapie(splits: int = 20) -> bool:
-    """Valid positions of the same path by MAPIE's Learn-then-Test; whether ours include them, and both are alike."""
+    """Compare valid positions of the same path with those by MAPIE's Learn-then-Test."""
     from mapie.risk_control import BinaryClassificationController, BinaryRisk
 
     people, rng, risk, size = population("easy"), np.random.default_rng(1), 0.1, 2000

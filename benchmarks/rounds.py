@@ -1,7 +1,7 @@
-"""What a round costs on devices: SuperLink and three SuperNodes on loopback, beside Flower's plain FedAvg.
+"""Time of a round with a SuperLink and three SuperNodes on loopback, compared with Flower's plain FedAvg.
 
-Both do the same work: evaluate, one step, evaluate. FedAvg is asked without its evaluation phase (one message per node
-and round) and with it (two).
+Both do the same work: evaluate, one step, evaluate. FedAvg runs without its evaluation phase (one message per node and
+round) and with it (two).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ times = ""
 
 
 class Job(NamedTuple):
-    """A run: whose strategy, how many tensors, and whether FedAvg evaluates in a second phase."""
+    """A run: its strategy, number of tensors, and whether FedAvg evaluates in a second phase."""
 
     kind: str
     tensors: int
@@ -70,7 +70,7 @@ def seconds_per_round(deployment: Loopback, folder: Path, job: Job) -> float:
 
 
 def main() -> None:
-    """Print the seconds of all, and the two ratios that have bounds."""
+    """Print the seconds of all runs, and the two ratios that have bounds."""
     plain, phases = Job("plain", 1), Job("plain", 1, 1.0)
     plain_many, ours, ours_many = Job("plain", MANY), Job("ours", 1), Job("ours", MANY)
     seconds: dict[Job, float] = {}

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_in_process(run_config: Mapping[str, Any], num_nodes: int = 2) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run the app in InProcessGrid; its summary and the lines of its rounds."""
+    """Run the app in InProcessGrid; return its summary and the lines of its rounds."""
     sys.path.insert(0, str(ROOT))
     from cafe_flwr.app.run import run
     from cafe_flwr.engine import InProcessGrid

@@ -1,4 +1,4 @@
-"""The server's matching for many clients: similarity, weights, mixtures, as cafedistill-text has it; exact and OSQP."""
+"""Teacher matching of `cafedistill-text` for many clients: similarity, weights and mixtures, exact and by OSQP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Start-up of the client process: what importing the app takes beside torch and Flower alone.
+"""Start-up of the client process: time to import the app, compared with torch and Flower alone.
 
 On a device Flower starts a new process for every message, so a node pays this every round.
 """
@@ -19,7 +19,7 @@ _LINE = re.compile(r"import time:\s*\d+ \|\s*(\d+) \|( *)([\w.]+)")
 
 
 def seconds(statement: str) -> float:
-    """What ``python -X importtime`` counts for the modules that a statement names, with all that they import."""
+    """Import time, by ``python -X importtime``, of the modules that a statement names and all that they import."""
     command = [sys.executable, "-X", "importtime", "-c", statement]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=True, stderr=subprocess.PIPE, text=True)
@@ -28,9 +28,9 @@ def seconds(statement: str) -> float:
 
 
 def main() -> None:
-    """Print both, taken in turns, and the ratio of their medians."""
+    """Print both times, measured in turn, and the ratio of their medians."""
     alone, app = [], []
-    seconds("import client_app")  # what was edited is compiled before the clock runs
+    seconds("import client_app")  # compiles what was edited
     for _ in range(REPEATS):
         alone.append(seconds("import torch, flwr.clientapp"))
         app.append(seconds("import client_app"))

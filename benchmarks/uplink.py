@@ -1,6 +1,6 @@
-"""What travels in float16 instead of float32: bytes and accuracy of cafedistill-text, default job, paired by seed.
+"""Messages in float16 instead of float32: bytes and accuracy of cafedistill-text, default job, paired by seed.
 
-UPLINK_METHOD names another method.
+The environment variable UPLINK_METHOD names another method.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Student coordination: which exits of which clients train in a round (CAFEDistill, arXiv 2601.10015).
 
-:func:`conflict_ramp` and :func:`student_levels` are the rule of the authors' code; :func:`student_budget` and
-:func:`active_exits` that of ``cafedistill-text``, read from the paper's abstract before there was code.
+:func:`conflict_ramp` and :func:`student_levels` follow the authors' code; :func:`student_budget` and
+:func:`active_exits` follow the paper's abstract, for ``cafedistill-text``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ SELECTIONS = ("shallow-first", "deep-first", "random", "none")
 def student_budget(server_round: int, num_rounds: int, num_students: int) -> int:
     """N_t = ceil(R(t) · students) with the ramp R(t) = min(2t/T, 1), in exact integer arithmetic.
 
-    Of round t = 1..T and (m − 1) · n_t students, the student exits of all participants.
+    ``server_round`` is t = 1..T; ``num_students`` is (m − 1) · n_t, the student exits of all participants.
 
     Examples
     --------
@@ -42,9 +42,9 @@ def active_exits(
 ) -> NDArray[np.bool_]:
     """Student exits that train in this round.
 
-    The budget of :func:`student_budget` is filled depth by depth: exit 1 of all clients, then exit 2, and so on;
-    within the depth that is filled only in part, the clients whose exit conflicts least with their last exit
-    (highest similarity) come first. Ties go to the client that comes first.
+    The budget of :func:`student_budget` is filled depth by depth: exit 1 of all clients, then exit 2, and so on.
+    Within a depth that is filled only in part, clients whose exit conflicts least with their last exit (highest
+    similarity) come first; ties go to the client with the lower index.
 
     Parameters
     ----------
@@ -59,11 +59,11 @@ def active_exits(
     rng
         Random generator, needed by ``"random"`` only.
     there
-        (n, m−1) bool: which students there are, where clients hold different numbers of exits; by default all.
+        (n, m−1) bool: which students exist, where clients hold different numbers of exits; by default all.
 
     Returns
     -------
-    (n, m−1) bool: True where exit k of client i trains. From t = T/2 on all that are there are True.
+    (n, m−1) bool: True where exit k of client i trains. From t = T/2 on, all that exist train.
 
     Examples
     --------
@@ -108,8 +108,8 @@ def active_exits(
 def conflict_ramp(server_round: int, num_rounds: int, num_exits: int, conflict: float) -> float:
     """R = clip( (2t/T)·(1 − 1/m) + conflict, 0, 1 − 1/m ): the share of all exits that may train as students.
 
-    Of rounds 1..T, where the formula's t is one less, and 0 in the first round. The conflict is the mean over all pairs
-    (i, j) of participants of min(S_ij, 0): 0 or less, it slows the ramp down.
+    Here t = ``server_round`` − 1, so R is 0 in the first round. The conflict is the mean of min(S_ij, 0) over all pairs
+    (i, j) of participants; being 0 or less, it slows the ramp down.
 
     Examples
     --------
@@ -128,16 +128,16 @@ def student_levels(levels: ArrayLike, share: float, agreement: ArrayLike) -> NDA
     """The level of every participant: its deepest exit that trains as a student, counted from 0.
 
     The budget B = ⌊R·m·n⌋, with the share R of :func:`conflict_ramp`, goes to exit 0 of all participants, then to exit
-    1, …; where it does not reach for all, those with the least conflict get the exit and the others keep the level they
-    had. Ties go to the client that comes first.
+    1, …; where it is not enough for all, participants with the least conflict get the exit and the others keep their
+    level. Ties go to the client with the lower index.
 
     Parameters
     ----------
     levels
-        (n,) ℓ_i so far, 0..m−2; the result is likewise.
+        (n,): the levels ℓ_i so far, 0..m−2. The result has the same form.
     agreement
-        (n, m−1): 0 or less; the larger, the less client i's exit k is in conflict. As released, the column sums
-        Σ_j min(S_ij, 0), the same for every exit.
+        (n, m−1), 0 or less: the larger, the less exit k of client i is in conflict. The authors' code uses the column
+        sums Σ_j min(S_ij, 0), the same for every exit.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What inference costs: multiply-adds up to every exit, and on average over examples."""
+"""Cost of inference in multiply-adds: up to every exit, and on average over examples."""
 
 from __future__ import annotations
 
@@ -10,18 +10,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from cafe_flwr.metrics.curve import CostCurve, accuracy_macs_curve, area_under_curve
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.statistics import evaluating
-
-__all__ = [
-    "CostCurve",
-    "accuracy_macs_curve",
-    "area_under_curve",
-    "expected_macs",
-    "macs_per_exit",
-    "macs_without_early_exits",
-]
 
 
 def macs_per_exit(network: EarlyExitNetwork, example: Tensor) -> list[int]:
@@ -33,14 +23,14 @@ def macs_per_exit(network: EarlyExitNetwork, example: Tensor) -> list[int]:
     Parameters
     ----------
     network
-        In evaluation mode or not, it is left as it is.
+        Left unchanged, its mode included.
     example
         One batch, (B, …), B ≥ 1; the result is per example.
 
     Raises
     ------
     ValueError
-        If the batch is empty, or the network computes with operations that are not counted.
+        If the batch is empty, or the network has layers whose operations are not counted.
 
     Examples
     --------
@@ -70,7 +60,7 @@ def macs_without_early_exits(network: EarlyExitNetwork, example: Tensor) -> int:
 def expected_macs(exit_shares: ArrayLike, macs: Sequence[int]) -> float:
     """Σ_k r_k C_k: mean MACs, from the share of the examples that leaves at each exit (docs/method.md).
 
-    ValueError if the shares are not one per exit, from 0 up, of sum 1.
+    Raises ValueError unless there is one share per exit, all are 0 or more and they sum to 1.
 
     Examples
     --------
@@ -108,7 +98,7 @@ def _macs_of_parts(network: EarlyExitNetwork, example: Tensor) -> tuple[list[int
 
 
 def _check_counted(k: int, stage: nn.Module, macs: int) -> None:
-    """ValueError if a stage computes what is not counted: recurrent layers, or with matrices and still nothing."""
+    """ValueError if a stage has layers that are not counted: recurrent ones, or weight matrices with no MACs at all."""
     kinds = {
         type(module).__name__
         for module in stage.modules()
@@ -128,7 +118,7 @@ def _check_counted(k: int, stage: nn.Module, macs: int) -> None:
 
 @contextmanager
 def _all_counted() -> Iterator[None]:
-    """Multi-head attention in the parts that are counted: in evaluation it is else one operation that is not."""
+    """Compute attention in parts that are counted; in evaluation mode torch else fuses it into one that is not."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

@@ -1,4 +1,4 @@
-"""An exported network on a device: it stops early, and needs numpy and onnxruntime only."""
+"""Run an exported early-exit network on a device, with numpy and onnxruntime only."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _NEEDED = {
 
 
 class Predictions(NamedTuple):
-    """What an exported network says about a batch.
+    """Predictions for a batch.
 
-    ``labels`` are (B,) int64, 0..C−1; ``exits`` (B,) int64, where each row left, 0..m−1; ``confidence`` (B,) float32,
-    the largest probability there, after the exit's temperature.
+    ``labels`` are (B,) int64, 0..C−1; ``exits`` (B,) int64, the exit at which each row left, 0..m−1; ``confidence``
+    (B,) float32, the largest probability there, after the exit's temperature.
     """
 
     labels: NDArray[np.int64]
@@ -45,9 +45,9 @@ class ExitedModel:
     Parameters
     ----------
     folder
-        Of the export. Its files are checked against their sha256.
+        Folder of the export. Its files are checked against their sha256.
     threads
-        Of onnxruntime; 0: as many as there are cores.
+        Threads of onnxruntime; 0 for one per core.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class ExitedModel:
     class_names
         In the order of the labels.
     input_shape
-        Of one input.
+        Shape of one input, without the batch axis.
     thresholds
         (m−1,): a row leaves where its confidence is at least this; inf: never.
 
@@ -97,7 +97,7 @@ class ExitedModel:
         Parameters
         ----------
         x
-            (B, …) in the shape and dtype of the example that was exported; B = 1 for a single input, B = 0 is allowed.
+            (B, …), B ≥ 0, in the shape and dtype of the example that was given to the export.
 
         Raises
         ------
@@ -141,14 +141,14 @@ class ExitedModel:
 
 
 def load(folder: Path | str, threads: int = 0) -> ExitedModel:
-    """An exported network, ready to run; as ``ExitedModel(folder, threads)``.
+    """The same as ``ExitedModel(folder, threads)``.
 
     Examples
     --------
     >>> load("no/such/folder")
     Traceback (most recent call last):
     ...
-    ValueError: no/such/folder has no manifest.json: it is no exported network; write one with cafe-flwr export
+    ValueError: no/such/folder has no manifest.json: it is not an exported network; write one with cafe-flwr export
     """
     return ExitedModel(folder, threads)
 
@@ -165,7 +165,7 @@ def _confidence(logits: NDArray[np.float32], temperature: np.float32, rows: NDAr
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"{folder} has no {MANIFEST}: it is no exported network; write one with cafe-flwr export")
+        raise ValueError(f"{folder} has no {MANIFEST}: it is not an exported network; write one with cafe-flwr export")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -23,17 +23,14 @@ CLIENT_APP_RAISED = 2  # Flower's error code for a ClientApp that raised an exce
 class InProcessGrid(Grid):
     """Runs a ClientApp on simulated nodes in this process, one message after the other.
 
-    Messages reach the ClientApp as it would get them from Flower; an exception in it becomes an error reply, as in
-    Flower. Nodes keep their own context between messages.
+    As in Flower, an exception in the ClientApp becomes an error reply, and nodes keep their context between messages.
 
     Parameters
     ----------
-    client_app
-        The app to run.
+    client_app, run_config
+        The app to run, and the run config that its nodes see.
     num_nodes
         Number of nodes; node p has ``partition-id = p`` in its node config.
-    run_config
-        The run config that the nodes see.
     node_config
         Further keys for every node's config.
 
@@ -92,7 +89,7 @@ class InProcessGrid(Grid):
         return list(self.contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Run every message at once; the replies wait to be pulled."""
+        """Run the messages; their replies wait to be pulled."""
         ids = []
         for message in messages:
             self._count += 1
@@ -125,5 +122,5 @@ class InProcessGrid(Grid):
 
 
 def _copy(record: Any) -> Any:
-    """What a client does to a record must not reach the server; arrays are bytes, which nobody can change."""
+    """A record whose changes by a client do not reach the server; arrays hold immutable bytes and need no copy."""
     return ConfigRecord(dict(record)) if isinstance(record, ConfigRecord) else record

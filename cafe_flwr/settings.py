@@ -1,4 +1,4 @@
-"""All settings of a run: declared in the rooms that read them, put together and checked here before the first round."""
+"""All settings of a run: declared by the subpackages that read them, collected and checked before the first round."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from cafe_flwr.training.objectives.registry import OBJECTIVES
 from cafe_flwr.training.options import LocalBudget, Schedule, check_training
 from cafe_flwr.wire.options import Bounds, Privacy
 
-# Of everything that people write by hand: kebab-case names, no unknown ones, no conversion of types.
+# For everything that people write by hand: kebab-case names, no unknown ones, no conversion of types.
 STRICT = ConfigDict(
     alias_generator=kebab,
     validate_by_name=True,
@@ -38,7 +38,6 @@ STRICT = ConfigDict(
     use_attribute_docstrings=True,
     allow_inf_nan=False,
 )
-
 
 _SECTIONS = (
     *(Run, ObjectiveName, Federation, Bounds, Privacy, Data, Heterogeneity, Model),
@@ -73,11 +72,11 @@ def _former() -> dict[str, tuple[str, ...]]:
 
 
 FORMER: Mapping[str, tuple[str, ...]] = _former()
-"""Mapping from a name that a setting had before there were tables to its key now; two where two objectives read it."""
+"""Today's keys by the name that a setting had before there were tables; two where two objectives read it."""
 
 
 def _read_when() -> dict[str, Mapping[str, Sequence[Any]]]:
-    """When an option is read: keys, and values of theirs."""
+    """For every option, the values that other settings must have for it to be read."""
     of_methods = {name: {o.key for o in options_of(method)} for name, method in METHODS.items()}
     found: dict[str, Mapping[str, Sequence[Any]]] = {}
     for key, o in OPTIONS.items():
@@ -91,7 +90,7 @@ READ_WHEN = _read_when()
 
 
 def _whole(value: Any) -> Any:
-    """A choice among numbers is compared as ``==`` does, for which 1.0 and True are 1."""
+    """Refuse 1.0 and True in a choice among numbers, which pydantic compares by ``==``."""
     if type(value) is not int:
         raise ValueError("it should be a whole number")
     return value
@@ -134,8 +133,8 @@ Wanted = TypeVar("Wanted")
 class Settings(_Declared):
     """Settings of a run: ``settings.seed``, and those in tables as ``settings.federation.fraction_train``.
 
-    In ``pyproject.toml``, in experiments and on the command line the names are kebab-case, and tables are tables or a
-    dot: ``federation.fraction-train``.
+    In ``pyproject.toml``, in experiments and on the command line names are kebab-case, and tables are nested or written
+    with a dot: ``federation.fraction-train``.
 
     Examples
     --------
@@ -150,14 +149,10 @@ class Settings(_Declared):
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Any]) -> Settings:
-        """Read settings from a run config: kebab-case keys, tables nested or with a dot.
+        """Read settings from a run config; names from before there were tables are still read, with a warning.
 
-        Names from before there were tables are read, too, with a line in the log.
-
-        Raises
-        ------
-        ValueError
-            Naming every key that is unknown (with the nearest known one), has the wrong type or an impossible value.
+        Raises ValueError naming every key that is unknown (with the nearest known one), has the wrong type or an
+        invalid value.
         """
         try:
             return cls.model_validate(nested(todays(run_config)), by_alias=True, by_name=False)
@@ -177,7 +172,7 @@ class Settings(_Declared):
         return getattr(getattr(self, to_snake(table)) if table else self, to_snake(name))
 
     def of(self, declared: type[Wanted], **instead: Any) -> Wanted:
-        """The options of a part, as the dataclass that declares them; ``instead`` stands in the place of some."""
+        """The options of a part, as the dataclass that declares them; ``instead`` replaces some of them."""
         return declared(**{**{o.field: self.value(o.key) for o in options_of(declared)}, **instead})
 
     @model_validator(mode="after")
@@ -208,7 +203,7 @@ class Settings(_Declared):
         return self.of(LocalBudget, **({} if self.train.optimizer == "sgd" else {"momentum": 0.0}))
 
     def not_read(self) -> dict[str, str]:
-        """Keys that no chosen part reads, and what would, in words."""
+        """Keys that no chosen part reads, each with a sentence on what would read it."""
         found = {}
         for key, conditions in READ_WHEN.items():
             for other, values in conditions.items():
@@ -218,7 +213,7 @@ class Settings(_Declared):
         return found
 
     def unread(self) -> dict[str, str]:
-        """Keys that are not at their defaults although nothing reads them, and what would, in words."""
+        """Keys that are not at their defaults although nothing reads them, with the sentences of :meth:`not_read`."""
         return {key: why for key, why in self.not_read().items() if self.value(key) != OPTIONS[key].default}
 
     def check_read(self) -> None:
@@ -238,7 +233,7 @@ class Settings(_Declared):
 
 
 def _disagreements(s: Settings) -> Iterator[str]:
-    """What the parts say against each other, each one well formed."""
+    """Contradictions between settings that are each valid."""
     method = s.build_method()
     if s.federation.min_train_nodes > s.num_clients:
         yield (
@@ -277,12 +272,10 @@ def _among(value: Any, values: Sequence[Any]) -> bool:
 
 
 def todays(run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run config under today's keys, not checked: tables become dots, and names from before there were tables keys.
+    """A run config under today's keys, with a dot for tables; names and values are not checked.
 
-    Raises
-    ------
-    ValueError
-        If a setting is there twice, such as under its name of before and its name of today, or a table is a value.
+    Raises ValueError if a setting is given twice, for example by its former and its present name, or a table is given
+    as a value.
 
     Examples
     --------
@@ -316,7 +309,7 @@ def todays(run_config: Mapping[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=64)
 def _tell_former(names: tuple[tuple[str, str], ...]) -> None:
-    """One line, once in a process, on names that are not read for ever."""
+    """Warn, once per process, of former names, which will not be read for ever."""
     pairs = [f"{name!r} is {now}" for name, now in names[:8]]
     more = f" and {len(names) - len(pairs)} more" * (len(names) > len(pairs))
     said = "Settings have other names now, and this release is the last to read the old ones"
@@ -341,7 +334,7 @@ def _explain(detail: Any) -> str:
 
 
 def _nearest(key: str) -> str | None:
-    """The key most like a name: like the key, like its name in its table, or like the one that it had before."""
+    """The key most like a name, compared with whole keys, their names in their tables and their former names."""
     names = {name: k for k, o in OPTIONS.items() for name in (k.rpartition(".")[2], o.formerly) if name}
     names |= {k: k for k in OPTIONS}
     table, _, name = key.rpartition(".")

@@ -1,4 +1,4 @@
-"""Teacher matching: who teaches whom, and with which head (CAFEDistill, arXiv 2601.10015; docs/method.md)."""
+"""Teacher matching: how much each client learns from every other (CAFEDistill, arXiv 2601.10015; docs/method.md)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TEACHERS = ("matched", "uniform", "own")
 def cosine_similarity(rows: ArrayLike) -> NDArray[np.float64]:
     """Cosine of every pair of rows, (n, d) → (n, n). A row of zeros is similar to nothing, itself included.
 
-    Rows of float32 are multiplied as such, twice as fast; everything else in float64.
+    Rows of float32 are multiplied in float32, which is twice as fast, all others in float64.
 
     Examples
     --------
@@ -55,16 +55,15 @@ def teacher_weights(similarity: ArrayLike, prior: ArrayLike, mu: float, solver: 
 
     w_i = argmin_{w ∈ Δ}  −Σ_j s_ij w_j + μ ‖w − p‖²
 
-    The Hessian is 2μI, so w_i is the projection of p + s_i/(2μ) onto the simplex: ``solver="exact"`` does that for
-    all clients in one call. Any other name is a solver of `qpsolvers`, one call per client: the independent check,
-    and the place for richer QPs.
+    The Hessian is 2μI, so w_i is the projection of p + s_i/(2μ) onto the simplex: ``solver="exact"`` computes it for
+    all clients in one call. Any other name is a solver of `qpsolvers`, called once per client, as an independent check.
 
     Parameters
     ----------
     similarity
-        (n, n), s_ij: how similar client j's last exit is to client i's. Fewer rows give the weights of those clients.
+        (n, n), s_ij: how similar client j's last exit is to client i's. With fewer rows, the weights of those clients.
     prior
-        (n,) shares of the data, p_j = n_j/Σn; or (n, n), one prior a row.
+        (n,) shares of the data, p_j = n_j/Σn; or (n, n), one prior per row.
     mu
         Pull towards the prior, ≥ 0. At 0 a client learns from the most similar one (itself); at infinity w = p.
     solver
@@ -116,7 +115,7 @@ def check_solver(solver: str, key: str = "solver") -> None:
 
 
 def simplex_qp(hessian: ArrayLike, linear: ArrayLike, solver: str = "osqp") -> NDArray[np.float64] | None:
-    """argmin_{w ∈ Δ} ½ wᵀHw + qᵀw by a solver that `qpsolvers` finds installed; None if it finds none.
+    """argmin_{w ∈ Δ} ½ wᵀHw + qᵀw by a solver that `qpsolvers` finds installed; None if it finds no solution.
 
     H is (n, n), positive semidefinite, q (n,).
 
@@ -152,7 +151,7 @@ def _solve_with(solver: str, s: NDArray[np.float64], p: NDArray[np.float64], mu:
     weights = np.empty_like(s)
     for i in range(len(s)):
         w = simplex_qp(hessian, -(s[i] + 2.0 * mu * p[i]), solver)
-        if w is None:  # at extreme values of mu; the projection is exact whatever they are
+        if w is None:  # at extreme values of mu, where the projection is still exact
             warnings.warn(f"{solver} found no teacher weights for row {i}: the exact ones are used", stacklevel=3)
             w = teacher_weights(s[i : i + 1], p[i], mu)[0]
         weights[i] = w

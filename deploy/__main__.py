@@ -25,7 +25,7 @@ Insecure = Annotated[bool, typer.Option("--insecure", help="No TLS and no authen
 Start = Annotated[bool, typer.Option("--start", help="Start it here, rather than print the command.")]
 EnvFile = Annotated[bool, typer.Option("--env-file", help="Print the file of settings for systemd and Compose.")]
 CREDENTIALS = Path("/etc/cafe-flwr")
-_MAX_LOG = 100_000  # what goes wrong at the start is said at the start
+_MAX_LOG = 100_000  # characters from the start of the log, where failures to start are reported
 
 
 @app.command()
@@ -99,7 +99,7 @@ def superlink(
     folder: Folder = CREDENTIALS,
     host: Annotated[str, typer.Option(help="Where it listens.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Its port.")] = 8000,
-    database: Annotated[Path, typer.Option(help="Its state.")] = Path("superlink.sqlite"),
+    database: Annotated[Path, typer.Option(help="File of its state.")] = Path("superlink.sqlite"),
     insecure: Insecure = False,
     start: Start = False,
     env_file: EnvFile = False,
@@ -131,10 +131,7 @@ def supernode(  # noqa: PLR0913 (the options of the command)
     config |= {key: str(path.resolve()) for key, path in (("data-dir", data_dir), ("state-dir", state_dir)) if path}
     key = folder.resolve() / "nodes" / f"{node}.key"
     authority = folder.resolve() / CA_CERTIFICATE
-    if insecure:
-        options = SuperNodeOptions(superlink, None, None, config, port)
-    else:
-        options = SuperNodeOptions(superlink, authority, key, config, port)
+    options = SuperNodeOptions(superlink, None if insecure else authority, None if insecure else key, config, port)
     try:
         if env_file:
             _no_env_file_without_security(insecure)
@@ -149,7 +146,7 @@ def supernode(  # noqa: PLR0913 (the options of the command)
 def check(
     keep: Annotated[Path | None, typer.Option(help="An empty folder for logs and results, which stays.")] = None,
 ) -> None:
-    """Deploy on this machine's loopback, break it, and say what was promised and what happened (some minutes)."""
+    """Deploy on this machine's loopback, cause faults, and say what was promised and what happened (some minutes)."""
     from deploy.check import run_check
 
     sys.exit(run_check(keep))
@@ -172,7 +169,7 @@ def _show_or_start(command: Sequence[str], start: bool, insecure: bool) -> None:
 
 
 def _run(command: Sequence[str]) -> int:
-    """Run a program, show what it prints, and say what it means if it ends by itself."""
+    """Run a program, show its output, and explain it if the program ends by itself."""
     log, asked = "", False
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
 
@@ -193,7 +190,7 @@ def _run(command: Sequence[str]) -> int:
 
 
 def _flower(name: str) -> str:
-    """One of Flower's commands: of this Python environment, else of the PATH."""
+    """One of Flower's commands, from this Python environment or else from the PATH."""
     own = Path(sys.executable).with_name(name)
     return str(own) if os.access(own, os.X_OK) else name
 

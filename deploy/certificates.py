@@ -1,6 +1,6 @@
-"""A certificate authority, the SuperLink's certificate, and the keys by which SuperNodes are known.
+"""Makes a certificate authority, the SuperLink's certificate, and the keys that authenticate SuperNodes.
 
-All are on the NIST curve P-384: Flower takes no other kind of key for nodes. A folder of credentials holds
+All keys are on the NIST curve P-384, the only kind that Flower takes for nodes. A folder of credentials holds
 
 - ``ca.key``, ``ca.crt``: the authority. Its key signs further server certificates and is needed for nothing else.
 - ``server.key``, ``server.pem``: the SuperLink's.
@@ -31,12 +31,10 @@ _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 def make_authority(folder: Path, *, overwrite: bool = False) -> Path:
-    """Make a certificate authority; the path of its certificate, which every machine gets.
+    """Make a certificate authority and return the path of its certificate, which every machine gets.
 
-    Raises
-    ------
-    ValueError
-        If the folder is that of a Python project, or has an authority already and ``overwrite`` is not set.
+    Raises ValueError if the folder is that of a Python project, or has an authority already and ``overwrite`` is not
+    set.
     """
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "cafe-flwr certificate authority")])
@@ -51,22 +49,12 @@ def make_authority(folder: Path, *, overwrite: bool = False) -> Path:
 
 
 def make_server_certificate(folder: Path, hosts: Sequence[str], *, days: int = 365, overwrite: bool = False) -> Path:
-    """Make the SuperLink's certificate, signed by the folder's authority; its path.
+    """Make the SuperLink's certificate, signed by the folder's authority and valid for 1 to 825 days; return its path.
 
-    Parameters
-    ----------
-    folder
-        The folder of credentials.
-    hosts
-        Names and IP addresses by which nodes and users will call the SuperLink; no others are accepted by them.
-    days
-        How long it is valid, 1 to 825.
+    ``hosts`` are the names and IP addresses by which nodes and users will call the SuperLink; they accept no others.
 
-    Raises
-    ------
-    ValueError
-        If there is no authority, a host is neither a name nor an address, or there is a certificate already and
-        ``overwrite`` is not set.
+    Raises ValueError if there is no authority, a host is neither a name nor an address, or there is a certificate
+    already and ``overwrite`` is not set.
     """
     if not hosts:
         raise ValueError("the SuperLink's certificate needs at least one host name or IP address: --host NAME")
@@ -93,12 +81,9 @@ def make_server_certificate(folder: Path, hosts: Sequence[str], *, days: int = 3
 
 
 def make_node_key(folder: Path, name: str, *, overwrite: bool = False) -> Path:
-    """Make the key pair of a SuperNode; the path of its private key, beside which the public one lies as ``.pub``.
+    """Make the key pair of a SuperNode and return the path of the private key; the public one is beside it, ``.pub``.
 
-    Raises
-    ------
-    ValueError
-        If the name cannot be a file's, or there is such a key already and ``overwrite`` is not set.
+    Raises ValueError if the name cannot be a file's, or there is such a key already and ``overwrite`` is not set.
     """
     if not _NODE_NAME.fullmatch(name):
         raise ValueError(f"a node's name is up to 63 letters, digits, '.', '_' and '-', got {name!r}")
@@ -165,7 +150,7 @@ def _pem(part: ec.EllipticCurvePrivateKey | x509.Certificate) -> bytes:
 
 
 def _write_pair(private: Path, secret: bytes, public: Path, content: bytes, overwrite: bool) -> None:
-    """Write a private key, readable by its owner alone, and what goes with it; both or neither where one exists."""
+    """Write a private key, readable by its owner alone, and its public counterpart; neither if one exists already."""
     folder = private.parent.resolve()
     if project := next((f for f in (folder, *folder.parents) if (f / "pyproject.toml").exists()), None):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The check of a deployment: real processes on loopback, faults, and a table of what was promised and what happened."""
+"""The check of a deployment: real processes on loopback, faults, and a table of promises and what happened."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _SAME = ("participants", "left_out", "accuracy_per_exit", "accuracy_per_exit_aft
 
 
 class NotKept(Exception):
-    """A promise was not kept; what happened in its place."""
+    """A promise was not kept; the message says what happened instead."""
 
 
 class NotTried(Exception):
-    """A promise could not be tried on this machine, and why."""
+    """A promise could not be tried on this machine; the message says why."""
 
 
 class Outcome(NamedTuple):
@@ -55,7 +55,7 @@ class Check:
         self.run = 0
 
     def steps(self) -> list[tuple[str, Callable[[], str]]]:
-        """What is promised, and the function that sees to it."""
+        """Every promise, with the function that tries it."""
         return [
             ("Private keys can be read by their owner alone; the bundle has none", self.keys),
             (f"{CLIENTS} SuperNodes with registered keys join over TLS", self.join),
@@ -88,7 +88,7 @@ class Check:
         return f"{len(keys)} keys of mode 600"
 
     def join(self) -> str:
-        """Three nodes, by the gate where there is one; and two that must not be let in."""
+        """Start three nodes, by the gate where there is one, and two that must be refused."""
         deployment = self.deployment
         address = None
         if nginx := shutil.which("nginx", path="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"):
@@ -112,7 +112,7 @@ class Check:
         return _refused(self.deployment.nodes["unregistered"], "code: 2004")
 
     def gate(self) -> str:
-        """A user at the gate is sent away."""
+        """Call the gate as a user."""
         gate = self.deployment.gate
         if gate is None:
             raise NotTried("not tried: nginx is not installed here")
@@ -139,7 +139,7 @@ class Check:
         return f"round 1 with clients {', '.join(map(str, record['participants']))}"
 
     def kill_server_app(self) -> str:
-        """Kill it while clients are at work."""
+        """Kill the ServerApp while clients train."""
         self.deployment.nodes["node-0"].wait_for_app()
         self.deployment.superlink.wait_for_app().kill()
         with contextlib.suppress(RuntimeError):  # it may have noticed by itself
@@ -150,7 +150,7 @@ class Check:
         return f"{status}; {self._resume(2)}"
 
     def kill_superlink(self) -> str:
-        """Kill it while clients are at work."""
+        """Kill the SuperLink while clients train."""
         deployment = self.deployment
         deployment.nodes["node-0"].wait_for_app()
         deployment.superlink.kill()
@@ -250,9 +250,9 @@ class Check:
 
 
 def run_check(keep: Path | None = None, console: Console | None = None) -> int:
-    """Run the check, print its table; 1 if a promise was not kept, 130 if it was interrupted, else 0.
+    """Run the check and print its table; return 1 if a promise was not kept, 130 if it was interrupted, else 0.
 
-    Logs, credentials and results go to ``keep``, an empty folder, and stay; without one to a temporary folder.
+    Logs, credentials and results go to ``keep``, an empty folder, or by default to a temporary one.
     """
     console = console or Console()
     if keep is not None and keep.exists() and any(keep.iterdir()):
@@ -310,7 +310,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _refused(node: SuperNode, words: str) -> str:
-    """Wait until a node has ended, with these words; their meaning."""
+    """Wait until a node has ended with these words in its log, and return their meaning."""
     with contextlib.suppress(TimeoutError):
         wait_for(lambda: not node.alive or node.online or None, 90, f"the end of {node.name}")
     log = node.log()
@@ -334,7 +334,7 @@ def _state(folder: Path, client: int, server_round: int) -> Path:
 
 @contextlib.contextmanager
 def _terminated_is_interrupted() -> Iterator[None]:
-    """SIGTERM and SIGHUP do as Ctrl-C does, and what is then being ended is not interrupted again."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C, and ignore further signals while processes are being ended."""
     signs = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
     def interrupt(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""The commands that start Flower's two parts, and the connection that users have to them."""
+"""The commands that start a SuperLink or a SuperNode, and the connection that users need."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class SuperLinkOptions:
         Folder with the SuperLink's certificate and key and the authority's certificate. None: no TLS, and any node may
         join.
     host, port
-        Where it listens. Nodes and users come to the same port.
+        Where it listens; nodes and users call the same port.
     database
-        Its state; with it, nodes and their keys are known again after a restart. None: in memory.
+        File of its state, with which it knows nodes and their keys after a restart. None: in memory.
     """
 
     credentials: Path | None
@@ -31,7 +31,7 @@ class SuperLinkOptions:
     database: Path | None = None
 
     def command(self) -> list[str]:
-        """The command line; apps run in the environment it is started in, nothing is installed for them."""
+        """The command line; apps run in the environment in which it is started, and nothing is installed for them."""
         security = ["--insecure"]
         if self.credentials is not None:
             security = [
@@ -56,11 +56,11 @@ class SuperNodeOptions:
     authority
         The certificate of the authority that signed the SuperLink's. None: no TLS.
     key
-        The node's private key. None: the node is known by nothing.
+        The node's private key. None: the node does not authenticate.
     config
         Its node-config: clients, data-dir, state-dir, name.
     port
-        Of loopback, for the node's own processes; each node of a machine needs another.
+        Of loopback, for the node's own processes; different for each node of a machine.
     """
 
     superlink: str
@@ -80,10 +80,7 @@ class SuperNodeOptions:
 def node_config(config: Mapping[str, str | int | float | bool]) -> str:
     """A node-config as Flower reads it.
 
-    Raises
-    ------
-    ValueError
-        If a name or a value cannot be written in it.
+    Raises ValueError if a name or a value cannot be written in it.
 
     Examples
     --------
@@ -117,10 +114,7 @@ def superlink_environment(options: SuperLinkOptions) -> str:
 def node_environment(node: str, options: SuperNodeOptions) -> str:
     """The file of settings that the unit ``cafe-supernode@<node>`` and the Compose file read.
 
-    Raises
-    ------
-    ValueError
-        If there is no folder of data, or a value cannot be written in such a file.
+    Raises ValueError if the config has no data-dir, or a value cannot be written in such a file.
     """
     if not options.config.get("data-dir"):
         raise ValueError("the units need the folder of the clients' data: --data-dir")

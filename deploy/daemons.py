@@ -1,4 +1,4 @@
-"""The processes of a deployment on loopback: SuperLink, SuperNodes, gate; started, killed by -9, started again."""
+"""The processes of a deployment on loopback (SuperLink, SuperNodes, gate), which can be killed and restarted."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from deploy.certificates import CA_CERTIFICATE
 from deploy.commands import SuperLinkOptions
 
 MARK = "CAFE_FLWR_LOOPBACK"
-"""In the environment of all processes of a deployment."""
+"""Environment variable that marks all processes of a deployment."""
 _RESTART_SECONDS = 5.0  # between two starts, as in the systemd unit
 T = TypeVar("T")
 
 
 class Daemon:
-    """A process of the deployment, its log, and what it has started.
+    """A process of the deployment, with its log and the processes it has started.
 
     Attributes
     ----------
@@ -46,7 +46,7 @@ class Daemon:
         self._log_start = 0
 
     def start(self) -> None:
-        """Start it, and go on at once; its log is appended to."""
+        """Start it without waiting; its log is appended to."""
         self._log_start = self.path.stat().st_size if self.path.exists() else 0
         with open(self.path, "ab") as output:
             self.process = subprocess.Popen(
@@ -65,7 +65,7 @@ class Daemon:
         return self.process is not None and self.process.poll() is None
 
     def kill(self) -> None:
-        """Kill the process itself, by signal 9; what it had started is left to notice."""
+        """Kill the process itself with SIGKILL, but not the processes it has started."""
         self._send(signal.SIGKILL)
 
     def stop(self) -> None:
@@ -79,7 +79,7 @@ class Daemon:
         return self.path.read_bytes()[0 if all_starts else self._log_start :].decode(errors="replace")
 
     def apps(self) -> list[psutil.Process]:
-        """The processes of apps (ServerApp, ClientApp) that it runs now."""
+        """The running processes of its apps (ServerApp, ClientApp)."""
         return [process for process in processes_of(self._env[MARK]) if self.app_command in _command(process)]
 
     def wait_for_app(self, seconds: float = 120.0) -> psutil.Process:
@@ -117,7 +117,7 @@ class SuperLink(Daemon):
 
 
 class Gate(Daemon):
-    """nginx before the SuperLink, with the gate of ``deploy/nginx``: nodes come through, nobody else does."""
+    """nginx in front of the SuperLink, with the gate of ``deploy/nginx``, which lets only nodes through."""
 
     def __init__(self, nginx: str, link: SuperLink, folder: Path, env: Mapping[str, str]) -> None:
         credentials, self.port = link.options.credentials, free_port()
@@ -162,14 +162,10 @@ class SuperNode(Daemon):
         return self.alive and "SuperNode ID:" in self.log()
 
     def start_again(self, seconds: float = 150.0) -> int:
-        """Start it until the SuperLink takes it, as a supervisor does; how often that was.
+        """Start it until the SuperLink takes it, as a supervisor does, and return how often it was started.
 
-        A node with a key is refused for about a minute after it was killed: Flower believes that it is still there.
-
-        Raises
-        ------
-        TimeoutError
-            If it is not taken for so many seconds.
+        A node with a key is refused for about a minute after it was killed, while Flower believes it is still there.
+        TimeoutError if it is not taken within ``seconds``.
         """
         deadline, starts = time.monotonic() + seconds, 0
         while time.monotonic() < deadline:
@@ -191,13 +187,7 @@ def wait_for(
     *,
     pause: float = 0.2,
 ) -> T:
-    """Wait until a condition gives something other than None, and return that.
-
-    Raises
-    ------
-    TimeoutError
-        If it does not within so many seconds, with the end of the log.
-    """
+    """Wait until a condition gives something other than None, and return that; TimeoutError with the end of the log."""
     deadline = time.monotonic() + seconds
     while (result := condition()) is None:
         if time.monotonic() > deadline:
@@ -207,7 +197,7 @@ def wait_for(
 
 
 def processes_of(mark: str) -> list[psutil.Process]:
-    """Processes that have inherited this mark, without those that have ended and wait for their parents."""
+    """Processes that have inherited this mark, without zombies."""
     return [process for process in psutil.process_iter() if _marked(process, mark)]
 
 

@@ -1,4 +1,4 @@
-"""What Flower's words mean when a SuperNode or a SuperLink ends at once, and what to do."""
+"""Explains Flower's messages when a SuperNode or a SuperLink ends at once, and says what to do."""
 
 from __future__ import annotations
 
@@ -42,17 +42,12 @@ _CAUSES = (
 
 
 def explain(log: str) -> str | None:
-    """The cause of an end that nobody asked for, in words; None if it is none of those known.
-
-    Parameters
-    ----------
-    log
-        All that the process has printed.
+    """Why a process ended by itself, from everything that it printed; None if the cause is not a known one.
 
     Examples
     --------
-    >>> explain("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired")[:41]
-    "the SuperLink's certificate has expired, o"
+    >>> explain("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: certificate has expired")[:39]
+    "the SuperLink's certificate has expired"
     """
     if "SuperNode terminated gracefully" in log and "SuperNode ID:" not in log:
         return _NOT_BELIEVED

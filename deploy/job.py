@@ -1,4 +1,4 @@
-"""The job of the check: small data of each client's own, its settings, and the same job undisturbed in one process.
+"""The job of the check: small data for each client, settings, and the same job undisturbed in one process.
 
 ``python deploy/job.py FOLDER`` runs it there, with the app in ``FOLDER/app`` and the data in ``FOLDER/data``.
 """
@@ -65,7 +65,7 @@ def node_config(folder: Path, client: int) -> dict[str, str]:
 def run_reference(folder: Path) -> None:
     """Run the undisturbed rounds in this process, all clients on one node, as run ``reference``.
 
-    The clients' state is in ``state/reference``, that of the last of these rounds the newest.
+    The clients' state is in ``state/reference``, up to the last of these rounds.
     """
     from cafe_flwr.app.run import build_strategy
     from cafe_flwr.engine import InProcessGrid
@@ -98,7 +98,7 @@ def run_reference(folder: Path) -> None:
 
 
 def load_module(path: Path) -> ModuleType:
-    """A file of Python that is in no package."""
+    """Import a Python file that is in no package."""
     spec = importlib.util.spec_from_file_location(f"of_the_job_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None

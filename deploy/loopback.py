@@ -1,4 +1,4 @@
-"""A deployment on this machine's loopback: real SuperLink, real SuperNodes, a process each, that may be killed.
+"""A deployment on this machine's loopback: SuperLink and SuperNodes as real processes, which may be killed.
 
 ::
 
@@ -7,15 +7,15 @@
         deployment.wait_online(1)
         run = deployment.submit(app, {"num-server-rounds": 3, "name": "job", "results-dir": str(folder)})
         app_process = node.wait_for_app()                   # the ClientApp's psutil.Process, while it is at work
-        app_process.kill()                                  # or node.kill(): the SuperNode itself, by -9
+        app_process.kill()                                  # or node.kill(): the SuperNode itself, by SIGKILL
         node.start_again()                                  # as a supervisor does, until the SuperLink takes it back
         deployment.superlink.kill()                         # and deployment.superlink.start()
         deployment.wait_round(run, folder / "job", 2)       # round 2 is recorded
         deployment.wait(run)                                # "finished:completed", or whatever it was
         print(deployment.log(run))                          # of the ServerApp, also in deployment.superlink.log()
 
-Everything that was started, by whomever of it, is ended on leaving, also after an error; the folder with the logs
-(``<name>.log``) stays. Every process has its own Flower home in the folder, and ports of its own.
+All processes, also those that others have started, are ended on leaving, even after an error; the folder with the logs
+(``<name>.log``) stays. Every process has its own ports, and its own Flower home in the folder.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Loopback:
     database
         Whether the SuperLink keeps its state in a file.
     environment
-        More environment variables of all processes.
+        Further environment variables for all processes.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Loopback:
         self.close()
 
     def close(self) -> None:
-        """End every process of the deployment, also those whose parents are gone."""
+        """End every process of the deployment, including orphans."""
         gate = [self.gate] if self.gate else []
         daemons = [*self.programs.values(), *self.nodes.values(), *gate, self.superlink]
         processes = [daemon.process for daemon in daemons if daemon.process is not None]
@@ -145,13 +145,13 @@ class Loopback:
         config
             Its node-config.
         register, start
-            Whether to.
+            Whether to register its key, and to start it.
         authority
             Another authority's certificate for it to trust, in place of the deployment's.
         superlink
             Another address to call, e.g. that of a gate.
         environment
-            More environment variables of it and its ClientApps.
+            Further environment variables for it and its ClientApps.
         """
         key = make_node_key(self.credentials, name) if self.credentials else None
         if key and register:
@@ -177,7 +177,7 @@ class Loopback:
         return self.gate
 
     def wait_online(self, count: int, seconds: float = 60.0) -> None:
-        """Wait until the SuperLink has taken so many of the nodes."""
+        """Wait until the SuperLink has taken ``count`` of the nodes."""
         nodes = list(self.nodes.values())
         wait_for(
             lambda: sum(node.online for node in nodes) >= count or None,
@@ -187,12 +187,9 @@ class Loopback:
         )
 
     def submit(self, app: Path, run_config: Mapping[str, Any] | None = None) -> int:
-        """Submit a run of the app in a folder, as ``flwr run <app> <connection>``; its id.
+        """Submit a run of the app in a folder, as ``flwr run <app> <connection>``; return its id.
 
-        Raises
-        ------
-        RuntimeError
-            If Flower refuses it, with Flower's words.
+        Raises RuntimeError if Flower refuses it, with Flower's message.
         """
         pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in (run_config or {}).items()]
         options = [f"--run-config={' '.join(pairs)}"] if pairs else []  # of two, Flower loses keys of one table
@@ -203,34 +200,23 @@ class Loopback:
         return str(self.flwr("ls", _CONNECTION, "--run-id", str(run))["runs"][0]["status"])
 
     def wait(self, run: int, seconds: float = 300.0) -> str:
-        """Wait until a run has ended; its status then.
-
-        Raises
-        ------
-        TimeoutError
-            If it has not ended after so many seconds, with the end of the SuperLink's log.
-        """
+        """Wait until a run has ended, and return its status; TimeoutError with the end of the SuperLink's log."""
 
         def ended() -> str | None:
             status = self.status(run)
             return status if status.startswith("finished") else None
 
         deadline = time.monotonic() + seconds
-        log = ["flwr", "log", str(run), _CONNECTION, "--stream"]  # ends with the run; to ask and ask takes a processor
+        log = ["flwr", "log", str(run), _CONNECTION, "--stream"]  # ends with the run; polling would take a CPU
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(log, env=self.env, capture_output=True, check=False, timeout=seconds)
         left = deadline - time.monotonic()
         return wait_for(ended, left, f"the end of run {run}", lambda: self.superlink.log()[-3000:], pause=1.0)
 
     def wait_round(self, run: int, results: Path, number: int, seconds: float = 180.0) -> None:
-        """Wait until so many rounds of a run are in its results folder.
+        """Wait until ``number`` rounds of a run are in its results folder.
 
-        Raises
-        ------
-        RuntimeError
-            If the run ends before that, with the end of its log.
-        TimeoutError
-            If it takes longer, with the same.
+        Raises RuntimeError if the run ends before, and TimeoutError if it takes longer, with the end of its log.
         """
         records, looks = results / "rounds.jsonl", 0
 
@@ -253,13 +239,7 @@ class Loopback:
         return done.stdout + done.stderr
 
     def flwr(self, *arguments: str) -> dict[str, Any]:
-        """The answer of a ``flwr`` command.
-
-        Raises
-        ------
-        RuntimeError
-            If it has no success, with Flower's words.
-        """
+        """The answer of a ``flwr`` command; RuntimeError with Flower's message if it fails."""
         answer = flwr(self.env, *arguments, "--format", "json")
         if not answer.get("success"):
             raise RuntimeError(answer.get("error-message") or f"flwr {arguments[0]} failed: {answer}")

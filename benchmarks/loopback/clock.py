@@ -1,4 +1,4 @@
-"""When every round ended."""
+"""Records when every round ended."""
 
 import time
 from pathlib import Path
@@ -7,13 +7,13 @@ from flwr.app import ArrayRecord, MetricRecord
 
 
 class Clock:
-    """Evaluation on the server that evaluates nothing: both kinds of strategy call it before and after every round."""
+    """A server-side evaluation that only notes the time; strategies call it before the first and after every round."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """Write down the time."""
+        """Append the time to the file."""
         with self.path.open("a") as file:
             file.write(f"{time.time()}\n")
         return None

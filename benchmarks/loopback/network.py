@@ -11,14 +11,14 @@ FEATURES, CLASSES, EXAMPLES = 8, 4, 16
 
 
 class Bulk(nn.Module):
-    """Passes its input through; its parameters have a share in the output, so they have gradients."""
+    """Passes its input through; its parameters contribute to the output, so they have gradients."""
 
     def __init__(self, tensors: int, size: int) -> None:
         super().__init__()
         self.parts = nn.ParameterList(torch.zeros(size // tensors) for _ in range(tensors))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input, and the mean of every tensor with so small a weight that training stays where it is."""
+        """The input plus the mean of every tensor, with so small a weight that training is unaffected."""
         return x + 1e-3 * torch.stack([part.mean() for part in self.parts]).mean()
 
 

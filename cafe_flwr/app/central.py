@@ -1,4 +1,4 @@
-"""Training in one place, without a federation: the same objectives, and the same results folder."""
+"""Central training, without a federation, with the same objectives and the same results folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from cafe_flwr.training.objectives.base import Objective
 from cafe_flwr.training.objectives.registry import objective_named
 from cafe_flwr.training.options import LocalBudget
 
-# What a run in one place begins with where nothing else is said: SAFE-KD's recipe (arXiv 2602.03043).
+# Defaults of central training: SAFE-KD's recipe (arXiv 2602.03043).
 DEFAULTS: Mapping[str, Any] = {
     "objective": "safe-kd",
     "train.optimizer": "adamw",
@@ -46,7 +46,7 @@ DEFAULTS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Epoch:
-    """A pass over the training data: mean loss, and accuracy per exit on the data to watch (empty without any)."""
+    """A pass over the training data: mean loss, and accuracy per exit on the calibration split (empty without one)."""
 
     epoch: int
     loss: float
@@ -55,20 +55,9 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training leaves.
+    """A trained network in evaluation mode, an entry per epoch, gradient steps, and seconds of wall clock.
 
-    Attributes
-    ----------
-    network
-        The trained network, in evaluation mode.
-    history
-        One entry per epoch.
-    steps
-        Gradient steps taken.
-    seconds
-        Wall clock.
-    teacher
-        The EMA teacher of the objective as it ended, None if it has none.
+    ``teacher`` is the EMA teacher of the objective after the last step, None if it has none.
     """
 
     network: EarlyExitNetwork
@@ -91,15 +80,15 @@ def train_central(
     seed: int = 0,
     progress: bool = False,
 ) -> Trained:
-    """Train a network on one data set, at a constant learning rate; the EMA teacher lives through the whole training.
+    """Train a network on one data set, at a constant learning rate and with one EMA teacher for the whole training.
 
     Parameters
     ----------
     network
         Trained in place, on the device where it and the data are.
     data
-        Training examples and how they are varied; every epoch's accuracy is taken on the calibration split if it has
-        examples.
+        Training examples and their augmentation; every epoch's accuracy is measured on the calibration split, if it
+        has examples.
     budget
         Batch size, passes over the data (1 or more), and optimiser.
     objective
@@ -152,7 +141,7 @@ def train_central(
 
 
 class _History:
-    """Counts steps, and looks at the network when they make an epoch."""
+    """Counts steps, and evaluates the network after every epoch."""
 
     def __init__(
         self, network: EarlyExitNetwork, data: ClientData, batch_size: int, show: Callable[[Epoch], None]
@@ -166,7 +155,7 @@ class _History:
     def after_step(self) -> None:
         self.steps += 1
         if self.steps * self.size < len(self.data.train) * (len(self.epochs) + 1):
-            return  # a batch may reach over the end of an epoch
+            return  # the last batch of an epoch may reach into the next
         watched = self.data.calibration
         with evaluating(self.network):
             accuracy = evaluate(self.network, watched).accuracy if len(watched) else []
@@ -195,13 +184,10 @@ def _bar(epochs: int) -> Iterator[Callable[[Epoch], None]]:
 
 
 def central_settings(run_config: Mapping[str, Any]) -> Settings:
-    """Settings of a run in one place: SAFE-KD's recipe where nothing else is said, and one client with all the data.
+    """Settings of central training: one client with all the data, and by default SAFE-KD's recipe.
 
-    Parameters
-    ----------
-    run_config
-        Settings in kebab-case, as in a federation. ``local-epochs`` are the epochs. The examples of the embedded data
-        sets are as many as those of ``num-clients`` clients together.
+    ``run_config`` has settings in kebab-case, as in a federation; ``local-epochs`` are the epochs. Embedded data sets
+    have as many examples as ``num-clients`` clients together.
 
     Examples
     --------
@@ -226,9 +212,9 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
     Parameters
     ----------
     settings
-        From :func:`central_settings`: one client, which holds all the data.
+        From :func:`central_settings`.
     folder
-        Of the results; ``settings.results`` is the usual one. It must not hold a run.
+        Of the results, new or empty; usually ``settings.results``.
     progress
         Show a bar.
 
@@ -239,7 +225,7 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
     Raises
     ------
     ValueError
-        If the folder holds a run, or the settings are not those of training in one place.
+        If the folder is not empty, or the settings are not those of central training.
     """
     _check(settings, folder)
     data = federation(settings).load(0)
@@ -268,7 +254,7 @@ def run_central(settings: Settings, folder: Path, *, progress: bool = False) -> 
 
 
 def _check(settings: Settings, folder: Path) -> None:
-    """ValueError if the folder holds a run, or the settings are not those of training in one place."""
+    """ValueError if the folder is not empty, or the settings are not those of central training."""
     for switch in ("prior", "distill"):
         if getattr(settings.train, switch):
             raise ValueError(f"train.{switch} is of a client in a federation: training in one place does not take it")

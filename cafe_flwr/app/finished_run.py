@@ -1,4 +1,4 @@
-"""A results folder whose networks and data can be built again from its settings."""
+"""The results folder of a finished run, as a source of personal networks and data."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class FinishedRun:
         return federation(self._settings).load(client)
 
     def output(self, name: str) -> Path:
-        """In the results folder."""
+        """Path of a file in the results folder."""
         return self.folder / name
 
     @property

@@ -1,8 +1,8 @@
-"""What the server gives to clients that come after the run, and how a newcomer builds its network and data.
+"""Joining after the run: the package that the server writes, and how a new client builds its network and data.
 
-The server writes a *package* (:func:`package_run`): the shared part, and the mean of the heads that it knows of all
-clients, weighted by their examples: last heads, or with ``cafedistill-plus`` those of every exit. No client's own head
-is in it. :mod:`cafe_flwr.client.newcomer` trains on it; docs/after-the-run.md says what the package tells.
+A *package* (:func:`package_run`) holds the shared part and the mean of the clients' heads, weighted by their examples:
+last heads, or with ``cafedistill-plus`` those of every exit. It holds no single client's head.
+:mod:`cafe_flwr.client.newcomer` trains from it; docs/after-the-run.md says what it reveals.
 """
 
 from __future__ import annotations
@@ -38,24 +38,14 @@ from cafe_flwr.training.loop import snapshot
 from cafe_flwr.training.options import LocalBudget
 
 JOINABLE = (CafeDistillMethod, CafeDistillText)
-_FEWEST = 2  # heads in a mean: that of one client is its own
+_FEWEST = 2  # heads in a mean: the mean of one would be that client's own
 _PATHS = ("results-dir", "federation.state-dir", "data.dir")
 
 
 def package_run(results: Path, *, head: bool = True) -> Package:
-    """The package of a finished run, from its results folder (``settings.json`` and the last checkpoint).
+    """The :func:`package` of a finished run, from its results folder (``settings.json`` and the last checkpoint).
 
-    Parameters
-    ----------
-    results
-        The folder.
-    head
-        As for :func:`package`.
-
-    Raises
-    ------
-    ValueError
-        If the run has not finished, or newcomers cannot join its method.
+    Raises ValueError as :func:`package`, and if the run has not finished.
     """
     from cafe_flwr.app.parts import build_networks, federation
     from cafe_flwr.settings import Settings
@@ -85,7 +75,7 @@ def package_run(results: Path, *, head: bool = True) -> Package:
 
 
 def _own_data(data: FederatedData) -> dict[str, Any]:
-    """Settings that say what a newcomer's own data must look like, in the place of a folder dealt out to all."""
+    """Settings for a newcomer's own data, in place of a folder that is dealt out to all clients."""
     channels, height, width = data.input_shape
     if height != width:
         raise ValueError(
@@ -108,18 +98,10 @@ def _own_data(data: FederatedData) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunMetadata:
-    """What a package says of its run.
+    """A package's entries on its run.
 
-    Attributes
-    ----------
-    budget
-        Local training; a newcomer trains with its batch size, optimiser and learning rate.
-    num_rounds, seed
-        Of the run.
-    run_config
-        Settings that clients build network and data from.
-    class_names, input_shape
-        Where they are known.
+    A newcomer trains with batch size, optimiser and learning rate of ``budget``, and builds network and data from
+    ``run_config``. ``class_names`` and ``input_shape`` are empty where they are unknown.
     """
 
     budget: LocalBudget
@@ -133,18 +115,18 @@ class RunMetadata:
 def package(
     network: EarlyExitNetwork, method: Method, state: ServerState, run: RunMetadata, *, head: bool = True
 ) -> Package:
-    """The package of any federation, from the parts of its server: ``strategy.method``, ``strategy.state``, …
+    """The package of any federation, from the parts of its server.
 
     Parameters
     ----------
     network
         As the clients build it, from the same seed.
     method, state
-        Of the strategy, after its last round.
+        ``strategy.method`` and ``strategy.state`` after the last round.
     run
-        Of the run, what neither of them tells.
+        Further entries on the run.
     head
-        Whether the mean head goes with it. Without, newcomers start from the classifiers that all started from.
+        Whether to include the mean head. Without it, newcomers start from the initial classifiers.
 
     Raises
     ------
@@ -185,22 +167,17 @@ def package(
 
 
 def check_joinable(method: Method) -> None:
-    """ValueError unless the method says how a client learns heads for a backbone that others have trained."""
+    """ValueError unless newcomers can train heads on the shared backbone by this method."""
     if not isinstance(method, JOINABLE):
         names = ", ".join(sorted(name for name, known in METHODS.items() if issubclass(known, JOINABLE)))
         raise ValueError(f"only a federation of {names} can be joined when it has ended, not of {method.name}")
 
 
 def mean_head(known: Mapping[int, ClientRecord], upload: Schema) -> tuple[dict[str, Tensor], int]:
-    """Mean of what clients send of their heads, weighted by their examples, by name; and of how many it is.
+    """Mean of the heads that clients upload, weighted by their examples, by name; and the number of heads in it.
 
-    Heads unlike any other (:mod:`cafe_flwr.methods.robust_teachers`) are left out. Nothing where clients upload
-    nothing.
-
-    Raises
-    ------
-    ValueError
-        If it would be a single client's head.
+    Heads unlike all others (:mod:`cafe_flwr.methods.robust_teachers`) are left out. Empty where clients upload nothing;
+    ValueError if it would be a single client's head.
 
     Examples
     --------
@@ -239,12 +216,10 @@ def join_from(
     ----------
     package, newcomer
         As for :func:`join`.
-    parts
-        Of a project of one's own (:func:`cafe_flwr.app.source.parts_of`).
+    parts, node_config
+        For a project of one's own (:func:`cafe_flwr.app.source.parts_of`).
     data_dir
-        Folder of the newcomer's own data; without it, its part of a data set that the settings name.
-    node_config
-        For a project of one's own.
+        Folder of the newcomer's own data; by default its part of the data set that the settings name.
 
     Raises
     ------

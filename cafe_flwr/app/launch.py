@@ -1,4 +1,4 @@
-"""Run a Flower app as `flwr run` does, but know how it ended, and leave nothing running."""
+"""Runs a Flower app as `flwr run` does, but reports how it ended and leaves nothing running."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ _CONNECTION = "private"
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run ended: Flower's run id, status (e.g. ``finished:completed``), and whether all is well."""
+    """How a run ended: Flower's run id and status, e.g. ``finished:completed``."""
 
     run_id: int
     status: str
 
     @property
     def completed(self) -> bool:
-        """Whether the run came to its end without an error."""
+        """Whether the run finished without an error."""
         return self.status == "finished:completed"
 
 
 @contextmanager
 def private_superlink() -> Iterator[dict[str, str]]:
-    """A SuperLink in simulation mode of one's own, stopped on leaving.
+    """A private SuperLink in simulation mode, stopped on leaving.
 
-    It has its own Flower home in a temporary folder and ports of its own, so it neither meets nor disturbs the user's,
-    and runs apps in this Python environment as it is.
+    It has its own ports and its own Flower home in a temporary folder, so it does not disturb the user's SuperLink, and
+    runs apps in this Python environment.
 
     Yields
     ------
@@ -95,14 +95,11 @@ def private_superlink() -> Iterator[dict[str, str]]:
 def run_app(
     app: Path, env: dict[str, str], run_config: Sequence[str] = (), federation_config: Sequence[str] = ()
 ) -> RunStatus:
-    """Submit an app, show its log until it ends, and say how it ended.
+    """Submit an app, show its log until it ends, and say how it ended; Ctrl-C stops the run.
 
-    ``flwr run --stream`` exits 0 whatever became of the run, and Ctrl-C leaves it running; this does neither.
+    ``flwr run --stream``, in contrast, exits 0 even if the run fails, and Ctrl-C leaves it running.
 
-    Raises
-    ------
-    RuntimeError
-        If Flower refuses the app or its settings, with Flower's words.
+    Raises RuntimeError if Flower refuses the app or its settings, with Flower's message.
     """
     options = [  # one of each: of two with keys of one table, Flower loses the first
         f"--{name}={' '.join(pairs)}"
@@ -127,7 +124,7 @@ def run_app(
 
 
 def with_resources(settings: Settings, federation_config: Sequence[str]) -> list[str]:
-    """The federation config, with each worker's share of a GPU before it where there is one; what is given counts."""
+    """The federation config, with each worker's share of a GPU added where there is one and none is given."""
     given = " ".join(federation_config)
     if given.endswith(".toml"):  # a file is all there is
         return list(federation_config)
@@ -148,7 +145,7 @@ def _wait_until_finished(env: dict[str, str], run_id: int) -> str:
 
 
 def flwr(env: dict[str, str], *arguments: str) -> dict[str, Any]:
-    """The answer of a ``flwr`` command, called with ``--format json``; Flower's words where it gives no JSON."""
+    """The answer of a ``flwr`` command, called with ``--format json``; Flower's message where it is no JSON."""
     done = subprocess.run(["flwr", *arguments], env=env, capture_output=True, text=True, check=False)
     try:
         return dict(json.loads(done.stdout))
@@ -161,10 +158,7 @@ def wait_until_healthy(
 ) -> None:
     """Wait until a SuperLink answers at its URL; ``context`` knows its authority.
 
-    Raises
-    ------
-    RuntimeError
-        If it ends before, with the end of its log, or takes too long.
+    Raises RuntimeError if it ends before, with the end of its log, or takes too long.
     """
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
@@ -191,14 +185,14 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_port() -> int:
-    """A port of loopback that nothing listens at now."""
+    """A free port of loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def simulation_resources(device: str, clients_per_gpu: int) -> list[str]:
-    """Pairs of Flower's federation config by which so many workers share a GPU; none where there is no GPU.
+    """Pairs of Flower's federation config by which that many workers share a GPU; none where there is no GPU.
 
     Workers see no GPU unless they are given a share of one.
 

@@ -1,4 +1,4 @@
-"""What is made from the declared settings: both manifests, and the tables of docs/settings.md.
+"""Generates both manifests and the tables of docs/settings.md from the declared settings.
 
 ``python -m cafe_flwr.app.manifest --write`` writes them in a checkout, ``--check`` says whether they are up to date.
 """
@@ -69,7 +69,7 @@ def _meaning(o: Option) -> str:
 
 
 def up_to_date(root: Path) -> dict[Path, str]:
-    """The files of a checkout that are made from the declarations, as they should be."""
+    """The generated files of a checkout, with the contents that they should have."""
     found = {}
     for name in (*MANIFESTS, PAGE):
         path = root / name
@@ -82,7 +82,7 @@ def up_to_date(root: Path) -> dict[Path, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Read the command line and do it."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="The settings of the manifests and the docs, from the declarations.")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", action="store_true", help="write them")

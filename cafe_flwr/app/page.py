@@ -16,7 +16,7 @@ def write_page(folder: Path) -> Path:
 
 
 def _read_by_its_method(saved: dict[str, Any]) -> Mapping[str, Any]:
-    """A run's settings under today's keys, without those that only other methods read; as they are if that fails."""
+    """A run's settings under today's keys, without those that only other methods read; unchanged if that fails."""
     try:
         settings = todays(saved)
     except ValueError:

@@ -1,4 +1,4 @@
-"""From settings to what a client needs: data, networks, folders."""
+"""Builds from settings what a client needs: data, networks, folders."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
     settings
         Of the run.
     node_config
-        Of the node that asks, if it is one. No path in the settings leads to a device's data: they come from the
-        server, or whoever has started the run.
+        Of the node, if this runs on one. A device reads no path from the settings, since they come from the server.
 
     Raises
     ------
     ValueError
-        If there is no such data set, or it cannot serve so many clients.
+        If there is no such data set, or it cannot be dealt out to so many clients.
     """
     options = settings.of(Data)
     if options.dataset == "local":
@@ -59,7 +58,7 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
 
 
 def _located(options: Data) -> str:
-    """The data set; the path of a local one, if it is not absolute, is one in data.dir."""
+    """The data set, with the path of a local one resolved in data.dir if it is relative."""
     kind, _, path = options.dataset.partition(":")
     if not path or not options.dir or Path(path).expanduser().is_absolute():
         return options.dataset
@@ -67,7 +66,7 @@ def _located(options: Data) -> str:
 
 
 def _copies(options: Data, node_config: Mapping[str, Any] | None) -> str:
-    """Folder with copies of the hub's sets; empty: the hub. A device takes no path from the run's settings."""
+    """Folder with copies of the hub's data sets, empty for the hub; a device takes no path from the run's settings."""
     if node_config is not None and is_device(node_config):
         return str(node_config.get("data-dir", ""))
     return options.dir
@@ -88,33 +87,21 @@ def _own(client: int, settings: Settings, node_config: Mapping[str, Any]) -> Cli
 
 
 def state_dir(settings: Settings, node_config: Mapping[str, Any]) -> str:
-    """Folder of personal state where a node's own node-config names none; empty: the user's own.
-
-    A device takes no path from the run's settings.
-    """
+    """Folder of personal state where a node's own node-config names none; empty, and always on a device: the user's."""
     if is_device(node_config):
         return ""
     return settings.federation.state_dir or str(settings.results / "personal")
 
 
 def build_network(settings: Settings, node_config: Mapping[str, Any] | None = None) -> EarlyExitNetwork:
-    """The network of the settings, for their data; of several modalities the first one's.
-
-    Raises
-    ------
-    ValueError
-        If the data are not of the kind or size that the network takes.
-    """
+    """The network of the settings, of the first modality if there are several; errors as :func:`build_networks`."""
     return next(iter(build_networks(settings, node_config).values()))
 
 
 def build_networks(settings: Settings, node_config: Mapping[str, Any] | None = None) -> dict[str, EarlyExitNetwork]:
-    """The networks of the settings by modality; the one of ``""`` where there is one only.
+    """The networks of the settings by modality, under ``""`` where there is only one.
 
-    Raises
-    ------
-    ValueError
-        As for :func:`build_network`.
+    Raises ValueError if the data are not of the kind or size that the network takes.
     """
     data = federation(settings, node_config)
     found = {name: _network(settings, data, name) for name in settings.of(Heterogeneity).modality_names or ("",)}
@@ -126,7 +113,7 @@ def build_networks(settings: Settings, node_config: Mapping[str, Any] | None = N
 
 
 def modality_of(settings: Settings, client: int) -> str:
-    """A client's modality: they take turns; empty where there is one only."""
+    """A client's modality, assigned in turn; empty where there is only one."""
     names = settings.of(Heterogeneity).modality_names or ("",)
     return names[client % len(names)]
 

@@ -1,4 +1,4 @@
-"""From settings to a run: strategy, results."""
+"""Runs, or calibrates, a federation from its settings."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def build_strategy(
 
 
 def open_results_of(settings: Settings) -> Results:
-    """The results folder of the settings, made ready: see :func:`cafe_flwr.results.folder.open_results`."""
-    defaults = Settings().to_run_config()  # what an earlier version did not have
+    """Open the results folder of the settings, see :func:`cafe_flwr.results.folder.open_results`."""
+    defaults = Settings().to_run_config()  # for settings that an earlier version did not have
     return open_results(
         settings.results,
         settings.to_run_config(),
@@ -62,14 +62,10 @@ def open_results_of(settings: Settings) -> Results:
 
 
 def run(grid: Grid, settings: Settings) -> Result:
-    """Run a federation from its settings and leave the results folder behind.
+    """Run a federation from its settings and write its results folder.
 
-    Raises
-    ------
-    ValueError
-        Before the first round, if the settings cannot be used.
-    RuntimeError
-        If no client can take part, or all fail in a round. What was recorded until then is kept.
+    Raises ValueError before the first round if the settings cannot be used, and RuntimeError if no client can take part
+    or all fail in a round; earlier records are kept.
     """
     settings.check_read()
     results = open_results_of(settings)

@@ -1,7 +1,7 @@
-"""One client's published network and its data, on its own node: without the server, without the results folder.
+"""One client's published network and its data on its own node, without the server and the results folder.
 
-What the network is, and how its data was read, is in ``client-<partition>.json`` beside it: the settings of the run and
-the node's own node-config, as they were when it was published.
+Both are built again from ``client-<partition>.json`` beside the network: it has the settings of the run and the node's
+own node-config, as they were when the network was published.
 """
 
 from __future__ import annotations
@@ -32,14 +32,11 @@ from cafe_flwr.personal.published import PersonalNetwork, clients_of, pixels_of,
 
 
 def parts_of(name: str) -> Parts:
-    """The two functions a ClientApp was made from, by the name of the app: ``"package.module:app"``.
+    """The two functions that the ClientApp of this name (``"package.module:app"``) was made from.
 
-    It is looked for as Flower does, in the current folder first.
+    As in Flower, the module is looked for in the current folder first.
 
-    Raises
-    ------
-    ValueError
-        If there is no such app, or it was not made by :func:`cafe_flwr.make_client_app`.
+    Raises ValueError if there is no such app, or it was not made by :func:`cafe_flwr.make_client_app`.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
@@ -65,13 +62,13 @@ class Source:
     run_config
         Settings of the run, in kebab-case.
     node_config
-        What the node says of itself; here is, in ``data-dir``, where the client's own data is.
+        Of the node; its ``data-dir`` says where the client's own data is.
     seed
         Of the run.
     parts
-        Functions that build network and data of a project of one's own; None: those of this package's settings.
+        Functions of a project of one's own that build network and data; by default the settings do.
     data_dir
-        Folder (or parquet file) of the client's data, where it is not where the run found it.
+        Folder (or parquet file) of the client's data, if it is not where the run found it.
     """
 
     run_config: Mapping[str, Any]
@@ -81,7 +78,7 @@ class Source:
     data_dir: Path | None = None
 
     def network(self) -> EarlyExitNetwork | Networks:
-        """The network, by modality if there are several, with the weights that all of the run start from."""
+        """The network, by modality if there are several, with the initial weights of the run."""
         from cafe_flwr.app.parts import build_networks
 
         moved = self._moved
@@ -93,8 +90,8 @@ class Source:
     def data(self, client: int) -> ClientData:
         """A client's data: as in the run, or from ``data_dir``.
 
-        In ``data_dir`` may be: the client's own data, where the run's was embedded or its clients' own (``"local"``);
-        or the data set of the run, which is then dealt out as it was (``"local:<path>"``, copies of the hub's).
+        ``data_dir`` holds the client's own data if the run's data set was embedded or its clients' own (``"local"``);
+        else (``"local:<path>"``, copies of the hub's) the data set of the run, which is dealt out as it was.
         """
         moved = self._moved
         with seeded(int(rng_for(self.seed, 0, client, "data").integers(2**63))):
@@ -138,7 +135,7 @@ class Source:
 
     @cached_property
     def _moved(self) -> Source:
-        """With the data where it is now."""
+        """This source with the data where it is now."""
         if not self.data_dir:
             return self
         folder = str(self.data_dir.expanduser().resolve())
@@ -162,16 +159,12 @@ class NodeNetwork:
 
     Parameters
     ----------
-    networks
+    networks, client
         The node's state folder, with ``client-<client>.safetensors`` and ``.json``.
-    client
-        Whose.
-    parts
-        Of a project of one's own: what its ClientApp was made from (:func:`parts_of`).
-    data_dir
-        Where the client's data is, if not where the run found it.
+    parts, data_dir
+        As for :class:`Source`.
     node_config
-        In the place of entries of the node-config that was published.
+        Replaces entries of the node-config that was published.
 
     Raises
     ------
@@ -200,12 +193,12 @@ class NodeNetwork:
 
     @property
     def name(self) -> str:
-        """Of the run, where its settings name it."""
+        """The client, and the name of its run if it has one."""
         return f"client {self.client} of {self.run_config.get('name') or 'the federation'}"
 
     @property
     def clients(self) -> list[int]:
-        """Just the one."""
+        """The one client."""
         return [self.client]
 
     @property
@@ -217,7 +210,7 @@ class NodeNetwork:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes; their numbers, where nobody has named them."""
+        """Names of the classes, or their numbers if they have no names."""
         names = tuple(self.metadata.get("class_names", ())) or self._source.class_names
         return names or tuple(map(str, range(int(self.metadata["num_classes"]))))
 
@@ -239,7 +232,7 @@ class NodeNetwork:
         return data
 
     def output(self, name: str) -> Path:
-        """In the state folder, with the client's number before it: a node may host several."""
+        """Path of a file in the state folder, with the client's number before it, since a node may host several."""
         return self.networks / f"client-{self.client}.{name}"
 
     @cached_property
@@ -257,11 +250,11 @@ class NodeNetwork:
 
 
 def check_published(folder: Path, client: int) -> None:
-    """ValueError, with what is there instead, if a client has no published network in a state folder."""
+    """ValueError if a client has no published network in a state folder, saying what is there instead."""
     if (folder / f"client-{client}.safetensors").is_file():
         return
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no state folder: there is no such folder on this machine")
+        raise ValueError(f"{folder} is not a state folder: there is no such folder on this machine")
     if rounds := _rounds_of(folder, client):
         raise ValueError(
             f"{folder} holds personal state of client {client} after round {max(rounds)}, but no published network: "

@@ -1,4 +1,4 @@
-"""What the commands share: options, the settings of ``--run-config``, progress, and errors in words."""
+"""Shared by the commands: options, the settings of ``--run-config``, progress bars and error messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ResultsDirOption = Annotated[Path | None, typer.Option(help="Where results go; o
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """The command for typer, with the fields of every parameter that is a dataclass as options of their own."""
+    """The command for typer, with every dataclass among its parameters replaced by its fields as options."""
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {p.name: p.annotation for p in signature.parameters.values() if is_dataclass(p.annotation)}
     parameters: list[inspect.Parameter] = []
@@ -49,7 +49,7 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def overridden(run_config: Sequence[str] | None, results_dir: Path | None) -> dict[str, Any]:
-    """Settings given on the command line as Flower takes them: pairs like 'key=1 other="x"', or one TOML file."""
+    """Settings of the command line in Flower's form: pairs like 'key=1 other="x"', or one TOML file."""
     overrides = _pairs(run_config or [])
     if results_dir is not None:
         overrides["results-dir"] = str(results_dir.expanduser().resolve())
@@ -63,21 +63,21 @@ def _pairs(run_config: Sequence[str]) -> dict[str, Any]:
         text = " ".join(run_config)
         pairs = re.findall(_PAIR, text)
         if rest := re.sub(_PAIR, "", text).strip():
-            raise ValueError(f"{rest!r} is no pair")
+            raise ValueError(f"{rest!r} is not a pair key=value")
         return tomllib.loads("\n".join(f"{key} = {value}" for key, value in pairs))
     except (OSError, ValueError) as error:
         fail(f"--run-config takes 'key=1 other=\"text\"' or one TOML file: {error}")
 
 
 def fail(reason: object) -> NoReturn:
-    """Say what is wrong, and end with exit code 1."""
+    """Print an error, and end with exit code 1."""
     Console(stderr=True).print(f"[bold red]Error:[/] {escape(str(reason))}", soft_wrap=True, highlight=False)
     raise typer.Exit(1) from None
 
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Errors that are for people are shown as a sentence, without a traceback."""
+    """Show errors meant for users as a sentence, without a traceback."""
     try:
         yield
     except (ValueError, OSError, InUse) as error:

@@ -1,4 +1,4 @@
-"""The command ``compare``: runs an experiment, shows how far it is, and prints its tables."""
+"""The command ``compare``: runs an experiment, shows its progress, and prints its tables."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _SMOKE_ROWS = 300
 
 @dataclass(frozen=True)
 class Size:
-    """Options that say at what size an experiment runs, and where its data are."""
+    """Options for the size of an experiment and the place of its data."""
 
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="At the file's smoke size: minutes, on made-up data, to see that all runs.")
+        bool, typer.Option("--smoke", help="At the file's smoke size: minutes, on made-up data, to see that it works.")
     ] = False
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder with copies of the hub's data sets; overrides the setting.")
@@ -85,7 +85,7 @@ def compare(
 
 @contextmanager
 def _stopping() -> Iterator[None]:
-    """Ctrl-C ends the command with a sentence on how to go on."""
+    """End the command on Ctrl-C with a sentence on how to go on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -97,7 +97,7 @@ def _stopping() -> Iterator[None]:
 
 
 def _read(file: Path, size: Size, only: Sequence[str]) -> Experiment:
-    """The experiment at the size that is asked for; ValueError if ``only`` names a row that it has not."""
+    """The experiment at the chosen size; ValueError if ``only`` names a row that it does not have."""
     from cafe_flwr.core.text import nearest
     from cafe_flwr.experiments.file import read_experiment, smoke_size, with_data_dir
 
@@ -113,7 +113,7 @@ def _read(file: Path, size: Size, only: Sequence[str]) -> Experiment:
 
 
 def _checked(experiment: Experiment, home: Path, *, made_up: bool) -> Experiment:
-    """The experiment, on made-up data if asked for, when all its runs can start and their folders are free."""
+    """The experiment, on made-up data if asked for; ValueError unless all runs can start and their folders are free."""
     from cafe_flwr.experiments.folders import check_folders
     from cafe_flwr.experiments.plan import check_experiment
 
@@ -125,7 +125,7 @@ def _checked(experiment: Experiment, home: Path, *, made_up: bool) -> Experiment
 
 
 def _with_stand_ins(experiment: Experiment, home: Path) -> Experiment:
-    """The experiment on made-up files, below its folder, in the place of sets that would come from the hub."""
+    """The experiment with made-up files, below its folder, in place of data sets from the hub."""
     from cafe_flwr.data.hub import HUB_SETS
     from cafe_flwr.data.stand_ins import write_stand_in
     from cafe_flwr.experiments.file import with_data_dir
@@ -141,7 +141,7 @@ def _with_stand_ins(experiment: Experiment, home: Path) -> Experiment:
 
 
 def _run_experiment(experiment: Experiment, home: Path, rows: Sequence[str], jobs: int) -> dict[Path, str]:
-    """Trials, choice, runs; the reasons of those that failed, by folder."""
+    """Run trials, choose settings, run the rows; return the reasons of failed runs, by folder."""
     from cafe_flwr.experiments.plan import plan_runs, plan_trials
     from cafe_flwr.experiments.sweep import choose, read_sweep, write_sweep
 
@@ -155,7 +155,7 @@ def _run_experiment(experiment: Experiment, home: Path, rows: Sequence[str], job
 
 
 def _run_all(runs: Sequence[PlannedRun], jobs: int, what: str) -> dict[Path, str]:
-    """Run what is not finished, under a progress bar; the reasons of those that failed, by folder."""
+    """Run what is not finished, under a progress bar; return the reasons of failed runs, by folder."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from cafe_flwr.experiments.execution import execute
@@ -181,7 +181,7 @@ def _run_all(runs: Sequence[PlannedRun], jobs: int, what: str) -> dict[Path, str
 
 
 class _Watch:
-    """Shows what happens to runs, and keeps the reasons of those that failed, by folder."""
+    """Shows the progress of runs, and keeps the reasons of failed ones, by folder."""
 
     def __init__(self, progress: Progress, runs: Sequence[PlannedRun], what: str) -> None:
         self.failures: dict[Path, str] = {}
@@ -194,7 +194,7 @@ class _Watch:
         self._ended = self._rounds = 0  # runs that have ended, and their rounds
 
     def note(self, event: Event | None) -> None:
-        """Show an event; also without one (None), rounds may have been done meanwhile."""
+        """Show an event, and the rounds that have been done meanwhile."""
         if event and event.ended:
             self._end(event)
         elif event:
@@ -220,7 +220,7 @@ class _Watch:
 
 
 def _show_estimate(runs: Sequence[PlannedRun], jobs: int) -> None:
-    """About how long they take and how much memory they need, or why that cannot be said."""
+    """Print about how long runs take and how much memory they need, or why there is no estimate."""
     from cafe_flwr.experiments.estimate import estimate
 
     try:
@@ -231,7 +231,7 @@ def _show_estimate(runs: Sequence[PlannedRun], jobs: int) -> None:
 
 
 def _list_runs(experiment: Experiment, home: Path, rows: Sequence[str], jobs: int) -> None:
-    """What there is to run, what is there already, and about how long the rest takes."""
+    """Print all runs with their state, and about how long the rest takes."""
     from cafe_flwr.experiments.folders import is_finished, read_summary
     from cafe_flwr.experiments.plan import plan_runs, plan_trials
     from cafe_flwr.experiments.sweep import choose, read_sweep

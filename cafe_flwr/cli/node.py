@@ -26,7 +26,7 @@ _Client = Annotated[int | None, typer.Option(help="Whose network; needed where t
 
 @dataclass(frozen=True)
 class Own:
-    """Options that say where the client's data are, and which app of its own it has."""
+    """Options for the place of the client's data, and for a ClientApp of one's own."""
 
     data: Annotated[
         Path | None,
@@ -51,7 +51,7 @@ class Own:
         return parts_of(self.app)
 
     def entries(self) -> dict[str, Any]:
-        """Entries of the node-config; a value that is no TOML is taken as it stands."""
+        """Entries of the node-config; a value that is not TOML is taken as text."""
         entries: dict[str, Any] = {}
         for pair in self.node_config or []:
             key, equals, value = pair.partition("=")
@@ -157,7 +157,7 @@ def join(
 
 @contextmanager
 def _network(state_dir: Path | None, client: int | None, own: Own) -> Iterator[NodeNetwork]:
-    """The network the options name; errors are shown as such."""
+    """The network that the options name; errors are shown as sentences."""
     from cafe_flwr.app.source import NodeNetwork, only_client
 
     with errors():

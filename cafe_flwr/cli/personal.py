@@ -24,10 +24,10 @@ FoldsSeed = Annotated[int, typer.Option(help="Of the split of calibration exampl
 
 @dataclass(frozen=True)
 class Claim:
-    """Options of a calibration: what is to hold."""
+    """Options of a calibration: the guarantee."""
 
     risk: Annotated[float, typer.Option(help="Share α of errors that is allowed, in (0, 1).")] = 0.05
-    confidence_level: Annotated[float, typer.Option(help="How surely, 1 − δ in (0, 1).")] = 0.9
+    confidence_level: Annotated[float, typer.Option(help="Confidence of the guarantee, 1 − δ in (0, 1).")] = 0.9
 
     def calibrate(self, own: PersonalNetworks, **further: Any) -> None:
         """Find thresholds for the networks, and print who is certified by what."""
@@ -83,7 +83,7 @@ class Exporting:
     format: Annotated[Format, typer.Option(help="Of the graphs.")] = Format.onnx
 
     def export(self, own: PersonalNetworks, client: int, to: Path) -> None:
-        """Export a client's network, and print what was written and what must be known of it."""
+        """Export a client's network, and print what was written, with notes."""
         from cafe_flwr.personal.export import export_client
 
         written = export_client(own, client, to, max_prob=self.max_prob, format=self.format.value)
@@ -101,7 +101,7 @@ def calibrate(
     folder: Results,
     claim: Claim,
     simultaneous: Annotated[
-        bool, typer.Option("--simultaneous", help="Clients certified by themselves shall all be right at once.")
+        bool, typer.Option("--simultaneous", help="Guarantees of clients certified by themselves hold all at once.")
     ] = False,
     seed: FoldsSeed = 0,
 ) -> None:

@@ -79,7 +79,7 @@ def report(folder: _Results) -> None:
 
 
 def _settings(folder: Path, overrides: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
-    """The settings the run will have, those of the app's manifest, overridden; and the overrides under today's keys."""
+    """The settings of the app's manifest with the overrides, and the overrides under today's keys."""
     from cafe_flwr.settings import Settings, todays
 
     manifest = folder / "pyproject.toml"

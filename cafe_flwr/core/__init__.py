@@ -1,1 +1,1 @@
-"""What every part needs and no learning is in: files, locks, log, options, random numbers, names and shapes."""
+"""Basics that know nothing about learning: files, locks, log, options, random numbers, schemas of tensors, texts."""

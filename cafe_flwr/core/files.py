@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Write files and folders completely or not at all, and find damaged ones."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A draft to write to, which becomes the folder at the end, in place of what was there.
+    """Give a draft to write to, which replaces the folder at the end.
 
-    After an error the folder is as it was. A process that is killed may leave a hidden folder beside it.
+    After an error the folder is unchanged. A killed process may leave a hidden folder beside it.
 
     Examples
     --------
@@ -53,14 +53,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_replaceable(folder: Path, manifest: str, kind: str) -> None:
-    """Refuse to replace anything but a new or empty folder, or one of the same kind: all its files are in its manifest.
+    """Raise ValueError if replacing the folder would lose files that its manifest does not list.
 
-    ``manifest`` is the name of a JSON file with the keys ``format``, which must be ``kind``, and ``files``.
-
-    Raises
-    ------
-    ValueError
-        If something would be lost that was not written with the manifest.
+    ``manifest`` is the name of a JSON file with the keys ``format``, which must be ``kind``, and ``files``. A folder
+    that is new or empty needs none.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -78,12 +74,12 @@ def check_replaceable(folder: Path, manifest: str, kind: str) -> None:
 
 
 STATE_VERSION = 1
-"""Format of what clients and the server keep."""
+"""Version of the format in which clients and the server keep their state."""
 _VERSION_FILE = re.compile(r"round-(\d+)\.safetensors")
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file so that a reader, or a crash at any moment, finds the old content or the new, never a part."""
+    """Write a file that holds the old content or the new at any moment, even after a crash, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -94,7 +90,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        if error.filename is None and error.errno:  # of a write to a full disk, which does not say where
+        if error.filename is None and error.errno:  # a full disk: the error does not name the file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -102,7 +98,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the folder's list of names on disk; not every system can."""
+    """Flush the folder's list of names to disk; not every system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -112,7 +108,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON text that ends with a line; NaN and infinity, which JSON has not, become null."""
+    """JSON text with a newline at its end; NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False) + "\n"
 
 
@@ -128,20 +124,16 @@ def _finite(value: Any) -> Any:
 
 def versions_in(folder: Path) -> list[tuple[int, Path]]:
     """(round, file) of the versions in a folder, newest first."""
-    found = []
-    for path in folder.glob("round-*.safetensors"):
-        match = _VERSION_FILE.fullmatch(path.name)
-        if match:
-            found.append((int(match[1]), path))
-    return sorted(found, reverse=True)
+    matches = ((_VERSION_FILE.fullmatch(path.name), path) for path in folder.glob("round-*.safetensors"))
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
 
 
 class Damaged(Exception):
-    """A file that is not whole, or not what was written."""
+    """A file is incomplete, or differs from what was written."""
 
 
 def checksum(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """CRC-32 of names and bytes: safetensors has none, and a flipped bit would pass for a weight."""
+    """CRC-32 of names and bytes: safetensors has no checksum, and a flipped bit would go unnoticed."""
     value = 0
     for name in sorted(arrays):
         value = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), zlib.crc32(name.encode(), value))

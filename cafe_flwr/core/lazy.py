@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when they are first used: a process imports no more than it needs."""
+"""Import the public names of a package when they are first used, so that a process imports no more than it needs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """``__getattr__`` of a package, given the names that each module defines, with spaces between.
+    """The ``__getattr__`` of a package, from the names that each module defines, separated by spaces.
 
     Examples
     --------

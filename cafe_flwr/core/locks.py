@@ -1,4 +1,4 @@
-"""Locks between processes: one at a time writes, and who is refused learns who has it."""
+"""Lock files: one process at a time writes, and the error for the others says which one it is."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ class InUse(RuntimeError):
 
 
 def hold(path: Path, what: str, seconds: float = 0.0) -> IO[str]:
-    """Take a lock file, until what is returned is closed or the process ends, however that ends.
+    """Take a lock file; it is held until the returned file is closed or the process ends, even by a crash.
 
-    The lock belongs to the open file. The file stays, with the number of the process that had it last. Where the system
-    has no such locks (Windows), nobody is kept out. On network file systems locks hold as far as those pass them on.
+    The file stays, with the id of the process that held it last. Windows has no such locks: nobody is kept out. On
+    network file systems it depends on whether these support ``flock``.
 
     Parameters
     ----------
     path
-        The lock file; made with its folder if it is not there.
+        The lock file; created with its folder if it does not exist.
     what
-        What is locked, for the error.
+        Name of what is locked, for the error.
     seconds
         How long to wait for another process.
 
     Raises
     ------
     InUse
-        If another process still has it, with that process's number.
+        If another process still holds it; the message gives that process's id.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a+")  # noqa: SIM115 (open as long as the lock is held)
@@ -55,7 +55,7 @@ def hold(path: Path, what: str, seconds: float = 0.0) -> IO[str]:
 
 @contextmanager
 def locked(path: Path, what: str, seconds: float = 0.0) -> Iterator[None]:
-    """:func:`hold` a lock file inside.
+    """Hold a lock file, as :func:`hold` does, in a ``with`` block.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Means that skip what is not there."""
+"""Means that leave out NaN."""
 
 from __future__ import annotations
 

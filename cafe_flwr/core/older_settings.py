@@ -1,4 +1,4 @@
-"""Settings of earlier versions: which name each has now, and what a saved run of then means today."""
+"""Settings of earlier versions: their names today, and how to read the settings of a run that was saved then."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RENAMED: Mapping[str, str] = {
     **{name: f"cafedistill-text.{name}" for name in _TEXT},
     **{f"plus-{name}": f"cafedistill-prior.{name}" for name in _PRIOR},
 }
-"""Mapping from the name that a setting had in 0.1.0 to its name now."""
+"""Names of settings in 0.1.0, and their names now."""
 
 PREFIXES: Mapping[str, str] = {
     "cafedistill": "",
@@ -23,17 +23,17 @@ PREFIXES: Mapping[str, str] = {
     "cafedistill-prior": "prior-",
     "cafedistill-text": "text-",
 }
-"""What stood before the settings of a method before there were tables, where it was not its name."""
+"""Prefix of a method's settings before there were tables, where it was not the method's name."""
 
 _OF_OTHERS = frozenset({"mu", "distill-weight", "temperature", "selection", "solver", "plus-distill-weight"})
-"""What those two methods had under names that belong to another method now; a run by any other method never read it."""
+"""Settings of these two methods whose names belong to another method now; runs of other methods did not read them."""
 
 METHODS_THEN: Mapping[str, str] = {"cafedistill": "cafedistill-text", "cafedistill-plus": "cafedistill-prior"}
-"""Mapping from what a method was called in 0.1.0 to its name now, where the old name means something else today."""
+"""Names of methods in 0.1.0, and their names now, where the old name means another method today."""
 
 
 def renamed(key: str) -> str:
-    """What to say of a setting that has another name now; empty if it has not.
+    """A sentence about the new name of a renamed setting; empty if it was not renamed.
 
     Examples
     --------
@@ -48,12 +48,9 @@ def renamed(key: str) -> str:
 
 
 def of_saved_run(run_config: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a finished run as today's; those of an earlier version with what has changed made explicit.
+    """All settings of a finished run under today's names, with defaults that have changed since made explicit.
 
-    Raises
-    ------
-    ValueError
-        If the run's method has another name now.
+    ValueError if the run's method has another name now.
     """
     if not run_config.keys() & RENAMED.keys():
         return dict(run_config)

@@ -1,7 +1,7 @@
-"""Settings that are declared once: a field of a dataclass says its default, its meaning and all that follows from it.
+"""Declare each setting once, as a field of a dataclass with its default, meaning, bounds and use.
 
-From the declarations are made: the fields of :class:`cafe_flwr.settings.Settings`, both manifests, the table in
-docs/settings.md, what must be equal in a comparison, and what may differ when a run is resumed.
+The fields of :class:`cafe_flwr.settings.Settings`, both manifests, the table in docs/settings.md, what must be equal in
+a comparison and what may differ when a run is resumed all follow from these declarations.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +21,7 @@ Compare = Literal["all", "row", "budget", "free", "own"]
 Declared = TypeVar("Declared")
 
 
-def option(  # noqa: PLR0913 (all that can be said of a setting)
+def option(  # noqa: PLR0913 (everything that a setting can declare)
     default: Any,
     doc: str,
     *,
@@ -46,27 +47,26 @@ def option(  # noqa: PLR0913 (all that can be said of a setting)
     Parameters
     ----------
     default, doc
-        What it is unless said otherwise, and what it means, as a sentence.
+        Default value, and meaning as a sentence.
     key
-        Its name in a run's settings, where that is not the table and the field's name: ``learning-rate`` for one that
-        is in no table, ``data.dir``.
+        Name in a run's settings, where it is not ``<table>.<field>``, such as ``learning-rate``, which is in no table.
     formerly
-        The key that it had before there were tables, where that is not its name without the table.
+        Key before there were tables, where it was not the name without the table.
     wire
-        Of an objective: its name in messages, where that is not the objective's and its own.
+        Settings of objectives only: name in messages, where it is not ``<objective>_<field>``.
     ge, gt, le, lt, choices, pattern, min_length, max_length
-        What values there are.
+        Allowed values.
     compare
-        In a comparison: equal in ``"all"`` rows; a ``"row"``'s own; part of the ``"budget"``; ``"free"``, as it changes
-        no number; set by the comparison itself (``"own"``).
+        In a comparison: the same in ``"all"`` rows; each ``"row"``'s own; part of the ``"budget"``; ``"free"``, as it
+        changes no number; or set by the comparison itself (``"own"``).
     free
-        Whether it changes no number and may differ when a run is resumed; those that compare as free are.
+        Whether it changes no number and may differ when a run is resumed; always so with ``compare="free"``.
     sized
-        Whether a step's time and memory depend on it.
+        Whether the time and memory of a step depend on it.
     only
-        When it is read, if not always: keys and the values that read it.
+        When it is read, if not always: other keys, and those of their values with which it is read.
     of_runs
-        Default in a run's settings, where that is another one.
+        Default in a run's settings, where it differs from ``default``.
 
     Examples
     --------
@@ -86,10 +86,12 @@ def option(  # noqa: PLR0913 (all that can be said of a setting)
 
 
 setting = option
+shared = partial(option, compare="all")
+"""A setting that is the same in all rows of a comparison."""
 
 
 def section(table: str) -> Callable[[type[Declared]], type[Declared]]:
-    """Say in which table of a run's settings the options of a dataclass are."""
+    """Decorator: the table of a run's settings that holds the options of a dataclass."""
 
     def mark(declared: type[Declared]) -> type[Declared]:
         declared.table = table  # type: ignore[attr-defined]
@@ -105,15 +107,15 @@ class Option:
     Attributes
     ----------
     field
-        Its name in the dataclass that declares it.
+        Name of the field that declares it.
     key
-        In a run's settings: ``"federation.fraction-train"``, or ``"seed"`` where it is in no table.
+        Name in a run's settings: ``"federation.fraction-train"``, or ``"seed"`` where it is in no table.
     formerly
-        Its key before there were tables; empty if that was the same.
+        Key before there were tables; empty if it was the same.
     default
-        Of a run.
+        Default in a run's settings.
     said
-        All else that the declaration says, see :func:`option`.
+        Everything that :func:`option` was given.
     """
 
     field: str
@@ -124,17 +126,17 @@ class Option:
 
     @property
     def table(self) -> str:
-        """Its table; empty if it is in none."""
+        """Table that holds it; empty if none does."""
         return self.key.rpartition(".")[0]
 
     @property
     def doc(self) -> str:
-        """What it means."""
+        """Meaning, as a sentence."""
         return str(self.said["doc"])
 
     @property
     def compare(self) -> str:
-        """What it is in a comparison, see :func:`option`."""
+        """Role in a comparison, see :func:`option`."""
         return str(self.said["compare"])
 
     @property
@@ -144,15 +146,15 @@ class Option:
 
     @property
     def only(self) -> Mapping[str, Sequence[Any]]:
-        """When it is read: keys, and values of theirs that read it."""
+        """When it is read, see :func:`option`; empty: always."""
         return self.said["only"] or {}
 
 
 def options_of(declared: type) -> list[Option]:
-    """The options of a dataclass, in its order; a field without a meaning is none.
+    """The options of a dataclass, in order, without fields that :func:`option` did not declare.
 
-    They are in the table that :func:`section` gives to the class that declares them, or in that of its name, as those
-    of methods and objectives are.
+    Their table is the one that :func:`section` gives to the class that declares them, or else the class's ``name``, as
+    for methods and objectives.
     """
     return [_option_of(declared, f) for f in fields(declared) if "doc" in f.metadata]
 
@@ -170,13 +172,9 @@ def _option_of(declared: type, f: Field[Any]) -> Option:
 
 
 def values_of(declared: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's config says of the fields of a dataclass, under today's keys or the former ones."""
-    found = {}
-    for o in options_of(declared):
-        for key in (o.formerly, o.key):
-            if key and key in config:
-                found[o.field] = config[key]
-    return found
+    """Values of a dataclass's fields in a run's config, under today's keys or the former ones."""
+    keys = ((o.field, key) for o in options_of(declared) for key in (o.formerly, o.key))
+    return {name: config[key] for name, key in keys if key and key in config}
 
 
 def check_settings(declared: Any) -> None:
@@ -201,7 +199,7 @@ _BOUNDS: Sequence[tuple[str, str, Callable[[Any, Any], bool]]] = (
 
 
 def _expected(f: Field[Any], value: Any) -> str:
-    """What a value should be and is not; empty if all is well."""
+    """What a value should be instead; empty if it is valid."""
     said, kind = f.metadata, type(f.default)
     if said["choices"]:
         return "" if value in said["choices"] else f"one of {', '.join(map(str, said['choices']))};"

@@ -1,4 +1,4 @@
-"""Random numbers: everything is keyed by client, never by node id."""
+"""Random generators that depend on seed, round, client and purpose, never on node ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 def rng_for(seed: int, server_round: int, client: int, purpose: str) -> np.random.Generator:
     """The one random generator for (seed, round, client, purpose): different purposes never share numbers.
 
-    Round 0 is for what happens before the first one; client −1 is the server. The purpose is e.g. ``"batches"``.
+    Round 0 comes before the first one; client −1 is the server. A purpose is, for example, ``"batches"``.
 
     Examples
     --------
@@ -27,7 +27,7 @@ def rng_for(seed: int, server_round: int, client: int, purpose: str) -> np.rando
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's global generator seeded inside, and as before outside."""
+    """Seed torch's global generator in a ``with`` block; afterwards it is as before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

@@ -1,4 +1,4 @@
-"""The wire: named tensors as one flat array, and the schema that says what is in it."""
+"""Send named tensors as one flat array, whose content a schema describes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,8 @@ _HALF_MAX = float(np.finfo(np.float16).max)
 class Schema:
     """Names and shapes of tensors that travel as one flat array, in a fixed order.
 
-    The number of tensors is what makes a Flower message slow, not their size; and a flat array without names is how
-    heads get swapped. So a schema is agreed on once, and its digest is checked in every message.
-
-    Attributes
-    ----------
-    entries
-        (name, shape) of every tensor.
+    A Flower message is slowed down by the number of its tensors, not by their size. As a flat array has no names, and
+    heads could be swapped, a schema is agreed on once and its digest is checked in every message.
 
     Examples
     --------
@@ -61,7 +56,7 @@ class Schema:
         return sum(self.sizes)
 
     def to_json(self) -> str:
-        """The schema as JSON: a list of [name, shape]."""
+        """A list of [name, shape] as JSON."""
         return json.dumps([[name, list(shape)] for name, shape in self.entries], separators=(",", ":"))
 
     @classmethod
@@ -70,13 +65,7 @@ class Schema:
         return cls(tuple((str(name), tuple(int(n) for n in shape)) for name, shape in json.loads(text)))
 
     def pack(self, tensors: Mapping[str, Tensor]) -> NDArray[np.float32]:
-        """One flat float32 array from the tensors of these names; others are left alone.
-
-        Raises
-        ------
-        ValueError
-            If a name is missing or a shape differs.
-        """
+        """One flat float32 array of the schema's tensors; ValueError if one is missing or has another shape."""
         missing = [name for name in self.names if name not in tensors]
         if missing:
             raise ValueError(f"missing tensors: {', '.join(missing)}")
@@ -88,13 +77,7 @@ class Schema:
         return torch.cat([tensors[name].detach().reshape(-1).to("cpu", torch.float32) for name in self.names]).numpy()
 
     def unpack(self, flat: NDArray[np.floating]) -> dict[str, Tensor]:
-        """The named tensors (float32) of a flat array.
-
-        Raises
-        ------
-        ValueError
-            If the array has another size or values that are not finite.
-        """
+        """The named tensors (float32) of a flat array; ValueError for another size or values that are not finite."""
         if flat.shape != (self.size,):
             raise ValueError(f"expected {self.size} values, got an array of shape {flat.shape}")
         if not np.isfinite(flat).all():
@@ -103,7 +86,7 @@ class Schema:
         return {name: part.reshape(shape) for (name, shape), part in zip(self.entries, parts, strict=True)}
 
     def check_half(self, flat: NDArray[np.floating], what: str) -> None:
-        """Raise ValueError, naming the tensor, if a value of a flat array lies beyond float16.
+        """Raise ValueError, naming the tensor, if a value of a flat array is beyond the range of float16.
 
         Examples
         --------
@@ -122,7 +105,7 @@ class Schema:
 
 
 def schema_hash(*schemas: Schema) -> str:
-    """Short fingerprint of schemas; equal exactly if names, shapes and order are equal.
+    """Fingerprint of schemas, 16 hexadecimal digits: equal if names, shapes and order are.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Settings in nested tables, and the same ones under keys with a dot."""
+"""Convert settings between nested tables and keys with dots."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def leaves(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with dots, and their values.
+    """(key with dots, value) of every setting in nested tables.
 
     Examples
     --------
@@ -22,7 +22,7 @@ def leaves(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, A
 
 
 def nested(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys with dots as tables; ValueError if one is a value and a table."""
+    """Nested tables from keys with dots; ValueError if one is both a value and a table."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         *tables, name = str(key).split(".")

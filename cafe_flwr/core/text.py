@@ -10,7 +10,7 @@ MAX_NAME = 60
 
 
 def check_name(name: str) -> None:
-    """ValueError unless it can stand in a line of a log."""
+    """Raise ValueError unless a node's name fits into a line of the log."""
     if len(name) > MAX_NAME or not name.isprintable():
         raise ValueError(f"a node's name must be at most {MAX_NAME} printable characters, got {name[:80]!r}")
 
@@ -21,12 +21,12 @@ def kebab(name: str) -> str:
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like this one, if any is."""
+    """The known name most similar to this one; None if none is similar."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def nearest(name: str, known: Iterable[str], listed: str = "known") -> str:
-    """A hint for a name that is not known: the one most like it, or all that there are.
+    """A hint for an unknown name: the known one most similar to it, or all known ones.
 
     Examples
     --------
@@ -39,28 +39,21 @@ def nearest(name: str, known: Iterable[str], listed: str = "known") -> str:
 
 
 def place(steps: Iterable[int | str]) -> str:
-    """Where something stands in nested lists and mappings: ``rows[2].method``."""
+    """Path to an item of nested lists and mappings: ``rows[2].method``."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).removeprefix(".")
 
 
 def in_words(detail: Mapping[str, Any], known: Iterable[str], what: str = "key") -> str:
-    """One of pydantic's errors as a sentence.
+    """One of pydantic's errors, an item of ``ValidationError.errors()``, as a sentence.
 
-    Parameters
-    ----------
-    detail
-        An item of ``ValidationError.errors()``.
-    known
-        Names that may stand at its place.
-    what
-        What such a name is called.
+    ``known`` are the names allowed at its place, ``what`` is what such a name is called.
 
     Examples
     --------
     >>> in_words({"type": "extra_forbidden", "loc": ("sweep", "setings")}, ["seeds", "settings"])
     "sweep: unknown key 'setings'; did you mean 'settings'?"
     """
-    if not detail["loc"]:  # raised by a rule about several values
+    if not detail["loc"]:  # an error about several values
         return str(detail["ctx"]["error"])
     *outer, name = detail["loc"]
     where = f"{place(outer)}: " if outer else ""

@@ -1,4 +1,4 @@
-"""Whose examples: data sets, partitions, the clients' data."""
+"""Data sets, and how they are dealt out to clients."""
 
 from typing import TYPE_CHECKING
 

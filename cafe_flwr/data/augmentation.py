@@ -1,4 +1,4 @@
-"""How training varies images."""
+"""Random crops and mirror images for training."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class Augmentation(NamedTuple):
-    """Random crops of an image with a border, and mirror images: what is usual for CIFAR and Tiny-ImageNet.
+    """Random crops of an image with a border, and mirror images, as is usual for CIFAR and Tiny-ImageNet.
 
-    The border of ``padding`` pixels has the value 0 (black); the crop has the size of the image. With ``flip`` every
-    other image is mirrored, left to right.
+    The border of ``padding`` pixels has the value 0 (black); the crop has the size of the image. With ``flip``, half of
+    the images, at random, are mirrored left to right.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""A user's own data as clients hold them: from ``datasets.Dataset``, from a torch ``Dataset``, divided into splits."""
+"""Turn a user's own data, a ``datasets.Dataset`` or a torch ``Dataset``, into splits of a client."""
 
 from __future__ import annotations
 
@@ -26,25 +26,21 @@ def split_from_datasets(
     image_size: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> Split:
-    """A split of a ``datasets.Dataset``: what a client has for training, calibration or test.
+    """A split of a ``datasets.Dataset`` with a column of inputs and one of labels 0..C−1.
 
     Parameters
     ----------
-    dataset
-        With a column of inputs and one of labels.
     inputs
         Column of pictures, which become pixels (uint8); of texts, which become tokens; or of lists of numbers.
-    labels
-        Column of labels 0..C−1.
     image_size
         Resize pictures to this height and width; 0 keeps them as they are.
     tokenizer
-        Of texts; None: as it stands in :mod:`cafe_flwr.data.tokenizer`, 64 words of 8,192 tokens.
+        Tokenizer of texts; None: 64 words of 8,192 tokens.
 
     Raises
     ------
     ValueError
-        If a column is not there, labels are missing or no numbers from 0 up, or pictures differ in size.
+        If a column does not exist, a label is missing or not a number from 0 up, or pictures differ in size.
 
     Examples
     --------
@@ -67,21 +63,11 @@ def split_from_datasets(
 def split_from_torch(dataset: Any, *, image_size: int = 0) -> Split:
     """A split of a torch ``Dataset`` of known length whose items are (input, label).
 
-    All items are read, once: transforms that draw are drawn once. Have training vary images instead,
-    ``divide(split, augment=Augmentation(4))``.
+    Inputs are tensors, arrays or pictures of one shape (``image_size`` as for :func:`split_from_datasets`). uint8 stays
+    (pixels), other whole numbers become int64 (tokens), the rest float32. Every item is read once, so random transforms
+    are applied only once: vary images in training instead, ``divide(split, augment=Augmentation(4))``.
 
-    Parameters
-    ----------
-    dataset
-        Inputs are tensors, arrays or pictures of one shape. uint8 stays (pixels), other whole numbers become int64
-        (tokens), the rest float32.
-    image_size
-        As for :func:`split_from_datasets`.
-
-    Raises
-    ------
-    ValueError
-        If an item is no pair, a label no number from 0 up, or inputs differ in shape.
+    ValueError if an item is not a pair, a label not a number from 0 up, or inputs differ in shape.
 
     Examples
     --------
@@ -104,12 +90,10 @@ def divide(
 
     Parameters
     ----------
-    split
-        All that the client has.
     shares
-        Of train, calibration and test; they sum to 1.
+        Shares of train, calibration and test; they sum to 1.
     seed
-        Of the division; the same seed must give the same in every process of a run.
+        Seed of the division; it must be the same in every process of a run.
     augment
         How training varies images, such as ``cafe_flwr.data.augmentation.Augmentation(4)``.
 

@@ -1,8 +1,8 @@
-"""Images made worse on purpose: what becomes of accuracy and risk when the inputs are no longer those of calibration.
+"""Corrupt images, to measure accuracy and risk on inputs that differ from those of calibration.
 
-Five of the corruptions of ImageNet-C (Hendrycks & Dietterich, arXiv 1903.12261), with the severities that its authors
-chose for small images (their CIFAR-10-C). Adapted to inputs that need not be RGB in 0..1: strengths are shares of the
-data's value range, brightness is added to every channel alike, and lengths in pixels grow with images larger than 32.
+These are five corruptions of ImageNet-C (Hendrycks & Dietterich, arXiv 1903.12261), with the severities of its authors'
+CIFAR-10-C, adapted to inputs that need not be RGB in 0..1: strengths are shares of the data's value range, brightness
+is added to every channel alike, and lengths in pixels grow with images larger than 32.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TAIL = 0.005  # share of pixels at either end that may lie beyond the value range
+_TAIL = 0.005  # share of pixels at either end beyond the value range
 _SIDE = 32  # pixels of the images that the severities were chosen for
 
 
 class ValueRange(NamedTuple):
-    """Where pixel values lie."""
+    """Lowest and highest usual pixel value."""
 
     low: float
     high: float
@@ -28,8 +28,7 @@ class ValueRange(NamedTuple):
 def value_range(x: Tensor) -> ValueRange:
     """The range of nearly all pixel values of images (N, C, H, W): from the 0.5 % to the 99.5 % quantile.
 
-    Not minimum and maximum, which noise in the images would move. ValueError if there are no pixels, or all are the
-    same.
+    Minimum and maximum would depend on noise. ValueError if there are no pixels, or nearly all are the same.
 
     Examples
     --------
@@ -74,7 +73,7 @@ def _pixelate(x: Tensor, strength: float, width: float, rng: np.random.Generator
 
 
 def _resize(size: int, new: int) -> Tensor:
-    """Matrix (new, size) that averages over boxes: each row holds how much of its box lies in each old pixel."""
+    """Matrix (new, size) that averages over boxes: each row holds the share of each old pixel in its box."""
     edges = torch.arange(new + 1) * (size / new)
     old = torch.arange(size)
     overlap = torch.minimum(edges[1:, None], old + 1) - torch.maximum(edges[:-1, None], old)
@@ -82,9 +81,9 @@ def _resize(size: int, new: int) -> Tensor:
 
 
 class Corruption(NamedTuple):
-    """A kind of corruption: strengths for severities 1..5, and what it does.
+    """A kind of corruption: strengths for severities 1..5, and a function that returns corrupted images.
 
-    ``apply`` takes images, strength, width of the value range and generator; it gives new images.
+    ``apply`` takes images, strength, width of the value range and generator.
     """
 
     strengths: tuple[float, float, float, float, float]
@@ -94,7 +93,7 @@ class Corruption(NamedTuple):
 CORRUPTIONS: dict[str, Corruption] = {
     "noise": Corruption((0.04, 0.06, 0.08, 0.09, 0.10), _noise),  # σ as a share of the value range
     "blur": Corruption((0.4, 0.6, 0.7, 0.8, 1.0), _blur),  # σ in pixels of a 32×32 image
-    "contrast": Corruption((0.75, 0.5, 0.4, 0.3, 0.15), _contrast),  # share of it that is kept
+    "contrast": Corruption((0.75, 0.5, 0.4, 0.3, 0.15), _contrast),  # share of contrast that is kept
     "brightness": Corruption((0.05, 0.1, 0.15, 0.2, 0.3), _brightness),  # added, as a share of the value range
     "pixelate": Corruption((0.95, 0.9, 0.85, 0.75, 0.65), _pixelate),  # share of the pixels per side that is kept
 }
@@ -105,7 +104,7 @@ def corrupt(
 ) -> Tensor:
     """Corrupted copies of images (N, C, H, W) float32; the given ones stay as they are.
 
-    Results are clipped to the value range; for an image that goes beyond it, to the image's own.
+    Results are clipped to the value range, or to the image's own range where that is wider.
 
     Parameters
     ----------
@@ -121,7 +120,7 @@ def corrupt(
     Raises
     ------
     ValueError
-        For another name or severity, or for what are no images.
+        For another name or severity, or if x are not images.
 
     Examples
     --------

@@ -19,7 +19,7 @@ NUM_CLASSES = {"digits": 10, "digit-pairs": 100}
 
 
 def class_names(dataset: str) -> tuple[str, ...]:
-    """Names of the classes: the digits to be seen, from left to right."""
+    """Names of the classes: their digits, from left to right."""
     width = 2 if dataset == "digit-pairs" else 1
     return tuple(f"{label:0{width}d}" for label in range(NUM_CLASSES[dataset]))
 
@@ -35,7 +35,7 @@ def _base_digits() -> tuple[Tensor, NDArray[np.int64]]:
 
 @lru_cache(maxsize=8)
 def digit_pools(seed: int) -> dict[str, list[NDArray[np.int64]]]:
-    """Base digits that each split may use: rows of scikit-learn's digits, per split and class, disjoint."""
+    """Base digits that each split may use: disjoint rows of scikit-learn's digits, by split and class."""
     _, target = _base_digits()
     rng = rng_for(seed, 0, -1, "base digits")
     pools: dict[str, list[NDArray[np.int64]]] = {name: [] for name in SPLITS}

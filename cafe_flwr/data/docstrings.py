@@ -1,10 +1,8 @@
-"""A text task that is always there: from which Python package is this sentence?
+"""A text data set that needs no download: from which Python package is this sentence?
 
-The sentences are those of the docstrings in packages that this one needs, so they are installed wherever it is. They
-are read from the packages' sources, which are parsed and not imported. Whole modules go to train, calibration or test,
-so no test sentence stands beside a training sentence. Names of the packages are left out of the sentences.
-
-What is installed decides on the sentences: the same versions of Python and of the packages give the same task.
+The sentences are from the docstrings of packages that this one depends on. Their sources are parsed, not imported.
+Whole modules go to train, calibration or test, so that no test sentence is from a module of training. Names of the
+packages are removed from the sentences. The same versions of Python and of the packages give the same data.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ PACKAGES = (
 )
 """The classes; ``python`` is the standard library."""
 
-PER_PACKAGE = 600  # sentences
+PER_PACKAGE = 600  # sentences, about
 _ALIASES = ("np", "pd", "sp", "plt", "mpl", "nx", "pytorch", "scikit", "learn", "flower", "pyplot", "dataframe")
 _NAMES = re.compile(rf"\b({'|'.join((*PACKAGES, *_ALIASES))})\b", re.IGNORECASE)
 _SKIPPED = {"tests", "test", "testing", "site-packages", "dist-packages", "_vendor", "externals", "idlelib", "v1"}
@@ -41,7 +39,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
 class Sentences(NamedTuple):
-    """All sentences of the task, N different ones, with labels (positions in ``PACKAGES``) and numbers of files."""
+    """All N sentences, which differ, with labels (positions in ``PACKAGES``) and numbers of their modules."""
 
     texts: tuple[str, ...]
     labels: NDArray[np.int64]
@@ -50,14 +48,8 @@ class Sentences(NamedTuple):
 
 @lru_cache(maxsize=1)
 def sentences() -> Sentences:
-    """Read the sentences, about 600 of a package.
-
-    Raises
-    ------
-    ValueError
-        If the sources of a package are not there.
-    """
-    packages: dict[str, set[int]] = {}  # those that say the sentence
+    """Read about 600 sentences of every package; ValueError if a package has no sources here."""
+    packages: dict[str, set[int]] = {}  # packages with the sentence
     found: list[tuple[str, int, int]] = []
     modules = 0
     for label, package in enumerate(PACKAGES):
@@ -74,16 +66,16 @@ def sentences() -> Sentences:
                 break
         if not number:
             raise ValueError(f"dataset = 'docstrings' needs the sources of {package}, which have no docstrings here")
-    kept = [row for row in found if len(packages[row[0]]) == 1]  # said by one package only
+    kept = [row for row in found if len(packages[row[0]]) == 1]  # in one package only
     texts, labels, numbers = zip(*kept, strict=True)
     return Sentences(texts, np.array(labels, dtype=np.int64), np.array(numbers, dtype=np.int64))
 
 
 def draw(num_examples: int, shares: Sequence[float], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of ``sentences()`` for a federation, ascending, as many of every package as can be, and the split of each.
+    """Rows of ``sentences()`` for a federation, ascending, equally many of every package, and the split of each row.
 
-    So many examples are drawn in all, fewer where a package has no more. Splits are 0, 1 or 2 (train, calibration and
-    test), about these shares of a package's sentences, in whole modules.
+    There are ``num_examples`` in all, or fewer if a package has too few. Splits are 0, 1 or 2 (train, calibration and
+    test) and hold about these shares of a package's sentences, in whole modules.
     """
     data = sentences()
     rng = rng_for(seed, 0, -1, "docstrings")
@@ -97,7 +89,7 @@ def draw(num_examples: int, shares: Sequence[float], seed: int) -> tuple[NDArray
 
 
 def _by_module(modules: NDArray[np.int64], shares: Sequence[float], rng: np.random.Generator) -> NDArray[np.int64]:
-    """A split for every row, the same for all rows of a module; large modules first, each to the neediest split."""
+    """A split for every row, one for each module; large modules come first, each to the split that lacks most."""
     names, counts = np.unique(modules, return_counts=True)
     order = rng.permutation(len(names))
     order = order[np.argsort(-counts[order], kind="stable")]
@@ -130,7 +122,7 @@ def _sentences_of(file: Path) -> Iterator[str]:
         return
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the sources' authors should see
+            warnings.simplefilter("ignore")  # warnings about the packages' sources
             tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
         return

@@ -1,12 +1,11 @@
-"""Data sets and how they are dealt out: train, calibration and test examples of every client.
+"""Deal data sets out to clients: train, calibration and test examples of every client.
 
-A data set is partitioned by its labels (flwr-datasets), over clients or over groups of clients, then every client's
-share is split into train, calibration and test with the same label distribution. The embedded sets are made from
-scikit-learn's handwritten digits: their partition is drawn first, as labels only, and the images of each client are
-then rendered from base digits that belong to one of the three splits alone, so no test image is made from a training
-digit. Clients may also see the world rotated, meet other class priors in the test, or hold out training examples in
-place of the test. Sets of the hub (:mod:`cafe_flwr.data.hub`) are decoded when a client is loaded, and stay pixels
-(uint8): networks normalise them batch by batch. Texts become tokens.
+A data set is partitioned by its labels (flwr-datasets) over clients or groups of clients; then every client's examples
+are split into train, calibration and test with the same label distribution. For the embedded sets of handwritten digits
+only labels are partitioned; each client's images are then rendered from base digits that belong to a single split, so
+that no test image is made from a training digit. Images may be rotated by client, and test labels shifted; validation
+examples may take the place of the test. Images of the hub (:mod:`cafe_flwr.data.hub`) are decoded when a client is
+loaded and stay pixels (uint8), which networks normalise batch by batch. Texts become tokens.
 """
 
 from __future__ import annotations
@@ -35,20 +34,18 @@ class FederatedData:
 
     Attributes
     ----------
-    num_clients
-        How many clients there are.
     class_names
         Names of the classes, in the order of the labels.
     input_shape
         Shape of one input, e.g. (1, 16, 16).
     load
-        The data of one client, made when it is asked for.
+        Gives the data of one client, which are made on the first call.
     vocabulary
-        Of texts: number of different tokens, padding included; 0: the inputs are no texts.
+        Number of different tokens of texts, padding included; 0: the inputs are not texts.
     pixels
-        Of images that come as pixels (uint8): how networks normalise them.
+        How networks normalise images that are pixels (uint8).
     num_examples
-        Of all clients together, all splits; 0: not known.
+        Examples of all clients, in all splits; 0: unknown.
     """
 
     num_clients: int
@@ -65,7 +62,7 @@ class FederatedData:
         return len(self.class_names)
 
 
-def load_federation(  # noqa: PLR0913 (public; options.Data has them all)
+def load_federation(  # noqa: PLR0913 (public; same as options.Data)
     dataset: str,
     num_clients: int,
     *,
@@ -100,8 +97,6 @@ def load_federation(  # noqa: PLR0913 (public; options.Data has them all)
         Embedded: ``"digits"``, ``"digit-pairs"``, ``"docstrings"``. Of the hub: ``"cifar10"``, ``"cifar100"``,
         ``"tiny-imagenet"``, ``"ag-news"``. Or ``"local:<path>"`` (a parquet file, a folder of parquet files, or a
         folder with one subfolder of images per class).
-    num_clients
-        How many.
     partition
         ``"dirichlet"`` (concentration ``alpha``), ``"pathological"`` (``classes_per_client`` classes each) or
         ``"natural"`` (by the values of ``partition_column``).
@@ -109,45 +104,43 @@ def load_federation(  # noqa: PLR0913 (public; options.Data has them all)
         Dirichlet only: a client that holds its fair share gets no more
         (:func:`cafe_flwr.data.partition.partition_labels`).
     partition_column, natural_split
-        Of the natural partition, of sets with columns: the column, and how a value is dealt out where several clients
-        share it, ``"even"`` or ``"dirichlet"`` (:func:`cafe_flwr.data.partition.partition_naturally`).
+        Natural partition only: the column, and how a value is dealt out to several clients, ``"even"`` or
+        ``"dirichlet"`` (:func:`cafe_flwr.data.partition.partition_naturally`).
     examples_per_client
         Embedded sets only: mean number of examples per client, all splits together.
     shares
         Shares of train, calibration and test; they sum to 1.
     image_size, image_column, label_column
-        Local sets only: height and width that images are resized to (0 keeps them as they are), names of the columns.
+        Local sets only: height and width that images are resized to (0: as they are), and names of the columns.
     data_dir, augmentation
         Sets of the hub only: folder with a local copy in ``<data_dir>/<dataset>`` (empty: the hub); and ``"usual"``,
         random crops and mirror images in training, or ``"none"``.
     max_tokens, vocabulary, long_texts
-        Texts only: words of a text that are kept, the number of different tokens (:mod:`cafe_flwr.data.tokenizer`), and
-        what to do with longer ones, ``"cut"`` or ``"refuse"``.
+        Texts only: number of words that are kept, number of different tokens (:mod:`cafe_flwr.data.tokenizer`), and
+        whether longer texts are cut (``"cut"``) or an error (``"refuse"``).
     text_part
         AG News only: ``"whole"`` texts, or ``"title"`` (:meth:`cafe_flwr.data.hub.OpenSet.texts`).
     label_groups
         G ≥ 1: client i is in group i mod G, and the clients of a group share one label distribution. 0: every client is
-        a group of its own. Embedded sets: a group has the labels that its first client would have without groups, and
-        every client images of its own for them. Local sets: the partition is one over G groups, each dealt evenly to
-        its clients, so that clients of a larger group get less.
+        a group of its own. Embedded sets: all clients of a group have the labels that its first client would have
+        without groups, and images of their own for them. Other sets: they are partitioned over G groups, and each part
+        is dealt out evenly to the group's clients, so that clients of a larger group get less.
     rotations
         R ≥ 1: all images of client i are rotated counter-clockwise by ⌊i / max(G, 1)⌋ mod R times 360/R degrees, so
         label groups and rotations are crossed: G·R clients hold each combination once. Quarter turns are exact.
     validation_share
-        v in [0, 1), to choose hyper-parameters without a look at test data: the share v of each client's training
-        split is held out and given as its test split; the real test split is left alone. On the embedded sets, training
-        and validation images are made from the same base digits, so expect better results than on test data.
+        v in [0, 1), to choose hyper-parameters without test data: the share v of each client's training split is held
+        out and takes the place of its test split, which is not used. On the embedded sets, training and validation
+        images are made from the same base digits, so expect better results than on test data.
     test_shift
         Embedded sets only, s in [0, 1]: the share s of each client's test labels is redrawn uniformly from the classes
         in its training split, so that class priors shift but no new classes appear. The images are rendered for the new
-        labels; with a ``validation_share`` from the base digits of training, no longer the examples held out.
-    seed
-        Seed of the partition, the splits and the rendering.
+        labels; with a ``validation_share``, from the base digits of training instead of the examples held out.
 
     Raises
     ------
     ValueError
-        If there is no such data set, it cannot serve so many clients, or it does not allow the shift asked for.
+        If the data set does not exist, has too few examples for so many clients, or does not support the shift.
 
     Examples
     --------
@@ -188,7 +181,7 @@ def load_federation(  # noqa: PLR0913 (public; options.Data has them all)
 
 @lru_cache(maxsize=4)
 def deal_out(options: Data, num_clients: int, seed: int = 0) -> FederatedData:
-    """A data set dealt out to clients as its options say, see :func:`load_federation`. Built once per process."""
+    """Deal a data set out to clients as its options say, once per process, see :func:`load_federation`."""
     if min(num_clients, options.examples_per_client, options.classes_per_client) < 1:
         raise ValueError("num-clients, examples-per-client and classes-per-client must be at least 1")
     check_shifts(options.dataset, num_clients, options.label_groups, options.validation_share, options.test_shift)
@@ -228,7 +221,7 @@ def _parts(options: Data, source: Source, num_clients: int, seed: int) -> list[N
             seed,
         )
     rule = Rule(options.partition, options.dirichlet_alpha, options.classes_per_client, options.dirichlet_cap)
-    dealt = 0 if source.read is None else groups  # labels that are rendered need not be dealt out
+    dealt = 0 if source.read is None else groups  # rendered images: clients of a group share their labels
     parts = partition_labels(source.labels, num_clients, rule, seed, dealt)
     if source.read is None and groups:
         return [parts[client % groups] for client in range(num_clients)]

@@ -1,4 +1,4 @@
-"""Data sets by name: from the Hugging Face hub, or from a local copy with the same columns."""
+"""Read data sets by name, from the Hugging Face hub or from a local copy with the same columns."""
 
 from __future__ import annotations
 
@@ -28,20 +28,18 @@ class HubSet:
 
     Attributes
     ----------
-    repository
-        Its name on the hub.
     splits
-        Are put together before they are dealt out to clients.
+        Splits that are concatenated before they are dealt out to clients.
     inputs, labels
-        Columns.
+        Names of the columns.
     image_size
         Height and width of its images, which have three colours; 0: it holds texts.
     pixels
         Mean and standard deviation of its training images, by channel.
     augmentation
-        What is usual in training with it.
+        Usual augmentation in training.
     title_words
-        Of texts that begin with a title which nothing sets apart: mean number of words of a title. 0: they have none.
+        Mean number of words of a title, if texts begin with one without a mark of its end; 0: they have no titles.
     """
 
     repository: str
@@ -55,36 +53,15 @@ class HubSet:
     title_words: int = 0
 
 
+_CIFAR10 = Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
+_CIFAR100 = Normalisation((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+_TINY = Normalisation((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
+
 HUB_SETS = {
-    "cifar10": HubSet(
-        "uoft-cs/cifar10",
-        ("train", "test"),
-        "img",
-        "label",
-        10,
-        image_size=32,
-        pixels=Normalisation((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-        augmentation=Augmentation(4),
-    ),
-    "cifar100": HubSet(
-        "uoft-cs/cifar100",
-        ("train", "test"),
-        "img",
-        "fine_label",
-        100,
-        image_size=32,
-        pixels=Normalisation((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-        augmentation=Augmentation(4),
-    ),
+    "cifar10": HubSet("uoft-cs/cifar10", ("train", "test"), "img", "label", 10, 32, _CIFAR10, Augmentation(4)),
+    "cifar100": HubSet("uoft-cs/cifar100", ("train", "test"), "img", "fine_label", 100, 32, _CIFAR100, Augmentation(4)),
     "tiny-imagenet": HubSet(
-        "zh-plus/tiny-imagenet",
-        ("train", "valid"),
-        "image",
-        "label",
-        200,
-        image_size=64,
-        pixels=Normalisation((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
-        augmentation=Augmentation(8),
+        "zh-plus/tiny-imagenet", ("train", "valid"), "image", "label", 200, 64, _TINY, Augmentation(8)
     ),
     "ag-news": HubSet("fancyzhx/ag_news", ("train", "test"), "text", "label", 4, title_words=7),
 }
@@ -92,10 +69,7 @@ HUB_SETS = {
 
 @dataclass(frozen=True)
 class OpenSet:
-    """A data set that has been opened; pictures are decoded when they are asked for.
-
-    ``labels`` are (N,) int64, 0..C−1, and ``class_names`` in their order.
-    """
+    """An opened data set with labels (N,) int64, 0..C−1; pictures are decoded when they are asked for."""
 
     about: HubSet
     labels: NDArray[np.int64]
@@ -104,13 +78,7 @@ class OpenSet:
     _origin: str
 
     def images(self, rows: NDArray[np.int64]) -> Tensor:
-        """Pictures of these rows as pixels, (N, 3, H, W) uint8.
-
-        Raises
-        ------
-        ValueError
-            If a picture is damaged, or has another size than the set's.
-        """
+        """Pictures of these rows as pixels, (N, 3, H, W) uint8; ValueError if one is damaged or of another size."""
         size = self.about.image_size
         pixels = np.zeros((len(rows), size, size, 3), dtype=np.uint8)
         pictures = self._rows.select_columns([self.about.inputs])
@@ -127,11 +95,10 @@ class OpenSet:
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     def texts(self, rows: NDArray[np.int64], part: str = "whole") -> list[str]:
-        """Texts of these rows; with part ``"title"`` their column ``title`` or, without one, their first words.
+        """Texts of these rows; with part ``"title"`` the column ``title`` or, without one, the first words of the text.
 
-        The hub's AG News joins title and description by a space, and does not say where. Its titles have 7.1 words in
-        the mean (of the original's 7,600 test rows), so the first 7 words hold 86 % of the titles' words, and 88 % of
-        these words are of the title.
+        The hub's AG News joins title and description by a space only. Titles have 7.1 words on average (7,600 test rows
+        of the original), so the first 7 words hold 86 % of the titles' words, and 88 % of these are from the title.
         """
         if not len(rows):
             return []
@@ -142,7 +109,7 @@ class OpenSet:
         return [" ".join(words(text)[: self.about.title_words]) for text in texts] if part == "title" else texts
 
     def column(self, name: str) -> list[Any]:
-        """Values of a column, of all rows; of classes their names. ValueError if there is none."""
+        """Values of a column, with class names in place of labels. ValueError if it does not exist."""
         return column_of(self._rows.remove_columns([self.about.inputs]), name, self._origin)
 
 
@@ -152,15 +119,15 @@ def open_set(name: str, data_dir: str = "") -> OpenSet:
     Parameters
     ----------
     name
-        Of ``HUB_SETS``.
+        One of ``HUB_SETS``.
     data_dir
         Folder with a local copy in ``<data_dir>/<name>``: parquet files with the hub's columns, also in subfolders, or
-        what ``Dataset.save_to_disk`` wrote. Empty: the hub, or what `datasets` has kept of an earlier download.
+        the output of ``Dataset.save_to_disk``. Empty: the hub, or the cache of an earlier download.
 
     Raises
     ------
     ValueError
-        If it cannot be had, with how to place a local copy; or its columns or labels are not those of the hub's.
+        If it cannot be had (the message says how to place a local copy), or its columns or labels are not the hub's.
     """
     logging.getLogger("datasets").setLevel(logging.ERROR)
     about = HUB_SETS[name]
@@ -183,7 +150,7 @@ def _from_hub(name: str) -> Any:
     about = HUB_SETS[name]
     try:
         return load_dataset(about.repository, split="+".join(about.splits))
-    except Exception as error:  # of the network, the hub or the cache: many kinds
+    except Exception as error:  # many kinds, of the network, the hub or the cache
         raise ValueError(
             f"dataset = {name!r} cannot be had from the hub ({type(error).__name__}: {_first_line(error)}). "
             + _how_to_place(name, "<data-dir>")
@@ -221,7 +188,7 @@ def _from_folder(folder: Path, name: str) -> Any:
 
 
 def _place(file: Path, splits: Sequence[str]) -> int:
-    """Place of a file's split among the splits: the rows of a copy come in the order of the hub's."""
+    """Place of a file's split among the splits, so that a copy's rows have the hub's order."""
     return next((k for k, split in enumerate(splits) if file.name.startswith(split)), len(splits))
 
 
@@ -253,7 +220,7 @@ def _labels(rows: Any, about: HubSet, origin: str) -> tuple[NDArray[np.int64], t
 
 
 def _decodable(rows: Any, about: HubSet) -> Any:
-    """The rows with a column of pictures, where the file does not say that it holds some."""
+    """The rows with their pictures marked as such, which a file may lack."""
     from datasets import Image
 
     if about.image_size and not isinstance(rows.features[about.inputs], Image):
@@ -263,8 +230,3 @@ def _decodable(rows: Any, about: HubSet) -> Any:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-def names_of_sets(*, texts: bool) -> Sequence[str]:
-    """Names of the sets that hold texts, or images."""
-    return [name for name, about in HUB_SETS.items() if (about.image_size == 0) == texts]

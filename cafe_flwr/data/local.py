@@ -1,4 +1,4 @@
-"""Images with labels from a parquet file or a folder on this machine."""
+"""Read images with labels from a parquet file or a folder on this machine."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 METADATA = ("metadata.csv", "metadata.jsonl")
-"""Files of an image folder with further columns, by ``file_name``: imagefolder, of Hugging Face's datasets."""
+"""Files that add columns to an image folder, by ``file_name``, as Hugging Face's imagefolder reads them."""
 
 
 class LocalSet(NamedTuple):
     """A set that has been read.
 
-    ``images``, (N, C, H, W): pixels (uint8) where all images are of 8 bits, else float32, about −1..1. ``labels``: (N,)
-    int64, 0..K−1; ``class_names`` in their order. ``column`` gives the values of a column of the file, (N,), by its
-    name; ValueError if there is none of this name.
+    ``images``, (N, C, H, W): pixels (uint8) if all images have 8 bits, else float32, about −1..1. ``labels``: (N,)
+    int64, 0..K−1; ``class_names`` in their order. ``column`` gives the values of a column, (N,), by its name;
+    ValueError if it does not exist.
     """
 
     images: NDArray[np.uint8] | NDArray[np.float32]
@@ -32,10 +32,7 @@ class LocalSet(NamedTuple):
 def read_local(path: Path, image_size: int, image_column: str, label_column: str) -> LocalSet:
     """Read a parquet file, a folder of them, or an image folder.
 
-    Raises
-    ------
-    ValueError
-        If there is none, it lacks a column or a label, or an image cannot be read or has another shape than the others.
+    ValueError if it does not exist, lacks a column or a label, or has an unreadable image or images of several shapes.
     """
     logging.getLogger("datasets").setLevel(logging.ERROR)
     from datasets import ClassLabel, Image, Value
@@ -72,13 +69,7 @@ def read_local(path: Path, image_size: int, image_column: str, label_column: str
 
 
 def column_of(rows: Any, name: str, origin: str) -> list[Any]:
-    """Values of a column of a ``datasets.Dataset``; of classes their names.
-
-    Raises
-    ------
-    ValueError
-        If there is no such column.
-    """
+    """Values of a column of a ``datasets.Dataset``, with class names in place of labels; ValueError without it."""
     from datasets import ClassLabel
 
     if name not in rows.column_names:
@@ -100,7 +91,7 @@ def normalised(images: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.fl
 
 
 def _open(path: Path) -> Any:
-    """The rows, with a column of images and one of labels if the files have them."""
+    """Rows of the file or folder, with columns of images and labels if there are any."""
     from datasets import Dataset
 
     if not path.exists():
@@ -126,7 +117,7 @@ def _open(path: Path) -> Any:
 def _open_folder(path: Path) -> Any:
     from datasets import load_dataset
 
-    # All files: left to itself, imagefolder takes 'train' or 'test' in a folder's name for a split.
+    # All files: by default imagefolder takes 'train' or 'test' in a folder's name for a split.
     files = {"train": str(path / "**")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # datasets leaves metadata files to the garbage collector
@@ -134,7 +125,7 @@ def _open_folder(path: Path) -> Any:
 
 
 def _with_classes(dataset: Any, path: Path) -> Any:
-    """An image folder with metadata, where imagefolder gives no classes and leaves out images that it does not name."""
+    """Add the classes of an image folder with metadata; ValueError if the metadata leaves out images."""
     from datasets import Image
     from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
@@ -167,20 +158,20 @@ def _read_images(rows: Any, column: str, image_size: int, origin: str) -> NDArra
 
 
 def alike(images: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-    """Images (C, H, W) of three channels, if some are grey and some are not; else as they are."""
+    """Images (C, H, W), grey ones with three channels if there are coloured ones, too."""
     mixed = len({len(image) for image in images}) > 1
     return [np.repeat(image, 3, axis=0) if mixed and len(image) == 1 else image for image in images]
 
 
 def to_array(image: Any, size: int) -> NDArray[np.float32]:
-    """One image as (C, H, W) float32, about −1..1; resized to this height and width, if it is not 0."""
+    """One image as (C, H, W) float32, about −1..1; resized to this height and width unless it is 0."""
     return normalised(_to_pixels(image, size))
 
 
 def _to_pixels(image: Any, size: int) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """One image as (C, H, W): pixels (uint8), or float32, about −1..1, where it has more than 8 bits.
+    """One image as (C, H, W): pixels (uint8), or float32, about −1..1, if it has more than 8 bits.
 
-    Grey images that are resized count as such: they are not rounded again.
+    Grey images that are resized become float32, too, so that they are not rounded again.
     """
     from PIL import Image
 

@@ -1,6 +1,6 @@
-"""Clients of several modalities on one data set: what some see as images, others see row by row.
+"""Clients of two modalities on one data set: some see images, others the same images row by row.
 
-Any modalities can meet in a federation of one's own (docs/modalities.md); these two are those of the settings.
+These are the modalities of the settings; a user's own federation may have others (docs/modalities.md).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def rows_shape(image_shape: Sequence[int]) -> tuple[int, int]:
 
 
 def in_rows(data: ClientData) -> ClientData:
-    """A client's images as sequences: at step t the pixels of row t."""
+    """A client's images as sequences, whose step t holds the pixels of row t."""
     train, calibration, test = (_in_rows(split) for split in (data.train, data.calibration, data.test))
     return replace(data, train=train, calibration=calibration, test=test)
 

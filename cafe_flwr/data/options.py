@@ -1,10 +1,10 @@
-"""Which data set, how it is dealt out, and in what clients differ."""
+"""Settings of the data set, of how it is dealt out, and of how clients differ."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cafe_flwr.core.options import option, section
+from cafe_flwr.core.options import option, section, shared
 from cafe_flwr.core.text import nearest
 
 EMBEDDED = ("digits", "digit-pairs")
@@ -24,7 +24,7 @@ _DEALT = {"dataset": (*EMBEDDED, *HUB_IMAGES, *TEXT_SETS, "local:<path>")}
 class Data:
     """A data set, and how it is dealt out to clients and split."""
 
-    dataset: str = option(
+    dataset: str = shared(
         "digit-pairs",
         "'digit-pairs', 'digits', 'docstrings'; 'cifar10', 'cifar100', 'tiny-imagenet', 'ag-news', of the hub or of "
         "data.dir; 'local': every client's own data, in the data-dir of its node's node-config; 'local:<path>': a "
@@ -32,99 +32,80 @@ class Data:
         "absolute.",
         key="dataset",
         pattern=rf"^({_NAMES}|local|local:.+)$",
-        compare="all",
         sized=True,
     )
-    dir: str = option(
+    dir: str = shared(
         "",
         "Folder with a copy of the hub's set in <data.dir>/<dataset>; empty: the hub. A node's own node-config "
         "'data-dir' comes first.",
         formerly="data-dir",
-        compare="all",
         sized=True,
     )
-    augmentation: str = option(
+    augmentation: str = shared(
         "usual",
         "Images of the hub's sets are cropped at random and mirrored in training.",
         choices=("usual", "none"),
-        compare="all",
         only={"dataset": HUB_IMAGES},
     )
-    max_tokens: int = option(64, "Texts: words that are kept.", ge=1, compare="all", sized=True, only=_TEXTS)
-    vocabulary: int = option(
+    max_tokens: int = shared(64, "Texts: number of words that are kept.", ge=1, sized=True, only=_TEXTS)
+    vocabulary: int = shared(
         8192,
         "Texts: number of different tokens, to which words are hashed; 0 is padding.",
         ge=2,
-        compare="all",
         sized=True,
         only=_TEXTS,
     )
-    long_texts: str = option(
-        "cut",
-        "Texts of more words than max-tokens are cut, or an error.",
-        choices=("cut", "refuse"),
-        compare="all",
-        only=_TEXTS,
+    long_texts: str = shared(
+        "cut", "Texts of more words than max-tokens are cut, or an error.", choices=("cut", "refuse"), only=_TEXTS
     )
-    text_part: str = option(
+    text_part: str = shared(
         "whole",
         "AG News: 'title' keeps the column 'title' where a copy has one, else the first 7 words of a text, as many as "
-        "titles have in the mean (docs/data.md).",
+        "titles have on average (docs/data.md).",
         choices=("whole", "title"),
-        compare="all",
     )
-    partition: str = option(
+    partition: str = shared(
         "dirichlet",
         "How data are dealt out: Dirichlet shares of every class, a fixed number of classes per client, or by the "
         "values of partition-column.",
         choices=("dirichlet", "pathological", "natural"),
-        compare="all",
         only=_DEALT,
     )
-    dirichlet_alpha: float = option(
+    dirichlet_alpha: float = shared(
         0.1,
         "Concentration of the Dirichlet partition: small = very different clients.",
         key="dirichlet-alpha",
         gt=0,
-        compare="all",
         only={**_DEALT, "data.partition": ("dirichlet", "natural")},
     )
-    dirichlet_cap: bool = option(
-        False,
-        "Dirichlet partition: a client that holds its fair share of the examples gets no more.",
-        compare="all",
-        only=_DEALT,
+    dirichlet_cap: bool = shared(
+        False, "Dirichlet partition: a client that holds its fair share of the examples gets no more.", only=_DEALT
     )
-    partition_column: str = option(
-        "",
-        "Natural partition: column whose values are the clients; num-clients is a multiple of how many there are.",
-        compare="all",
+    partition_column: str = shared(
+        "", "Natural partition: column whose values are the clients; num-clients is a multiple of how many there are."
     )
-    natural_split: str = option(
+    natural_split: str = shared(
         "even",
         "Natural partition: how a value is dealt out to several clients, in even parts or by dirichlet-alpha.",
         choices=("even", "dirichlet"),
-        compare="all",
     )
-    classes_per_client: int = option(
+    classes_per_client: int = shared(
         10,
         "Classes of a client in the pathological partition.",
         ge=1,
-        compare="all",
         only={**_DEALT, "data.partition": ("pathological",)},
     )
-    examples_per_client: int = option(
+    examples_per_client: int = shared(
         200,
         "Embedded data sets: mean number of examples per client, all splits together.",
         ge=10,
-        compare="all",
         sized=True,
         only={"dataset": (*EMBEDDED, "docstrings")},
     )
-    calibration_share: float = option(
-        0.12, "Share of a client's examples kept for calibration (thresholds).", ge=0, lt=1, compare="all"
+    calibration_share: float = shared(
+        0.12, "Share of a client's examples kept for calibration (thresholds).", ge=0, lt=1
     )
-    test_share: float = option(0.40, "Share of a client's examples kept for its test split.", gt=0, lt=1, compare="all")
+    test_share: float = shared(0.40, "Share of a client's examples kept for its test split.", gt=0, lt=1)
     validation_share: float = option(
         0.0,
         "Share of the training split that takes the place of the test split, to choose settings by; 0: real test data.",
@@ -132,50 +113,36 @@ class Data:
         lt=1,
         compare="own",
     )
-    label_groups: int = option(
-        0,
-        "Clients form so many groups with one label distribution each; 0: every client has its own.",
-        ge=0,
-        compare="all",
+    label_groups: int = shared(
+        0, "Clients form so many groups with one label distribution each; 0: every client has its own.", ge=0
     )
-    rotations: int = option(
-        1,
-        "Clients see their images under so many rotations, crossed with the label groups; 1: upright.",
-        ge=1,
-        compare="all",
+    rotations: int = shared(
+        1, "Clients see their images under so many rotations, crossed with the label groups; 1: upright.", ge=1
     )
-    test_shift: float = option(
+    test_shift: float = shared(
         0.0,
-        "Share of test examples with labels drawn evenly from the client's classes, not in its own shares.",
+        "Share of test examples whose labels are drawn uniformly from the classes of the client's training split.",
         ge=0,
         le=1,
-        compare="all",
     )
-    image_size: int = option(
+    image_size: int = shared(
         0,
         "Local data: resize images to this height and width; 0: as they are.",
         ge=0,
-        compare="all",
         sized=True,
         only={"dataset": LOCAL},
     )
-    image_column: str = option(
-        "image", "Local data: column of the images.", min_length=1, compare="all", only={"dataset": LOCAL}
-    )
-    label_column: str = option(
-        "label", "Local data: column of the labels.", min_length=1, compare="all", only={"dataset": LOCAL}
-    )
-    image_channels: int = option(
+    image_column: str = shared("image", "Local data: column of the images.", min_length=1, only={"dataset": LOCAL})
+    label_column: str = shared("label", "Local data: column of the labels.", min_length=1, only={"dataset": LOCAL})
+    image_channels: int = shared(
         0,
         "'local' data: make all images grey (1) or coloured (3); must be set there.",
         choices=(0, 1, 3),
-        compare="all",
         only={"dataset": ("local",)},
     )
-    class_names: str = option(
+    class_names: str = shared(
         "",
         "'local' data: names of the federation's classes, separated by commas, in the order of their labels.",
-        compare="all",
         only={"dataset": ("local",)},
     )
 
@@ -186,32 +153,30 @@ class Data:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, where they are said."""
+        """Names of the classes; empty if they are not set."""
         return tuple(name.strip() for name in self.class_names.split(",")) if self.class_names else ()
 
 
 @section("heterogeneity")
 @dataclass(frozen=True)
 class Heterogeneity:
-    """In what clients differ, beside their data."""
+    """How clients differ, beside their data."""
 
-    depth_shares: str = option(
+    depth_shares: str = shared(
         "",
         "Simulation: share of the clients by what they hold, exits such as '1:0.3,2:0.3', or exits and a share of the "
         "width such as '1x0.5:0.3'; the others hold all (docs/unequal-clients.md). A node's own node-config comes "
         "first.",
-        compare="all",
     )
-    modalities: str = option(
+    modalities: str = shared(
         "",
         "Modalities that the clients have in turn, such as 'image,rows': images, and the same row by row; empty: all "
         "images, or texts (docs/modalities.md).",
-        compare="all",
     )
 
     @property
     def modality_names(self) -> tuple[str, ...]:
-        """The modalities; none where there is one only."""
+        """The modalities; empty if there is only one."""
         return tuple(name.strip() for name in self.modalities.split(",")) if self.modalities else ()
 
 
@@ -232,7 +197,7 @@ def check_data(data: Data) -> None:
 
 
 def _check_own(data: Data) -> None:
-    """Where clients bring their own data, the run must say what it is to look like, and deals nothing out."""
+    """Clients' own data: the run must say what they look like, and deals nothing out."""
     names = data.classes
     if len(names) < 2 or len(set(names)) < len(names) or not all(names):
         raise ValueError(
@@ -257,7 +222,7 @@ def _check_own(data: Data) -> None:
 
 
 def _check_partition(data: Data) -> None:
-    """Options that only one way to deal data out reads; the data's columns come later."""
+    """Check options that only one partition reads; whether a column exists is checked later."""
     natural, column = data.partition == "natural", data.partition_column
     if natural and (data.dataset in (*EMBEDDED, "local", "docstrings")):
         raise ValueError(
@@ -284,7 +249,7 @@ def _check_partition(data: Data) -> None:
 
 
 def check_clients(clients: Heterogeneity, network: str, dataset: str) -> None:
-    """Raise ValueError, in the keys of a run's settings, if there are no such modalities, or not for these parts."""
+    """Raise ValueError, in the keys of a run's settings, if the modalities do not suit the network and data set."""
     names, said = clients.modality_names, f"heterogeneity.modalities = {clients.modalities!r}"
     if unknown := [name for name in names if name not in MODALITIES]:
         raise ValueError(

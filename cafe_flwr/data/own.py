@@ -1,4 +1,4 @@
-"""The data of clients who bring their own: from the folder that their node names, in the classes of the federation."""
+"""Read a client's own data, from the folder that its node names, in the classes of the federation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cafe_flwr.data.options import Data
 from cafe_flwr.data.partition import stratified_split
 from cafe_flwr.data.split import ClientData, Split
 
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as pillow makes grey of colours
+_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as in pillow
 
 
 def load_own(
@@ -29,13 +29,13 @@ def load_own(
     path
         A parquet file, a folder of them, or a folder with one subfolder of images per class.
     client
-        Its number; with the seed it decides on the split.
+        Number of the client; the split depends on it and on the seed.
     options
-        Of the federation: the columns and the shares of the splits.
+        The federation's columns and shares of the splits.
     class_names
-        Classes of the federation, in the order of its labels. The client's are found among them by name.
+        Classes of the federation, in the order of its labels. The client's classes are matched with them by name.
     shape
-        What all clients' images are made into: (channels, size, size); channels is 1 or 3.
+        (channels, size, size) that all clients' images are converted to; channels is 1 or 3.
 
     Raises
     ------
@@ -57,7 +57,7 @@ def load_own(
 def _in_the_federation(
     labels: NDArray[np.int64], names: Sequence[str], class_names: Sequence[str], path: Path
 ) -> NDArray[np.int64]:
-    """Labels by their names: those of the federation in the place of the file's own."""
+    """Labels of the federation in place of the file's own, by their names."""
     number = {name: k for k, name in enumerate(class_names)}
     present = [names[label] for label in np.unique(labels)]
     if unknown := [name for name in present if name not in number]:
@@ -70,7 +70,7 @@ def _in_the_federation(
 
 
 def _with_channels(images: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
-    """Images (N, C, H, W) with 1 or 3 channels."""
+    """Images (N, C, H, W) with C = ``channels``, 1 or 3."""
     if images.shape[1] == channels:
         return images
     if channels == 3:

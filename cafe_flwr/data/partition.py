@@ -1,4 +1,4 @@
-"""How a data set is dealt out: by its labels, or by the values of a column; and a client's share into its splits."""
+"""Partition a data set over clients, by its labels or by a column, and a client's examples into splits."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from numpy.typing import NDArray
 from cafe_flwr.core.random import rng_for
 
 MIN_EXAMPLES = 10
-"""Of the smallest client, all splits together."""
+"""Examples of the smallest client, in all splits."""
 
 
 class Rule(NamedTuple):
     """How examples are dealt out: ``"dirichlet"`` or ``"pathological"``, by labels; ``"even"``, at random.
 
-    ``alpha`` is of the Dirichlet partition, and so is ``capped``: classes are dealt out one after another, in the order
-    of their labels, and a client (or group) that holds more than its fair share, N/n examples, gets nothing of those
-    that are left. So does the code of Yurochkin et al. (arXiv 1905.12022), and PFLlib's after it.
-    ``classes_per_client`` is of the pathological partition.
+    ``alpha`` and ``capped`` belong to the Dirichlet partition. If capped, classes are dealt out in the order of their
+    labels, and a client (or group) that holds more than its fair share, N/n examples, gets none of the remaining ones,
+    as in the code of Yurochkin et al. (arXiv 1905.12022) and PFLlib. ``classes_per_client`` is of the pathological one.
     """
 
     kind: str = "dirichlet"
@@ -31,7 +30,7 @@ class Rule(NamedTuple):
     capped: bool = False
 
     def partitioner(self, parts: int, smallest: int, seed: int) -> Any:
-        """Of flwr-datasets, by a column ``label``; Dirichlet ones give every part ``smallest`` examples or more."""
+        """A partitioner of flwr-datasets by column ``label``; a Dirichlet part has at least ``smallest`` examples."""
         from flwr_datasets.partitioner import DirichletPartitioner, PathologicalPartitioner
 
         if self.kind == "dirichlet":
@@ -51,12 +50,9 @@ EVEN = Rule("even")
 def partition_labels(
     labels: NDArray[np.int64], num_clients: int, rule: Rule, seed: int, label_groups: int = 0
 ) -> list[NDArray[np.int64]]:
-    """Positions of ``labels`` that each client gets; of ``label_groups``, each is dealt out evenly to its clients.
+    """Positions of ``labels`` that each client gets; with ``label_groups``, each group deals evenly to its clients.
 
-    Raises
-    ------
-    ValueError
-        If the data cannot serve so many clients; the message says what to change.
+    ValueError if there are too few examples for so many clients; the message says what to change.
     """
     logging.getLogger("datasets").setLevel(logging.ERROR)
     groups = label_groups or num_clients
@@ -92,23 +88,20 @@ def _load(partitioner: Any, parts: int, columns: dict[str, NDArray[np.int64]]) -
 
     partitioner.dataset = Dataset.from_dict(columns)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns at every retry; what counts is whether it succeeds
+        warnings.simplefilter("ignore")  # it warns at every retry
         return [np.asarray(partitioner.load_partition(k)["position"], dtype=np.int64) for k in range(parts)]
 
 
 def partition_naturally(
     column: str, values: Sequence[Any], labels: NDArray[np.int64], num_clients: int, rule: Rule = EVEN, seed: int = 0
 ) -> list[NDArray[np.int64]]:
-    """Positions that each client gets where clients are the values of a column, or several clients share a value.
+    """Positions that each client gets if a client, or several, hold one value of a column.
 
     With v different values, in sorted order, client i has examples of value i mod v only; num_clients is a multiple of
-    v. By the rule a value is dealt out to its num_clients/v clients: at random, in parts of one size, or by the
-    Dirichlet partition of its labels, with draws of its own for every value.
+    v. The rule says how a value is dealt out to its num_clients/v clients: at random in equal parts, or by a Dirichlet
+    partition of its labels, drawn anew for every value.
 
-    Raises
-    ------
-    ValueError
-        If values are missing or do not suit so many clients; the message names the column and says what to change.
+    ValueError if values are missing or do not suit so many clients; the message says what to change.
 
     Examples
     --------
@@ -185,7 +178,7 @@ def _counted(names: Sequence[Any], counts: NDArray[np.int64], most: int = 8) -> 
 def _deal(
     labels: NDArray[np.int64], shared: list[NDArray[np.int64]], num_clients: int, rng: np.random.Generator
 ) -> list[NDArray[np.int64]]:
-    """Positions each client gets of what its group shares; client i is in group i mod G."""
+    """Positions that each client gets of its group's examples; client i is in group i mod G."""
     dealt: dict[int, NDArray[np.int64]] = {}
     for group, positions in enumerate(shared):
         members = range(group, num_clients, len(shared))
@@ -199,8 +192,8 @@ def stratified_split(
 ) -> list[NDArray[np.int64]]:
     """Split positions into parts of the given shares with the same label distribution.
 
-    Every class is spread over the parts in proportion; what does not divide evenly is carried over to the next class,
-    so that the parts' sizes come out right too, also when most classes have one or two examples.
+    Every class is spread over the parts in proportion. Remainders carry over to the next class, so that the sizes of
+    the parts are right even if most classes have one or two examples.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Clients that see the world otherwise: other class priors in the test, rotated images."""
+"""Make clients differ: shifted class priors in the test split, and rotated images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cafe_flwr.data import digits
 
 
 def check_shifts(dataset: str, num_clients: int, label_groups: int, validation_share: float, test_shift: float) -> None:
-    """ValueError, naming the setting, if the labels of these clients cannot be shifted so."""
+    """Raise ValueError, naming the setting, if these shifts are not possible."""
     if not 0 <= label_groups <= num_clients:
         raise ValueError(
             f"data.label-groups must be from 0 (every client has its own labels) to num-clients = {num_clients}, "
@@ -29,7 +29,7 @@ def check_shifts(dataset: str, num_clients: int, label_groups: int, validation_s
 
 
 def check_rotations(rotations: int, shape: tuple[int, ...]) -> None:
-    """ValueError if inputs of this shape cannot be turned so."""
+    """Raise ValueError if inputs of this shape cannot be rotated so."""
     if rotations < 1:
         raise ValueError(f"rotations must be at least 1 (images as they are), got {rotations}")
     if rotations > 1 and len(shape) != 3:
@@ -44,7 +44,7 @@ def check_rotations(rotations: int, shape: tuple[int, ...]) -> None:
 def shift_labels(
     labels: NDArray[np.int64], train_labels: NDArray[np.int64], share: float, rng: np.random.Generator
 ) -> NDArray[np.int64]:
-    """Labels of which a share, chosen at random, is redrawn uniformly from the training labels' classes.
+    """Labels, a random share of which is redrawn uniformly from the training labels' classes.
 
     Examples
     --------
@@ -79,12 +79,12 @@ def rotate(x: Tensor, turn: int, turns: int, background: float | None = None) ->
         return torch.rot90(x, quarters, (-2, -1)).contiguous() if quarters % 4 else x
     angle, aspect = 2 * math.pi * turn / turns, x.shape[-1] / x.shape[-2]
     cos, sin = math.cos(angle), math.sin(angle)
-    # affine_grid wants the map from the rotated image back to the given one, its axes in units of half the image.
+    # affine_grid takes the map from the rotated image back to the given one, in units of half the image.
     pixels, x = x.dtype == torch.uint8, x if x.is_floating_point() else x.float()
     inverse = torch.tensor([[[cos, -sin / aspect, 0.0], [sin * aspect, cos, 0.0]]], dtype=x.dtype)
     grid = torch.nn.functional.affine_grid(inverse, [1, *x.shape[1:]], align_corners=False)
     fill = x.amin((1, 2, 3), keepdim=True) if background is None else background
-    # Beyond the edges grid_sample takes 0, so that is what the background is moved to.
+    # Beyond the edges grid_sample takes 0, so the background is shifted to 0.
     moved = torch.nn.functional.grid_sample(x - fill, grid.expand(len(x), -1, -1, -1), align_corners=False)
     turned = moved + fill
     return turned.round().clamp(0, 255).to(torch.uint8) if pixels else turned

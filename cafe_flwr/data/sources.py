@@ -1,4 +1,4 @@
-"""Data sets by name, before they are dealt out: labels, and how inputs are read."""
+"""Find data sets by name, before they are dealt out: their labels, and how to read inputs."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Source(NamedTuple):
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
     input_shape: tuple[int, ...]
-    read: Callable[[NDArray[np.int64]], Tensor] | None = None  # inputs of rows; None: rendered, not read
+    read: Callable[[NDArray[np.int64]], Tensor] | None = None  # inputs of rows; None: they are rendered
     column: Callable[[str], Sequence[Any]] | None = None  # values of a column; None: it has no columns
-    splits: NDArray[np.int64] | None = None  # 0, 1 or 2 where the set itself says what a row is for
-    rows: NDArray[np.int64] | None = None  # of the whole set, where only some take part
+    splits: NDArray[np.int64] | None = None  # of rows, 0, 1 or 2, if the set itself has them
+    rows: NDArray[np.int64] | None = None  # rows of the whole set, if only some take part
     vocabulary: int = 0
     pixels: Normalisation = SYMMETRIC
     augment: Augmentation | None = None
 
 
 def source_of(options: Data, num_examples: int, seed: int) -> Source:
-    """The data set; an embedded one of so many examples."""
+    """The data set that the options name; an embedded one has at least ``num_examples``."""
     tokenizer = Tokenizer(options.max_tokens, options.vocabulary, cut=options.long_texts == "cut")
     if options.dataset in digits.NUM_CLASSES:
         return _embedded(options.dataset, num_examples)
@@ -46,7 +46,7 @@ def source_of(options: Data, num_examples: int, seed: int) -> Source:
 
 
 def _embedded(dataset: str, num_examples: int) -> Source:
-    """An embedded set of at least so many examples, all classes alike."""
+    """An embedded set of at least ``num_examples``, equally many of every class."""
     names = digits.class_names(dataset)
     labels = np.repeat(np.arange(len(names)), -(-num_examples // len(names)))
     return Source(labels, names, (1, digits.IMAGE_SIZE, digits.IMAGE_SIZE))

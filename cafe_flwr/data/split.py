@@ -1,4 +1,4 @@
-"""A client's data: splits of examples and labels."""
+"""The data of a client: splits of inputs and labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Split(NamedTuple):
     y
         Labels 0..C−1, (N,) int64.
     source
-        (N, s) int64: rows of the underlying data set each example was made from, where that is known.
+        Rows of the underlying data set that each example was made from, (N, s) int64, if known.
     """
 
     x: Tensor
@@ -43,9 +43,9 @@ class Split(NamedTuple):
 class ClientData:
     """What one client holds: three disjoint splits, all rotated alike.
 
-    Their label distribution is the same, except that of ``test`` under a test shift. With a validation share ``test``
-    holds validation examples: they come from the training data, and no test data is in any split. ``augment`` says how
-    training varies the inputs of a batch; None: not at all.
+    Their label distribution is the same, except for ``test`` under a test shift. With a validation share, ``test``
+    holds validation examples from the training data, and no split holds test data. ``augment`` says how training
+    varies inputs; None: not at all.
     """
 
     train: Split

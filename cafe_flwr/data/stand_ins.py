@@ -1,7 +1,6 @@
-"""Stand-ins for the hub's data sets: small made-up files with the same columns, encodings, classes and file names.
+"""Write stand-ins for the hub's data sets: small made-up files with the same columns, classes and file names.
 
-They show that a path works where there is no network. They are noise with a trace of the label: no figure of a run on
-them means anything.
+They are for tests without a network: noise with a trace of the label, on which no result means anything.
 """
 
 from __future__ import annotations
@@ -29,12 +28,12 @@ _FOLDERS = {"cifar10": "plain_text", "cifar100": "cifar100"}  # of the parquet f
 
 
 def label_of(name: str, row: int) -> int:
-    """The first ten classes in turn, of sets that have so many: few rows are too few for a hundred classes."""
+    """Label of a row: the first ten classes in turn, as there are too few rows for a hundred."""
     return row % min(HUB_SETS[name].num_classes, 10)
 
 
 def picture(name: str, row: int, mode: str = "RGB") -> Image.Image:
-    """Noise of its own for every row, with a shade that belongs to its label."""
+    """Noise that differs by row, with a shade that depends on the label."""
     from PIL import Image
 
     size, rng = HUB_SETS[name].image_size, np.random.default_rng(row)
@@ -57,7 +56,7 @@ def text(row: int) -> str:
 
 
 def rows_of(name: str, start: int, stop: int) -> Dataset:
-    """Rows start..stop − 1 of a set, with the columns that the hub has."""
+    """Rows start..stop − 1 of a set, with the hub's columns."""
     from datasets import ClassLabel, Dataset, Features, Image, Value
 
     about, rows = HUB_SETS[name], range(start, stop)
@@ -75,15 +74,11 @@ def rows_of(name: str, start: int, stop: int) -> Dataset:
 
 
 def write_stand_in(home: Path, name: str, rows: int, *, saved: bool = False) -> Path:
-    """Write a set of ``HUB_SETS``, of 4 rows or more, into ``home/<name>``, three quarters of them for training.
+    """Write a set of ``HUB_SETS`` with at least 4 rows to ``home/<name>``, three quarters of them for training.
 
-    ``home``, which is returned, is what ``data-dir`` is then set to. With ``saved`` the set is written as
-    ``DatasetDict.save_to_disk`` does it, not as the hub's parquet files.
-
-    Raises
-    ------
-    ValueError
-        If there is no such set, or a folder is in the way: real data are never written over.
+    Returns ``home``, the value for ``data-dir``. With ``saved`` the set is written by ``DatasetDict.save_to_disk``,
+    else as the hub's parquet files. ValueError if the set is unknown, or if the folder exists: real data is never
+    overwritten.
     """
     from datasets import DatasetDict
 

@@ -1,4 +1,4 @@
-"""Text as tokens: lower-cased words, hashed. All clients agree on it without having to share a vocabulary."""
+"""Turn texts into tokens by hashing lower-cased words, so that clients need not share a vocabulary."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Tokenizer(NamedTuple):
     """Texts → tokens, (N, L) int64, of the first L words; short texts are filled up with 0.
 
     A word's token is its CRC-32 mod (vocabulary − 1), plus 1: the same on every machine. Words that share a token
-    cannot be told apart: of 5,000 different words in a vocabulary of 8,192, nearly every second one has such a double.
-    The vocabulary is the number of tokens, 0 (no word) included. Longer texts are cut, or else a ValueError.
+    cannot be told apart: of 5,000 different words in a vocabulary of 8,192, nearly half share theirs with another. The
+    vocabulary is the number of tokens, including 0 (no word). Longer texts are cut if ``cut``, else a ValueError.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What is wrong with an experiment whose parts are each well formed: names that clash, settings out of place."""
+"""Checks between the parts of an experiment's file: names that clash, settings that are not allowed where they are."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OURS, _COMMON, _STEPS = (
 
 
 def disagreements(experiment: Contents) -> list[str]:
-    """Everything that is wrong, a sentence each."""
+    """All problems, a sentence each."""
     rules = (_about_seeds, _about_rows, _unknown_rows, _misplaced, _about_smoke, _about_vary, _about_trials)
     return list(dict.fromkeys(itertools.chain.from_iterable(rule(experiment) for rule in rules)))
 
@@ -56,7 +56,7 @@ def _not_among(labels: Sequence[str], where: str, used: Iterable[str]) -> Iterat
 
 
 def _misplaced(experiment: Contents) -> Iterator[str]:
-    """Settings that stand where they may not."""
+    """Settings that are not allowed where they are."""
     smoke = experiment.smoke
     if smoke:
         varied = _varied_when_small(experiment) & set(smoke.settings)
@@ -70,7 +70,7 @@ def _misplaced(experiment: Contents) -> Iterator[str]:
 
 
 def _places(experiment: Contents) -> Iterator[tuple[str, Iterable[str], set[str]]]:
-    """Where settings stand, their names, and those that may not stand there because all rows share them."""
+    """Every place with settings, their names, and names not allowed there because all rows share them."""
     shared = _COMMON | experiment.varied
     of_rows = shared | (_STEPS if experiment.budget == "equal" else set())
     yield "settings", experiment.settings, set()

@@ -1,7 +1,7 @@
-"""From finished runs to a comparison: rows side by side, with their spread over seeds and paired differences.
+"""Compares finished runs: rows side by side, with their spread over seeds and paired differences.
 
-All of it is read from the results folders alone. Accuracies are of the last round, on the clients' own test data,
-before local training unless a figure's name says otherwise.
+Everything is read from the results folders. Accuracies are of the last round, on the clients' own test data, before
+local training unless a figure's name says otherwise.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class Comparison:
 
 
 def compare(experiment: Experiment, folder: Path, failures: Mapping[Path, str] | None = None) -> Comparison:
-    """Make the tables of what has finished in the experiment's folder.
+    """Make the tables of the finished runs in the experiment's folder.
 
-    ``failures`` are the reasons of the runs that failed, by folder; others that have not finished count as not run yet.
+    ``failures`` are the reasons of failed runs, by folder; other unfinished runs count as not run yet.
     """
     failures = failures or {}
     sweeps = read_sweep(experiment, folder, failures)
@@ -110,7 +110,7 @@ def compare(experiment: Experiment, folder: Path, failures: Mapping[Path, str] |
 
 
 def _file(result: RowResult, seed: int, run: PlannedRun | None, failures: Mapping[Path, str]) -> None:
-    """Put a seed's run among the finished, or note why it is not."""
+    """Put a seed's run among the finished ones, or note why it is missing."""
     if run is not None and is_finished(run):
         result.runs[seed] = read_finished(run)
     elif run is not None and run.folder in failures:
@@ -156,7 +156,7 @@ def budget_line(budget: str, rows: Sequence[RowResult]) -> str:
 
 
 def fairness_lines(rows: Sequence[RowResult]) -> list[str]:
-    """What the records say about clients' data and participants, row against row; and how much work was left out."""
+    """Whether rows had the same clients' data and participants by their records, and how much work was left out."""
     lines = []
     first: dict[int, Finished] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""What an experiment's YAML file contains: rows, what is varied, the sweep and the smoke size, each well formed."""
+"""The contents of an experiment's YAML file, each part checked by itself: rows, conditions, sweep and smoke size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from cafe_flwr.settings import STRICT, todays
 
 Condition = tuple[tuple[str, Any], ...]
-"""What is varied between tables, as (setting, value) pairs; empty if nothing is."""
+"""The settings of one table that differ between tables, as (setting, value) pairs; empty if nothing is varied."""
 
 
 def _candidates(value: Any) -> Any:
@@ -25,7 +25,7 @@ def _candidates(value: Any) -> Any:
 
 
 def combinations(candidates: Any) -> list[dict[str, Any]]:
-    """What candidates stand for: every combination of lists, or the mappings as they are."""
+    """The settings that candidates stand for: every combination of lists, or the mappings as they are."""
     if isinstance(candidates, list):
         return candidates
     return [dict(zip(candidates, values, strict=True)) for values in itertools.product(*candidates.values())]
@@ -86,20 +86,20 @@ class Sweep(Part):
 
 
 class Smoke(Part):
-    """The experiment at a size that shows within minutes that everything runs. Its figures mean nothing."""
+    """A small size of the experiment that shows within minutes that everything runs; its figures mean nothing."""
 
     settings: SomeSettings = {}
     """Settings that replace those of all rows."""
     seeds: list[int] = Field([0], min_length=1)
     """Seeds that replace the experiment's."""
     vary: Candidates | None = None
-    """What is varied instead; none: what the experiment varies."""
+    """What is varied instead; by default what the experiment varies."""
     rows: list[str] = []
     """Labels of the rows that run; by default all."""
 
 
 class Contents(Part):
-    """Contents of an experiment's YAML file, not yet compared with each other."""
+    """Contents of an experiment's YAML file, without the checks between its parts."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
     """Name of the experiment's folder below the folder of all results."""
@@ -122,7 +122,7 @@ class Contents(Part):
     method's name, without CAFEDistill and its variants. The best of them sets the accuracy at which MACs are compared.
     """
     sweep: Sweep | None = None
-    """How settings are chosen before the runs; none: they are taken as they stand."""
+    """How settings are chosen before the runs; by default they are taken as given."""
     smoke: Smoke | None = None
     """What ``compare --smoke`` changes."""
 

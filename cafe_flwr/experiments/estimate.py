@@ -62,17 +62,15 @@ class Estimate:
 
 
 def measure(settings: Settings) -> Measured:
-    """Build the network of the settings, take a step and evaluate a batch, on the first client's data.
+    """Build the network of the settings, take two steps and evaluate a batch, on the first client's data.
 
-    The step is on the sum of all exits' cross-entropies. Of two steps the second counts.
+    Steps are on the sum of all exits' cross-entropies; the first one warms up.
     """
     from cafe_flwr.app.parts import build_network, federation
 
     data, network = federation(settings), build_network(settings)
     client = data.load(0)
-    rows = torch.arange(settings.train.batch_size) % len(
-        client.train
-    )  # a small client's again and again: others are larger
+    rows = torch.arange(settings.train.batch_size) % len(client.train)  # repeated if this client has fewer than a batch
     x, y = client.train.x[rows], client.train.y[rows]
     held = client.test.x[:64]
     threads = torch.get_num_threads()
@@ -92,10 +90,10 @@ def measure(settings: Settings) -> Measured:
 def estimate(runs: Sequence[PlannedRun], jobs: int) -> Estimate:
     """Time and memory of runs (one at least) that have not finished, ``jobs`` processes at a time.
 
-    Time: gradient steps, evaluations, and a few seconds a run for its start and its page. Memory: in every worker the
-    libraries, the clients' data (which are decoded once and kept), four times the network (weights, gradients,
-    momentum, the server's), what all participants of a round reply, and one batch's activations; and the libraries once
-    more for the command itself.
+    Time: gradient steps, evaluations, and a few seconds per run for its start and its page. Memory, in every worker:
+    libraries, the clients' data (decoded once and kept), four times the network (weights, gradients, momentum, the
+    server's), the replies of all participants of a round, and one batch's activations; and the libraries once more for
+    the command itself.
     """
     known: dict[tuple[Any, ...], Measured] = {}
     seconds, memory, steps = [], [], []
@@ -135,7 +133,7 @@ def _loss(network: EarlyExitNetwork, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _activations(network: EarlyExitNetwork, x: Tensor, y: Tensor) -> int:
-    """Bytes that the forward pass keeps for the backward pass, weights not counted. The step also warms up."""
+    """Bytes that the forward pass keeps for the backward pass, without the weights; this step also warms up."""
     weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept: dict[int, int] = {}
 
@@ -161,7 +159,7 @@ def _seconds(compute: Any) -> float:
 
 
 def _num_examples(data: FederatedData, client: ClientData) -> int:
-    """Examples of all clients; if the data set does not say how many, as if all had those of the first client."""
+    """Examples of all clients; if the data set does not say how many, as if all had as many as the first client."""
     if data.num_examples:
         return data.num_examples
     return data.num_clients * sum(len(split) for split in (client.train, client.calibration, client.test))

@@ -1,4 +1,4 @@
-"""Runs of an experiment in worker processes: so many at a time, with one thread each."""
+"""Executes the runs of an experiment in worker processes, several at a time, with one thread each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from cafe_flwr.experiments.plan import PlannedRun
 
 
 class Event(NamedTuple):
-    """A run has started, or ended; with the reason if it failed."""
+    """A run has started or ended, with the reason if it failed."""
 
     run: PlannedRun
     ended: bool
@@ -32,14 +32,14 @@ class Event(NamedTuple):
 
 
 def execute(runs: Sequence[PlannedRun], jobs: int) -> Generator[Event | None, None, None]:
-    """Run what is not finished in worker processes with one thread each, ``jobs`` at a time, in the order of the runs.
+    """Execute runs in worker processes, ``jobs`` at a time, in their order.
 
-    A run that fails, or takes its process with it, ends with a reason, and the others go on. When the caller stops
-    listening (closes the generator, or ends in whatever way) the workers end at once; their runs can be resumed.
+    A run that fails, or kills its process, ends with a reason, and the others go on. When the caller closes the
+    generator or its process ends, the workers end at once; their runs can be resumed.
 
     Yields
     ------
-    An event for the start and the end of every run, and None about every second in between.
+    An event for the start and the end of every run, and None about once a second in between.
     """
     spawn = multiprocessing.get_context("spawn")
     lifeline, end = spawn.Pipe(duplex=False)
@@ -85,7 +85,7 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _work_off(waiting: deque[PlannedRun], events: Queue[Event], lifeline: Connection) -> None:
-    """Give one run after the other to a worker process; one that died is replaced."""
+    """Give one run after the other to a worker process, and replace a worker that died."""
     spawn = multiprocessing.get_context("spawn")
     pool: ProcessPoolExecutor | None = None
     while True:
@@ -110,7 +110,7 @@ def _work_off(waiting: deque[PlannedRun], events: Queue[Event], lifeline: Connec
 
 
 def _begin_worker(lifeline: Connection) -> None:
-    """Set up a worker: one thread, and it ends when the command ends."""
+    """Set up a worker with one thread, which ends when the command ends."""
     import torch
 
     torch.set_num_threads(1)
@@ -124,9 +124,9 @@ def _begin_worker(lifeline: Connection) -> None:
 
 
 def run_one(run: PlannedRun) -> str | None:
-    """Run a run in this process, from its checkpoint if it has one.
+    """Execute a run in this process, from its checkpoint if it has one.
 
-    Returns None, or the reason why it failed: the last line of the exception, which the run's log has in full.
+    Returns None, or the reason why it failed: the last line of the exception, which is in full in the run's log.
     """
     from cafe_flwr.app.parts import build_networks, federation, modality_of
     from cafe_flwr.app.run import run as run_federation
@@ -155,7 +155,7 @@ def _last_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet(log: Path) -> Iterator[None]:
-    """Everything that this process prints or logs goes to a file."""
+    """Send everything that this process prints or logs to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     loggers = [logger, logging.getLogger("py.warnings")]
     before = [(each.handlers[:], each.level, each.propagate) for each in loggers]

@@ -1,4 +1,4 @@
-"""An experiment, methods × settings × seeds, read from one YAML file and checked before anything runs.
+"""Reads an experiment, methods × settings × seeds, from one YAML file and checks it before anything runs.
 
     YAML file → Experiment → planned runs → checks → worker processes → a results folder per run → tables
     (this file)              (plan.py)               (execution.py)                               (comparison.py)
@@ -47,9 +47,9 @@ class SmokeExperiment(Experiment):
 
 
 def smoke_size(experiment: Experiment) -> SmokeExperiment:
-    """The experiment at the size that its ``smoke`` section gives, under a name and title that say so.
+    """The experiment at the size of its ``smoke`` section, without a sweep, under a name and title that say so.
 
-    There is no sweep: settings are taken as they stand. Raises ValueError if the experiment has no such section.
+    Raises ValueError if the experiment has no such section.
 
     Examples
     --------
@@ -99,7 +99,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 takes 1e-3 for a text; people do not.
+# Numbers like 1e-3, which YAML 1.1 reads as text.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -108,7 +108,7 @@ _Loader.add_implicit_resolver(
 def read_experiment(path: Path) -> Experiment:
     """Read an experiment's YAML file.
 
-    Raises ValueError naming the file and everything in it that cannot be used; unknown names with the nearest one.
+    Raises ValueError naming the file and every problem in it; for unknown names, the nearest known one.
     """
     try:
         with open(path, encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""What a comparison needs of a finished run, read from its results folder."""
+"""Reads from a finished run's results folder what a comparison needs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cafe_flwr.results.run import number, numbers
 
 @dataclass(frozen=True)
 class Finished:
-    """A finished run: its figures, and what must be the same for all rows."""
+    """A finished run: its figures, and records that must be the same for all rows."""
 
     figures: dict[str, float]  # by name; NaN for what was not recorded
     curve: CostCurve  # MACs as shares of the full network's, of all clients' test examples together

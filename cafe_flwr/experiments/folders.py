@@ -1,4 +1,4 @@
-"""The results folders of an experiment's runs: which are finished, which can go on, and what is in the way."""
+"""The state of the results folders of an experiment's runs: finished, resumable, new, or holding something else."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ State = Literal["finished", "resumable", "new"]
 
 
 def state_of(run: PlannedRun, undecided: Iterable[str] = ()) -> State:
-    """How far a run is, by what its folder holds. Settings that it does not read do not count.
+    """How far a run is, judged by its folder.
 
-    Settings that are ``undecided`` may still change, and are not compared. Raises ValueError if the folder holds
-    something else than (a part of) this run.
+    Settings that the run does not read, or that are still ``undecided``, are not compared. Raises ValueError if the
+    folder holds anything but (a part of) this run.
     """
     if not run.folder.is_dir() or is_bare(run.folder):
         return "new"
@@ -28,7 +28,7 @@ def state_of(run: PlannedRun, undecided: Iterable[str] = ()) -> State:
     try:
         before = json.loads((run.folder / "settings.json").read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{run.folder} is in the way, it is no run of cafe-flwr ({error}): {advice}") from None
+        raise ValueError(f"{run.folder} is in the way, it is not a run of cafe-flwr ({error}): {advice}") from None
     wanted = run.settings.to_run_config()
     was = {**Settings().to_run_config(), **todays(before)}
     ignored = FREE_ON_RESUME.union(run.settings.not_read())
@@ -42,12 +42,12 @@ def state_of(run: PlannedRun, undecided: Iterable[str] = ()) -> State:
 
 
 def is_finished(run: PlannedRun) -> bool:
-    """Whether the run's figures are there; see :func:`state_of` for what is raised."""
+    """Whether the run is finished; raises as :func:`state_of`."""
     return state_of(run) == "finished"
 
 
 def read_summary(run: PlannedRun) -> dict[str, Any] | None:
-    """Figures of a run, None if there are none that can be read."""
+    """Contents of ``summary.json``, None if it cannot be read."""
     try:
         return dict(json.loads((run.folder / "summary.json").read_text()))
     except (OSError, ValueError):
@@ -55,10 +55,7 @@ def read_summary(run: PlannedRun) -> dict[str, Any] | None:
 
 
 def check_folders(experiment: Experiment, folder: Path) -> None:
-    """See that the folders of all runs are free, or hold just these runs.
-
-    Raises ValueError with a line for every row with a folder that holds something else.
-    """
+    """Raise ValueError with a line for every row whose folders are neither free nor hold its own runs."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is in the way, it is no folder")
     problems: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The page of a comparison, and the files that are written with it."""
+"""The page of a comparison, and the CSV and Markdown files beside it."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _sweep_rows(comparison: Comparison) -> list[list[str]]:
 
 
 def render(comparison: Comparison) -> str:
-    """The whole page; nothing in it is loaded from elsewhere."""
+    """The whole, self-contained page."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 

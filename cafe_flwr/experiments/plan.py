@@ -1,4 +1,4 @@
-"""The runs of an experiment: every row, condition and seed with all its settings; checked before anything runs."""
+"""Plans the runs of an experiment: every row, condition and seed with all its settings, checked before any starts."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ Chosen = Mapping[tuple[str, Condition], Mapping[str, Any]]
 
 
 def plan_trials(experiment: Experiment, folder: Path) -> list[PlannedRun]:
-    """Runs of the sweep, below the experiment's folder: row × condition × trial × seed. Empty without a sweep.
+    """Runs of the sweep, below the experiment's folder: row × condition × trial × seed; none without a sweep.
 
-    Raises ValueError naming the row, for settings that cannot be used.
+    Raises ValueError naming the row whose settings are invalid.
     """
     if experiment.sweep is None:
         return []
@@ -72,8 +72,8 @@ def plan_trials(experiment: Experiment, folder: Path) -> list[PlannedRun]:
 def plan_runs(experiment: Experiment, folder: Path, chosen: Chosen | None = None) -> list[PlannedRun]:
     """Runs of the tables, below the experiment's folder: row × condition × seed.
 
-    ``chosen`` are the settings that the sweep chose; with a sweep, a row that is not among them has no runs yet, unless
-    no choice is made (None). Raises ValueError naming the row, for settings that cannot be used.
+    ``chosen`` are the settings that the sweep chose; a row of a sweep that is not among them has no runs yet. With None
+    all rows have runs, without chosen settings. Raises ValueError naming the row whose settings are invalid.
     """
     return [
         _planned(experiment, folder, row, condition, seed, (chosen or {}).get((row.name, condition), {}))
@@ -123,7 +123,7 @@ def _planned(
 
 
 def _within_budget(settings: Settings, experiment: Experiment, row: Row) -> Settings:
-    """With as many rounds less as a method fine-tunes for at the end, where the budget is equal."""
+    """Settings with fewer rounds where the budget is equal and the method fine-tunes at the end."""
     extra = settings.build_method().extra_rounds()
     if experiment.budget != "equal" or not extra:
         return settings
@@ -137,10 +137,7 @@ def _within_budget(settings: Settings, experiment: Experiment, row: Row) -> Sett
 
 
 def check_experiment(experiment: Experiment, folder: Path) -> None:
-    """Build what every run needs: its settings, its network and its method.
-
-    Raises ValueError with a line for every reason why a run could not start.
-    """
+    """Build settings, network and method of every run; ValueError with a line for every reason why one cannot start."""
     problems: dict[str, None] = {}  # each once, in order
     runs = plan_trials(experiment, folder) + plan_runs(experiment, folder)
     for run in runs:
@@ -159,7 +156,7 @@ def check_experiment(experiment: Experiment, folder: Path) -> None:
 
 
 def _read_by_no_row(experiment: Experiment, runs: Sequence[PlannedRun]) -> Iterator[str]:
-    """Common settings that no row reads, with what would read them."""
+    """A sentence for every common setting that no row reads."""
     for where, keys in (("settings", experiment.settings.keys()), ("vary", experiment.varied)):
         for key in sorted(keys):
             reasons = [run.settings.not_read().get(key) for run in runs]

@@ -1,4 +1,4 @@
-"""The trials of a sweep, and the settings that each row takes from them."""
+"""The trials of a sweep, and the choice of each row's settings from them."""
 
 from __future__ import annotations
 
@@ -31,10 +31,7 @@ class RowSweep:
 
     @property
     def best(self) -> int | None:
-        """Position of the trial with the highest mean over seeds, the first of equals; None until all are over.
-
-        A trial that failed with a seed is out.
-        """
+        """Position of the first trial with the highest mean over seeds, failed ones aside; None until all are over."""
         means = [float(np.mean([*by_seed.values()])) if by_seed else math.nan for by_seed in self.accuracy]
         if not self.complete or all(math.isnan(mean) for mean in means):
             return None
@@ -55,7 +52,7 @@ class RowSweep:
 
 
 def read_sweep(experiment: Experiment, folder: Path, failures: Mapping[Path, str]) -> list[RowSweep]:
-    """Every row's trials, from their folders; ``failures`` are the reasons of the runs that failed, by folder."""
+    """Every row's trials, from their folders; ``failures`` are the reasons of failed runs, by folder."""
     trials: dict[tuple[str, Condition], list[PlannedRun]] = {}
     for run in plan_trials(experiment, folder):
         trials.setdefault((run.row, run.condition), []).append(run)
@@ -84,7 +81,7 @@ def choose(sweeps: Iterable[RowSweep]) -> Chosen:
 
 
 def write_sweep(folder: Path, experiment: Experiment, sweeps: Iterable[RowSweep]) -> None:
-    """Write ``sweep.json``: all trials with their figures, and what was chosen."""
+    """Write ``sweep.json``: all trials with their accuracies, and the chosen ones."""
     assert experiment.sweep is not None
     metadata = {
         "measure": "accuracy on the clients' validation data, mean over exits, clients and seeds; highest is chosen",

@@ -37,7 +37,7 @@ def points(value: Statistic) -> str:
 
 
 def equal_macs(row: RowResult, spread: bool = True) -> str:
-    """MACs at equal accuracy in per cent; over the seeds that reach it, with their number if not all do."""
+    """MACs at equal accuracy in per cent, over the seeds that reach it; with their number if not all do."""
     value, seeds = row.of(EQUAL_MACS), sum(EQUAL_MACS in run.figures for run in row.runs.values())
     if not value.seeds:
         return "never" if seeds else "–"
@@ -52,7 +52,7 @@ def row_name(row: RowResult) -> str:
 
 
 def notes(comparison: Comparison, table: ConditionTable) -> list[str]:
-    """Sentences beneath a table: budget, what was checked, how MACs are compared, trials, what is missing."""
+    """Sentences below a table: budget, checks, how MACs are compared, trials, missing runs."""
     experiment = comparison.experiment
     lines = ["SMOKE RUN: it shows that everything runs; its figures mean nothing"] if experiment.is_smoke else []
     lines += [f"budget: {table.budget}", *table.fairness]
@@ -97,11 +97,8 @@ def failure_of(row: RowResult) -> str:
     return "" if row.runs or not row.missing else next(iter(row.missing.values())).partition(" (log: ")[0]
 
 
-# --- terminal --------------------------------------------------------------------------------------------------------
-
-
 def terminal_table(comparison: Comparison, table: ConditionTable) -> Table:
-    """The main columns, for a terminal of 120 columns; the files have all of them, with their spread."""
+    """The main columns, for a terminal 120 characters wide; the files have all of them, with their spread."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -135,15 +132,12 @@ def terminal_table(comparison: Comparison, table: ConditionTable) -> Table:
 
 
 def difference_cell(table: ConditionTable, row: RowResult) -> str:
-    """The paired difference, or that there is none to itself."""
+    """The paired difference, or ``reference`` for the reference itself."""
     return "reference" if row.label == table.reference else points(table.difference(row))
 
 
-# --- Markdown --------------------------------------------------------------------------------------------------------
-
-
 def markdown_rows(comparison: Comparison, table: ConditionTable) -> list[list[str]]:
-    """All columns of a table as text: the header, then a list per row. Also the table of the page."""
+    """All columns of a table as text, for Markdown and the page: the header, then a list per row."""
     exits = range(1, table.exits + 1)
     head = ["method", "mean over exits", *(f"exit {k}" for k in exits), "ensemble of exits", "worst 10 % of clients"]
     adapted = any(math.isfinite(row.of("accuracy_adapted").mean) for row in table.rows)
@@ -188,9 +182,9 @@ def markdown(comparison: Comparison) -> str:
 
 
 def between_markers(path: Path) -> tuple[str, str]:
-    """What stands before and after the place for the tables in a Markdown file, markers included.
+    """The text before and after the place for the tables in a Markdown file, markers included.
 
-    Raises ValueError if the file cannot be read, or the two markers do not stand there once each and in order.
+    Raises ValueError if the file cannot be read, or does not have the two markers once each and in order.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Inference that stops at an exit, and the graphs that take it elsewhere."""
+"""Early-exit inference, and the export of networks as graphs for other runtimes."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What inference is given: batches from a tensor, an array or a loader, and the device to compute them on."""
+"""The input of inference: batches from a tensor, an array or a loader, and the device to compute them on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def batches_of(x: Any, size: int) -> tuple[Iterable[Any], int | None]:
-    """Batches of an input, and how many they are, if that is known: of so many rows, or as an iterable gives them.
+    """Batches of ``size`` rows of a tensor or array, or those of an iterable; and their number, None if unknown.
 
     Examples
     --------
@@ -45,7 +45,7 @@ def rows_of(batch: Any) -> Tensor:
 
 
 def available(device: str | torch.device) -> torch.device:
-    """The device, if it can be computed on."""
+    """The device; ValueError if it cannot be used here."""
     try:
         wanted = torch.device(device)
         torch.zeros(1, device=wanted)

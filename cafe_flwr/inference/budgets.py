@@ -1,4 +1,4 @@
-"""Thresholds per exit that keep a budget of MACs or of accuracy, chosen on calibration examples only."""
+"""Thresholds per exit for a budget of MACs or a bound on lost accuracy, chosen on calibration examples only."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _DECAYS = np.geomspace(1e-3, 1e3, 121)
 def for_macs(logits: Tensor, y: Tensor, macs: Sequence[int], budget: float, *, fingerprint: str = "") -> PerExit:
     """Thresholds of the best accuracy whose mean MACs on the calibration examples are within the budget.
 
-    Chosen among shares of the examples for each exit, q_k ∝ q^k for many q, as in the budgeted batch classification of
-    MSDNet (arXiv 1703.09844), and one threshold for all exits; confidences are temperature-scaled first. On other
-    examples of the same distribution the mean MACs are met up to chance.
+    Candidates are the thresholds by which a share q_k ∝ q^k of the examples leaves at exit k, for many q, as in the
+    budgeted batch classification of MSDNet (arXiv 1703.09844), and one threshold for all exits. Confidences are
+    temperature-scaled first. On other examples of the same distribution the budget is met up to chance.
 
     Parameters
     ----------
@@ -69,16 +69,14 @@ def for_accuracy(
 ) -> PerExit:
     """Cheapest thresholds that lose no more accuracy against the full network than is allowed.
 
-    Among the same thresholds as :func:`for_macs`; the loss counts with one standard error on top, so that the choice
-    holds on other examples more often than not. It is no guarantee: for one, calibrate with the ``gap`` guarantee
-    (``cafe_flwr.risk``).
+    Candidates, parameters and errors are those of :func:`for_macs`. The loss counts with one standard error on top, so
+    that the choice holds on other examples more often than not. For a guarantee, calibrate with ``guarantee="gap"``
+    (:func:`cafe_flwr.risk.calibrate`).
 
     Parameters
     ----------
-    logits, y, macs, fingerprint
-        As for :func:`for_macs`; errors, too.
     loss_allowed
-        Of accuracy, 0.01 for a point; 0 or more.
+        Loss of accuracy, 0 or more; 0.01 is one point.
 
     Examples
     --------
@@ -98,7 +96,7 @@ def for_accuracy(
 
 
 def exit_shares(decay: float, num_exits: int) -> NDArray[np.float64]:
-    """q_k ∝ q^k, (m,), of sum 1.
+    """Shares q_k ∝ q^k, (m,), that sum to 1, where q is ``decay``.
 
     Examples
     --------
@@ -113,8 +111,8 @@ def exit_shares(decay: float, num_exits: int) -> NDArray[np.float64]:
 def thresholds_for_shares(confidence: NDArray[np.float64], shares: NDArray[np.float64]) -> NDArray[np.float64]:
     """Thresholds (m − 1) by which about these shares (m) of the examples leave, the most confident first.
 
-    At least as many examples, of confidences (N, m), have left after each exit as the shares, of sum 1, say; equal
-    confidences leave together. Thresholds lie halfway between the last confidence that leaves and the first that stays.
+    After each exit at least the cumulative share of the examples, of confidences (N, m), has left; equal confidences
+    leave together. A threshold lies halfway between the last confidence that leaves and the first that stays.
 
     Examples
     --------

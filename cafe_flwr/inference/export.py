@@ -1,4 +1,4 @@
-"""A network carried to a device: a graph per stage with its exit, and a manifest with what stopping early needs."""
+"""Export of a network to a device: a graph per stage with its exit, and a manifest with what early exit needs."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _KINDS = {"onnx": ("onnx",), "torch": ("torch",), "both": ("onnx", "torch")}
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export left behind: a folder, the names of its files, and notes, a sentence each, for the user.
+    """An export: its folder, the names of its files, and notes for the user, a sentence each.
 
-    ``difference``, by kind of graph: largest difference of its logits from the network's on the example; None: not
-    verified.
+    ``difference`` has, by kind of graph, the largest difference of its logits from the network's on the example; None
+    if it was not verified.
     """
 
     folder: Path
@@ -65,7 +65,7 @@ def export(  # noqa: PLR0913 (public, all by name)
     Parameters
     ----------
     network
-        It is left as it is; exported is a copy in evaluation mode on the CPU.
+        Left unchanged: a copy in evaluation mode on the CPU is exported.
     folder
         New, empty, or an earlier export, which is replaced.
     example
@@ -80,16 +80,16 @@ def export(  # noqa: PLR0913 (public, all by name)
     format
         ``"onnx"`` for onnxruntime, ``"torch"`` for ``torch.export.load``, or ``"both"``.
     pixels
-        Of images: mean and standard deviation by which pixels in 0..1 were normalised in training; without them the
+        For images: mean and standard deviation by which pixels in 0..1 were normalised in training; without them the
         folder takes arrays only.
     facts
-        Where the network comes from; goes into the manifest.
+        Where the network comes from, for the manifest.
 
     Raises
     ------
     ValueError
-        If something does not fit the network, above all thresholds made for another one, the folder holds other things,
-        a graph cannot be written, or its logits are not those of the network.
+        If something does not fit the network (above all, thresholds made for another one), the folder holds other
+        things, a graph cannot be written, or its logits are not those of the network.
 
     Examples
     --------
@@ -145,7 +145,7 @@ def _write(
 
 
 def _about(network: EarlyExitNetwork, example: Tensor) -> dict[str, Any]:
-    """What a manifest says of the network itself, and of what wrote it."""
+    """The manifest's entries on the network itself and on the versions that wrote it."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -158,7 +158,7 @@ def _about(network: EarlyExitNetwork, example: Tensor) -> dict[str, Any]:
 
 
 def _policy(given: object, early: int, temperatures: Sequence[float]) -> tuple[ExitThresholds | PerExit, list[str]]:
-    """Thresholds of the ``early`` first exits, and what there is to say about them."""
+    """Thresholds of the first ``early`` exits, and notes about them."""
     if isinstance(given, ExitThresholds | PerExit):
         notes = [given.describe() if isinstance(given, ExitThresholds) else "The thresholds guarantee nothing."]
         if not given.fingerprint:

@@ -29,15 +29,12 @@ def on_cpu(network: EarlyExitNetwork) -> EarlyExitNetwork:
 
 
 def write_graphs(network: EarlyExitNetwork, folder: Path, example: Tensor, kinds: Sequence[str]) -> dict[str, str]:
-    """Write ``stage-<k>.onnx`` and ``stage-<k>.pt2``, as ``kinds`` asks for; the result has the kind of each file.
+    """Write ``stage-<k>.onnx`` and ``stage-<k>.pt2``, as ``kinds`` asks for; return the kind of each file by its name.
 
-    :func:`cafe_flwr.inference.export.export` says what a graph takes and gives. The network is from :func:`on_cpu`, the
-    example a batch of inputs, (B, …), B ≥ 1.
+    :func:`cafe_flwr.inference.export.export` describes inputs and outputs of a graph. The network is from
+    :func:`on_cpu`, the example a batch of inputs, (B, …), B ≥ 1.
 
-    Raises
-    ------
-    ValueError
-        If torch cannot write a stage as a graph, or ONNX is not installed.
+    Raises ValueError if torch cannot write a stage as a graph, or ONNX is not installed.
     """
     h = example[:2] if len(example) > 1 else example.repeat(2, *[1] * (example.dim() - 1))  # 1 would be taken as fixed
     written = {}
@@ -77,8 +74,8 @@ def logits_of(network: EarlyExitNetwork, example: Tensor) -> list[Tensor]:
 def difference(network: EarlyExitNetwork, folder: Path, example: Tensor, kind: str) -> float | None:
     """Largest difference of the graphs' logits from the network's, on the example and on its first row alone.
 
-    None if it cannot be computed, because onnxruntime is not installed. ValueError if it is above 1e-4 (relative to the
-    largest logit, where that is above 1).
+    None if onnxruntime is needed and not installed. ValueError if it is above 1e-4 (relative to the largest logit,
+    where that is above 1).
     """
     paths = [folder / f"stage-{k}.{SUFFIXES[kind]}" for k in range(network.num_exits)]
     if kind == "torch":

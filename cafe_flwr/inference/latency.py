@@ -1,4 +1,4 @@
-"""What inference takes: seconds up to every exit, and under a policy."""
+"""Latency of inference: seconds up to every exit, and under a policy."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _T = TypeVar("_T")
 def latency_per_exit(network: EarlyExitNetwork, example: Tensor, repeats: int = 20) -> list[float]:
     """Seconds until exit k has answered, for k = 1..m, of a batch (B, …), B ≥ 1, on the network's device.
 
-    Sum over the stages (each with its exit) of the median over repeats, where the device has finished after each; one
-    more repeat before warms up. The network is left as it is.
+    The sum over the stages (each with its exit) of their median over repeats, after one more repeat to warm up. The
+    device is synchronised after every stage, and the network is left unchanged.
 
     Examples
     --------
@@ -45,9 +45,7 @@ def latency_per_exit(network: EarlyExitNetwork, example: Tensor, repeats: int = 
 
 
 def policy_latency(runner: EarlyExitRunner, x: Tensor, repeats: int = 5) -> float:
-    """Seconds per example, of (N, …), N ≥ 1, under the runner's policy, ``batch_size`` of them at a time.
-
-    The median over repeats, after one that warms up.
+    """Median seconds per example, of (N, …), N ≥ 1, under the runner's policy, ``batch_size`` of them at a time.
 
     Examples
     --------
@@ -74,7 +72,7 @@ def _step(network: EarlyExitNetwork, k: int, h: Any) -> Any:
 
 
 def _timed(compute: Callable[[], _T], device: torch.device) -> tuple[_T, float]:
-    """What is computed, and the seconds it took until the device had finished."""
+    """The result, and the seconds until the device had finished."""
     start = time.perf_counter()
     result = compute()
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Policies: which rows of a batch leave at an exit."""
+"""Exit policies: which rows of a batch leave at an exit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cafe_flwr.risk.thresholds import checked_temperatures, plain_values
 
 
 class Policy(Protocol):
-    """Decides at every exit but the last, which keeps whoever is left.
+    """Decides at every exit but the last, at which all remaining rows leave.
 
-    A policy with an attribute ``looks_back = False`` does not ask what earlier exits said, and saves the runner's time.
+    The attribute ``looks_back = False`` says that a policy does not use the labels of earlier exits, which saves time.
     """
 
     def leaves(self, k: int, logits: Tensor, labels: Tensor) -> Tensor:
@@ -26,9 +26,9 @@ class Policy(Protocol):
         k
             The exit.
         logits
-            Of this exit, (B, C), for the rows that are still there, divided by the exit's temperature if it has one.
+            Of this exit, (B, C), for the remaining rows, divided by the exit's temperature if it has one.
         labels
-            What exits 0..k said about the same rows, (B, k + 1); (B, 0) if ``looks_back`` is False.
+            Labels of the same rows by exits 0..k, (B, k + 1); (B, 0) if ``looks_back`` is False.
         """
 
 
@@ -102,9 +102,9 @@ class Margin(_ByShare):
 
 @dataclass(frozen=True)
 class Patience:
-    """Leave when ``count`` exits in a row say the same (PABEE, arXiv 2006.04152, whose patience is one less).
+    """Leave when ``count`` exits in a row give the same label (PABEE, arXiv 2006.04152, whose patience is one less).
 
-    This exit is counted: 1 leaves at the first exit, more than m − 1 never leaves early.
+    The current exit is counted: with 1 all leave at the first exit, with more than m − 1 none leaves early.
 
     Examples
     --------
@@ -139,7 +139,7 @@ class PerExit:
     thresholds
         Of the first m − 1 exits; inf = never leave there.
     temperatures
-        Per exit (m), by which logits are divided first; empty = by none.
+        Per exit (m), by which logits are divided first; empty = 1 everywhere.
     fingerprint
         Of the network they were made for (:func:`cafe_flwr.personal.fingerprint`); empty = unknown.
 

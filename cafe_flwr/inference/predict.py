@@ -19,7 +19,7 @@ _ROWS = 256  # computed at a time
 
 
 class FilePrediction(NamedTuple):
-    """What an exported network says about one input of a file or folder.
+    """Prediction for one input of a file or folder.
 
     ``input`` is the image's name, or the number of the array's row, from 0; ``label`` 0..C−1 and ``class_name`` its
     name; ``exit`` 1..m, counted as in the report and the tables of a run; ``confidence`` the largest probability.
@@ -33,17 +33,15 @@ class FilePrediction(NamedTuple):
 
 
 def predict_file(folder: Path, inputs: Path, out: Path | None = None) -> list[FilePrediction]:
-    """Run an exported network on inputs of a file or folder; what ``cafe-flwr predict`` does.
+    """Run the exported network in ``folder`` on inputs of a file or folder, as ``cafe-flwr predict`` does.
 
     Parameters
     ----------
-    folder
-        Of the export.
     inputs
         A ``.npy`` file with a batch (or one input), an image, or a folder of images, also in subfolders. Images are
         brought to the network's size and normalised as in training; they need Pillow.
     out
-        A ``.csv`` or ``.json`` file to write; None: none.
+        A ``.csv`` or ``.json`` file to write, if any.
 
     Raises
     ------
@@ -143,7 +141,7 @@ def _read_image(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
                 raise ValueError(f"{path} has {image.width}×{image.height} pixels, the network takes {width}×{height}")
             array: NDArray[np.float32] = to_array(image, 0 if fits else height)
     except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is no image that can be read: {error}") from None
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None
     if len(array) == 1 and channels == 3:
         array = np.repeat(array, channels, axis=0)
     if len(array) != channels:

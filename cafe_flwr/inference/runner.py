@@ -1,4 +1,4 @@
-"""Inference that stops: rows of a batch that have left at an exit are not computed any further."""
+"""Early-exit inference: rows of a batch that have left at an exit are not computed any further."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _Part = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says about N rows.
+    """Predictions for N rows.
 
-    ``labels`` are (N,) int64, 0..C−1; ``exits`` (N,) int64, where each row left, 0..m−1; ``confidence`` (N,) float32,
-    the largest probability there, after the exit's temperature.
+    ``labels`` are (N,) int64, 0..C−1; ``exits`` (N,) int64, the exit at which each row left, 0..m−1; ``confidence``
+    (N,) float32, the largest probability there, after the exit's temperature.
 
     Examples
     --------
@@ -43,43 +43,42 @@ class Prediction:
     confidence: NDArray[np.float32]
 
     def macs(self, macs_per_exit: Sequence[int]) -> NDArray[np.int64]:
-        """What each row cost, (N,), given the MACs of leaving at each exit (``cafe_flwr.cost.macs_per_exit``)."""
+        """MACs of each row, (N,), given those of leaving at each exit (``cafe_flwr.cost.macs_per_exit``)."""
         return np.asarray(macs_per_exit, dtype=np.int64)[self.exits]
 
     def mean_macs(self, macs_per_exit: Sequence[int]) -> float:
-        """What a row cost on average; NaN without rows."""
+        """Mean MACs per row; NaN without rows."""
         return float(self.macs(macs_per_exit).mean()) if len(self.exits) else float("nan")
 
 
 class EarlyExitRunner:
-    """Runs a network stage by stage, and after each exit goes on with the rows that stay only.
+    """Runs a network stage by stage, and after each exit computes on with the remaining rows only.
 
-    Labels and exits are those of computing every exit and choosing afterwards. That takes a network whose answer for a
-    row does not depend on the other rows of the batch. Where a threshold per exit is infinite, the exit is not computed
-    either, so that a network that may never leave early runs as fast as without early exits.
+    Labels and exits are the same as when every exit is computed first. That requires a network whose output for a row
+    does not depend on the other rows of the batch. An exit whose threshold is infinite is not computed, so a network
+    that may never leave early runs as fast as without early exits.
 
     Parameters
     ----------
     network
         Its stages give tensors whose first dimension is the batch, or tuples of such tensors.
     policy
-        Who leaves where: ``MaxProb(θ)``, ``Entropy(θ)``, ``Margin(θ)``, ``Patience(P)``, ``PerExit(…)``, calibrated
-        ``ExitThresholds``, or any other :class:`Policy`. It is not asked at the last exit.
+        Says which rows leave: ``MaxProb(θ)``, ``Entropy(θ)``, ``Margin(θ)``, ``Patience(P)``, ``PerExit(…)``,
+        calibrated ``ExitThresholds``, or any other :class:`Policy`. It is not asked at the last exit.
     device
-        Where to compute; the network is moved there. None: where the network is.
+        The network is moved to this device; by default it stays where it is.
     batch_size
         Rows at a time, of an input that is a single tensor or array.
     progress
         Show a progress bar.
     temperatures
-        By which the logits of an exit are divided, (m,); none by default. Policies with temperatures of their own bring
-        them along.
+        By which the logits of an exit are divided, (m,); by default those of the policy, or all 1.
 
     Raises
     ------
     ValueError
-        If the policy does not fit the network or was made for another one, the device is not there, a value is none of
-        its kind, or the network normalises by the statistics of the batch at hand.
+        If the policy does not fit the network or was made for another one, the device is not available, a value is
+        invalid, or the network normalises by the statistics of the batch at hand.
 
     Examples
     --------
@@ -128,14 +127,13 @@ class EarlyExitRunner:
         Parameters
         ----------
         x
-            A tensor or array of rows, (N, …), N ≥ 0; or an iterable of batches, such as a DataLoader, that is read as
-            it comes: each a tensor, an array, or a tuple (or list) that begins with one, as (x, y). Numbers with a
-            fraction are brought to the precision of the network.
+            A tensor or array of rows, (N, …), N ≥ 0; or an iterable of batches, such as a DataLoader: each a tensor,
+            an array, or a tuple (or list) that begins with one, as (x, y). Floats are cast to the network's precision.
 
         Raises
         ------
         ValueError
-            If the input is of no such kind, or a row's probabilities are not numbers.
+            If the input is of another kind, or a row's probabilities are NaN.
         """
         batches, total = batches_of(x, self.batch_size)
         parts: list[_Part] = []
@@ -160,7 +158,7 @@ class EarlyExitRunner:
         """Labels, exits and confidence of a batch, which is not empty."""
         h: Any = x.to(self.device, self._dtype if x.is_floating_point() else x.dtype)
         last = self.network.num_exits - 1
-        rows = history = None  # those still there (None: all), and what the exits so far said (None: nobody asks)
+        rows = history = None  # remaining rows (None: all), and their labels by the exits so far (None: not needed)
         for k in range(last + 1):
             h = self.network.stage(k, h)
             if k in self._closed:
@@ -182,7 +180,7 @@ class EarlyExitRunner:
             best = logits.softmax(dim=1).amax(dim=1).float()
             if rows is None:
                 labels, confidence, exits = label.clone(), best, torch.full_like(label, k)
-            else:  # whoever stays is written over later: cheaper than to look for who leaves
+            else:  # rows that stay are overwritten later: cheaper than selecting those that leave
                 labels[rows], confidence[rows], exits[rows] = label, best, k
             if stay is None or not len(stay):
                 break
@@ -207,7 +205,7 @@ def _select(h: Any, stay: Tensor, k: int) -> Any:
 
 
 def _fitting(policy: PerExit, network: EarlyExitNetwork, temperatures: Sequence[float]) -> Sequence[float]:
-    """Temperatures to go with thresholds that were made for this network; ValueError if they were not."""
+    """The policy's temperatures; ValueError if its thresholds were made for another network or temperatures."""
     if len(policy.thresholds) != network.num_exits - 1:
         raise ValueError(
             f"{len(policy.thresholds)} thresholds do not fit a network of {network.num_exits} exits: it needs "

@@ -1,4 +1,4 @@
-"""What is measured of a network's exits."""
+"""Metrics of a network's exits: accuracy, calibration and cost."""
 
 from typing import TYPE_CHECKING
 

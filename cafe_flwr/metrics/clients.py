@@ -1,4 +1,4 @@
-"""Numbers over clients."""
+"""Summaries over clients."""
 
 from __future__ import annotations
 

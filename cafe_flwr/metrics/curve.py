@@ -1,4 +1,4 @@
-"""The accuracy–MACs curve of dynamic inference: what accuracy a given cost buys."""
+"""The accuracy–MACs curve of dynamic inference: which accuracy can be had at which cost."""
 
 from __future__ import annotations
 
@@ -17,12 +17,9 @@ from cafe_flwr.metrics.selective import scale_logits
 
 @dataclass(frozen=True)
 class CostCurve:
-    """Accuracy against MACs of dynamic inference with one threshold for all exits: a point per threshold.
+    """Accuracy and MACs of dynamic inference with one threshold for all exits, (points,) each, a point per threshold.
 
-    Attributes
-    ----------
-    threshold, accuracy, macs
-        (points,) each, in rising order of threshold; the last is inf: nothing leaves early.
+    Thresholds rise; the last one is infinite: no example leaves early.
     """
 
     threshold: NDArray[np.float64]
@@ -31,14 +28,9 @@ class CostCurve:
 
     @classmethod
     def from_counts(cls, counts: DynamicCounts, macs: NDArray[np.float64]) -> CostCurve:
-        """The curve of examples that were counted.
+        """The curve from counts of all examples, and their mean MACs at each of ``THRESHOLDS``, (points,).
 
-        Parameters
-        ----------
-        counts
-            Of all examples together; without examples the curve has no points.
-        macs
-            Mean over the examples at each of ``THRESHOLDS``, (points,).
+        Without examples it has no points.
         """
         examples = counts.left[0].sum()
         if not examples:
@@ -47,7 +39,7 @@ class CostCurve:
 
     @property
     def pareto(self) -> NDArray[np.bool_]:
-        """(points,): no other point is as cheap and better, or as good and cheaper."""
+        """(points,): whether no other point is as cheap and better, or as good and cheaper."""
         order = np.lexsort((-self.accuracy, self.macs))
         best_before = np.maximum.accumulate(np.concatenate([[-1.0], self.accuracy[order][:-1]]))
         pareto = np.zeros(len(order), dtype=bool)
@@ -56,16 +48,16 @@ class CostCurve:
 
     @property
     def area(self) -> float:
-        """:func:`area_under_curve`."""
+        """Area under the curve, see :func:`area_under_curve`."""
         return area_under_curve(self.accuracy.tolist(), self.macs.tolist())
 
     def accuracy_within(self, share: float) -> float:
-        """Best accuracy at no more than this share of the full network's MACs; NaN if nothing is so cheap."""
+        """Best accuracy at no more than this share of the full network's MACs; NaN if no point is so cheap."""
         within = self.accuracy[self.macs <= share * self.macs[-1] * (1 + 1e-12)]
         return float(within.max()) if len(within) else math.nan
 
     def macs_to_reach(self, accuracy: float) -> float:
-        """Least MACs at which the accuracy is reached; NaN if it is at none."""
+        """Least MACs that reach the accuracy; NaN if no point does."""
         enough = self.macs[self.accuracy >= accuracy - 1e-12]
         return float(enough.min()) if len(enough) else math.nan
 
@@ -74,7 +66,7 @@ class CostCurve:
         return {key: getattr(self, key).tolist() for key in ("threshold", "accuracy", "macs")}
 
     def summary(self) -> dict[str, float]:
-        """Area, accuracy within 25, 50, 75 and 100 % of the MACs, and the MACs at (full accuracy − 1 point)."""
+        """Area, accuracy within 25, 50, 75 and 100 % of the MACs, and the least MACs that lose 1 point at most."""
         within = {f"accuracy_at_{p}": self.accuracy_within(p / 100) for p in (25, 50, 75, 100)}
         return {
             "area": self.area,
@@ -93,13 +85,13 @@ def accuracy_macs_curve(
     Parameters
     ----------
     logits
-        Of all exits, (m, N, C), N ≥ 1.
+        Logits of all exits, (m, N, C), N ≥ 1.
     y
         Labels, (N,).
     macs
-        Of leaving at each exit, (m,).
+        MACs of leaving at each exit, (m,).
     temperatures
-        By which the exits' logits are divided, (m,), fitted on other examples; none by default.
+        Divide the exits' logits, (m,); they are fitted on other examples. None by default.
 
     Examples
     --------
@@ -117,12 +109,9 @@ def accuracy_macs_curve(
 
 
 def area_under_curve(accuracy: Sequence[float], macs: Sequence[float]) -> float:
-    """Mean accuracy over MACs from the cheapest point of the curve to the full network, at the best point within each.
+    """Mean, over budgets from the cheapest point's MACs to the full network's, of the best accuracy within the budget.
 
-    Parameters
-    ----------
-    accuracy, macs
-        Points of the accuracy–MACs curve, in any order; NaN is returned without any.
+    Points of the accuracy–MACs curve may come in any order. NaN without any.
 
     Examples
     --------
@@ -140,18 +129,18 @@ def area_under_curve(accuracy: Sequence[float], macs: Sequence[float]) -> float:
 
 
 def cheapest(counts: DynamicCounts, cost: NDArray[np.number[Any]], loss_allowed: float) -> int:
-    """Position of the cheapest thresholds whose accuracy is, one standard error aside, not below the full network's.
+    """Position of the cheapest thresholds that lose no accuracy, or little, even if one standard error is taken off.
 
-    Without that margin the choice among many thresholds is too lucky to hold on other examples.
+    Without that margin the best of many thresholds would be a lucky one, and not hold on other examples.
 
     Parameters
     ----------
     counts
-        Of calibration examples; the last position is that at which nothing leaves early.
+        Counts of calibration examples; at the last position none leaves early.
     cost
-        Of all examples together at each of the thresholds, in MACs.
+        MACs of all examples together at each of the thresholds.
     loss_allowed
-        Accuracy that may be lost, 0.01 for a point.
+        Accuracy that may be lost against the full network, 0.01 for a point.
 
     Examples
     --------
@@ -162,7 +151,7 @@ def cheapest(counts: DynamicCounts, cost: NDArray[np.number[Any]], loss_allowed:
     """
     examples = int(counts.left[0].sum())
     if not examples:
-        return len(counts.left) - 1  # nothing to choose by: never leave early
+        return len(counts.left) - 1  # without examples never leave early
     gain = counts.correct - counts.correct[-1]
     spread = np.sqrt(np.maximum(counts.changed - gain**2 / examples, 0.0))
     good = gain - spread >= -loss_allowed * examples
@@ -170,7 +159,7 @@ def cheapest(counts: DynamicCounts, cost: NDArray[np.number[Any]], loss_allowed:
 
 
 def check_examples(logits: Tensor, y: Tensor, macs: Sequence[float]) -> None:
-    """ValueError unless logits (m, N, C), N ≥ 1, are finite, labels are known to the network and MACs (m,) rise."""
+    """Raise ValueError unless logits (m, N, C), N ≥ 1, are finite, labels are in 0..C−1 and MACs (m,) rise."""
     if logits.dim() != 3 or not logits.shape[1] or logits.shape[:2] != (len(macs), len(y)):
         raise ValueError(
             f"logits must be (exits, examples, classes) for {len(macs)} exits (as macs has) and {len(y)} labels, with "

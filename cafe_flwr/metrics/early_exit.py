@@ -1,4 +1,4 @@
-"""Leaving at the first exit that is sure enough: what is right, and where it left, by threshold."""
+"""Dynamic inference: examples leave at the first exit whose confidence reaches a threshold."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from numpy.typing import ArrayLike, NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Max-prob thresholds at which dynamic inference is counted; the last one is never reached: all exits run.
+# Thresholds of the highest class probability; no example reaches the last one, so all exits run.
 THRESHOLDS = np.append(np.linspace(0.0, 1.0, 101), np.inf)
 
 
 class DynamicCounts(NamedTuple):
     """Counts of examples at every threshold of ``THRESHOLDS``; they add up over clients.
 
-    ``left``, (thresholds, m): leave at each exit. ``correct``, (thresholds,): are right where they leave.
-    ``changed``, (thresholds,): are right there and wrong at the last exit, or the other way round.
+    ``left``, (thresholds, m): examples that leave at each exit. ``correct``, (thresholds,): right where they leave.
+    ``changed``, (thresholds,): right there and wrong at the last exit, or the other way round.
     """
 
     left: NDArray[np.int64]
@@ -27,7 +27,7 @@ class DynamicCounts(NamedTuple):
 
 
 def first_exit(confidence: NDArray[np.floating[Any]], thresholds: ArrayLike) -> NDArray[np.int64]:
-    """Where examples leave: at the first exit whose confidence reaches its threshold, or by the last one.
+    """The exit each example leaves at, (…, N), 0..m−1: the first whose threshold is reached, or the last.
 
     Parameters
     ----------
@@ -36,10 +36,6 @@ def first_exit(confidence: NDArray[np.floating[Any]], thresholds: ArrayLike) -> 
     thresholds
         Of the first m − 1 exits, (m − 1,), or one for all; with further axes in front for several at once, (…, m − 1).
         They are compared in double precision.
-
-    Returns
-    -------
-    (…, N), 0..m−1.
 
     Examples
     --------
@@ -54,10 +50,7 @@ def first_exit(confidence: NDArray[np.floating[Any]], thresholds: ArrayLike) -> 
 
 
 def dynamic_counts(logits: Tensor, y: Tensor) -> DynamicCounts:
-    """How dynamic inference would go at every threshold: leave at the first exit with max-prob ≥ θ.
-
-    From logits (m, N, C) and labels (N,).
-    """
+    """Counts for every threshold of ``THRESHOLDS``, from logits (m, N, C) and labels (N,)."""
     confidence, label = logits.softmax(dim=2).max(dim=2)
     return counts_at(confidence.T.numpy(), (label == y).T.numpy(), THRESHOLDS[:, None])
 
@@ -65,7 +58,7 @@ def dynamic_counts(logits: Tensor, y: Tensor) -> DynamicCounts:
 def counts_at(
     confidence: NDArray[np.floating[Any]], correct: NDArray[np.bool_], thresholds: NDArray[np.float64]
 ) -> DynamicCounts:
-    """Who leaves where, and how many are right, given confidences and outcomes (N, m), at thresholds (U, m − 1)."""
+    """Counts at thresholds (U, m − 1), from confidences (N, m) and whether each exit is right (N, m)."""
     exits = first_exit(confidence, thresholds)  # (U, N)
     outcome = correct[np.arange(len(correct)), exits]
     left = np.stack([(exits == k).sum(axis=1) for k in range(correct.shape[1])], axis=1)

@@ -1,4 +1,4 @@
-"""What is measured on one client's examples."""
+"""Logits, features and metrics of all exits on one client's examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cafe_flwr.networks.placement import device_of, moved
 
 ECE_BINS = 15
 _BATCH = 1024  # examples evaluated at once, at most
-_VALUES = 1 << 18  # inputs of a batch, at most: so that evaluation takes no more memory than training
+_VALUES = 1 << 18  # input values of a batch, at most, so that evaluation takes no more memory than training
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ExitMetrics:
         return cls(*([math.nan] * num_exits for _ in range(3)))
 
     def padded(self, num_exits: int) -> ExitMetrics:
-        """With NaN for exits that are not there."""
+        """The same metrics, with NaN for the exits up to ``num_exits`` that are missing."""
         missing = [math.nan] * (num_exits - len(self.accuracy))
         return ExitMetrics([*self.accuracy, *missing], [*self.loss, *missing], [*self.ece, *missing])
 

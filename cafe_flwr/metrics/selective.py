@@ -1,4 +1,4 @@
-"""What answering early costs in errors: risk and coverage, and whether confidences can be believed.
+"""Risk and coverage of examples that leave early, and calibration of confidences.
 
 Functions of confidences (N, m) and of whether each exit is right (N, m), for N examples and m exits.
 """
@@ -22,8 +22,8 @@ LOWER_IS_WORSE = frozenset({"accuracy", "accuracy_full", "coverage", "macs_reduc
 VOID = "guarantee void under shift"
 POOLED = "exploratory: pooled over clients, no guarantee for a single client"
 OWN = "for each certified client, on inputs like those of its calibration split"
-RISK_OF = {"selective": "selective_risk", "joint": "joint_risk", "gap": "gap"}  # what a guarantee speaks of
-_POINTS = 200  # of a curve, at most
+RISK_OF = {"selective": "selective_risk", "joint": "joint_risk", "gap": "gap"}  # the measure that a guarantee bounds
+_POINTS = 200  # at most, of a thinned curve
 
 
 def scale_logits(logits: Tensor, temperatures: Sequence[float]) -> Tensor:
@@ -51,10 +51,10 @@ def confidence_and_correct(logits: Tensor, y: Tensor) -> tuple[NDArray[np.float6
 
 @dataclass(frozen=True)
 class Outcome:
-    """How examples fared that left where their thresholds said, as counts; they add up over clients.
+    """Counts of examples by how they fared at the exit they left by; they add up over clients.
 
-    ``left``, (m,): leave at each exit. ``early_wrong``: are wrong, among those that leave before the last exit.
-    ``correct``, ``full_correct``: are right at the exit they leave by; at the last exit.
+    ``left``, (m,): examples that leave at each exit. ``early_wrong``: wrong ones among those that leave before the last
+    exit. ``correct``, ``full_correct``: right ones at the exit they leave by, and at the last exit.
 
     Examples
     --------
@@ -71,7 +71,7 @@ class Outcome:
 
     @classmethod
     def of(cls, exits: NDArray[np.int64], correct: NDArray[np.bool_]) -> Outcome:
-        """Of examples that leave at ``exits`` (N,), 0..m−1, given which exits are right (N, m)."""
+        """Counts of examples that leave at ``exits`` (N,), 0..m−1, given which exits are right (N, m)."""
         n, m = correct.shape
         right = correct[np.arange(n), exits]
         wrong_early = int((~right & (exits < m - 1)).sum())
@@ -80,7 +80,7 @@ class Outcome:
 
     @classmethod
     def total(cls, outcomes: Iterable[Outcome]) -> Outcome:
-        """Sum over clients, of which there must be one at least."""
+        """Sum over one or more clients."""
         parts = list(outcomes)
         left = tuple(sum(counts) for counts in zip(*(part.left for part in parts), strict=True))
         wrong, right, full = (
@@ -91,8 +91,8 @@ class Outcome:
     def measures(self, macs: Sequence[float]) -> dict[str, float]:
         """Shares of the examples, NaN without any.
 
-        ``coverage`` left early; ``selective_risk`` of those are wrong; ``joint_risk`` left early and are wrong; ``gap``
-        is what accuracy loses against the last exit; ``macs`` is the mean cost, given that of leaving at each exit.
+        ``coverage``: left early; ``selective_risk``: wrong among those; ``joint_risk``: left early and wrong; ``gap``:
+        accuracy lost against the last exit; ``macs``: mean cost, given the cost of leaving at each exit.
         """
         n, early = sum(self.left), sum(self.left[:-1])
 
@@ -129,7 +129,7 @@ class Curve(NamedTuple):
         return float((np.diff(self.coverage, prepend=0.0) * self.risk).sum()) if len(self.risk) else float("nan")
 
     def thinned(self) -> Curve:
-        """At most 200 of its points, both ends among them."""
+        """At most 200 of its points, including both ends."""
         keep = np.unique(np.linspace(0, len(self.risk) - 1, _POINTS).round().astype(int)[: len(self.risk) * _POINTS])
         return Curve(self.coverage[keep], self.risk[keep])
 
@@ -137,7 +137,7 @@ class Curve(NamedTuple):
 def risk_coverage(confidence: ArrayLike, correct: ArrayLike) -> Curve:
     """Share of errors among the most confident share of the examples (Geifman & El-Yaniv, arXiv 1705.08500).
 
-    Of one exit, (N,). Examples of equal confidence cannot be told apart, so they enter together.
+    Both arguments are (N,), of one exit. Examples of equal confidence enter together.
 
     Examples
     --------
@@ -154,8 +154,8 @@ def risk_coverage(confidence: ArrayLike, correct: ArrayLike) -> Curve:
 def leaving_curve(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> Curve:
     """Risk against coverage of the dynamic network: one threshold for all exits, from strict to lax.
 
-    Coverage is the share of the examples, (N, m), that leaves before the last exit, risk that of errors among them. Of
-    thresholds with equal coverage the strictest counts.
+    Coverage is the share of the examples, (N, m), that leave before the last exit, risk the share of errors among them.
+    Of several thresholds with the same coverage, the strictest counts.
 
     Examples
     --------
@@ -171,7 +171,7 @@ def leaving_curve(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -
 
 
 def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = ECE_BINS) -> list[dict[str, float]]:
-    """Mean confidence, accuracy and share of one exit's examples, (N,), in every bin of confidence that has any.
+    """Mean confidence, accuracy and share of one exit's examples, (N,), for every non-empty bin of confidence.
 
     Examples
     --------
@@ -201,7 +201,8 @@ def calibration_error(bins: Sequence[dict[str, float]]) -> float:
 def over_clients(values: ArrayLike, weights: ArrayLike, measure: str) -> dict[str, Any]:
     """Mean, n-weighted mean, standard deviation and worst tenth over clients; clients with NaN are left out.
 
-    Of what was measured of each client, on how many examples; the measure's name says whether low or high is worst.
+    ``values`` are one measure of each client, ``weights`` its numbers of examples. The name of the measure decides
+    whether low or high values are worst.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Temperatures that make an exit's confidence fit."""
+"""Temperature scaling of the exits' logits."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ _TEMPERATURES = [float(t) for t in np.geomspace(0.25, 4.0, 33)]
 
 
 def fit_temperatures(logits: Tensor, y: Tensor) -> list[float]:
-    """Temperature per exit that makes its confidences fit the labels best (lowest cross-entropy of logits/T).
+    """Temperature T of each exit with the lowest cross-entropy of logits/T, from a grid; 1 without examples.
 
-    Of calibration examples: logits (m, N, C), labels (N,). Training with distillation makes students less sure than the
-    last exit; one confidence threshold for all exits means the same at each only after this scaling (Guo et al.,
-    arXiv 1706.04599). Chosen from a grid, 1 without examples.
+    Logits (m, N, C) and labels (N,) are those of calibration examples (Guo et al., arXiv 1706.04599). Distillation
+    makes early exits less confident than the last: one threshold means the same at all exits only after this scaling.
     """
     if not len(y):
         return [1.0] * len(logits)

@@ -1,4 +1,4 @@
-"""Early-exit networks."""
+"""Early-exit networks, and exits for any backbone."""
 
 from cafe_flwr.networks.attach import attach_exits as attach_exits
 from cafe_flwr.networks.conv import ConvNet as ConvNet

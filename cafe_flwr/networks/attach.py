@@ -1,4 +1,4 @@
-"""Exits for any backbone: a torchvision or timm classifier, or one's own, cut after named modules."""
+"""Attach exits to any image classifier, such as torchvision's and timm's, after named modules."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ def attach_exits(
 ) -> EarlyExitNetwork:
     """Make an image classifier an :class:`EarlyExitNetwork`, with an exit after each of the named modules.
 
-    The last exit is the backbone's own classifier: its logits are those of the backbone. If multiply-adds remain
-    between the last named module and the classifier, they are a stage of their own and the classifier is one exit
-    more; otherwise it is the exit of the last named module (ResNet-18: ``at=["layer2", "layer3"]`` and
-    ``at=["layer2", "layer3", "layer4"]`` are the same three exits).
+    The last exit is the backbone's own classifier and gives the backbone's logits. If there are multiply-adds between
+    the last named module and the classifier, they become a further stage, with the classifier as its exit; otherwise
+    the classifier is the exit of the last named module (ResNet-18: ``at=["layer2", "layer3"]`` and ``at=["layer2",
+    "layer3", "layer4"]`` give the same three exits).
 
-    The projection of an early exit pools what its module gives (maps: the mean over positions; tokens: the class token
-    where the backbone has one, else the mean) and leads to the width of the last exit's features.
+    The projection of an early exit pools its module's output (maps: the mean over positions; tokens: the class token
+    where the backbone has one, else the mean) and maps it to the width of the last exit's features.
 
     Parameters
     ----------
     backbone
-        Takes a batch of images, returns logits (B, C) of its last linear layer. It is copied, and left as it is.
+        Takes a batch of images and returns the logits (B, C) of its last linear layer. It is copied, not changed.
     at
         Names of modules (``backbone.named_modules()``) in the order in which they run.
     num_classes
-        C. None, or the backbone's: it keeps its classifier. Another number: the last exit gets a new one.
+        C. None keeps the backbone's classifier; another number than the backbone's gives the last exit a new one.
     features
-        Feature width at every exit. None: what goes into the backbone's classifier. Another width: the last exit gets a
-        linear layer to that width and a new classifier.
+        Feature width at every exit. None: the input width of the backbone's classifier. With another width, the last
+        exit gets a linear layer to it and a new classifier.
     head
         ``"safe-kd"``: pool, layer norm, linear (SAFE-KD, arXiv 2602.03043); ``"linear"``: without the norm.
     example
-        A batch as the backbone takes it, to measure sizes with.
+        A batch that the backbone takes, to measure sizes with.
     input_shape
-        (channels, height, width) of an example, in its place. Without either, what the backbone says about itself.
+        (channels, height, width) of an example, instead. Without either, the backbone's own attributes decide.
 
     Raises
     ------
     ValueError
-        If a module is not there (the candidates are listed), exits are out of order or cannot be cut after, the
-        backbone does not end in a linear classifier, or torch.fx cannot trace it.
+        If a module does not exist (the candidates are listed) or cannot be cut after, the order is wrong, the backbone
+        does not end in a linear classifier, or torch.fx cannot trace it.
 
     Examples
     --------
@@ -104,10 +104,7 @@ def attach_exits(
 
 
 class Pool(nn.Module):
-    """The mean over some dimensions of (B, …), without the first ``skip`` tokens.
-
-    Over none: what is there already is (B, channels).
-    """
+    """The mean over some dimensions of (B, …), without the first ``skip`` tokens; over none, (B, channels) itself."""
 
     def __init__(self, over: tuple[int, ...], skip: int = 0) -> None:
         super().__init__()
@@ -128,7 +125,7 @@ class ClassToken(nn.Module):
 
 
 def _projection(model: nn.Module, example: Tensor, h: Tensor, width: int, head: HeadKind) -> nn.Module:
-    """From what a module gives, (B, …), to the features of its exit."""
+    """From a module's output, (B, …), to the features of its exit."""
     channels = h.shape[-1]
     pool: nn.Module
     if h.dim() == 2:
@@ -149,7 +146,7 @@ def _projection(model: nn.Module, example: Tensor, h: Tensor, width: int, head: 
 
 
 def _token_pool(model: nn.Module) -> nn.Module:
-    """As the backbone itself pools its tokens: timm says so in ``global_pool``, torchvision's has a class token."""
+    """Pool tokens as the backbone does: timm names it in ``global_pool``, torchvision's has a class token."""
     tokens = [getattr(model, name, None) is not None for name in ("cls_token", "class_token")]
     if any(tokens) and getattr(model, "global_pool", "token") in ("token", ""):
         return ClassToken()
@@ -157,7 +154,7 @@ def _token_pool(model: nn.Module) -> nn.Module:
 
 
 def _channels_last(model: nn.Module, example: Tensor, h: Tensor) -> bool:
-    """Whether maps are (B, height, width, channels): their shape is that of the image then; Swin's are."""
+    """Whether maps are (B, height, width, channels), as Swin's are, judged by the aspect ratio of the image."""
     if example.dim() != 4:
         return False
     ratio = math.log(example.shape[2] / example.shape[3])
@@ -168,7 +165,7 @@ def _channels_last(model: nn.Module, example: Tensor, h: Tensor) -> bool:
 
 
 def _example(model: nn.Module, input_shape: Sequence[int] | None) -> Tensor:
-    """Two images of the given shape, or of the one the backbone names: torchvision's and timm's each have their way."""
+    """Two random images of the given shape, or of the one in the attributes of torchvision's and timm's models."""
     weight = next(model.parameters())
     if input_shape is None:
         config = getattr(model, "pretrained_cfg", {})
@@ -214,8 +211,8 @@ def _classifier(model: nn.Module, example: Tensor) -> tuple[str, nn.Linear, Tens
 
 @torch.no_grad()
 def _run(pieces: Sequence[nn.Module], example: Tensor) -> tuple[list[Tensor], list[int]]:
-    """Outputs of the pieces, and the multiply-adds (twice) of each."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, a tenth of a second of every process
+    """Outputs of the pieces, and the floating-point operations of each."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a tenth of a second
 
     outputs, macs, h = [], [], example
     for piece in pieces:
@@ -223,7 +220,7 @@ def _run(pieces: Sequence[nn.Module], example: Tensor) -> tuple[list[Tensor], li
             h = piece(h)
         if not isinstance(h, Tensor) or len(h) != len(example):
             raise ValueError(
-                "what comes out of a module with an exit must be one tensor, its first dimension the batch"
+                "the output of a module with an exit must be one tensor whose first dimension is the batch"
             )
         outputs.append(h)
         macs.append(counter.get_total_flops())

@@ -1,4 +1,4 @@
-"""How much of a network a client holds: the first exits only, narrower layers, or another modality's."""
+"""Which part of a network a client holds: its first exits, narrower layers, or the network of its modality."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ from cafe_flwr.core.random import rng_for
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 
 Networks = Mapping[str, EarlyExitNetwork]
-"""By modality; the one of ``""`` where there is one only."""
+"""Networks by modality; if there is only one, its name is ``""``."""
 
 
 def networks_of(built: EarlyExitNetwork | Networks) -> Networks:
-    """Networks by modality, from what builds them; where there is one only, under no name.
+    """Networks by modality, from what a builder of networks returned.
 
-    Raises
-    ------
-    ValueError
-        If there are none, or their classifiers differ in shape: clients of one modality could not teach another's.
+    ValueError if there are none, or if their classifiers differ in shape: modalities could not teach each other.
     """
     if isinstance(built, EarlyExitNetwork):
         return {"": built}
@@ -35,9 +32,9 @@ def networks_of(built: EarlyExitNetwork | Networks) -> Networks:
 
 
 def start_alike(networks: Networks) -> None:
-    """Give all modalities the classifiers of the first, the last exits the last exit's, and so on.
+    """Copy the classifiers of the first modality to the others, counted from the last exit.
 
-    Classifiers that start alike can be compared: a direction of the features means the same in all of them.
+    Classifiers that start alike can be compared: a direction in feature space means the same in all of them.
     """
     first, *others = networks.values()
     tensors = first.state_dict()
@@ -54,7 +51,7 @@ class Capacity(NamedTuple):
     width: float = 1.0
 
     def check(self, num_exits: int, setting: str) -> Capacity:
-        """The same; ValueError, naming who asks for it, if a network is not so deep."""
+        """This capacity; ValueError, naming the setting that asks for it, if the network has fewer exits."""
         if self.exits > num_exits:
             raise ValueError(f"{setting} asks for {self.exits} exits, and this network has {num_exits}")
         return self
@@ -70,7 +67,7 @@ _SHARES = "'1:0.3,2:0.3' (exits:share of the clients) or '1x0.5:0.3' (exits x sh
 def read_shares(text: str) -> dict[Capacity, float]:
     """Shares of the clients by what they hold, from ``"1:0.3,2x0.5:0.3"``; the others hold all.
 
-    ValueError if it is not such a text, something is named twice, or a number is not in its range.
+    ValueError if the text is of another form, names a part twice, or has a number out of range.
 
     Examples
     --------
@@ -98,7 +95,7 @@ def read_shares(text: str) -> dict[Capacity, float]:
 
 
 def drawn(client: int, num_clients: int, shares: Mapping[Capacity, float], num_exits: int, seed: int) -> Capacity:
-    """What a simulated client holds: clients are dealt to the parts by the seed, all others hold all.
+    """What a simulated client holds: the seed decides which clients hold the given parts, all others hold all.
 
     Examples
     --------
@@ -112,5 +109,5 @@ def drawn(client: int, num_clients: int, shares: Mapping[Capacity, float], num_e
 
 @lru_cache(maxsize=4)
 def _places(num_clients: int, seed: int) -> list[int]:
-    """Places of the clients in the order in which parts are dealt out."""
+    """Every client's place in the order in which parts are dealt out."""
     return [int(place) for place in np.argsort(rng_for(seed, 0, -1, "depths").permutation(num_clients))]

@@ -1,4 +1,4 @@
-"""What the named networks share: what they refuse, in the same words, and how they become narrower."""
+"""Checks of inputs and sizes that the package's own networks share."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ IMAGE_NORMS = ("group", "batch")
 
 
 class ImageNetwork(EarlyExitNetwork):
-    """An early-exit network for images of so many channels."""
+    """An early-exit network for images with a given number of channels."""
 
     def __init__(self, stages: Sequence[nn.Module], exits: Sequence[Exit], in_channels: int) -> None:
         super().__init__(stages, exits)
         self.in_channels = in_channels
 
     def check_inputs(self, x: Tensor) -> None:
-        """Raise ValueError if these are not images of its channels."""
+        """Raise ValueError if these are not images with its number of channels."""
         check_images(x, self.in_channels)
 
 
@@ -32,7 +32,7 @@ class TextNetwork(EarlyExitNetwork):
         self.vocabulary, self.max_length = vocabulary, max_length
 
     def check_inputs(self, x: Tensor) -> None:
-        """Raise ValueError if these are not tokens, (N, L) int64, that it knows and of at most its length."""
+        """Raise ValueError if these are not tokens (N, L) int64 of its vocabulary, or too long."""
         check_tokens(x, self.max_length)
         if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < self.vocabulary:
             raise ValueError(
@@ -42,7 +42,7 @@ class TextNetwork(EarlyExitNetwork):
 
 
 def check_norm(norm: str, known: Iterable[str]) -> None:
-    """Raise ValueError if the norm is not one of those known."""
+    """Raise ValueError if the norm is not among the known ones."""
     if norm not in (known := list(known)):
         raise ValueError(f"norm must be one of {', '.join(known)}; got {norm!r}")
 
@@ -83,7 +83,7 @@ def check_tokens(x: Tensor, max_length: int) -> None:
 
 
 def narrow(width: int, share: float, multiple: int) -> int:
-    """About this share of a width, a multiple of a number.
+    """About this share of a width, rounded to a multiple of a number.
 
     Examples
     --------

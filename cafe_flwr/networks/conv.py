@@ -1,4 +1,4 @@
-"""Convolutional blocks with an exit after each, and the same along time for sequences."""
+"""Convolutional networks for images and for sequences, with an exit after each block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cafe_flwr.networks.checks import IMAGE_NORMS, check_images, check_norm, narrow
 from cafe_flwr.networks.early_exit import EarlyExitNetwork, Exit
 
-_CELLS = 4  # an exit sees its block's output as at most 4 cells a dimension, so that left and right stay apart
+_CELLS = 4  # an exit sees its block's output as at most 4 cells a dimension, so that it can tell left from right
 
 # By the dimensions of the input: convolution, batch norm, maximum and average over cells.
 _LAYERS: dict[int, tuple[type[nn.Module], ...]] = {
@@ -21,7 +21,7 @@ _LAYERS: dict[int, tuple[type[nn.Module], ...]] = {
 
 
 class _Blocks(EarlyExitNetwork):
-    """What is the same for images and sequences."""
+    """The part that images and sequences share."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class _Blocks(EarlyExitNetwork):
         raise NotImplementedError
 
     def at_width(self, share: float) -> Self:
-        """With about this share of every block's channels; multiples of 4 stay multiples of 4."""
+        """The network with about this share of every block's channels, in multiples of 4."""
         classes, widths, features, norm = self._built
         return type(self)(self.input_shape, classes, [narrow(width, share, 4) for width in widths], features, norm)
 
@@ -51,8 +51,7 @@ class ConvNet(_Blocks):
     """Blocks of 3×3 convolution, norm, ReLU and 2×2 max pooling, with an exit after each.
 
     The projection of an exit is average pooling, a linear layer and a layer norm; without the norm, summed exit losses
-    need a learning rate several times smaller. The authors' own ConvNet is
-    :class:`cafe_flwr.networks.PublishedConvNet`.
+    need a learning rate several times smaller. :class:`cafe_flwr.networks.PublishedConvNet` is the authors' own.
 
     Parameters
     ----------
@@ -65,13 +64,12 @@ class ConvNet(_Blocks):
     features
         Feature width at every exit.
     norm
-        ``"group"`` (4 groups of channels) or ``"batch"``, with ``statistics`` to say what becomes of the running
-        statistics.
+        ``"group"`` (4 groups of channels) or ``"batch"`` (see ``statistics`` of the network).
 
     Raises
     ------
     ValueError
-        If the images are too small to be halved once per block, or the norm is not known.
+        If the images are too small to be halved once per block, or the norm is unknown.
 
     Examples
     --------
@@ -89,14 +87,14 @@ class ConvNet(_Blocks):
             )
 
     def check_inputs(self, x: Tensor) -> None:
-        """Raise ValueError if these are not images of its channels."""
+        """Raise ValueError if these are not images with its number of channels."""
         check_images(x, self.input_shape[0])
 
 
 class SequenceNet(_Blocks):
     """Blocks of convolution along time, norm, ReLU and max pooling of pairs of steps, with an exit after each.
 
-    Parameters are those of :class:`ConvNet`, with sequences of shape (channels, steps); errors, too.
+    Parameters and errors are those of :class:`ConvNet`; ``input_shape`` is (channels, steps).
 
     Examples
     --------
@@ -113,7 +111,7 @@ class SequenceNet(_Blocks):
             )
 
     def check_inputs(self, x: Tensor) -> None:
-        """Raise ValueError if these are not sequences of its channels and steps."""
+        """Raise ValueError if these are not sequences with its channels and steps."""
         channels, steps = self.input_shape
         if tuple(x.shape[1:]) != (channels, steps) or x.dtype not in (torch.float32, torch.uint8):
             raise ValueError(

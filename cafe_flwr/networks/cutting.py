@@ -1,4 +1,4 @@
-"""Cut a network after named modules: torch.fx says what its forward does between them."""
+"""Cut a network into pieces after named modules, by tracing its forward with torch.fx."""
 
 from __future__ import annotations
 
@@ -15,22 +15,18 @@ _LISTED = 60  # candidates in an error
 
 
 def cut(network: nn.Module, at: Sequence[str], end: str) -> list[nn.Module]:
-    """Cut the forward of a network into pieces: up to each of the named modules, and on to the input of ``end``.
+    """Cut the forward of a network into len(at) + 1 modules that run one after another, up to the input of ``end``.
 
-    The pieces hold the network's own modules, under their own names. Only the modules that have a named one inside are
-    traced; all others are called as they are, whatever their forward does. The network takes one tensor (further
-    arguments have defaults) and is left in evaluation mode.
+    The pieces hold the network's own modules, under their own names. Only modules that contain a named one are traced;
+    all others are called as they are, whatever their forward does. The network takes one tensor (further arguments have
+    defaults) and is left in evaluation mode.
 
     Parameters
     ----------
     at
-        Modules in the order in which they run; each must be all that the rest of the network needs to know.
+        Modules in the order in which they run; the rest of the network must need nothing but the output of each.
     end
         The classifier.
-
-    Returns
-    -------
-    len(at) + 1 modules, from tensor to tensor: the first takes the input, the last gives what goes into ``end``.
 
     Raises
     ------
@@ -69,7 +65,7 @@ def cut(network: nn.Module, at: Sequence[str], end: str) -> list[nn.Module]:
 
 
 def candidates(network: nn.Module, near: str = "") -> str:
-    """In words, where a network can be cut: its parts, and the numbered blocks inside them.
+    """A sentence that lists where a network can be cut: after its parts and the numbered blocks inside them.
 
     Examples
     --------
@@ -88,7 +84,7 @@ def candidates(network: nn.Module, near: str = "") -> str:
 
 
 class _Tracer(fx.Tracer):
-    """Looks only into the modules that are opened, and notes what the others give."""
+    """Traces only the opened modules, and records the outputs of the others."""
 
     def __init__(self, opened: set[str]) -> None:
         super().__init__()
@@ -127,7 +123,7 @@ def _trace(network: nn.Module, names: Sequence[str]) -> tuple[fx.Graph, dict[str
 
 
 def _unbake_dropout(network: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> None:
-    """Make a dropout that was traced as "off" a module, which knows whether it trains; nothing else may differ."""
+    """Replace dropout that was traced as "off" by a module, which follows the mode; nothing else may differ."""
     here, there = list(training.nodes), list(evaluation.nodes)
     if len(here) == len(there):
         for a, b in zip(here, there, strict=True):

@@ -1,4 +1,4 @@
-"""What an early-exit network is: stages that can be stepped through, and an exit after each."""
+"""Early-exit networks: stages that can be run one by one, and an exit after each."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from cafe_flwr.networks.statistics import Statistics, batch_norm_names, drop_sta
 class Exit(nn.Module):
     """An exit: a projection to features, (B, …) → (B, width), and a linear classifier to C classes (the head).
 
-    The projection belongs to the shared backbone, the head is personal (docs/method.md). The feature width is the same
-    at every exit, if heads of different exits are to be compared.
+    The projection belongs to the shared backbone, the head is personal (docs/method.md). Heads of different exits can
+    only be compared if their feature widths are equal.
     """
 
     def __init__(self, projection: nn.Module, width: int, num_classes: int) -> None:
@@ -34,39 +34,37 @@ class Exit(nn.Module):
 class EarlyExitNetwork(nn.Module):
     """A network with an exit after every stage.
 
-    What passes from stage to stage is one tensor whose first dimension is the batch, so that rows which have left can
-    be dropped from it.
+    Stages pass on one tensor whose first dimension is the batch, so that rows which have left can be dropped from it.
 
-    ``forward(x)`` computes all exits. To compute no further than needed, step with ``stage(k, h)`` and look with
-    ``exit(k, h)``; k counts from 0 as Python does, so exit k = 1..m of the papers is ``k − 1`` here.
+    ``forward(x)`` computes all exits. To compute no further than needed, call ``stage(k, h)`` and ``exit(k, h)`` in
+    turn; k counts from 0, so exit k = 1..m of the papers is ``k − 1`` here.
 
     Parameters
     ----------
     stages
         Modules applied one after the other; the first takes the input.
     exits
-        One :class:`Exit` per stage, with the same classes. Their widths may differ; what compares heads of different
-        exits then does not work, and says so.
+        One :class:`Exit` per stage, with the same classes. If their widths differ, methods that compare heads of
+        different exits raise an error.
 
     Attributes
     ----------
     offset
-        (C,), added to the logits of every exit, e.g. a client's log-prior; None: nothing. No parameter: it is neither
-        trained nor in the state dict.
+        (C,), added to the logits of every exit, e.g. a client's log-prior; None: nothing. It is neither trained nor in
+        the state dict.
     statistics
-        What happens to the running statistics of batch norms (docs/networks.md): ``"average"`` (the default), they are
-        averaged as the weights are; ``"personal"``, they stay on the client; ``"drop"``, there are none, the
-        statistics of the batch at hand are used, in evaluation too. Setting it to ``"drop"`` cannot be undone. The
-        counters of batches (``num_batches_tracked``, integers) are neither shared nor personal: they start anew.
+        What happens to the running statistics of batch norms (docs/networks.md): ``"average"`` (the default): averaged
+        like the weights; ``"personal"``: kept on the client; ``"drop"``: none, every batch is normalised by its own
+        statistics, in evaluation too, which cannot be undone. The counters ``num_batches_tracked`` are neither shared
+        nor personal: they start anew.
     pixels
         How images that come as pixels (uint8) are normalised; other inputs are taken as they are.
     autocast
-        What stages and exits compute matrix products and convolutions in, ``torch.bfloat16`` or ``torch.float16``;
-        features and logits come out as float32 all the same. None: as the weights are.
+        Type for matrix products and convolutions, ``torch.bfloat16`` or ``torch.float16``; features and logits are
+        float32 all the same. None: the type of the weights.
 
     Examples
     --------
-    >>> import torch
     >>> from cafe_flwr.networks import ConvNet
     >>> network = ConvNet(input_shape=(1, 16, 16), num_classes=10)
     >>> [tuple(z.shape) for z in network(torch.zeros(4, 1, 16, 16))]
@@ -117,7 +115,7 @@ class EarlyExitNetwork(nn.Module):
 
     @property
     def statistics(self) -> Statistics:
-        """What happens to the running statistics of batch norms."""
+        """What happens to the running statistics of batch norms, see above."""
         return self._statistics
 
     @statistics.setter
@@ -135,7 +133,7 @@ class EarlyExitNetwork(nn.Module):
         return self.pixels(x) if x.dtype == torch.uint8 else x
 
     def check_inputs(self, x: Tensor) -> None:
-        """Raise ValueError if these inputs, (N, …), are not for this network; what it says is for people."""
+        """Raise ValueError if the network cannot take these inputs, (N, …); here it takes any."""
 
     def stage(self, k: int, h: Tensor) -> Tensor:
         """Output of stage k from that of stage k − 1 (from the input, if k is 0)."""
@@ -163,10 +161,10 @@ class EarlyExitNetwork(nn.Module):
         return logits
 
     def truncated(self, depth: int) -> Self:
-        """The network up to an exit: its first ``depth`` stages and exits, which are this network's own, not copies.
+        """The network up to an exit: its first ``depth`` stages and exits, shared with this network, not copied.
 
-        Tensors keep their names. For a network whose depth is not in ``stages`` and ``exits`` alone, a subclass must
-        say what to leave out. ValueError if there is no such exit.
+        Tensors keep their names. A subclass with more than ``stages`` and ``exits`` must override this if it has to
+        leave out more. ValueError if there is no such exit.
 
         Examples
         --------
@@ -191,12 +189,8 @@ class EarlyExitNetwork(nn.Module):
     def narrowed(self, share: float) -> EarlyExitNetwork:
         """The network at a share of its width, above 0 and at most 1: fewer channels, features and exits as they are.
 
-        Its tensors have the same names, and are the first rows, columns, … of this network's.
-
-        Raises
-        ------
-        ValueError
-            If it is no such share, or the network does not say what it is at a smaller width (:meth:`at_width`).
+        Its tensors have the same names, and are the first rows, columns, … of this network's. ValueError for another
+        share, or if the network does not define :meth:`at_width`.
 
         Examples
         --------
@@ -219,7 +213,7 @@ class EarlyExitNetwork(nn.Module):
         return narrow.to(next(self.parameters()).device)
 
     def at_width(self, share: float) -> EarlyExitNetwork:
-        """A new network of the same build with about this share of the width; for subclasses to say."""
+        """A new network of the same build with about this share of the width; subclasses define it."""
         raise ValueError(f"{type(self).__name__} does not say what it is at a share of its width: limit its exits only")
 
     def _head(self, k: int) -> nn.Linear:
@@ -234,10 +228,7 @@ class EarlyExitNetwork(nn.Module):
         return [name for k in range(self.num_exits) for name in self.head_names(k)]
 
     def personal_names(self) -> list[str]:
-        """State-dict names that stay on the client: the classifiers of all exits.
-
-        And the running statistics of batch norms, if those are ``"personal"``.
-        """
+        """State-dict names that stay on the client: all classifiers, and ``"personal"`` running statistics."""
         return self.classifier_names() + self.statistics_names()
 
     def shared_names(self) -> list[str]:
@@ -247,7 +238,7 @@ class EarlyExitNetwork(nn.Module):
         return [name for name in self.state_dict() if name not in others]
 
     def whole_names(self) -> list[str]:
-        """State-dict names that are averaged where the whole network is: all but counters and personal statistics."""
+        """State-dict names that are averaged with the whole network: all but counters and personal statistics."""
         counters = (name for name in batch_norm_names(self) if name.endswith("num_batches_tracked"))
         others = {*counters, *self.statistics_names()}
         return [name for name in self.state_dict() if name not in others]

@@ -1,4 +1,4 @@
-"""Which network it is: what was made for the weights of one must not be used with another."""
+"""Fingerprints of networks, so that what was made for one network's weights is not used with another's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cafe_flwr.networks.early_exit import EarlyExitNetwork
 
 
 def fingerprint(network: EarlyExitNetwork) -> str:
-    """Of a network's weights: what was calibrated or exported for one network must not be used with another.
+    """Fingerprint of a network's weights, 16 hexadecimal digits.
 
     Examples
     --------

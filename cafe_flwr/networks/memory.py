@@ -1,4 +1,4 @@
-"""Memory that runs out: which error it was, and how to free what can be freed."""
+"""Recognise errors of memory that has run out, explain them, and free memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ONE_VALUE = "more than 1 value per channel"  # of a batch norm
 
 
 def reason_of(error: BaseException, device: torch.device) -> str:
-    """An error in words: type and message; where PyTorch's are not for people, what to do.
+    """An error as a sentence: type and message, or what to do about it where PyTorch's message does not say.
 
     Examples
     --------
@@ -44,7 +44,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(network: nn.Module) -> None:
-    """Let go of gradients, and of what PyTorch keeps for later on a GPU: after memory has run out."""
+    """Free gradients, and the memory that PyTorch caches on a GPU."""
     network.zero_grad(set_to_none=True)
     if device_of(network).type == "cuda":
         torch.cuda.empty_cache()

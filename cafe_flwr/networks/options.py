@@ -1,4 +1,4 @@
-"""Which network is trained, and where it computes."""
+"""Settings of the network, and of where it computes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cafe_flwr.core.options import check_settings, option, options_of, section
+from cafe_flwr.core.options import check_settings, option, options_of, section, shared
 
 NETWORKS = ("conv", "resnet18", "transformer", "published-conv", "published-resnet18", "published-transformer")
 TEXT_NETWORKS = ("transformer", "published-transformer")
@@ -15,7 +15,7 @@ PUBLISHED: Mapping[str, Mapping[str, int | str]] = {
     "published-resnet18": {"width": 64, "depth": 4, "norm": "batch"},
     "published-transformer": {"width": 192, "depth": 4, "feature_width": 192, "norm": "layer", "attention_heads": 2},
 }
-"""Networks of fixed build, with the options of :class:`Model` that could say the same of them."""
+"""Networks of fixed build, with the values of :class:`Model`'s options that describe them."""
 
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 
@@ -23,67 +23,54 @@ DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
 @section("model")
 @dataclass(frozen=True)
 class Model:
-    """A network of the package's own."""
+    """One of the package's networks."""
 
-    network: str = option(
+    network: str = shared(
         "conv",
         "'conv': convolutional blocks; 'resnet18': four stages of residual blocks; both for images. 'transformer': "
         "blocks of attention, for texts. An exit after each block or stage. With 'published-' before the name: those "
         "that CAFEDistill's authors run, of fixed size (docs/networks.md).",
         key="network",
         choices=NETWORKS,
-        compare="all",
         sized=True,
     )
-    feature_width: int = option(
-        24, "Width of the features that enter the classifier of every exit.", ge=1, compare="all", sized=True
-    )
-    width: int = option(
+    feature_width: int = shared(24, "Width of the features that enter the classifier of every exit.", ge=1, sized=True)
+    width: int = shared(
         0,
         "Channels of the first block (conv) or stage (resnet18), or of the embeddings (transformer); 0: 8, 64 or 128.",
         formerly="network-width",
         ge=0,
-        compare="all",
         sized=True,
     )
-    depth: int = option(
-        0,
-        "Blocks, and exits; 0: 3 (conv) or 4. resnet18 has 4.",
-        formerly="network-depth",
-        ge=0,
-        compare="all",
-        sized=True,
+    depth: int = shared(
+        0, "Blocks, and exits; 0: 3 (conv) or 4. resnet18 has 4.", formerly="network-depth", ge=0, sized=True
     )
-    norm: Literal["group", "batch", "layer"] = option(
+    norm: Literal["group", "batch", "layer"] = shared(
         "group",
-        "Of groups of channels of an example, of a batch, or of a token ('layer': transformer only).",
+        "Norm over groups of channels of an example, over a batch, or over a token ('layer': transformer only).",
         choices=("group", "batch", "layer"),
-        compare="all",
         sized=True,
     )
-    statistics: str = option(
+    statistics: str = shared(
         "average",
         "Running statistics of batch norms: averaged as weights are, kept on the client, or none (docs/networks.md).",
         choices=("average", "personal", "drop"),
-        compare="all",
         sized=True,
     )
-    stem_stride: int = option(
+    stem_stride: int = shared(
         1,
-        "Of resnet18's first convolution; 2 for 64×64 images at the cost of 32×32.",
+        "Stride of resnet18's first convolution; 2 for 64×64 images at the cost of 32×32.",
         choices=(1, 2),
-        compare="all",
         sized=True,
     )
-    attention_heads: int = option(
+    attention_heads: int = shared(
         4,
-        "Of the transformer; they divide its width.",
+        "Attention heads of the transformer; they must divide its width.",
         ge=1,
-        compare="all",
         sized=True,
         only={"network": TEXT_NETWORKS},
     )
-    dropout: float = option(0.1, "Of the transformer.", ge=0, lt=1, compare="all", only={"network": TEXT_NETWORKS})
+    dropout: float = shared(0.1, "Of the transformer.", ge=0, lt=1, only={"network": TEXT_NETWORKS})
 
 
 def check_model(model: Model) -> None:
@@ -109,7 +96,7 @@ def check_model(model: Model) -> None:
 
 
 def _check_published(model: Model, fixed: Mapping[str, int | str]) -> None:
-    """A published network is as it is: an option that asks for another one would change nothing."""
+    """Refuse options that ask for another build than the published one: they would change nothing."""
     for o in options_of(Model):
         value = getattr(model, o.field)
         if o.field not in ("network", "statistics") and value not in (o.default, fixed.get(o.field, o.default)):
@@ -136,15 +123,14 @@ class Compute:
         choices=("float32", "bfloat16", "float16"),
     )
     channels_last: bool = option(
-        False,
-        "Keep the weights of convolutions as (out, height, width, in): faster on GPUs with tensor cores.",
+        False, "Keep the weights of convolutions as (out, height, width, in): faster on GPUs with tensor cores."
     )
     compile: bool = option(
         False, "Compile stages and exits by torch.compile: the first steps take longer, the others less."
     )
     clients_per_gpu: int = option(
         1,
-        "Clients that train at a time on one GPU, in a simulation started by cafe-flwr run; without a GPU: no meaning.",
+        "Clients that train at a time on one GPU, in a simulation started by cafe-flwr run; ignored without a GPU.",
         ge=1,
         le=100,
         free=True,

@@ -1,7 +1,6 @@
 """Where a network computes, and how precisely: device, autocast, memory format, compilation.
 
-A matter of the node, not of the federation: what travels and what is kept is float32 on the CPU, whatever a node
-computes on (docs/devices.md).
+Every node decides for itself: whatever it computes with, it sends and keeps float32 on the CPU (docs/devices.md).
 """
 
 from __future__ import annotations
@@ -22,25 +21,12 @@ if TYPE_CHECKING:
 
 
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_INIT_SCALE = 1024.0  # a round is short: scaling starts where hardly any gradient overflows, and no step is lost
+_INIT_SCALE = 1024.0  # low enough that hardly any gradient overflows, as lost steps weigh in short rounds
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how a node computes.
-
-    Attributes
-    ----------
-    device
-        ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"``, ``"cuda:1"``, … or ``"mps"``.
-    precision
-        ``"float32"``; or what matrix products and convolutions are computed in (autocast): ``"bfloat16"``,
-        ``"float16"``. Weights, losses and gradients of weights stay float32.
-    channels_last
-        Keep the weights of convolutions as (out, height, width, in), faster on GPUs with tensor cores.
-    compile
-        Compile every stage and exit by ``torch.compile``.
-    """
+    """Where and how a node computes; the fields are those of :class:`cafe_flwr.networks.options.Compute`."""
 
     device: str = "auto"
     precision: str = "float32"
@@ -55,7 +41,7 @@ class Placement:
 
     @classmethod
     def of(cls, run_config: Mapping[str, Any], node_config: Mapping[str, Any]) -> Placement:
-        """What the settings of a run say, and the node's own node-config ``device`` before them.
+        """The placement that a run's settings ask for, on the node's own node-config ``device`` if it has one.
 
         Examples
         --------
@@ -66,12 +52,9 @@ class Placement:
         return cls(**said | ({"device": node_config["device"]} if "device" in node_config else {}))
 
     def place(self, network: EarlyExitNetwork) -> None:
-        """Move a network, and make it compute as said; its weights stay float32.
+        """Move a network to the device and set how it computes; its weights stay float32.
 
-        Raises
-        ------
-        ValueError
-            If the device is not there, with those that are, or cannot compute so.
+        ValueError if the device does not exist (those that do are listed) or cannot compute with the precision.
         """
         device = find_device(self.device)
         dtype = PRECISIONS[self.precision]
@@ -97,7 +80,7 @@ def devices_here() -> list[str]:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name; ``"auto"`` is the first GPU, or the CPU. ValueError if it is not there, with what is.
+    """The device of a name; ``"auto"`` is the first GPU, or else the CPU. ValueError if it does not exist.
 
     Examples
     --------
@@ -141,7 +124,7 @@ def device_of(network: nn.Module) -> torch.device:
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device: itself if it is there, and from the CPU to CUDA through pinned memory, without waiting."""
+    """A tensor on a device: itself if it is there; moved from the CPU to CUDA through pinned memory, asynchronously."""
     if x.device == device:
         return x
     if device.type == "cuda" and x.device.type == "cpu":
@@ -150,7 +133,7 @@ def moved(x: Tensor, device: torch.device) -> Tensor:
 
 
 class OnDevice(Mapping[str, Tensor]):
-    """Tensors by name, on a device once they are asked for; those that are there already are not copied."""
+    """Tensors by name, moved to a device when they are first read."""
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         self._tensors, self._device = tensors, device
@@ -169,7 +152,7 @@ class OnDevice(Mapping[str, Tensor]):
 
 
 def gradient_scaler(network: nn.Module) -> torch.amp.GradScaler | None:
-    """What keeps small gradients from vanishing in float16; None where nothing is computed in float16."""
+    """The scaler that keeps small gradients from vanishing in float16; None for other types."""
     if getattr(network, "autocast", None) != torch.float16:
         return None
     return torch.amp.GradScaler(device_of(network).type, init_scale=_INIT_SCALE)

@@ -1,4 +1,4 @@
-"""Images as pixels (uint8), a quarter of the memory, and how they are normalised."""
+"""Normalise images that are kept as pixels (uint8), in a quarter of the memory of float32."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from torch import Tensor
 
 
 class Normalisation(NamedTuple):
-    """(pixel/255 − mean) / standard deviation, of pixels in 0..1: a value per channel, or one for all.
-
-    As it stands here pixels become −1..1.
+    """(pixel/255 − mean) / standard deviation, with one value per channel or one for all; by default −1..1.
 
     Examples
     --------
@@ -29,4 +27,3 @@ class Normalisation(NamedTuple):
 
 
 SYMMETRIC = Normalisation()
-"""Pixels as −1..1."""

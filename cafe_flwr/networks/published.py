@@ -1,7 +1,7 @@
 """The three networks that CAFEDistill's authors run (arXiv 2601.10015; code: github.com/boyi-liu/CIKM26-X-FED).
 
-Their layers and sizes are read off that code, the code here is this project's own. In all three an exit is a linear
-classifier on what its stage gives, pooled: there is no projection, so that ResNet-18's exits have four widths.
+Layers and sizes are taken from that code, the code here is this project's own. In all three an exit is a linear
+classifier on its stage's pooled output, without a projection, so that ResNet-18's exits have four widths.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PublishedConvNet(ImageNetwork):
         super().__init__(stages, [Exit(Pool((2, 3)), _CHANNELS, num_classes) for _ in stages], input_shape[0])
 
     def check_inputs(self, x: Tensor) -> None:
-        """Raise ValueError if these are not images of its channels, or too small."""
+        """Raise ValueError if these are not images with its number of channels, or are too small."""
         super().check_inputs(x)
         _check_size(x.shape[1:])
 
@@ -71,11 +71,11 @@ class PublishedResNet18(ImageNetwork):
 class PublishedTransformer(TextNetwork):
     """Four of torch's encoder layers (width 192, 2 heads, feed-forward 768, dropout 0.1); exits on the first token.
 
-    Layers are normed after each part (post-norm), with ReLU, as torch has them by default. Embeddings are scaled by
-    √192 and sinusoidal positions added. Padding is attended to like any other token: the authors mask nothing.
+    Layers are post-norm with ReLU, torch's defaults. Embeddings are scaled by √192, and sinusoidal positions added.
+    Padding is attended to like any other token: the authors mask nothing.
 
-    The vocabulary is the number of tokens, padding included; ``max_length`` that of the longest text, up to the
-    published 200. ValueError if it is more, or (when called) the input is not tokens or is too long.
+    ``vocabulary`` is the number of tokens, padding included; ``max_length`` is that of the longest text, up to the
+    published 200. ValueError if it is more, or (when called) if the input is not tokens or is too long.
 
     Examples
     --------

@@ -13,7 +13,7 @@ from cafe_flwr.networks.early_exit import Exit
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(32, channels // 2), channels)  # up to 32 groups, of two channels or more
+    return nn.GroupNorm(math.gcd(32, channels // 2), channels)  # at most 32 groups, with at least two channels each
 
 
 _NORMS: dict[str, Callable[[int], nn.Module]] = {"group": _group_norm, "batch": nn.BatchNorm2d}
@@ -38,8 +38,8 @@ class ResNet18(ImageNetwork):
     features
         Feature width at every exit.
     norm
-        ``"group"``: groups of channels are normalised within an example (up to 32 groups), nothing to average over
-        clients; ``"batch"``: as published, with ``statistics`` to say what becomes of the running statistics.
+        ``"group"`` (up to 32 groups of channels, no running statistics to average over clients) or ``"batch"``, as
+        published (see ``statistics`` of the network).
     width
         Channels of the first stage; the others have 2, 4 and 8 times as many. 64 is ResNet-18.
     stem_stride
@@ -75,7 +75,7 @@ class ResNet18(ImageNetwork):
         self._built = (tuple(input_shape), num_classes, features, norm, width, stem_stride)
 
     def at_width(self, share: float) -> ResNet18:
-        """With about this share of the channels of all stages."""
+        """The network with about this share of the channels of all stages."""
         shape, classes, features, norm, width, stem_stride = self._built
         return ResNet18(shape, classes, features, norm, narrow(width, share, 2), stem_stride)
 
@@ -83,7 +83,7 @@ class ResNet18(ImageNetwork):
 def residual_stages(
     input_shape: Sequence[int], norm: Literal["group", "batch"] = "batch", width: int = 64, stem_stride: int = 1
 ) -> list[nn.Module]:
-    """The four stages of a ResNet-18 behind the CIFAR stem, as torch starts their weights.
+    """The four stages of a ResNet-18 behind the CIFAR stem, with torch's initial weights.
 
     Parameters and errors are those of :class:`ResNet18`. Stage k, from 0, gives width · 2ᵏ channels.
     """

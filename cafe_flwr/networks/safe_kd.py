@@ -10,10 +10,9 @@ from cafe_flwr.networks.early_exit import Exit
 def safe_kd_exit(channels: int, num_classes: int, width: int = 0) -> Exit:
     """Global average pool → layer norm → linear classifier, as an exit of an early-exit network.
 
-    Of a stage's output (B, channels, height, width). ``width`` is the feature width that all exits of a network share,
-    so that their classifiers can be compared; 0: ``channels``, the published exit. Where stages differ in channels a
-    linear layer leads to the common width **(ours)**: two linear layers in a row, which are still a linear classifier
-    of the normed features.
+    The input is a stage's output (B, channels, height, width). ``width`` is the feature width that all exits of a
+    network share, so that their classifiers can be compared; 0: ``channels``, the published exit. For another width a
+    linear layer leads to it **(ours)**; two linear layers are still a linear classifier of the normed features.
 
     Examples
     --------

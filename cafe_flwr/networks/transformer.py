@@ -21,13 +21,12 @@ Norm = Literal["layer", "group", "batch"]
 class TextTransformer(TextNetwork):
     """Token and position embeddings and pre-norm Transformer blocks, with an exit after each.
 
-    The input is tokens, (B, L) int64, 0 where there is none (short texts are filled up at the end). What passes between
-    stages is (B, L, width + 1): the last channel is 1 where there is a token, 0 at padding, so that everything a block
-    needs is one tensor from which rows can be dropped. Padding is neither attended to nor averaged over; a text without
-    any token counts as one padding token.
+    The input is tokens, (B, L) int64; short texts are padded with 0 at the end. Stages pass on (B, L, width + 1): the
+    last channel is 1 at tokens and 0 at padding, so that a block needs only one tensor, from which rows can be dropped.
+    Padding is neither attended to nor averaged over; a text without any token counts as one padding token.
 
-    The projection of an exit is the mean over tokens, a linear layer and a layer norm. The authors' own
-    Transformer for AG News is :class:`cafe_flwr.networks.PublishedTransformer` (docs/networks.md).
+    The projection of an exit is the mean over tokens, a linear layer and a layer norm. The authors' own Transformer for
+    AG News is :class:`cafe_flwr.networks.PublishedTransformer` (docs/networks.md).
 
     Parameters
     ----------
@@ -40,22 +39,21 @@ class TextTransformer(TextNetwork):
     features
         Feature width at every exit.
     width
-        Of embeddings and blocks; a multiple of ``heads``, and of 4 for the group norm.
+        Width of embeddings and blocks; a multiple of ``heads``, and of 4 for the group norm.
     heads
         Attention heads.
     blocks
         Number of blocks, and of exits.
     norm
         ``"layer"``; ``"group"``: 4 groups of channels, each normalised within its token; ``"batch"``: over all tokens
-        of the batch but padding, with ``statistics`` to say what becomes of the running statistics.
+        of the batch but padding (see ``statistics`` of the network).
     dropout
-        After the embeddings, the attention and the multilayer perceptron.
+        Dropout after the embeddings, the attention and the multilayer perceptron.
 
     Raises
     ------
     ValueError
-        If the sizes do not fit each other, the norm is not known, or (when called) the input is not tokens or is too
-        long.
+        If the sizes do not fit each other, the norm is unknown, or (when called) the input is not tokens or too long.
 
     Examples
     --------
@@ -91,7 +89,7 @@ class TextTransformer(TextNetwork):
 
 
 def _pack(h: Tensor, mask: Tensor) -> Tensor:
-    """(B, L, width + 1) of what the tokens are, (B, L, width), and where there are any, (B, L)."""
+    """(B, L, width + 1), from embeddings (B, L, width) and a mask of the tokens (B, L)."""
     return torch.cat([h, mask.unsqueeze(2).to(h.dtype)], dim=2)
 
 
@@ -162,7 +160,7 @@ class _GroupNorm(nn.GroupNorm):
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """Statistics are those of the tokens; padding would shift them by how long the texts of a client are."""
+    """Leaves padding out of the statistics, which would otherwise depend on the length of a client's texts."""
 
     def forward(self, h: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
         if self.training or not self.track_running_stats:

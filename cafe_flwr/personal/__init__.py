@@ -1,4 +1,4 @@
-"""What a client keeps of its own, and what is measured and published of it."""
+"""Personal networks of clients: how they are stored, published, calibrated, evaluated and exported."""
 
 from typing import TYPE_CHECKING
 

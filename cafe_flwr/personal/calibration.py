@@ -1,10 +1,9 @@
-"""Thresholds for every client of a run, with what may be claimed of them, from counts over all clients.
+"""Thresholds for every client of a run, each with the claim that holds for it, from counts over all clients.
 
-In three steps, each client using only its own calibration examples. *Histograms* of a third of them shape one path of
-thresholds for all; *counts* of the other two thirds along that path decide who may go how far on it
-(:mod:`cafe_flwr.risk.pooled`); every client keeps its *certificate* beside its personal network. The same steps
-serve a results folder (:func:`calibrate_run`) and a federation in Flower (:mod:`cafe_flwr.server.calibration`): no
-example leaves a client.
+There are three steps, and no example leaves a client. *Histograms* of a third of each client's calibration examples
+shape one path of thresholds for all; *counts* of the other two thirds decide how far along it each client may go
+(:mod:`cafe_flwr.risk.pooled`); every client keeps its *certificate* beside its personal network. The steps are the same
+for a results folder (:func:`calibrate_run`) and a federation in Flower (:mod:`cafe_flwr.server.calibration`).
 """
 
 from __future__ import annotations
@@ -35,13 +34,7 @@ def thresholds_file(folder: Path, client: int) -> Path:
 
 
 def read_thresholds(folder: Path, client: int) -> ExitThresholds | None:
-    """A client's thresholds; None if it was never calibrated.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged.
-    """
+    """A client's thresholds, None if it was never calibrated; ValueError if the file is damaged."""
     path = thresholds_file(folder, client)
     if not path.exists():
         return None
@@ -54,9 +47,9 @@ def read_thresholds(folder: Path, client: int) -> ExitThresholds | None:
 def calibrate_run(
     run: PersonalNetworks, request: Request, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """Calibrate all clients of a finished run, or one on its node; ``calibration.json`` says what is certified.
+    """Calibrate all clients of a finished run, or one on its node; write ``calibration.json`` and return its contents.
 
-    What that file holds is returned. ValueError if there are no personal networks, or α or δ are out of range.
+    Raises ValueError if there are no personal networks, or α or δ are out of range.
     """
     clients = run.clients
     if not clients:
@@ -80,7 +73,7 @@ def calibrate_run(
 
 
 def record(path: Path, certificates: Mapping[int, ClientCertificate], request: Request) -> dict[str, Any]:
-    """Write ``calibration.json``."""
+    """Write ``calibration.json`` and return its contents."""
     bases = [c.basis for c in certificates.values()]
     found = {
         "risk": request.risk,

@@ -1,4 +1,4 @@
-"""One client's evaluation: its network on its test examples, and the thresholds its calibration examples allow."""
+"""Evaluation of one client: its network on its test examples, and the thresholds its calibration examples allow."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Certificate:
 
     @classmethod
     def of(cls, confidence: NDArray[Any], correct: NDArray[Any], risk: float, guarantee: str, seed: int) -> Certificate:
-        """Calibrated on confidences and outcomes (N, m)."""
+        """Calibrate on confidences and outcomes (N, m)."""
         try:
             found = calibrate(confidence, correct, risk=risk, guarantee=guarantee, seed=seed)
         except ValueError as error:
@@ -52,7 +52,7 @@ class Certificate:
         return self.thresholds is not None and self.thresholds.certified
 
     def outcome(self, confidence: NDArray[Any], correct: NDArray[np.bool_]) -> Outcome | None:
-        """What becomes of test examples (N, m) under the thresholds, if there are any."""
+        """Outcome of test examples (N, m) under the thresholds, if there are any."""
         return None if self.thresholds is None else Outcome.of(self.thresholds.leave(confidence), correct)
 
     def to_json(self, risk: float) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def certify(
 ) -> tuple[list[float], dict[float, Certificate]]:
     """Temperatures and thresholds by risk from one client's calibration examples: logits (m, N, C) and labels (N,).
 
-    The temperatures are fitted on the proposal fold only: labels that certify must have had no part in the confidences.
+    The temperatures are fitted on the proposal fold only: labels that certify must not have influenced confidences.
 
     Examples
     --------
@@ -99,10 +99,9 @@ def certify(
 class Measured:
     """One client's network on its test examples, as they are or corrupted.
 
-    ``exits``: by name of a measure in ``PER_EXIT`` its value at every exit, (m,). ``confidence`` and ``correct``, (N,
-    m), with temperatures fitted on the whole calibration split; so are the ``counts`` of dynamic inference at every
-    threshold of ``metrics.THRESHOLDS``. ``own``: by risk, what becomes of the examples under the client's own
-    thresholds, if any.
+    ``exits`` has every measure of ``PER_EXIT`` at every exit, (m,). ``confidence`` and ``correct``, (N, m), and the
+    ``counts`` of dynamic inference at every threshold of ``metrics.THRESHOLDS`` use temperatures fitted on the whole
+    calibration split. ``own`` has, by risk, the outcome under the client's own thresholds, if any.
     """
 
     exits: Mapping[str, list[float]]
@@ -113,7 +112,7 @@ class Measured:
 
     @classmethod
     def of(cls, logits: Tensor, y: Tensor, temperatures: Sequence[float], own: Mapping[float, Outcome]) -> Measured:
-        """Of test logits (m, N, C)."""
+        """Measure test logits (m, N, C)."""
         scaled = scale_logits(logits, temperatures)
         plain, fitted = exit_metrics(logits, y), exit_metrics(scaled, y)
         values = (plain.accuracy, plain.ece, plain.loss, fitted.ece, fitted.loss)
@@ -123,7 +122,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class ClientEvaluation:
-    """What is known of a client before clients are put together.
+    """The evaluation of one client.
 
     ``values`` is the value range of its images, None if none was corrupted; ``macs`` those of leaving at each exit;
     ``confidence`` and ``correct``, (N, m), are of its calibration examples, with its temperatures; ``certificates`` its
@@ -152,8 +151,8 @@ def evaluate_client(
 ) -> ClientEvaluation:
     """Measure one client's network.
 
-    Temperatures and thresholds are fitted on the calibration split, the value range of corruptions is that of the
-    images that are not in the test split, and the test split is only measured on.
+    Temperatures and thresholds are fitted on the calibration split, and the value range of corruptions is that of the
+    training and calibration images; the test split is used for measuring only.
     """
     calibration, test = data.calibration, data.test
     logits = exit_logits(network, calibration.x)
@@ -179,9 +178,10 @@ def evaluate_client(
 def certify_together(
     found: Sequence[ClientEvaluation], risks: Sequence[float], guarantee: str, seed: int
 ) -> dict[float, Certificate]:
-    """Thresholds by risk from the calibration examples of all clients together: to look at, not to rely on.
+    """Exploratory thresholds by risk, from the calibration examples of all clients together.
 
-    One binomial over clients holds for their mixture at best, and the clients' temperatures have seen the same labels.
+    They are not to be relied on: one binomial test over clients holds at best for their mixture, and the clients'
+    temperatures were fitted on the same labels.
     """
     if len(found[0].macs) == 1:
         return {}

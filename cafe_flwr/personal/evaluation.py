@@ -1,7 +1,7 @@
-"""How good, how calibrated and how risky the personal networks of a finished run are, also under corrupted inputs.
+"""Evaluation of the personal networks of a finished run: accuracy, calibration and risk, also on corrupted inputs.
 
-Temperatures and thresholds come from the calibration splits, and the test splits are only measured on. ``own``
-thresholds are calibrated by a client for itself; ``pooled`` ones on the calibration examples of all clients together.
+Temperatures and thresholds come from the calibration splits; the test splits are used for measuring only. ``own``
+thresholds are calibrated by a client for itself, ``pooled`` ones on the calibration examples of all clients together.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def evaluate_run(  # noqa: PLR0913 (public, all by name)
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate personal networks; write ``evaluation.json`` and ``evaluation.parquet`` to where the run keeps them.
+    """Evaluate personal networks; write ``evaluation.json`` and ``evaluation.parquet`` beside them.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def evaluate_run(  # noqa: PLR0913 (public, all by name)
     risks, guarantee
         For :func:`cafe_flwr.risk.calibrate`.
     corruptions, severities
-        Of ``CORRUPTIONS``, and 1..5; data that are no images are not corrupted, which the notes then say.
+        Among ``CORRUPTIONS``, and 1..5. Data other than images are not corrupted, which a note then says.
     seed
         Of the corruptions and of the calibration's folds.
     progress

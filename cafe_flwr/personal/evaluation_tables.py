@@ -1,4 +1,4 @@
-"""What is known of single clients, put together: the contents of ``evaluation.json`` and its tables."""
+"""Evaluations of single clients, combined: the contents of ``evaluation.json`` and its tables."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 def put_together(
     found: Sequence[ClientEvaluation], pooled: Mapping[float, Certificate], *, guarantee: str, shifted: bool = False
 ) -> dict[str, Any]:
-    """The part of ``evaluation.json`` that is measured: by client (one at least), and over clients by condition.
+    """The measured part of ``evaluation.json``: by client (at least one), and over clients by condition.
 
     ``pooled`` are thresholds by risk from all clients' calibration examples together, ``guarantee`` what they were
-    calibrated for; ``shifted`` says whether even clean test examples are distributed otherwise than calibration's.
+    calibrated for; ``shifted`` says whether even clean test examples are distributed differently than calibration's.
     """
     clean = [c.measured[CLEAN] for c in found]
     confidence, correct = np.concatenate([m.confidence for m in clean]), np.concatenate([m.correct for m in clean])
@@ -122,7 +122,7 @@ def _condition(
 
 
 def _outcomes(c: ClientEvaluation, m: Measured, pooled: Mapping[float, Certificate]) -> dict[str, dict[float, Outcome]]:
-    """What becomes of a client's examples, by whose thresholds and by risk, as far as there are thresholds."""
+    """Outcomes of a client's examples by owner of the thresholds and by risk, where there are thresholds."""
     together = {risk: certificate.outcome(m.confidence, m.correct) for risk, certificate in pooled.items()}
     return {
         "own": {risk: m.own[risk] for risk, certificate in c.certificates.items() if certificate.certified},
@@ -157,9 +157,9 @@ def _curve(counts: DynamicCounts, examples: int, macs: Sequence[float]) -> dict[
 
 
 def long_table(found: Sequence[ClientEvaluation], pooled: Mapping[float, Certificate]) -> pd.DataFrame:
-    """One value a row: client, corruption, severity, thresholds, risk, exit (1..m), measure, value, examples.
+    """One value per row: client, corruption, severity, thresholds, risk, exit (1..m), measure, value, examples.
 
-    ``exit`` is 0 for what the dynamic network does, and ``thresholds`` empty for what depends on none.
+    ``exit`` is 0 for measures of the dynamic network, and ``thresholds`` is empty for measures that depend on none.
     """
     import pandas as pd
 

@@ -1,4 +1,4 @@
-"""The personal network of a client, carried to a device with its thresholds."""
+"""Export of a client's personal network to a device, with its thresholds."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def export_client(
     Parameters
     ----------
     run
-        A finished run, or the client's network on its node; with ``client-<k>.thresholds.json`` after a calibration.
+        A finished run, or the client's network on its node.
     folder, format
-        As for :func:`export`; errors, too.
+        As for :func:`export`.
     max_prob
-        θ in [0, 1]: leave where the largest probability is at least θ, in place of calibrated thresholds. None: without
-        a calibration the exported network never leaves early.
+        θ in [0, 1], in place of calibrated thresholds: leave where the largest probability is at least θ. With neither,
+        the exported network never leaves early.
 
     Raises
     ------
     ValueError
-        If there is no such client, or its thresholds cannot be read.
+        As :func:`export`, and if there is no such client, or its thresholds cannot be read.
     """
     personal = run.personal(client)
     thresholds = read_thresholds(run.networks, client) if max_prob is None else max_prob
@@ -50,10 +50,6 @@ def export_client(
         facts={
             "run": run.name,
             "client": client,
-            **{
-                key: personal.metadata[key]
-                for key in ("method", "round", "accuracy_per_exit")
-                if key in personal.metadata
-            },
+            **{k: v for k, v in personal.metadata.items() if k in ("method", "round", "accuracy_per_exit")},
         },
     )

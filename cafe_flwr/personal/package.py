@@ -1,4 +1,4 @@
-"""The file that a newcomer to a federation that has ended is given (docs/after-the-run.md)."""
+"""The file with which a new client joins a federation that has ended (docs/after-the-run.md)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHARED, _TEACHER = "shared.", "teacher."
 
 @dataclass(frozen=True)
 class Package:
-    """What a newcomer is given.
+    """What a new client needs to join.
 
     Attributes
     ----------
@@ -32,7 +32,7 @@ class Package:
     shared
         The shared part after the last round, by name.
     teacher
-        Mean of the heads that clients send, under their names; empty if it was left out, or where they send none.
+        Mean of the heads that clients send, by name; empty if it was left out or they send none.
     """
 
     metadata: Mapping[str, Any]
@@ -51,10 +51,7 @@ class Package:
     def load(cls, path: Path) -> Package:
         """Read what :meth:`save` wrote.
 
-        Raises
-        ------
-        ValueError
-            If it is damaged, something else, or of another version of this package.
+        Raises ValueError if it is damaged, not a joining package, or was made by another version of cafe-flwr.
         """
         if not path.is_file():
             raise ValueError(f"{path}: there is no such file; the server makes it, cafe-flwr join-package")

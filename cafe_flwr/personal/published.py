@@ -1,4 +1,4 @@
-"""The personal networks that a run leaves behind, loaded again: one per client, with its metadata and its data."""
+"""The personal networks that a run has published, one per client: writing their metadata, and loading them again."""
 
 from __future__ import annotations
 
@@ -26,10 +26,7 @@ _LOCAL_PIXELS = (0.5, 0.5)  # as cafe_flwr.data.local reads them
 
 @dataclass(frozen=True)
 class PersonalNetwork:
-    """A client's personal network, in evaluation mode, with its metadata.
-
-    ``metadata`` are the contents of ``client-<partition>.json``: round, method, temperatures, accuracy per exit, …
-    """
+    """A client's personal network, in evaluation mode, and the contents of ``client-<partition>.json``."""
 
     client: int
     network: EarlyExitNetwork
@@ -43,19 +40,19 @@ class PersonalNetwork:
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """Where a published network comes from; :meth:`beside` adds what the network itself tells.
+    """Where a published network comes from; :meth:`beside` adds what can be read off the network.
 
     Attributes
     ----------
     run, round, method, digest, seed
-        Token of the run, the round that it was published after, name of the method, fingerprint of network and method,
+        Token of the run, round after which it was published, name of the method, fingerprint of network and method,
         seed.
     modality, width
-        Of the client's part of the federation's network; left out where there is one modality, or it holds all.
+        Of the client's part of the federation's network; defaults where there is one modality, or it holds all.
     class_names
-        In the order of the labels, where they are known and the settings do not tell.
+        In the order of the labels, if the settings do not contain them.
     joined
-        How a client got its network that joined when the federation had ended.
+        How a client that joined after the end of the federation got its network.
     context
         Settings of the run and of the node, from which network and data can be built again.
     """
@@ -98,7 +95,7 @@ class Metadata:
 
 
 def with_offset(network: EarlyExitNetwork) -> dict[str, Tensor]:
-    """The network's tensors, on the CPU, with what is added to its logits in the biases of the classifiers."""
+    """The network's tensors, on the CPU, with its logits' offset added to the biases of the classifiers."""
     tensors = {name: tensor.cpu() for name, tensor in snapshot(network).items()}
     if network.offset is not None:
         for k in range(network.num_exits):
@@ -113,12 +110,9 @@ def clients_of(folder: Path) -> list[int]:
 
 
 def read_metadata(folder: Path, client: int) -> dict[str, Any]:
-    """Contents of ``client-<partition>.json``: what is known of a client's personal network.
+    """Contents of ``client-<partition>.json``, the metadata of a client's personal network.
 
-    Raises
-    ------
-    ValueError
-        If the client has no personal network there, or the file is damaged or of another client.
+    Raises ValueError if the client has no personal network there, or the file is damaged or of another client.
     """
     weights, metadata_file = (folder / f"client-{client}.{kind}" for kind in ("safetensors", "json"))
     for path in (weights, metadata_file):
@@ -139,12 +133,10 @@ def read_metadata(folder: Path, client: int) -> dict[str, Any]:
 
 
 def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks) -> PersonalNetwork:
-    """Load a client's personal weights into its part of the network (of those by modality) that the run built.
+    """Load a client's personal weights into its part of the run's network, or of its networks by modality.
 
-    Raises
-    ------
-    ValueError
-        If there is no such client, a file is damaged, or the weights are those of another network or client.
+    Raises ValueError if there is no such client, a file is damaged, or the weights are those of another network or
+    client.
     """
     metadata, weights = read_metadata(folder, client), folder / f"client-{client}.safetensors"
     network = _held(networks_of(built), metadata)
@@ -203,7 +195,7 @@ class PersonalNetworks(Protocol):
 
     @property
     def pixels(self) -> tuple[float, float] | None:
-        """Mean and standard deviation that images in 0..1 were normalised by; None if that is not known."""
+        """Mean and standard deviation that images in 0..1 were normalised by; None if unknown."""
 
     def personal(self, client: int) -> PersonalNetwork:
         """A client's personal network."""
@@ -212,7 +204,7 @@ class PersonalNetworks(Protocol):
         """The client's data, as in the run."""
 
     def output(self, name: str) -> Path:
-        """Where a file goes that is made from the networks."""
+        """Path for a file that is made from the networks."""
 
 
 def pixels_of(dataset: str) -> tuple[float, float]:

@@ -1,7 +1,7 @@
-"""State that survives: personal parameters on the client's disk.
+"""The personal parameters of clients on disk, kept from round to round and after crashes.
 
-Files are safetensors with their metadata as JSON in the header, written to a temporary name and then renamed, so a file
-is either whole or not there. A damaged one is reported and the version before it is used.
+Files are safetensors with metadata in the header, written to a temporary name and then renamed, so a file is whole or
+absent. A damaged one is reported, and the version before it is used.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def _only_for_me(path: str, flags: int) -> int:
 class PersonalStore:
     """Personal parameters of the clients of one node, a file per client and round.
 
-    The server says which version a client starts from: that of the last report it has of the client. A message that
-    arrives twice therefore gives the same result twice, a reply that got lost counts as not given, and a run that is
-    resumed from an older checkpoint goes on from the older version. The work of a message that the server has given up,
-    and sent again or gone on without, is refused.
+    The server says which version a client starts from: that of the client's last report that it has. A message that
+    arrives twice therefore gives the same result twice, a lost reply counts as not given, and a run resumed from an
+    older checkpoint continues from the older version. Work for a message that the server has given up on, because it
+    sent it again or went on without, is refused.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class PersonalStore:
     Attributes
     ----------
     notes
-        What was unusual about a client's state, in words.
+        By client, what was unusual about its state.
     """
 
     def __init__(self, folder: Path, run: str, asked_at: float = 0.0) -> None:
@@ -82,27 +82,21 @@ class PersonalStore:
 
     @contextmanager
     def locked(self, client: int) -> Iterator[None]:
-        """Inside, no other process works on the client's state of this run.
+        """Keep other processes off the client's state of this run.
 
-        Raises
-        ------
-        InUse
-            If another still does after a while, with its process number: two nodes with one folder, or one that has
-            not finished what it was asked for earlier.
+        Raises InUse if another still works on it after a while, with its process number: two nodes share one folder, or
+        a node has not finished an earlier message.
         """
         path = self.folder / "locks" / f"{self.run}-client-{client}.lock"
         with locked(path, f"the state of client {client} in {self.folder}", _LOCK_SECONDS):
             yield
 
     def load(self, client: int, version: int) -> dict[str, Tensor] | None:
-        """Personal parameters after the given round; None for version 0, what a client starts from.
+        """Personal parameters after round ``version``; None for version 0, the state before the first round.
 
         If the file is damaged, the newest whole one before it is used, with a warning and a note.
 
-        Raises
-        ------
-        ValueError
-            If there is no such version, it belongs to another client, or all are damaged.
+        Raises ValueError if there is no such version, it belongs to another client, or all are damaged.
         """
         if version == 0:
             return None
@@ -138,7 +132,7 @@ class PersonalStore:
         return None
 
     def _missing(self, client: int, version: int, rounds: list[int]) -> str:
-        """Why a version is not there, as far as can be told, and what to do."""
+        """Why a version is missing, as far as can be told, and what to do."""
         folder = self._of(client)
         text = f"its personal state of round {version} is not in {folder}"
         if not rounds:
@@ -157,15 +151,10 @@ class PersonalStore:
         )
 
     def check_current(self, client: int, server_round: int) -> None:
-        """Refuse what the server has given up: it has asked for this round, or a later one, again since.
+        """Raise Late if the server has since asked for this round again, or for a later one.
 
-        Without this the work of a slow process, or of a message that was long on its way, would take the place of what
-        the server has from this client.
-
-        Raises
-        ------
-        Late
-            If there is a version of this round or a later one, asked for later.
+        Without this the work of a slow process, or of a message that was long on its way, would replace what the
+        server already has from this client.
         """
         for number, path in versions_in(self._of(client)):
             if number >= server_round and _asked_at(path) > self.asked_at:
@@ -179,13 +168,9 @@ class PersonalStore:
     ) -> None:
         """Write the version of a round: personal parameters by name, after training from version ``base``.
 
-        Versions between ``base`` and this one were never acknowledged: they go. So do those that are not needed to
-        resume the run from round ``resumable_from`` or later.
-
-        Raises
-        ------
-        Late
-            If the server has asked again since; nothing is written.
+        Versions between ``base`` and this one were never acknowledged and are removed, as are those that are not needed
+        to resume the run from round ``resumable_from`` or later. Raises Late, and writes nothing, as
+        :meth:`check_current`.
         """
         self.check_current(client, server_round)
         metadata = {
@@ -204,7 +189,7 @@ class PersonalStore:
             path.unlink(missing_ok=True)
 
     def private_rng(self, client: int, purpose: str) -> np.random.Generator:
-        """A random generator for a purpose, always the same, from a secret of the client that nobody else knows."""
+        """A random generator for a purpose, always with the same seed, derived from the client's own secret."""
         path = self.folder / "secrets" / f"client-{client}"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +216,7 @@ class PersonalStore:
 
 
 def _read_version(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Facts and tensors of a version; :class:`Damaged` if it is not as it was written."""
+    """Metadata and tensors of a version; :class:`Damaged` if it is not as it was written."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -257,10 +242,7 @@ def personal_folder(context: Context, chosen: str = "") -> Path:
 
     A path never comes from the server's messages.
 
-    Raises
-    ------
-    ValueError
-        If the folder is not absolute: Flower's processes have their own working directory.
+    Raises ValueError if the folder is not absolute: Flower's processes have their own working directory.
     """
     path = str(context.node_config.get("state-dir", "")) or chosen
     if not path:

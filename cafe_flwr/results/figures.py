@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    Drawn = tuple[Figure, str] | None  # a figure with the sentence that says how to read it
+    Drawn = tuple[Figure, str] | None  # a figure with its caption
 
 # Figures are drawn in stand-in colours that become the page's CSS variables: one drawing for light and dark mode.
 INK, MUTED, LINE, PAPER = "#0b0001", "#0b0002", "#0b0003", "#0b0004"
@@ -71,7 +71,7 @@ def svg(figure: Figure, name: str, label: str) -> str:
 
 
 def draw_lines(run: Run, panels: dict[str, list[tuple[Any, str]]], height: float) -> Figure:
-    """A panel per label over the rounds; of two lines of one colour the second is dashed."""
+    """A panel per label over the rounds; the second line of a colour is dashed."""
     figure, axes = canvas(height, rows=len(panels))
     t = [line["round"] for line in run.rounds]
     for axis, (label, lines) in zip(axes, panels.items(), strict=True):
@@ -139,7 +139,7 @@ def draw_ramp(run: Run) -> Drawn:
 
 
 def _students(line: Mapping[str, Any], num_exits: int) -> int:
-    """Student exits of a round's clients; where that is not on record, as if every client held all exits."""
+    """Student exits of a round's clients; where not recorded, as if every client held all exits."""
     return int(line.get("students") or len(line.get("participants") or []) * (num_exits - 1))
 
 
@@ -169,7 +169,7 @@ def draw_clients(run: Run) -> Drawn:
 
 
 def pooled_accuracy(run: Run) -> list[float]:
-    """Accuracy per exit over all test examples together, as the curve counts it: clients weigh what they tested."""
+    """Accuracy per exit over all test examples together, as in the curve: clients are weighted by test examples."""
     tests = {row["client"]: number(row.get("test")) for row in run.get("clients")}
     weights = np.array([tests.get(client, np.nan) for client in run.accuracy.index])
     if not weights.size or not np.isfinite(weights).all() or not weights.sum() > 0:
@@ -182,7 +182,7 @@ def pooled_accuracy(run: Run) -> list[float]:
 
 
 def draw_cost(run: Run) -> Drawn:
-    """Accuracy against MACs: every threshold, every exit on its own, the chosen point."""
+    """Accuracy against MACs: of every threshold, of every exit alone, and of the chosen threshold."""
     macs, accuracy = np.array(run.per_exit("macs_per_exit")), pooled_accuracy(run)
     length = len(run.get("curve", "macs") or [])
     x, y = (np.array(numbers(run.get("curve", key), length)) for key in ("macs", "accuracy"))

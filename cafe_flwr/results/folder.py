@@ -1,4 +1,4 @@
-"""The results folder before the first round: made new, or checked and opened to go on."""
+"""Opening a run's results folder before the first round: a new one, or one to resume from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cafe_flwr.server.checkpoints import Checkpoints, ServerState
 
 
 class Results(NamedTuple):
-    """A results folder that is ready: its path, the state to resume from, and the lock that keeps others out."""
+    """An opened results folder: its path, the state to resume from, and the lock that keeps other runs out."""
 
     folder: Path
     state: ServerState | None
@@ -27,27 +27,24 @@ def open_results(
     read: Callable[[dict[str, Any]], Mapping[str, Any]],
     free: Collection[str],
 ) -> Results:
-    """Make the run's results folder ready, before the first round.
+    """Open the run's results folder.
 
     An earlier run of the same name is not overwritten: it is moved aside to ``<name>.1``, ``<name>.2``, …
     With the setting ``resume`` its folder is used, and its last checkpoint returned.
 
     Parameters
     ----------
-    folder
-        Of the run.
-    settings
-        All settings of the run, in kebab-case.
+    folder, settings
+        Of the run; all settings, in kebab-case.
     read
-        What the settings of a saved run mean today, with those that it did not have yet.
+        Translates the settings of a saved run to today's, with defaults for those that it lacks.
     free
-        Settings that may differ when a run is resumed: they change no number of it.
+        Settings that may differ when a run is resumed, because they change none of its numbers.
 
     Raises
     ------
     ValueError
-        If the folder cannot be written, holds something else or a run that is still under way, or there is nothing to
-        resume.
+        If the folder cannot be written, holds something else or a run in progress, or there is nothing to resume.
     """
     try:
         state = None
@@ -64,13 +61,13 @@ def open_results(
 
 
 def is_bare(folder: Path) -> bool:
-    """Whether a folder is not there, is empty, or was left by a run that ended before it wrote its settings."""
+    """Whether a folder is missing, empty, or was left by a run that ended before it wrote its settings."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return all(name == ".lock" or name.startswith(".settings.json.") for name in names)
 
 
 def _lock(folder: Path) -> IO[str]:
-    """Hold the folder until the file is closed, or the process ends however it ends."""
+    """Lock the folder until the file is closed or the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")  # noqa: SIM115 (open as long as the run)
     try:

@@ -1,6 +1,6 @@
-"""What an evaluation found, for people: calibration and risk of the exits, in the terminal and on the report page.
+"""Calibration and risk of the exits from ``evaluation.json``, for the terminal and the report page.
 
-Everything is read from ``evaluation.json``; what it lacks is not shown.
+What the file lacks is not shown.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def columns(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
-    """Cells by condition: means over clients, then realised risk and coverage at the pooled thresholds."""
+    """Cells per condition: means over clients, then realised risk and coverage at the pooled thresholds."""
     cells = []
     for condition in entries(evaluation, "conditions"):
         name, severity = condition.get("corruption"), condition.get("severity")
@@ -67,7 +67,7 @@ def rows(evaluation: Mapping[str, Any]) -> list[list[str]]:
 
 
 def labels(evaluation: Mapping[str, Any]) -> list[str]:
-    """What is said of the guarantees in each of :func:`rows`; empty where they hold."""
+    """Remark on the guarantees for each of :func:`rows`; empty where they hold."""
     return [str(condition.get("label") or "") for condition in entries(evaluation, "conditions")]
 
 
@@ -76,7 +76,7 @@ def _risks(evaluation: Mapping[str, Any]) -> list[float]:
 
 
 def _pooled(condition: Any, risk: float) -> Mapping[str, Any]:
-    """What the pooled thresholds for a risk do to all test examples together."""
+    """Measures of all test examples together under the pooled thresholds for a risk."""
     for row in entries(condition, "dynamic"):
         if row.get("thresholds") == "pooled" and number(row.get("risk")) == risk:
             return row.get("all") or {}
@@ -96,7 +96,7 @@ def _measure(evaluation: Mapping[str, Any]) -> str:
 
 
 def remarks(evaluation: Mapping[str, Any]) -> list[str]:
-    """What a reader of the rows must know: whose thresholds, what is guaranteed, which clients are certified."""
+    """Remarks on the rows: whose thresholds they use, what is guaranteed, which clients are certified."""
     measure = _measure(evaluation).replace("_", " ")
     lines = [f"α = …: {measure} seen on test inputs, at the share that leaves early. Thresholds {POOLED}."]
     if len(entries(evaluation, "conditions")) > 1:
@@ -114,12 +114,10 @@ def remarks(evaluation: Mapping[str, Any]) -> list[str]:
 
 
 def evaluation_table(evaluation: Mapping[str, Any]) -> Table:
-    """What a person sees in the terminal: a row for inputs as they are, and one for every corruption and severity.
+    """The table for the terminal: a row for unchanged inputs, and one for every corruption and severity.
 
-    Parameters
-    ----------
-    evaluation
-        What :func:`cafe_flwr.personal.evaluation.evaluate_run` returns, or ``evaluation.json`` read again.
+    ``evaluation`` is what :func:`cafe_flwr.personal.evaluation.evaluate_run` returns, the contents of
+    ``evaluation.json``.
 
     Examples
     --------

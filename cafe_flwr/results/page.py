@@ -1,4 +1,4 @@
-"""The page of a run's report: its words, its look and its file."""
+"""The report page of a run: its text, layout and file."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def count(number_of: object, noun: str) -> str:
 
 
 def plain_words(run: Run) -> str:
-    """The run in a few sentences: what was trained, how good it is, at what cost."""
+    """The run in a few sentences: what was trained, its accuracy and its cost."""
     m, clients, rounds = run.num_exits, run.get("num_clients"), run.get("num_rounds")
     done = run.rounds[-1]["round"] if run.rounds else rounds
     text = f"{count(clients, 'client')} trained networks with {count(m, 'exit')}"
@@ -179,7 +179,7 @@ def left_out(run: Run) -> dict[tuple[str, str], str]:
 
 
 def key_figures(run: Run) -> list[tuple[str, str]]:
-    """What goes into the tiles: value and label."""
+    """Value and label of every tile."""
     up, down, fedavg = (run.number(f"bytes_{way}_per_client_round") for way in ("up", "down", "fedavg"))
     tiles = [
         (run.number("accuracy"), fixed, "accuracy, mean over exits and clients"),
@@ -214,7 +214,7 @@ def is_expected(run: Run, section: str, draw: Callable[[Run], Drawn]) -> bool:
 
 
 def drawings_of(run: Run) -> dict[str, dict[str, Callable[[Run], Drawn]]]:
-    """Figures by section; those of an evaluation follow the section on leaving early."""
+    """Figures by section; those of an evaluation come after the section on leaving early."""
     found = {}
     for section, drawings in SECTIONS.items():
         found[section] = drawings
@@ -241,7 +241,7 @@ def _figures(run: Run) -> tuple[dict[str, list[dict[str, str]]], list[str]]:
 
 
 def render(run: Run, settings: Mapping[str, Any]) -> str:
-    """The whole page, with these of the run's settings on it."""
+    """The whole page, which shows the given settings."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -278,14 +278,12 @@ def render(run: Run, settings: Mapping[str, Any]) -> str:
 
 
 def write_report(folder: Path, shown: Callable[[dict[str, Any]], Mapping[str, Any]] = dict) -> Path:
-    """Write ``report.html`` into the folder of a run and return its path: one page, nothing loaded from elsewhere.
+    """Write ``report.html``, a self-contained page, into the folder of a run, and return its path.
 
-    The page is written from what is there and says what is missing; a page that is there already is replaced at once.
-    ``shown`` gives, of all settings, those that the page shows. Raises FileNotFoundError if the folder holds none of a
-    run's files.
+    The page says which of the run's files are missing; an earlier page is replaced. ``shown`` selects the settings to
+    show. Raises FileNotFoundError if the folder holds none of a run's files.
     """
     run = read_run(Path(folder))
-    page = render(run, shown(run.settings))
     path = Path(folder) / "report.html"
-    write_atomically(path, page)
+    write_atomically(path, render(run, shown(run.settings)))
     return path

@@ -1,4 +1,4 @@
-"""The files of a run's results folder, written after every round and at the end."""
+"""Writes the files of a run's results folder, after every round and at the end."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ COLUMNS = ("round", "client", "phase", "exit", "accuracy", "loss", "ece", "examp
 class Recorder:
     """Writes a run's files: a line and a checkpoint after every round, tables and summary at the end.
 
-    ``rounds.jsonl`` and ``checkpoint/clients.csv`` only grow, and every line is on disk when the round ends;
-    ``clients.parquet`` is made from the latter when the run ends, however it ends.
+    ``rounds.jsonl`` and ``checkpoint/clients.csv`` only grow, and every line is on disk when its round ends;
+    ``clients.parquet`` is made from the latter when the run ends or fails.
 
     Parameters
     ----------
     folder
-        Results folder, as :func:`cafe_flwr.results.folder.open_results` made it; it has the run's name.
+        Results folder from :func:`cafe_flwr.results.folder.open_results`; it has the run's name.
     settings
         Of the run, in kebab-case.
     resume_from
-        State that the run goes on from.
+        State from which the run continues, if it does.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], resume_from: ServerState | None = None) -> None:
@@ -81,7 +81,7 @@ class Recorder:
         self._plan = state.plan
 
     def on_finish(self, reports: Sequence[FinalReport]) -> None:
-        """Write what the last evaluation found, and the summary."""
+        """Write the final evaluation and the summary."""
         assert self._run is not None
         self._append_rows(
             [r for f in reports for r in _rows(self._run.num_rounds, f.client, "final", f.exits, f.test_examples)]
@@ -92,7 +92,7 @@ class Recorder:
         write_atomically(self.folder / "summary.json", to_json(summary, indent=2))
 
     def close(self) -> bool:
-        """Make ``clients.parquet`` from what there is, also after a run that failed; return whether anything is."""
+        """Make ``clients.parquet``, also after a run that failed; return False if the run never started."""
         if self._run is None:
             return False
         import pandas as pd
@@ -109,7 +109,7 @@ class Recorder:
 
 
 def _is_before(row: str, server_round: int) -> bool:
-    """Whether a row of the long table belongs to an earlier round, and not to the evaluation at the end."""
+    """Whether a row of the long table belongs to an earlier round, and not to the final evaluation."""
     number, _, phase, *_ = row.split(",")
     return int(number) < server_round and phase != "final"
 

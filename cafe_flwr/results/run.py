@@ -1,4 +1,4 @@
-"""The records of a run, read from its results folder, and how their numbers are written."""
+"""The records of a run, read from its results folder, and the formats of their numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-FILES = {  # what a run writes, and what it means when a file is not there
+FILES = {  # the files of a run, and what follows if one is missing
     "settings.json": "the settings are unknown",
     "rounds.jsonl": "nothing can be shown over rounds",
     "clients.parquet": "single clients are shown only as far as summary.json has them",
@@ -23,7 +23,7 @@ FILES = {  # what a run writes, and what it means when a file is not there
 
 
 def number(value: object) -> float:
-    """``value`` as a float; NaN for what is absent, null or no number."""
+    """``value`` as a float; NaN if it is absent, null or no number."""
     try:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -31,7 +31,7 @@ def number(value: object) -> float:
 
 
 def numbers(values: object, length: int) -> list[float]:
-    """Exactly ``length`` floats from a list of a JSON file, NaN for what is not there."""
+    """Exactly ``length`` floats from a list in a JSON file, NaN for missing ones."""
     items = [number(value) for value in values] if isinstance(values, Sequence) else []
     return items[:length] + [math.nan] * (length - len(items))
 
@@ -64,10 +64,10 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """The records of one run, completed where one record follows from another."""
+    """The records of one run; missing ones are derived from the others where possible."""
 
     settings: dict[str, Any]
-    summary: dict[str, Any]  # what ``summary.json`` lacks is filled in from the other records as far as they go
+    summary: dict[str, Any]  # of ``summary.json``; missing entries are derived from the other records
     rounds: list[dict[str, Any]]  # lines of ``rounds.jsonl`` in order, each round once (the last line about it)
     accuracy: pd.DataFrame  # last on record: a row per client, a column per exit 1..m
     notes: list[str]  # sentences on what is missing, unreadable or filled in
@@ -103,7 +103,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read what a run left in its folder; FileNotFoundError if that holds none of a run's files."""
+    """Read the records in a run's folder; FileNotFoundError if it holds none of a run's files."""
     import pandas as pd
 
     if not any((folder / name).is_file() for name in FILES):
@@ -142,7 +142,7 @@ def read_run(folder: Path) -> Run:
 
 
 def _read_evaluation(path: Path, notes: list[str]) -> dict[str, Any]:
-    """Empty where the run was not evaluated; one that cannot be read is noted."""
+    """The evaluation, empty if there is none; a file that cannot be read is noted."""
     try:
         return _read_json(path)
     except FileNotFoundError:
@@ -157,7 +157,7 @@ def _read_json(path: Path) -> dict[Any, Any]:
 
 
 def _read_lines(path: Path) -> dict[Any, Any]:
-    """Lines by round; a line that cannot be read (a killed run leaves half of one) counts as not written."""
+    """Lines by round; lines that cannot be read are skipped, since a killed run leaves half of one."""
     lines = {}
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -182,7 +182,7 @@ def _read_table(path: Path) -> dict[Any, Any]:
 
 
 def _derive(rounds: list[dict[str, Any]], accuracy: pd.DataFrame, measured: dict[str, Any]) -> dict[str, Any]:
-    """Entries of the summary from the other records; None for what they do not tell."""
+    """Entries of the summary derived from the other records; None where they cannot be."""
     last = rounds[-1] if rounds else {}
     per_exit = accuracy.mean().tolist() if len(accuracy) else numbers(last.get("accuracy_per_exit"), accuracy.shape[1])
     seen = [value for value in per_exit if math.isfinite(value)]

@@ -1,4 +1,4 @@
-"""The figures of a finished run: what ``summary.json`` holds."""
+"""The contents of ``summary.json``: the figures of a finished run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def summarise(
     Parameters
     ----------
     settings
-        What was asked for, in kebab-case: ``name``, ``method``, ``dataset`` and ``seed`` are read.
+        In kebab-case: ``name``, ``method``, ``dataset`` and ``seed`` are read.
     run
         The run when it started.
     reports
@@ -46,7 +46,7 @@ def summarise(
     rounds
         The lines of ``rounds.jsonl``.
     plan
-        Of the last round in which anything was mixed, for who learns from whom.
+        Of the last round in which anything was mixed, for the teacher weights.
     seconds
         Wall clock.
     """
@@ -134,11 +134,11 @@ def _client(report: FinalReport) -> dict[str, Any]:
 
 
 def last_five(rounds: Sequence[Mapping[str, Any]], final: Sequence[float], num_rounds: int) -> dict[str, Any]:
-    """Accuracy of what clients hold, mean over the last five rounds after which it was evaluated, or those there are.
+    """Mean accuracy of the clients' networks over the last five rounds after which they were evaluated, or fewer.
 
-    What clients hold after round t is evaluated before they train in round t + 1, and after the last round in the final
-    evaluation, ``final``, of all clients (with fine-tuning, where a method does that). Before round 1 nothing is
-    learned: that does not count.
+    The networks of round t are evaluated before clients train in round t + 1, and those of the last round in the final
+    evaluation, ``final``, of all clients (after fine-tuning, where a method does that). The evaluation before round 1,
+    of untrained networks, does not count.
 
     Returns
     -------
@@ -162,13 +162,13 @@ def last_five(rounds: Sequence[Mapping[str, Any]], final: Sequence[float], num_r
 
 
 def _macs_of(run: RunInfo, client: int) -> NDArray[np.float64]:
-    """MACs of leaving at each exit, (m,); for exits that the client does not hold those of its last."""
+    """MACs of leaving at each exit, (m,); those of its last exit for exits that the client does not hold."""
     held = run.kinds[client].macs if client in run.kinds else run.macs_per_exit
     return np.pad(np.asarray(held, dtype=np.float64), (0, run.num_exits - len(held)), mode="edge")
 
 
 def _kinds(run: RunInfo, reports: Sequence[FinalReport], plan: RoundPlan | None) -> list[dict[str, Any]]:
-    """Accuracy and cost by what clients hold, and how much of their mixtures is of their own kind."""
+    """Accuracy and cost per kind of network, and the weight of the same kind in the clients' mixtures."""
     found = []
     for kind in {kind.name: kind for kind in run.kinds.values()}.values():
         clients = [client for client, other in run.kinds.items() if other.name == kind.name]
@@ -205,12 +205,12 @@ def _dynamic(
 
     Every client's exits are temperature-scaled on its own calibration split. θ is chosen on the calibration splits: the
     cheapest whose accuracy exceeds that of the full network by at least one standard error of the difference (without
-    this margin the choice among many thresholds is too lucky to hold), or never to leave; and once more with one point
-    of accuracy less allowed. What is reported for them is measured on the test splits.
+    this margin the best of many thresholds is best by chance), or else never to leave; and once more with one point of
+    accuracy less allowed. Their figures are measured on the test splits.
 
     Returns
     -------
-    What the chosen θ brings; accuracy against MACs over all θ, and the shares that leave at each exit, (θ, m).
+    Figures of the chosen θ; accuracy against MACs over all θ; and the shares that leave at each exit, (θ, m).
     """
     examples = sum(f.test_examples for f in reports)
     if not examples:

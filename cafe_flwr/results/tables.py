@@ -1,4 +1,4 @@
-"""What a run reached, as tables and lines: for the terminal and for its page."""
+"""A run's results as tables and lines of text, for the terminal and the report page."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def table_rows(run: Run) -> list[list[str]]:
 
 
 def last_five_words(run: Run) -> str:
-    """Over which rounds ``last_five`` is a mean: ``mean after rounds 96–100``; with gaps, ``after 5 of rounds …``."""
+    """The rounds that ``last_five`` averages: ``mean after rounds 96–100``; with gaps, ``after 5 of rounds …``."""
     after = [round(t) for t in numbers(run.get("last_five", "rounds"), 5) if math.isfinite(t)]
     if len(after) < 2:
         return "after the last round"
@@ -55,7 +55,7 @@ def last_five_line(run: Run) -> str:
 
 
 def kind_rows(run: Run) -> list[dict[str, str]]:
-    """What clients of unequal networks hold, and how good they are; empty where all are alike."""
+    """A row per kind of network with its size and accuracy; empty where all clients hold the same."""
     rows = []
     for kind in run.get("kinds") or []:
         accuracy = numbers(kind.get("accuracy_per_exit"), run.num_exits)
@@ -76,7 +76,7 @@ def kind_rows(run: Run) -> list[dict[str, str]]:
 
 
 def kinds_line(run: Run) -> str:
-    """Accuracy by what clients hold, in one line; empty where all are alike."""
+    """Accuracy per kind of network, in one line; empty where all clients hold the same."""
     kinds = run.get("kinds") or []
     each = (f"{k.get('name')} {fixed(number(k.get('accuracy')))} ({len(k.get('clients') or [])})" for k in kinds)
     return f"mean over exits, by what clients hold (how many): {', '.join(each)}" if kinds else ""
@@ -109,10 +109,9 @@ def bytes_line(run: Run) -> str:
 
 
 def final_table(folder: Path) -> Table:
-    """What a person sees at the end of a run in the terminal; FileNotFoundError if the folder holds none of its files.
+    """The table for the terminal: a row per exit and one for their mean, with savings, bytes and time in the caption.
 
-    A row per exit and one for their mean; the caption says what leaving early saves, what travelled, how long it took
-    and what is missing.
+    Raises FileNotFoundError if the folder holds none of a run's files.
     """
     from rich import box
     from rich.table import Table

@@ -1,4 +1,4 @@
-"""Thresholds with guarantees: exits stop only where the errors they may make stay below a risk."""
+"""Exit thresholds with finite-sample guarantees on the errors of examples that leave early."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Calibration of clients together, step by step: each counts, the federation decides."""
+"""Joint calibration of clients: each one counts, and thresholds are decided from the counts of all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from cafe_flwr.risk.selective import folds
 class Request:
     """What a calibration asks for: risk α and confidence level 1 − δ, in (0, 1).
 
-    With ``simultaneous``, clients that are certified by themselves shall all be right at once. The seed is the folds'.
+    With ``simultaneous``, the claims about clients that are certified by themselves hold all at once. ``seed`` draws
+    the folds.
     """
 
     risk: float = 0.05
@@ -34,16 +35,16 @@ class Request:
 
 
 class FoldCounts(NamedTuple):
-    """A client's counts along the path: where its walk begins (proposal), and how far it may go (certification)."""
+    """A client's counts along the path: ``proposal`` says where the walk begins, ``certification`` how far it goes."""
 
     proposal: ClientCounts
     certification: ClientCounts
 
 
 class ClientCalibration:
-    """One client's side: its network on its own calibration examples, in two folds that never meet.
+    """One client's side: its network on its own calibration examples, in two disjoint folds drawn by the seed.
 
-    The folds are drawn for the client, by the seed. ValueError if there are labels that the network does not know.
+    Raises ValueError if there are labels that the network does not know.
     """
 
     def __init__(self, client: int, network: EarlyExitNetwork, examples: Split, seed: int) -> None:
@@ -58,13 +59,13 @@ class ClientCalibration:
         self.proposal, self.certification = folds(len(y), int(rng_for(seed, 0, client, "folds").integers(2**31)))
 
     def histogram(self) -> Histogram:
-        """Of the proposal fold; without rows where a single exit leaves nothing to calibrate."""
+        """Histogram of the proposal fold; without rows for a single exit, where there is nothing to calibrate."""
         if self.confidence.shape[1] == 1:
             return Histogram(np.zeros((0, 0)), *(np.zeros((0, 0), dtype=np.int64) for _ in range(2)))
         return client_histogram(self.confidence[self.proposal], self.correct[self.proposal])
 
     def counts(self, path: ThresholdPath) -> FoldCounts:
-        """Of both folds, along a path."""
+        """Counts of both folds along a path."""
         proposal, certification = (
             count(self.confidence[rows], self.correct[rows], path) for rows in (self.proposal, self.certification)
         )
@@ -86,15 +87,10 @@ def decide(counts: Mapping[int, FoldCounts], path: ThresholdPath, request: Reque
 
 
 def in_groups(histograms: Mapping[int, Histogram], request: Request) -> list[tuple[list[int], Request]]:
-    """Clients whose networks have equally many exits, who can be calibrated together, and what each group is asked for.
+    """Groups of clients that are calibrated together, those with equally many exits, each with its request.
 
-    Where all claims shall hold at once, the groups share δ by their sizes. Who has a single exit never leaves early: it
-    is in no group.
-
-    Raises
-    ------
-    ValueError
-        If that is true of all.
+    Where all claims shall hold at once, the groups share δ by their sizes. Clients with a single exit never leave early
+    and are in no group; ValueError if that is true of all.
     """
     groups: dict[int, list[int]] = {}
     for client in sorted(histograms):

@@ -1,4 +1,4 @@
-"""What a client tells about its examples: counts along a path of thresholds that all clients share."""
+"""Counts of a client's examples along a path of thresholds that all clients share."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ _GRID = np.concatenate([np.linspace(0, 0.475, 20), expit(np.linspace(0, 8, 44))]
 
 @dataclass(frozen=True)
 class ClientCounts:
-    """What the n examples of a client, or of several summed up, do along a path; counts of clients add up.
+    """Counts of the n examples of a client, or of several clients summed up, along a path.
 
     ``left``, ``wrong`` and ``ever_wrong``, (U,) each: leave early; leave early and wrong; leave early and wrong at this
     or a stricter position.
 
-    Raises
-    ------
-    ValueError
-        If the counts are none of a path: not integers, of several lengths, falling, or more than there can be.
+    Raises ValueError if no path has such counts: not integers, of different lengths, falling, or more than there can
+    be.
 
     Examples
     --------
@@ -67,7 +65,7 @@ class ClientCounts:
 
 
 def fixed_path(num_exits: int) -> ThresholdPath:
-    """The same threshold at every exit, from 0.9997 down to 0: needs no examples.
+    """A path that needs no examples: the same threshold at every exit, from 0.9997 down to 0.
 
     Examples
     --------
@@ -78,9 +76,9 @@ def fixed_path(num_exits: int) -> ThresholdPath:
 
 
 def client_histogram(confidence: ArrayLike, correct: ArrayLike) -> Histogram:
-    """A client's counts of examples and errors by bin of confidence, common to all clients, for :func:`pooled_path`.
+    """A client's examples and errors in bins of confidence that all clients share, for :func:`pooled_path`.
 
-    Of confidences and outcomes (N, m), of other examples than those that :func:`count` gets.
+    ``confidence`` and ``correct`` are (N, m), of other examples than those given to :func:`count`.
     """
     values = checked_confidence(confidence)
     right = checked_correct(correct, values.shape)
@@ -88,7 +86,7 @@ def client_histogram(confidence: ArrayLike, correct: ArrayLike) -> Histogram:
 
 
 def pooled_path(histograms: Sequence[Histogram]) -> ThresholdPath:
-    """Path along which every exit is used as far as the clients' summed histograms speak for it.
+    """Path of thresholds from the clients' summed histograms; a mostly wrong exit stays closed longest.
 
     Examples
     --------

@@ -37,7 +37,7 @@ def binomial_p_values(errors: ArrayLike, trials: ArrayLike, risk: float) -> NDAr
 
 
 def upper_bounds(errors: ArrayLike, trials: ArrayLike, delta: float) -> NDArray[np.float64]:
-    """Clopper–Pearson: what the risk exceeds with probability δ at most; 1 without trials, or with errors alone.
+    """Clopper–Pearson bounds, which the risk exceeds with probability δ at most; 1 if all trials, or none, are errors.
 
     It is at most α exactly where :func:`binomial_p_values` for α are at most δ.
 
@@ -68,7 +68,7 @@ def likeliest_start(
 ) -> int:
     """Position of a path whose test, at level δ, most likely passes, judged by other data than those tested.
 
-    ``trials`` are expected at every position in the test, ``harmed`` of ``among`` were seen in the other data, (U,).
+    At every position, (U,) each: ``trials`` are expected in the test; in the other data, ``harmed`` of ``among``.
     """
     expected = np.floor(np.asarray(trials, np.float64) + 1e-9).astype(np.int64)
     share = np.minimum((harmed + risk / 2) / (among + 0.5), 1.0)  # half an example at risk α against zero counts
@@ -79,9 +79,9 @@ def likeliest_start(
 
 
 def safe_start(harmed: NDArray[Any], among: int, num_examples: int, risk: float) -> int:
-    """Last position whose harm, as seen in other data, is three standard errors below α; 0 if none is.
+    """Last position whose share of harm in other data is three standard errors below α; 0 if there is none.
 
-    ``harmed``, (U,), was seen among ``among`` examples; ``num_examples`` the risk will be controlled with.
+    The other data are ``among`` examples, of which ``harmed``, (U,), came to harm; the test has ``num_examples``.
     """
     if not among:
         return 0

@@ -1,4 +1,4 @@
-"""What a calibration is to promise."""
+"""The settings of a calibration: the risk to keep, and with which confidence."""
 
 from __future__ import annotations
 
@@ -12,16 +12,12 @@ _CALIBRATES = {"mode": ("calibrate",)}
 @section("calibration")
 @dataclass(frozen=True)
 class Calibration:
-    """The risk that is allowed, and how surely."""
+    """The guarantee that a calibration is to give."""
 
     risk: float = option(
-        0.05,
-        "Share α of errors that is allowed among those who leave early (docs/risk.md).",
-        gt=0,
-        lt=1,
-        only=_CALIBRATES,
+        0.05, "Share α of errors allowed among examples that leave early (docs/risk.md).", gt=0, lt=1, only=_CALIBRATES
     )
-    confidence_level: float = option(0.9, "How surely, 1 − δ.", gt=0, lt=1, only=_CALIBRATES)
+    confidence_level: float = option(0.9, "Confidence 1 − δ of the guarantee.", gt=0, lt=1, only=_CALIBRATES)
     simultaneous: bool = option(
-        False, "Clients that are certified by themselves shall all be right at once.", only=_CALIBRATES
+        False, "The guarantees of clients that are certified by themselves hold all at once.", only=_CALIBRATES
     )

@@ -1,4 +1,4 @@
-"""A path of exit thresholds from strict to lax, built from counts, and what examples do along it."""
+"""Paths of exit thresholds from strict to lax: built from counts of examples, and counted along."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class ThresholdPath:
     def chosen(
         self, position: int, left: NDArray[np.int64], harmed: NDArray[np.int64], trials: NDArray[np.int64], n: int
     ) -> dict[str, Any]:
-        """What ``ExitThresholds`` say of a position where ``left`` of n examples leave, ``harmed`` of ``trials`` wrong.
+        """Fields of ``ExitThresholds`` for a position, or for −1: nothing certified, never leave early.
 
-        Position −1, "none is certified": never leave early.
+        At every position, ``left`` of n examples leave and ``harmed`` of ``trials`` are wrong.
         """
         found = position >= 0
         return {
@@ -64,9 +64,9 @@ class ThresholdPath:
 class PathCounts(NamedTuple):
     """Integer counts of examples at every position of a path, (U,) each.
 
-    ``left``: leave early. ``harmed``: leave early, and come to harm (for example: are wrong) there. ``ever_harmed``:
+    ``left``: leave early. ``harmed``: leave early and come to harm there (for example, are wrong). ``ever_harmed``:
     come to harm at this or a stricter position. With three exits or more an example can leave wrong by exit 2 at a
-    strict position and right by exit 1 at a laxer one, so ``harmed`` need not grow along the path; this does.
+    strict position and right by exit 1 at a laxer one, so ``harmed`` may fall along the path; ``ever_harmed`` does not.
     """
 
     left: NDArray[np.int64]
@@ -75,10 +75,10 @@ class PathCounts(NamedTuple):
 
 
 def count_along(path: ThresholdPath, confidence: Floats, harm: NDArray[np.bool_]) -> PathCounts:
-    """What examples do at every position of a path, from confidences (N, m), in one pass over them.
+    """Count, in one pass over confidences (N, m), what examples do at every position of a path.
 
-    Exit k takes an example from the position at which it would let it go until an exit before it does. ``harm`` says
-    whether an example comes to harm if it leaves at exit k, (N, m − 1).
+    An example leaves at exit k from the position at which exit k lets it go until an earlier exit does. ``harm``, (N,
+    m − 1), says whether it comes to harm if it leaves at exit k.
     """
     size = len(path) + 1
     first = path.first(confidence)
@@ -109,7 +109,7 @@ class Histogram(NamedTuple):
 def quantile_edges(confidence: Floats) -> NDArray[np.float64]:
     """Lower ends of bins that hold about equally many examples, (m − 1, bins), from confidences (N, m).
 
-    They are single-precision numbers, so that a comparison in that precision decides as one in double precision does.
+    They are rounded to single precision, so that comparisons in single and in double precision agree.
     """
     ordered = np.sort(confidence[:, :-1], axis=0)
     rows = np.arange(_BINS) * len(ordered) // _BINS

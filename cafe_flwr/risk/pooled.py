@@ -1,8 +1,8 @@
 """Calibration over clients from counts alone: no example leaves a client, and pooled counts can be summed securely.
 
-A path of thresholds is fixed before the calibration examples are looked at (:func:`fixed_path`, or :func:`pooled_path`
-from other examples); every client counts along it. One binomial test over the summed counts is not offered: it speaks
-of the mixture of clients that was sampled and fails when the mixture shifts.
+A path of thresholds is fixed before the calibration examples are looked at (``fixed_path``, or ``pooled_path`` from
+other examples, both in :mod:`cafe_flwr.risk.counts`); every client counts along it. A single binomial test over the
+summed counts is not offered: it holds for the sampled mixture of clients only and fails when the mixture shifts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import reduce
 
 import numpy as np
 
-from cafe_flwr.risk.counts import ClientCounts, client_histogram, count, fixed_path, pooled_path
+from cafe_flwr.risk.counts import ClientCounts
 from cafe_flwr.risk.exact_tests import (
     binomial_p_values,
     controlled_position,
@@ -24,19 +24,6 @@ from cafe_flwr.risk.exact_tests import (
 )
 from cafe_flwr.risk.path import ThresholdPath
 from cafe_flwr.risk.thresholds import ExitThresholds, check_level
-
-__all__ = [
-    "ClientCertificate",
-    "ClientCounts",
-    "EveryMixture",
-    "certify",
-    "client_histogram",
-    "count",
-    "every_mixture",
-    "fixed_path",
-    "pooled_crc",
-    "pooled_path",
-]
 
 
 def pooled_crc(counts: Sequence[ClientCounts], risk: float) -> int:
@@ -57,8 +44,8 @@ class EveryMixture:
     """A certificate for every mixture of the clients it covers.
 
     ``positions`` of each client along the path, −1 = not covered; ``bounds`` U⁺(E_j, A_j; δ/J) there, at most α, 1
-    where not covered; ``common``, the laxest position that is certified for all clients at once, or −1: for a network
-    without personal thresholds.
+    where not covered; ``common``, for a network without personal thresholds: the laxest position that is certified for
+    all clients at once, or −1.
     """
 
     positions: tuple[int, ...]
@@ -83,9 +70,9 @@ def every_mixture(
     wrong certificate needs the first position of the walk that is too risky to pass, with probability ≤ δ/J; the union
     over clients gives δ. Being covered is part of what is tested, so it may depend on the counts.
 
-    ``proposals`` are counts along the same path of *other* examples of each client (those of its histogram, say): its
-    walk then starts where they say that it most likely passes. Without them it starts where 2·n_min examples should
-    leave early, judged by the other clients' coverage, which serves clients that are alike (and not a lone one).
+    ``proposals`` are counts along the same path of *other* examples of each client, for example those of its histogram:
+    its walk then starts where it most likely passes by these counts. Without them it starts where 2·n_min examples
+    should leave early by the other clients' coverage, which needs another client and suits clients that are alike.
     """
     level = (1 - confidence_level) / len(_checked(counts, risk, confidence_level, proposals))
     walks = [_walk(counts, j, risk, level, proposals) for j in range(len(counts))]
@@ -101,8 +88,8 @@ def every_mixture(
 class ClientCertificate:
     """What is certified of one client, on the basis of ``"itself"``, ``"every-mixture"`` or ``"mixture"``.
 
-    Where nothing is (``"not certified"``) the thresholds are infinite and there is a reason. Otherwise the thresholds'
-    ``describe()`` states the claim.
+    Where nothing is certified (``"not certified"``) the thresholds are infinite and ``reason`` says why. Otherwise the
+    thresholds' ``describe()`` states the claim.
     """
 
     basis: str
@@ -122,8 +109,8 @@ def certify(
 ) -> list[ClientCertificate]:
     """For every client, the thresholds it may use and the claim that goes with them, from its counts along ``path``.
 
-    A client with ``enough`` examples (2·n_min, unless it is said) is tested alone. ``itself``: P(wrong | left early) ≤
-    α with confidence 1 − δ, for this client; of many such claims a share δ may fail. With ``simultaneous``,
+    A client with ``enough`` examples (by default 2·n_min) is tested alone. ``itself``: P(wrong | left early) ≤ α with
+    confidence 1 − δ, for this client; of many such claims a share δ may fail. With ``simultaneous``,
     ``every-mixture``: the same for all that get it at once (:func:`every_mixture`, also on ``proposals``), which needs
     more examples. The smaller clients are pooled. ``mixture``: :func:`pooled_crc` over them, a claim about their
     average. Who is pooled is decided by the number of examples and never by errors, and pooled clients all use the
@@ -131,6 +118,7 @@ def certify(
 
     Examples
     --------
+    >>> from cafe_flwr.risk.counts import count, fixed_path
     >>> path = fixed_path(num_exits=2)
     >>> rng = np.random.default_rng(0)
     >>> sizes = [300, 20, 20, 20]
@@ -176,7 +164,7 @@ def _checked(
     confidence_level: float = 0.5,
     proposals: Sequence[ClientCounts] | None = None,
 ) -> Sequence[ClientCounts]:
-    """The counts, if levels are levels, and counts and proposals are along one path."""
+    """The counts; ValueError unless levels lie in (0, 1), and counts and proposals are along one path."""
     check_level("risk", risk)
     check_level("confidence_level", confidence_level)
     if not counts:

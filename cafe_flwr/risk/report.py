@@ -1,4 +1,4 @@
-"""What exit thresholds do to labelled examples: realised risks, coverage, accuracy."""
+"""Realised risks, coverage and accuracy of exit thresholds on labelled examples."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from cafe_flwr.risk.thresholds import ExitThresholds, checked_correct
 
 @dataclass(frozen=True)
 class RiskReport:
-    """What thresholds do to given examples; shares of them all unless said otherwise.
+    """Realised risks of thresholds; shares of all given examples unless said otherwise.
 
     Attributes
     ----------
     selective_risk
-        Wrong among those that left early; 0 if nobody did.
+        Wrong among those that left early; 0 if none did.
     joint_risk
         Left early and wrong.
     gap
@@ -43,14 +43,9 @@ class RiskReport:
 
 
 def risk_report(thresholds: ExitThresholds, confidence: ArrayLike, correct: ArrayLike) -> RiskReport:
-    """Realised risks of thresholds on labelled examples, other ones than those they were calibrated on.
+    """Realised risks of thresholds on examples (N, m), N ≥ 1, other ones than those they were calibrated on.
 
-    Parameters
-    ----------
-    thresholds
-        To be judged.
-    confidence, correct
-        (N, m) as for ``cafe_flwr.risk.calibrate``, N ≥ 1.
+    ``confidence`` and ``correct`` are as for :func:`cafe_flwr.risk.calibrate`; errors, too.
 
     Examples
     --------

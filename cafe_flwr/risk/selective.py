@@ -1,4 +1,4 @@
-"""Thresholds of early exits that keep a risk the user states, with finite-sample guarantees.
+"""Exit thresholds that keep a risk the user states, with finite-sample guarantees.
 
 Examples are split at random into a proposal fold, whose labels shape a path of thresholds from strict to lax, and a
 certification fold, whose labels only decide how far along it one may go. Examples must be independent draws of the same
@@ -69,19 +69,17 @@ def calibrate(
     Parameters
     ----------
     confidence
-        Of each exit, in [0, 1], (N, m); after temperature scaling, if thresholds shall be used so, with temperatures
-        fitted on other examples (or on the proposal fold, :func:`folds`): those fitted on the certification fold have
-        seen its labels, and the guarantee is void.
+        Of each exit, in [0, 1], (N, m); scaled by temperatures if they will be scaled in use. Fit temperatures on other
+        examples (or on the proposal fold, :func:`folds`): those fitted on the certification fold have seen its labels,
+        and the guarantee is void.
     correct
         Whether each exit is right, booleans (N, m).
-    risk
-        α in (0, 1).
-    confidence_level
-        1 − δ in (0, 1).
+    risk, confidence_level
+        α and 1 − δ, both in (0, 1).
     guarantee
         One of the four above.
     seed
-        Of the split into folds.
+        Draws the folds.
 
     Raises
     ------
@@ -142,7 +140,7 @@ def _proposed(
     risk: float,
     delta: float,
 ) -> ThresholdPath:
-    """The path that the proposal fold speaks for, from where a test with so many other examples shall start."""
+    """The path from the proposal fold, beginning where a test with so many other examples should start."""
     path = path_from(histogram(quantile_edges(seen), seen, harm))
     guess = count_along(path, seen, harm)
     if guarantee == "joint":
@@ -181,14 +179,8 @@ def folds(num_examples: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.i
 def conformal_thresholds(true_probability: ArrayLike, risk: float) -> NDArray[np.float64]:
     """Per exit 1 − q, with q the conformal (1 − α)-quantile of 1 − p(true class): the rule of SAFE-KD's code.
 
-    It bounds no error of the examples that leave: at a weak exit q is large, and everything leaves. A comparison.
-
-    Parameters
-    ----------
-    true_probability
-        p(true class) at every exit, (N, m), N ≥ 1.
-    risk
-        α.
+    A baseline for comparison, from p(true class) at every exit, (N, m), N ≥ 1. It does not bound the errors of examples
+    that leave: at a weak exit q is large, and everything leaves.
 
     Examples
     --------

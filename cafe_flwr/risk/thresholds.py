@@ -1,4 +1,4 @@
-"""Confidence thresholds at which examples leave a network early, and what is claimed of them."""
+"""Confidence thresholds at which examples leave a network early, with the claim that holds for them."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class ExitThresholds:
     num_examples
         Examples given, of which the certification examples are a part.
     temperatures
-        Per exit (m), by which logits must be divided before their confidence is compared; empty = by none.
+        Per exit (m), by which logits must be divided before their confidence is compared; empty = 1 everywhere.
     fingerprint
         Of the network they were made for (``cafe_flwr.personal.fingerprint``); empty = unknown.
 
     Raises
     ------
     ValueError
-        If a value is none of its kind.
+        If a value is invalid.
 
     Examples
     --------
@@ -96,13 +96,7 @@ class ExitThresholds:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExitThresholds:
-        """What :meth:`to_dict` wrote.
-
-        Raises
-        ------
-        ValueError
-            If a value is missing, unknown or none of its kind.
-        """
+        """Read what :meth:`to_dict` wrote; ValueError if a value is missing, unknown or invalid."""
         names = {field.name for field in fields(cls)}
         if set(values) != names:
             raise ValueError(
@@ -140,7 +134,7 @@ class ExitThresholds:
 
 
 def plain_values(thresholds: Sequence[float], temperatures: Sequence[float]) -> dict[str, list[Any]]:
-    """Both for JSON, which knows no infinity: ``None`` = never leave there."""
+    """Thresholds and temperatures for JSON, which knows no infinity: ``None`` = never leave there."""
     return {"thresholds": [t if math.isfinite(t) else None for t in thresholds], "temperatures": list(temperatures)}
 
 
@@ -162,7 +156,7 @@ def check_known(what: str, name: str, known: Sequence[str]) -> None:
 
 
 def check_level(name: str, value: float) -> None:
-    """Refuse what is no share strictly between 0 and 1."""
+    """Raise ValueError unless a value is a number strictly between 0 and 1."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 < value < 1:
         raise ValueError(f"{name} must lie strictly between 0 and 1, not {value!r}")
 

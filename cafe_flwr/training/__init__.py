@@ -1,4 +1,4 @@
-"""Local training and its losses."""
+"""Local training: the loop, its options and its losses."""
 
 from typing import TYPE_CHECKING
 

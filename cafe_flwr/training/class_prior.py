@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_SMOOTHING = 0.1  # examples of every class that are imagined, so that no class is impossible
-_EM_SMOOTHING = 10.0  # examples that the old prior counts for, so that a small sample cannot rule classes out
+_SMOOTHING = 0.1  # pseudo-examples of every class, so that none is impossible
+_EM_SMOOTHING = 10.0  # pseudo-examples of the old prior, so that a small sample cannot rule classes out
 
 
 def class_counts(y: Tensor, num_classes: int) -> Tensor:
@@ -20,15 +20,10 @@ def class_sums(features: Tensor, y: Tensor, num_classes: int) -> Tensor:
 
 
 def log_prior(counts: Tensor) -> Tensor:
-    """log π_c, π_c = (n_c + 0.1) / Σ_c (n_c + 0.1): finite also for classes that are not there.
+    """log π_c, π_c = (n_c + 0.1) / Σ_c (n_c + 0.1), from counts n (C,): finite even for classes without examples.
 
-    Added to logits in training and after, it lets the classifier learn what a class looks like and leave to π how
-    frequent it is (logit adjustment, Menon et al., arXiv 2007.07314).
-
-    Parameters
-    ----------
-    counts
-        Examples of every class, (C,).
+    Added to the logits in training and after, it lets the classifier learn what a class looks like and leaves its
+    frequency to π (logit adjustment, Menon et al., arXiv 2007.07314).
 
     Examples
     --------
@@ -40,20 +35,10 @@ def log_prior(counts: Tensor) -> Tensor:
 
 
 def em_log_prior(logits: Tensor, prior: Tensor, steps: int = 50) -> Tensor:
-    """Class shares of unlabelled examples, by expectation maximisation (Saerens et al., Neural Computation 14, 2002).
+    """Log-prior (C,) of unlabelled examples, by expectation maximisation (Saerens et al., Neural Computation 14, 2002).
 
-    Parameters
-    ----------
-    logits
-        (N, C), with the log-prior of training in them, and calibrated: EM takes softmax for p(y|x).
-    prior
-        That log-prior, (C,).
-    steps
-        Of EM.
-
-    Returns
-    -------
-    The new log-prior, (C,): add its difference from the old one to the logits. Without examples, the old one.
+    ``logits`` (N, C) contain the log-prior of training, ``prior`` (C,), and are calibrated: EM takes their softmax for
+    p(y|x). Add the difference of the new log-prior from the old one to the logits. Without examples it is the old one.
     """
     if not len(logits):
         return prior
@@ -66,18 +51,10 @@ def em_log_prior(logits: Tensor, prior: Tensor, steps: int = 50) -> Tensor:
 
 
 def adapt_to_label_shift(logits: Tensor, temperatures: Tensor, prior: Tensor) -> Tensor:
-    """Logits of all exits with the log-prior re-estimated on these examples, whose labels are not needed.
+    """Logits (m, N, C) with their log-prior, (C,), replaced by one that is estimated on these examples, without labels.
 
-    One prior for all exits, estimated from the mean of their calibrated log-probabilities.
-
-    Parameters
-    ----------
-    logits
-        (m, N, C), with the log-prior in them.
-    temperatures
-        Of every exit, (m, 1, 1), for calibration.
-    prior
-        The log-prior, (C,).
+    It is the same for all exits, from the mean of their log-probabilities. The logits are first calibrated by
+    ``temperatures``, (m, 1, 1).
     """
     mean = (logits / temperatures).log_softmax(dim=2).mean(dim=0)
     return logits / temperatures + (em_log_prior(mean, prior) - prior.log_softmax(0))

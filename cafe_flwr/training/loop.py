@@ -1,4 +1,4 @@
-"""The local loop: mini-batches, one optimiser, one loss. What the loss is, is the method's business."""
+"""The local training loop: mini-batches, one optimiser, and the loss that a method gives it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def batches(
 
 
 class Outcome(NamedTuple):
-    """Of local training: mean loss over the steps (NaN without any), and the number of steps."""
+    """Result of local training: mean loss over the steps (NaN without any), and the number of steps."""
 
     loss: float
     steps: int
@@ -52,28 +52,27 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What may be special about a call of :func:`train`; as it stands here, nothing is.
+    """What :func:`train` does beyond plain training of all parameters.
 
     Attributes
     ----------
     only
         Names of the parameters to train; the others are frozen. All if empty.
     also
-        Parameters to train that are not the network's.
+        Further parameters to train, outside the network.
     adjust
         Called after every backward pass, to change the gradients.
     after_step
         Called after every step, for example to average the network over steps.
     part
-        (i, n): take the i-th of n nearly equal parts of the round's mini-batches; where there are too few to share,
-        every part takes all.
+        (i, n): take the i-th of n nearly equal parts of the mini-batches; if there are fewer than n, take all.
     times
-        Rounds' worth of mini-batches.
+        Number of rounds whose mini-batches are drawn.
     augment
         Varies the inputs of every mini-batch.
     kept
-        What the optimiser remembers (:mod:`cafe_flwr.training.optimizer_state`) when it starts; afterwards what it
-        remembers then. None: it starts at rest.
+        The optimiser's state (:mod:`cafe_flwr.training.optimizer_state`) at the start, replaced by its state at the
+        end. None: the optimiser starts anew.
     """
 
     only: Sequence[str] = ()
@@ -94,24 +93,10 @@ def train(
     rng: np.random.Generator,
     options: LoopOptions | None = None,
 ) -> Outcome:
-    """Run one round of local training in place, where the network is: mini-batches are brought there.
+    """Train a network in place for one round, on its device; mini-batches of ``data`` are moved there.
 
-    Parameters of exits that the loss does not touch get no gradient and do not change, weight decay included.
-
-    Parameters
-    ----------
-    network
-        Its parameters that require gradients are trained.
-    data
-        Training split, on any device.
-    loss
-        (x, y) → scalar.
-    budget
-        Steps, batch size and optimiser settings.
-    rng
-        Order of the examples, then their augmentation.
-    options
-        What is special; nothing if None.
+    ``loss`` takes inputs and labels and gives a scalar; exits that it does not use do not change, not even by weight
+    decay. ``rng`` draws the order of the examples, then their augmentation.
     """
     how = options or LoopOptions()
     network.train()
@@ -135,7 +120,7 @@ def train(
             if how.after_step is not None:
                 how.after_step()
             losses.append(value.detach())
-        optimizer.zero_grad(set_to_none=True)  # as large as the network, and of no use any more
+        optimizer.zero_grad(set_to_none=True)  # gradients are as large as the network, and no longer needed
         if how.kept is not None:
             how.kept.clear()
             how.kept.update(taken(optimizer, list(named)))
@@ -146,12 +131,11 @@ def train(
 def batches_of(
     budget: LocalBudget, num_examples: int, rng: np.random.Generator, times: int = 1
 ) -> list[NDArray[np.int64]]:
-    """Positions of the mini-batches of a round, or of ``times`` rounds' worth of them."""
+    """Positions of the mini-batches of ``times`` rounds."""
     return list(batches(num_examples, budget.batch_size, times * budget.num_draws(num_examples), rng))
 
 
 def _share(todo: list[NDArray[np.int64]], part: tuple[int, int]) -> list[NDArray[np.int64]]:
-    """The i-th of n nearly equal parts; where there are fewer mini-batches than parts, every part takes all."""
     i, n = part
     if len(todo) < n:
         return todo
@@ -180,7 +164,7 @@ def _stepper(
         if scaler is None:
             optimizer.step()
         else:
-            scaler.step(optimizer)  # not taken where gradients were too large for float16
+            scaler.step(optimizer)  # takes no step if gradients were too large for float16
             scaler.update()
 
     return step
@@ -188,7 +172,7 @@ def _stepper(
 
 @contextmanager
 def frozen(network: nn.Module, only: Sequence[str]) -> Iterator[None]:
-    """All parameters but those named require no gradient inside; as they were outside."""
+    """Freeze all parameters but those named in a ``with`` block; without names, none."""
     frozen = [p for name, p in network.named_parameters() if only and name not in only and p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
@@ -203,7 +187,7 @@ def frozen(network: nn.Module, only: Sequence[str]) -> Iterator[None]:
 def pull(network: nn.Module, anchor: Mapping[str, Tensor], weight: float) -> Callable[[], None]:
     """Gradient of weight/2 · ‖θ − anchor‖², to be added after every backward pass (``adjust`` of :func:`train`).
 
-    Parameters without a gradient are left alone: what does not train does not move.
+    Parameters without a gradient are left alone.
     """
     pairs = [(p, anchor[name]) for name, p in network.named_parameters() if name in anchor]
 
@@ -224,7 +208,7 @@ def snapshot(network: nn.Module) -> dict[str, Tensor]:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """ValueError, naming up to three, if training has left tensors with NaN or infinite values."""
+    """Raise ValueError, naming up to three tensors, if training has left NaN or infinite values."""
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise ValueError(f"training ended with NaN or infinite values in {', '.join(broken[:3])}: lower learning-rate")

@@ -1,4 +1,4 @@
-"""Losses of early-exit training: functions of tensors, nothing else."""
+"""Losses of early-exit training: as functions of tensors."""
 
 from __future__ import annotations
 
@@ -18,18 +18,11 @@ def cross_entropies(logits: Sequence[Tensor], y: Tensor) -> Tensor:
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """τ² · KL( softmax(teacher/τ) ‖ softmax(student/τ) ), mean over the batch (Hinton et al., arXiv 1503.02531).
 
-    The teacher is not trained: no gradient flows into it.
-
-    Parameters
-    ----------
-    student, teacher
-        Logits, (B, C) each.
-    temperature
-        τ > 0. The factor τ² keeps the gradients' size independent of τ.
+    Both are logits, (B, C); no gradient flows into the teacher. The factor τ² keeps the size of the gradients
+    independent of the temperature τ > 0.
 
     Examples
     --------
-    >>> import torch
     >>> z = torch.tensor([[2.0, 0.0]])
     >>> round(distillation(z, z, temperature=3.0).item(), 6)
     0.0
@@ -40,18 +33,10 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
 
 
 def self_distillation(logits: Sequence[Tensor], *, temperature: float = 3.0, last_weight: float = 0.3) -> Tensor:
-    """What each exit has still to learn from all exits together, (m,): τ² · KL( q ‖ softmax(z_k/τ) ) · weight_k.
+    """Divergence of each exit from all exits together, (m,): τ² · KL( q ‖ softmax(z_k/τ) ) · weight_k.
 
-    The teacher q is the mean of the exits' softmax(z_k/τ), not trained (docs/method.md).
-
-    Parameters
-    ----------
-    logits
-        Of the exits, (B, C) each.
-    temperature
-        τ > 0.
-    last_weight
-        Weight of the last exit, which has the least to learn; the others' is 1.
+    The teacher q is the mean of the exits' softmax(z_k/τ), and not trained (docs/method.md). Logits are (B, C) for each
+    exit; ``last_weight`` is the weight of the last exit, which has the least to learn, the others' is 1.
 
     Examples
     --------
@@ -79,21 +64,12 @@ def decoupled_distillation(
 ) -> Tensor:
     """τ² · [ a·KL(b^T ‖ b^S) + b'·KL(p̂^T ‖ p̂^S) ], mean over the batch (DKD: Zhao et al., arXiv 2203.08679, Eq. 7).
 
-    b = (p_y, 1 − p_y) says how sure a network is of the label, p̂_c = p_c/(1 − p_y), c ≠ y, how it sees the other
-    classes; both at temperature τ. Plain distillation weighs the second by the teacher's 1 − p_y, so that it vanishes
-    where the teacher is sure. 1 − p_y is never computed as a difference: the loss is exact for p_y near 1.
+    b = (p_y, 1 − p_y) is the probability of the label, p̂_c = p_c/(1 − p_y), c ≠ y, the distribution over the other
+    classes; both at temperature τ > 0. Plain distillation weighs the second by the teacher's 1 − p_y, so that it
+    vanishes where the teacher is confident. 1 − p_y is not computed as a difference: the loss is exact for p_y near 1.
 
-    Parameters
-    ----------
-    student, teacher
-        Logits, (B, C) each, C ≥ 2. The teacher is not trained. With C = 2 there is a single other class, and only the
-        first term is left.
-    y
-        Labels, (B,).
-    temperature
-        τ > 0.
-    target_weight, others_weight
-        a and b': 1 and 1 in SAFE-KD, 1 and 8 in the original.
+    Student and teacher are logits, (B, C), C ≥ 2; the teacher is not trained. With C = 2 only the first term is left.
+    Labels y are (B,). a and b' (``target_weight``, ``others_weight``) are 1 and 1 in SAFE-KD, 1 and 8 in the original.
 
     Examples
     --------
@@ -123,16 +99,9 @@ def _two_classes(z: Tensor) -> None:
 
 
 def consistency(logits: Sequence[Tensor], *, temperature: float = 4.0) -> Tensor:
-    """What each exit has still to learn from the last, (m,): τ²·KL( softmax(sg z_m/τ) ‖ softmax(z_k/τ) ), 0 for k = m.
+    """Divergence of each exit from the last, (m,): τ²·KL( softmax(sg z_m/τ) ‖ softmax(z_k/τ) ), 0 for k = m.
 
-    SAFE-KD's deep-to-shallow term (arXiv 2602.03043); the last exit is not trained by it.
-
-    Parameters
-    ----------
-    logits
-        Of the exits, (B, C) each; the last one teaches.
-    temperature
-        τ > 0.
+    SAFE-KD's deep-to-shallow term (arXiv 2602.03043). Logits are (B, C) for each exit; the last one is not trained.
 
     Examples
     --------
@@ -149,19 +118,9 @@ def erde(
 ) -> Tensor:
     """a·1{teacher right}·τ²·KL(t ‖ s) − b·1{teacher wrong}·H(s)/ln C, mean over the batch (ERDE, arXiv 2510.04856).
 
-    It stands beside the cross-entropy: the student follows a teacher that is right, and is kept unsure where the
-    teacher is wrong. The distributions of the KL are at temperature τ, that of the entropy H at 1.
-
-    Parameters
-    ----------
-    student, teacher
-        Logits of one exit, (B, C) each, C ≥ 2. The teacher is not trained.
-    y
-        Labels, (B,).
-    temperature
-        τ > 0.
-    right, wrong
-        Weights a and b.
+    Added to the cross-entropy, it lets the student follow a teacher that is right and keeps it unsure where the teacher
+    is wrong. The KL is at temperature τ > 0, the entropy H at 1. Student and teacher are logits of one exit, (B, C),
+    C ≥ 2; the teacher is not trained. Labels y are (B,); a and b are the weights ``right`` and ``wrong``.
 
     Examples
     --------
@@ -182,13 +141,8 @@ def erde(
 def neighbour_distillation(adversarial: Sequence[Tensor], clean: Sequence[Tensor]) -> Tensor:
     """NEO-KD's first term (Ham et al., NeurIPS 2023), (m,): KL( mean clean output of exits k−1, k, k+1 ‖ exit k ).
 
-    The teacher is the mean of the softmax outputs on the clean input, over those neighbours that exist; it is not
-    trained. The student is the exit on the adversarial input. Mean over the batch.
-
-    Parameters
-    ----------
-    adversarial, clean
-        Logits of the exits on both inputs, (B, C) each.
+    The teacher, not trained, is the mean of the softmax outputs on the clean input over the neighbours that exist; the
+    student is the exit on the adversarial input. Logits are (B, C) for each exit. Mean over the batch.
 
     Examples
     --------
@@ -204,17 +158,10 @@ def neighbour_distillation(adversarial: Sequence[Tensor], clean: Sequence[Tensor
 def orthogonal_distillation(adversarial: Sequence[Tensor], clean: Sequence[Tensor], y: Tensor, owner: Tensor) -> Tensor:
     """NEO-KD's second term (Ham et al., NeurIPS 2023), (m,): every exit is taught its own part of the other classes.
 
-    Exit k on the adversarial input learns its clean output, of which only the label and the classes it owns are kept,
-    scaled to sum 1. As no two exits own a class, an attack that leads one exit astray carries over less to the others.
-
-    Parameters
-    ----------
-    adversarial, clean
-        Logits of the exits on both inputs, (B, C) each. The clean ones are not trained.
-    y
-        Labels, (B,).
-    owner
-        Which exit owns a class, 0..m−1: (C,), or (B, C) for every example.
+    Exit k on the adversarial input learns its clean output, which is not trained, restricted to the label and the
+    classes that exit k owns and scaled to sum 1. As no two exits own the same class, an attack on one exit carries over
+    less to the others. Logits are (B, C) for each exit, labels y (B,); ``owner`` is the exit, 0..m−1, that owns each
+    class, (C,), or (B, C) for every example.
 
     Examples
     --------

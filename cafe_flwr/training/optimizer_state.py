@@ -1,6 +1,6 @@
-"""What an optimiser remembers of its parameters from step to step, as named tensors to be put away and given back.
+"""Save and restore an optimiser's state as named tensors.
 
-Of SGD with momentum that is a parameter's momentum buffer, of AdamW its two running means and its count of steps.
+It is a momentum buffer for each parameter with SGD, two running means and a count of steps with AdamW.
 """
 
 from __future__ import annotations
@@ -15,21 +15,16 @@ from cafe_flwr.training.options import LocalBudget
 
 
 def new_optimizer(budget: LocalBudget, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
-    """The optimiser of a budget, as it starts."""
+    """A new optimiser, as the budget says."""
     if budget.optimizer == "adamw":
         return torch.optim.AdamW(parameters, budget.learning_rate, weight_decay=budget.weight_decay)
     return torch.optim.SGD(parameters, budget.learning_rate, momentum=budget.momentum, weight_decay=budget.weight_decay)
 
 
 def taken(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
-    """The optimiser's state, not copied: ``<parameter>/<what>``; parameters that never had a gradient have none.
+    """The state of an optimiser with one parameter group, by ``<parameter>/<what>``; tensors are not copied.
 
-    Parameters
-    ----------
-    optimizer
-        Of one group of parameters.
-    names
-        Of its parameters, in order.
+    ``names`` are those of its parameters, in order. Parameters that never had a gradient have no state.
     """
     return {
         f"{names[i]}/{what}": value
@@ -40,18 +35,10 @@ def taken(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, T
 
 
 def given_back(optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-    """Let the optimiser go on from a state that was :func:`taken`; its own learning rate and the like stay.
+    """Let a new optimiser with one parameter group go on from a state that was :func:`taken`, on any device.
 
-    A parameter that has another shape now starts at rest, as one does that has no state.
-
-    Parameters
-    ----------
-    optimizer
-        New, of one group of parameters.
-    names
-        Of its parameters, in order.
-    tensors
-        State by ``<parameter>/<what>``, on any device; what is of no parameter named here is left alone.
+    Its learning rate and other settings stay. ``names`` are those of its parameters, in order. Parameters without a
+    state, or with another shape now, start without one; the state of other parameters is ignored.
     """
     (group,) = optimizer.param_groups
     place = {name: i for i, name in enumerate(names)}

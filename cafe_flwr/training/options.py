@@ -1,4 +1,4 @@
-"""What local training is: steps, batches, optimiser and learning rate."""
+"""Settings of local training: steps, batches, optimiser and learning rate."""
 
 from __future__ import annotations
 
@@ -13,28 +13,9 @@ OPTIMIZERS = ("sgd", "adamw")
 @section("train")
 @dataclass(frozen=True)
 class LocalBudget:
-    """How a client trains in one round.
+    """How a client trains in one round; docs/settings.md describes every field."""
 
-    Attributes
-    ----------
-    batch_size
-        Examples a step; a client with fewer takes all it has.
-    steps
-        Gradient steps; used where ``epochs`` is 0.
-    epochs
-        Passes over the client's training split; 0 to count steps instead.
-    learning_rate, momentum, weight_decay
-        Of the optimiser; only SGD has a momentum.
-    max_grad_norm
-        Gradients are scaled down to this norm; 0 leaves them as they are.
-    optimizer
-        ``"sgd"`` or ``"adamw"``.
-    keep_momentum
-        Whether what the optimiser remembers (SGD's momentum, AdamW's running means) stays with the client from round
-        to round; else it starts at rest in every round.
-    """
-
-    batch_size: int = option(16, "Examples a step.", ge=1, sized=True)
+    batch_size: int = option(16, "Examples per step; a client with fewer takes all it has.", ge=1, sized=True)
     steps: int = option(
         6,
         "Gradient steps of a client in a round; used where local-epochs is 0.",
@@ -51,25 +32,25 @@ class LocalBudget:
     )
     learning_rate: float = option(
         0.3,
-        "Of the optimiser, in the first round. It and train.momentum were chosen for the default job on validation "
-        "data (docs/evidence.md).",
+        "Learning rate in the first round. It and train.momentum were chosen for the default job on validation data "
+        "(docs/evidence.md).",
         key="learning-rate",
         gt=0,
         of_runs=0.15,
     )
-    momentum: float = option(0.0, "Of SGD; AdamW has means of its own.", ge=0, lt=1, of_runs=0.9)
-    weight_decay: float = option(0.0, "Of the optimiser.", ge=0)
+    momentum: float = option(0.0, "Momentum of SGD; AdamW has running means instead.", ge=0, lt=1, of_runs=0.9)
+    weight_decay: float = option(0.0, "Weight decay of the optimiser.", ge=0)
     max_grad_norm: float = option(0.0, "Scale gradients down to this norm; 0: leave them.", ge=0)
     optimizer: str = option(
         "sgd",
-        "Of local training; 'adamw' needs a far smaller learning-rate, such as 0.0003.",
+        "Optimiser of local training; 'adamw' needs a far smaller learning-rate, such as 0.0003.",
         choices=OPTIMIZERS,
         sized=True,
     )
     keep_momentum: bool = option(
         False,
-        "What the optimiser remembers (SGD's momentum, AdamW's running means) stays with the client between rounds, on "
-        "its disk; false: it starts anew in every round.",
+        "Keep the optimiser's state (SGD's momentum, AdamW's running means) on the client's disk between rounds; "
+        "false: it starts anew in every round.",
     )
 
     def __post_init__(self) -> None:
@@ -92,12 +73,12 @@ class LocalBudget:
 @section("train")
 @dataclass(frozen=True)
 class Schedule:
-    """What becomes of the learning rate from round to round."""
+    """How the learning rate changes from round to round."""
 
     learning_rate_schedule: str = option(
         "cosine",
         "'cosine': the learning rate is constant until half of the rounds, then a cosine down to 0. 'exponential': it "
-        "shrinks by the factor learning-rate-decay a round.",
+        "is multiplied by learning-rate-decay after every round.",
         choices=("cosine", "exponential"),
     )
     learning_rate_decay: float = option(
@@ -112,7 +93,7 @@ class Schedule:
 
 
 DEFAULT_BUDGET = LocalBudget(**{o.field: o.default for o in options_of(LocalBudget)})
-"""How clients train unless told otherwise, as in a run."""
+"""How clients train with the default settings of a run."""
 
 
 def learning_rate_at(
@@ -121,7 +102,7 @@ def learning_rate_at(
     """The learning rate of a round t = 1, …, T.
 
     ``"cosine"``: constant until round T/2, while exits still join, then a cosine down to (almost) 0 in round T.
-    ``"exponential"``: base · decay^(t−1), which begins at the base and shrinks by a factor a round.
+    ``"exponential"``: base · decay^(t−1), starting at the base.
 
     Examples
     --------
@@ -138,7 +119,7 @@ def learning_rate_at(
 
 
 def check_training(budget: LocalBudget, schedule: Schedule, num_rounds: int) -> None:
-    """Raise ValueError, in the keys of a run's settings, if momentum and learning rates do not go together."""
+    """Raise ValueError, in the keys of a run's settings, if the learning rate and its schedule do not go together."""
     decay, name = schedule.learning_rate_decay, schedule.learning_rate_schedule
     said = f"train.learning-rate-decay = {decay}"
     if decay != 1 and name != "exponential":

@@ -1,6 +1,6 @@
-"""Who trains the clients of a node: one after the other here; another trainer may take many at once.
+"""Train the clients of a node: one after the other here; another trainer may take many at once.
 
-Methods are a room above this one, so a method is seen here by the one thing that it does: it trains a task.
+Methods are in a package above this one, so all that is known of a method here is that it trains a task.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cafe_flwr.training.loop import check_finite
 
 
 class Task(Protocol):
-    """What a trainer needs to know of a client's work (``cafe_flwr.methods.LocalTask``)."""
+    """What a trainer uses of a client's task (``cafe_flwr.methods.LocalTask``)."""
 
     network: EarlyExitNetwork
     state: dict[str, Tensor]
@@ -27,7 +27,7 @@ class Task(Protocol):
 
     @property
     def rng(self) -> Callable[[str], np.random.Generator]:
-        """The client's random generator of this round for a purpose."""
+        """The client's random generator of this round, for a given purpose."""
 
 
 T = TypeVar("T", bound=Task)
@@ -55,14 +55,14 @@ class LocalTrainer(Protocol):
     at_once: int
 
     def train(self, method: Trains[T, Result], tasks: Sequence[T]) -> list[Result | Exception]:
-        """Train every task in place; for each its result, or the error that it ended with."""
+        """Train every task in place; gives, for each, its result or the error that it ended with."""
 
     def evaluate(self, networks: Sequence[EarlyExitNetwork], splits: Sequence[Split]) -> list[ExitMetrics]:
-        """Exits of every network on its split."""
+        """Metrics of every network's exits on its split."""
 
 
 class LoopTrainer:
-    """One task after the other: the reference for every other trainer."""
+    """Trains one task after the other: the reference for every other trainer."""
 
     at_once = 1
 
@@ -82,13 +82,7 @@ class LoopTrainer:
 
 
 def train_task(method: Trains[T, Result], task: T) -> Result:
-    """Train one task in place, with torch's generator seeded for networks that draw, e.g. dropout.
-
-    Raises
-    ------
-    ValueError
-        If a tensor of the task ends with NaN or infinite values.
-    """
+    """Train one task in place, with torch's generator seeded, e.g. for dropout; ValueError for NaN or infinity."""
     with seeded(int(task.rng("torch").integers(2**63))):
         result = method.train(task)
     tensors: Mapping[str, Tensor] = {**task.network.state_dict(), **task.state, **task.momentum}

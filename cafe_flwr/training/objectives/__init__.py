@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from cafe_flwr.training.objectives.registry import OBJECTIVES as OBJECTIVES
     from cafe_flwr.training.objectives.safe_kd import SafeKD as SafeKD
 
-__all__ = ["ERDE", "OBJECTIVES", "CrossEntropy", "NeoKD", "Objective", "ObjectiveState", "SafeKD"]
-
 __getattr__ = lazily(
     __name__,
     {

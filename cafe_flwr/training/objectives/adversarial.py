@@ -1,4 +1,4 @@
-"""Inputs that lead a network astray, and what NEO-KD needs beside them."""
+"""Adversarial examples, and how NEO-KD deals classes out to exits."""
 
 from __future__ import annotations
 
@@ -26,18 +26,8 @@ def adversarial_examples(
     within the range of the batch, on the mean over exits (max-average attack: Hu et al., arXiv 2002.10025). The
     parameters' gradients stay as they are.
 
-    Parameters
-    ----------
-    logits_of
-        Inputs → logits (B, C) of every exit.
-    x, y
-        A batch.
-    epsilon
-        Largest change of a value, as a share of the range (max − min) of the batch; 8/255 ≈ 0.03 is usual.
-    steps
-        Gradient steps.
-    rng
-        Of the random start.
+    ``logits_of`` gives logits (B, C) of every exit for inputs like x. ``epsilon`` is the largest change of a value, as
+    a share of the range (max − min) of the batch; 8/255 ≈ 0.03 is usual. ``rng`` draws the random start.
 
     Examples
     --------
@@ -61,7 +51,7 @@ def adversarial_examples(
 
 
 def deal_classes(batch: int, num_classes: int, num_exits: int, rng: np.random.Generator) -> Tensor:
-    """Which exit owns a class, (B, C) in 0..m−1: dealt out at random for every example, as evenly as can be.
+    """The exit that owns each class, (B, C) in 0..m−1: dealt out at random for every example, as evenly as possible.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""What an objective is: the loss of every exit of a network, and the teacher that some objectives keep.
+"""Base of objectives: the loss of every exit of a network, and the teacher that some objectives keep.
 
-An objective is a frozen dataclass of its settings, in a file of its own. What changes during a training, its teacher
-and its random numbers, is in an :class:`ObjectiveState`.
+An objective is a frozen dataclass of its settings. What changes during training, such as the teacher, is in an
+:class:`ObjectiveState`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,9 @@ from cafe_flwr.networks.early_exit import EarlyExitNetwork
 
 @dataclass
 class ObjectiveState:
-    """An objective at work in one training.
+    """State of an objective during one training.
 
-    Attributes
-    ----------
-    network
-        The one in training.
-    rng
-        For adversarial inputs.
-    average
-        The network averaged over its steps, where it teaches.
+    ``rng`` draws adversarial inputs. ``average`` is the average of ``network`` over its steps, if that is the teacher.
     """
 
     network: EarlyExitNetwork
@@ -44,22 +37,14 @@ class ObjectiveState:
         return None if self.average is None else cast(EarlyExitNetwork, self.average.module)
 
     def update(self) -> None:
-        """Called after every step, lets the teacher follow: θ^T ← d·θ^T + (1−d)·θ."""
+        """Update the teacher after a step: θ^T ← d·θ^T + (1−d)·θ."""
         if self.average is not None:
             self.average.update_parameters(self.network)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """What every exit minimises, with its settings.
-
-    Attributes
-    ----------
-    name
-        As in ``objective = "safe-kd"``.
-    is_taught
-        Whether a teacher takes part.
-    """
+    """What every exit minimises, with its settings; ``name`` is as in ``objective = "safe-kd"``."""
 
     name: ClassVar[str]
     is_taught: ClassVar[bool] = False
@@ -68,11 +53,11 @@ class Objective(ABC):
         check_settings(self)
 
     def exit_weights(self, num_exits: int) -> list[float]:
-        """Weights of the exits' losses where the method has none of its own; they sum to 1."""
+        """Weights of the exits' losses, which sum to 1, for methods without weights of their own."""
         return [1.0 / num_exits] * num_exits
 
     def init(self, network: EarlyExitNetwork, rng: np.random.Generator) -> ObjectiveState:
-        """The objective at work in one training, which starts from this network."""
+        """The state of a training that starts from this network."""
         return ObjectiveState(network, rng)
 
     @abstractmethod
@@ -95,13 +80,13 @@ class Objective(ABC):
         batch
             Inputs and labels (B,).
         logits
-            Of the network in training, (B, C) for every exit that trains; the last one is the network's last exit.
+            (B, C) of every exit in training; the last one is the network's last exit.
         exits
             Which exits these are; all if empty.
         shift
-            (C,), what the method has added to the logits; it is added to those of teacher and adversary, too.
+            (C,), what the method has added to the logits; the teacher's and the adversarial ones get it, too.
         teacher
-            (B, C): the teacher's logits, in the place of the EMA teacher's.
+            Logits (B, C) to use instead of the EMA teacher's.
         """
 
 
@@ -113,7 +98,7 @@ class TaughtObjective(Objective):
 
     ema_decay: float = setting(
         0.999,
-        "Of the EMA teacher of safe-kd and erde, a step; 1: it stays what the client received.",
+        "Decay of the EMA teacher of safe-kd and erde per step; 1: it stays as the client received it.",
         ge=0,
         le=1,
         wire="ema_decay",
@@ -123,7 +108,7 @@ class TaughtObjective(Objective):
     def init(self, network: EarlyExitNetwork, rng: np.random.Generator) -> ObjectiveState:
         """The teacher begins as a copy of the network."""
         average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(self.ema_decay), use_buffers=True).eval()
-        average.update_parameters(network)  # the first update only copies: from here on, averages
+        average.update_parameters(network)  # the first update copies, later ones average
         average.requires_grad_(False)
         return ObjectiveState(network, rng, average)
 
@@ -148,7 +133,7 @@ def exits_at(network: EarlyExitNetwork, x: Tensor, exits: Sequence[int]) -> tupl
 
 
 def logits_at(network: EarlyExitNetwork, x: Tensor, exits: Sequence[int], shift: Tensor | None = None) -> list[Tensor]:
-    """Logits (B, C) of some exits, counted from 0, plus ``shift``; no stage runs that none of them needs.
+    """Logits (B, C) of some exits, as :func:`exits_at` gives them, plus ``shift``.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""NEO-KD (NeurIPS 2023): what is learned on an input holds on an adversarial one near it, too.
+"""NEO-KD (NeurIPS 2023): what is learned on an input should hold on adversarial inputs near it, too.
 
 ½[CE(z_k, y) + CE(z̃_k, y)] + α·NKD_k + β·EOKD_k,   z̃: logits on the adversarial input
 """
@@ -33,10 +33,7 @@ class NeoKD(Objective):
         wire="adversarial_epsilon",
     )
     steps: int = setting(
-        3,
-        "Gradient steps of neo-kd's attack; each costs a pass through the network.",
-        ge=1,
-        wire="adversarial_steps",
+        3, "Gradient steps of neo-kd's attack; each costs a pass through the network.", ge=1, wire="adversarial_steps"
     )
 
     def losses(
@@ -49,7 +46,7 @@ class NeoKD(Objective):
         shift: Tensor | None = None,
         teacher: Tensor | None = None,
     ) -> Tensor:
-        """Attack the network as it is, and distil from the clean logits."""
+        """Attack the network as it is now, and distil from the clean logits."""
         exits, network, y = exits or range(len(logits)), state.network, batch[1]
         x = network.inputs(batch[0])  # an attack changes numbers, not pixels
 

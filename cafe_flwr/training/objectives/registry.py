@@ -1,4 +1,4 @@
-"""The objectives by name, and the flat names under which messages and settings carry what each of them reads."""
+"""The objectives by name, and the flat names of their settings in messages and settings files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OBJECTIVES: dict[str, type[Objective]] = {kind.name: kind for kind in (CrossEntr
 
 
 def objective_named(given: Objective | str) -> Objective:
-    """An objective as it is, or the one of a name with the settings it has by default.
+    """The objective itself, or the one of this name with default settings.
 
     Examples
     --------
@@ -44,7 +44,7 @@ def flat_fields(kind: type[Objective]) -> dict[str, Field[Any]]:
 
 
 def all_flat_fields() -> dict[str, Field[Any]]:
-    """The settings of all objectives by their flat names; what two of them read is there once."""
+    """The settings of all objectives by their flat names; settings that two of them read appear once."""
     return {name: f for kind in OBJECTIVES.values() for name, f in flat_fields(kind).items()}
 
 
@@ -55,7 +55,7 @@ def flat_settings(objective: Objective) -> dict[str, Any]:
 
 
 def objective_from(settings: Mapping[str, Any]) -> Objective:
-    """The objective that :func:`flat_settings` wrote; keys that are not its own are not looked at."""
+    """The objective that :func:`flat_settings` wrote; other objectives' keys are ignored."""
     objective = objective_named(settings["objective"])
     own = {f.name: settings[name] for name, f in flat_fields(type(objective)).items() if name in settings}
     return type(objective)(**own)

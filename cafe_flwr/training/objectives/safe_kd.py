@@ -1,4 +1,4 @@
-"""SAFE-KD (arXiv 2602.03043): a teacher by decoupled distillation, and the last exit teaches the others.
+"""SAFE-KD (arXiv 2602.03043): a teacher teaches by decoupled distillation, and the last exit teaches the others.
 
 CE(z_k, y) + α·DKD(z_k, z_m^T, y) + β·1{k<m}·τ²·KL(sg z_m ‖ z_k),   T: the network averaged over its steps
 """
@@ -59,7 +59,7 @@ class SafeKD(TaughtObjective):
         shift: Tensor | None = None,
         teacher: Tensor | None = None,
     ) -> Tensor:
-        """CE, what the teacher's last exit knows, and what the network's own last exit does."""
+        """CE, and distillation from the last exits of the teacher and of the network itself."""
         x, y = batch
         terms = cross_entropies(logits, y)
         if self.alpha:
