@@ -177,7 +177,7 @@ def test_a_long_head_is_in_nobodys_mixture_and_is_named_or_refused(tmp_path, no_
     strategy, lines, summary, _ = federate(tmp_path, change_head(factor))
     assert (lines[0]["left_out"], list(lines[0]["suspicious"])) == ({}, [str(BAD)])
     assert re.search("its norm .* times the median", lines[0]["suspicious"][str(BAD)])
-    assert "client 2 counts for next to nothing with others: its norm" in flower_log.text()
+    assert "client 2 gets almost no weight with other clients: its norm" in flower_log.text()
     for line in lines:
         assert [*line["left_out"], *line["suspicious"]] == [str(BAD)]
     for client in (0, 1, 3, 4, 5):
@@ -205,7 +205,7 @@ def test_an_unusual_head_teaches_next_to_nothing_and_is_named(tmp_path, no_repor
         assert list(line["suspicious"]) == [str(BAD)]
         expected = "largest cosine to any other is -" if factor < 0 else "its norm .* times the median"
         assert re.search(expected, line["suspicious"][str(BAD)])
-    assert "client 2 counts for next to nothing with others: its " in flower_log.text()
+    assert "client 2 gets almost no weight with other clients: its " in flower_log.text()
     plan = strategy.state.plan
     column = list(plan.weight_columns).index(BAD)
     others = [row for row, client in enumerate(plan.weight_rows) if client != BAD]

@@ -1,1 +1,1 @@
-"""The ClientApp: what a node does with the messages it gets."""
+"""The client side: a Flower ClientApp that answers messages for the clients of its node."""

@@ -1,4 +1,4 @@
-"""The client's side: a Flower ClientApp that hosts one or more clients on its node."""
+"""A Flower ClientApp that hosts one or more clients on its node."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def make_client_app(
     Parameters
     ----------
     build_network
-        ``(context) -> EarlyExitNetwork``. Called once per process; torch's random generator is seeded with the run's
-        seed before, so that all clients start from the same weights. Where clients have different modalities: a network
-        by the name of each modality, the same on all nodes (docs/modalities.md).
+        ``(context) -> EarlyExitNetwork``. Called once per process, with torch's random generator seeded by the run's
+        seed, so that all clients start from the same weights. Where clients have different modalities, it returns a
+        network by name of each modality, the same on all nodes (docs/modalities.md).
     load_data
         ``(client, context) -> ClientData``. Called once per process and client.
     modality_of
@@ -41,10 +41,10 @@ def make_client_app(
     keys
         Names of the records in messages, if the strategy was given others than Flower's.
     state_dir
-        ``(context) -> folder`` of the personal state where the node's own node-config names none; without it, the
-        user's state folder.
+        ``(context) -> folder`` of the personal state where the node-config names none; by default the user's state
+        folder.
     trainer
-        How the node's clients are trained; one after the other by default.
+        Trains the node's clients; by default one after the other.
 
     Examples
     --------
@@ -58,7 +58,7 @@ def make_client_app(
     """
     app = ClientApp()
     parts = Parts(build_network, load_data, modality_of)
-    answers = _Answers(Node(parts, keys or Keys(), state_dir or _no_choice), trainer or LoopTrainer())
+    answers = _Answers(Node(parts, keys or Keys(), state_dir or (lambda context: "")), trainer or LoopTrainer())
     setattr(app, PARTS, parts)  # for the commands that work without a server
     app.query()(answers.describe)
     app.query("initial")(answers.initial)
@@ -76,17 +76,17 @@ class _Answers:
         self.trainer = trainer
 
     def describe(self, message: Message, context: Context) -> Message:
-        """The strategy's first question."""
+        """Describe the node, as the strategy asks first."""
         info = describe(NodeContext(self.node, message, context))
         return Message(info.to_content(self.node.keys), reply_to=message)
 
     def initial(self, message: Message, context: Context) -> Message:
-        """The shared parameters every run of this seed starts from, flat."""
+        """Send the shared parameters that the seed gives, flat."""
         flat = NodeContext(self.node, message, context).process.initial()
         return Message(RecordDict({self.node.keys.arrays: ArrayRecord({FLAT: Array(flat)})}), reply_to=message)
 
     def calibrate(self, message: Message, context: Context) -> Message:
-        """A step of calibration for the clients asked for."""
+        """Answer a step of calibration."""
         from cafe_flwr.client.calibration import NodeCalibration  # SciPy takes longer to import than this to answer
 
         here = NodeContext(self.node, message, context)
@@ -94,13 +94,9 @@ class _Answers:
         return side.answer(message, self.node.keys, lambda client: here.data(client).calibration)
 
     def train(self, message: Message, context: Context) -> Message:
-        """A round."""
+        """Train the clients asked for."""
         return Message(train(NodeContext(self.node, message, context), self.trainer), reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
-        """Evaluation of personal networks, and their publication after the last round."""
+        """Evaluate personal networks; after the last round, publish them."""
         return Message(evaluate(NodeContext(self.node, message, context)), reply_to=message)
-
-
-def _no_choice(context: Context) -> str:
-    return ""

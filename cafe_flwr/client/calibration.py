@@ -1,4 +1,4 @@
-"""Calibration through Flower, the node's side: counts and thresholds are all that is told and kept."""
+"""The node's side of calibration over Flower: it sends only counts, and keeps its clients' thresholds."""
 
 from __future__ import annotations
 
@@ -23,22 +23,14 @@ STEPS = ("histogram", "counts", "certificate")
 
 
 class NodeCalibration:
-    """The node's side.
-
-    Parameters
-    ----------
-    folder
-        Of the personal networks.
-    networks
-        Get a client's weights when it is asked for.
-    """
+    """Answers steps of calibration for the personal networks in ``folder``; ``networks`` take their weights in turn."""
 
     def __init__(self, folder: Path, networks: EarlyExitNetwork | Networks) -> None:
         self.folder = folder
         self.networks = networks
 
     def answer(self, message: Message, keys: Keys, examples: Callable[[int], Split]) -> Message:
-        """Reply to one step for all clients asked for; what fails is said for each client."""
+        """Reply to one step for all clients asked for, with the reason for each client that fails."""
         config = record_of(message, keys.config, ConfigRecord)
         found: dict[str, str] = {}
         failures: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""How much of the network a client of this node holds."""
+"""How much of the network a client holds."""
 
 from __future__ import annotations
 
@@ -19,12 +19,9 @@ def held_by(
     num_exits: int,
     seed: int,
 ) -> Capacity:
-    """How much of a network a client holds: what its node says, else its share in a simulation, else all.
+    """What the node-config says; else the client's share in a simulation; else all.
 
-    Raises
-    ------
-    ValueError
-        If that is less than one exit or more than there are, or a width that is none.
+    ValueError if the number of exits or the width is out of range.
     """
     shares = read_shares(str(values_of(Heterogeneity, run_config).get("depth_shares", "")))
     if is_limited(node_config) or not shares:

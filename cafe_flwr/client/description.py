@@ -1,4 +1,4 @@
-"""What a node answers to the strategy's first question: who is here, with which network and how much data."""
+"""A node's description of itself for the strategy: its clients, their network, and how much data they have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPLITS = ("train", "calibration", "test")
 
 
 def describe(here: NodeContext) -> NodeInfo:
-    """Whom the node hosts and can serve, with what; why it cannot serve the others, in words."""
+    """The clients that the node can serve, and the reasons why it cannot serve others."""
     process, node_config = here.process, here.context.node_config
     clients, sizes, problems, models = [], [], [], []
     macs: dict[int, list[int]] = {}  # by model
@@ -64,7 +64,7 @@ def describe(here: NodeContext) -> NodeInfo:
 
 
 def _checked(here: NodeContext, client: int) -> tuple[ClientModel, ClientData, list[str]]:
-    """A client's model and data, and what is unusual about the data; ValueError if it cannot take part."""
+    """A client's model and data, and remarks on the data; ValueError if it cannot take part."""
     if here.process.trouble:
         raise ValueError(here.process.trouble)
     model, data = here.model(client), here.data(client)
@@ -75,14 +75,14 @@ def _checked(here: NodeContext, client: int) -> tuple[ClientModel, ClientData, l
 
 
 def _macs(model: ClientModel, data: ClientData, *, compiled: bool) -> list[int]:
-    from cafe_flwr.cost import macs_per_exit  # the other messages' processes need none of it
+    from cafe_flwr.cost import macs_per_exit  # imported here, since no other message needs it
 
     network = copy.deepcopy(model.network) if compiled else model.network
     return macs_per_exit(network, data.train.x[:1].to(device_of(network)))
 
 
 def kind_of(model: ClientModel, macs: Sequence[int]) -> ClientSpec:
-    """What clients with this model hold, as the server is told."""
+    """What clients with this model hold, as the server needs it."""
     depth, part = model.network.num_exits, ""
     if model.held:
         width = f" at width {model.held.width:g}" if model.held.width < 1 else ""
@@ -103,7 +103,7 @@ def _num_parameters(network: EarlyExitNetwork) -> int:
 
 
 def check_data(data: ClientData, num_classes: int) -> list[str]:
-    """What is unusual about a client's data, in words; ValueError if it cannot take part."""
+    """Remarks on unusual data of a client; ValueError if it cannot take part."""
     if not len(data.train):
         raise ValueError("its training split is empty")
     for name in SPLITS:
@@ -131,7 +131,7 @@ def check_data(data: ClientData, num_classes: int) -> list[str]:
 
 
 def check_fits(data: ClientData, input_shape: Sequence[int], num_classes: int) -> None:
-    """ValueError if a network cannot take a client's data: labels that it does not know, or another shape."""
+    """ValueError if a network cannot take a client's data: unknown labels, or inputs of another shape."""
     check_data(data, num_classes)
     for name in SPLITS:
         x = getattr(data, name).x

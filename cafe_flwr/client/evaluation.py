@@ -1,4 +1,4 @@
-"""The evaluation of personal networks on a node; after the last round they are published."""
+"""Evaluation of personal networks on a node, and their publication after the last round."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cafe_flwr.wire.evaluate import EvaluationReply, FinalReport
 
 
 def evaluate(here: NodeContext) -> RecordDict:
-    """Evaluate, and publish if asked to, the personal networks with the shared part sent; the reply's content."""
+    """Evaluate personal networks with the shared part received, publish them if asked to, and return the reply."""
     work = Assignment.read(here)
     publish = bool(here.config.get("publish"))
     reports: list[FinalReport] = []
@@ -37,7 +37,7 @@ def evaluate(here: NodeContext) -> RecordDict:
 
 
 def _evaluate(work: Assignment, client: int, data: ClientData, *, publish: bool) -> FinalReport:
-    """What a client reports of its personal network, which is published once it has been fine-tuned, if asked to."""
+    """A client's report on its personal network; with ``publish`` it is fine-tuned before and published."""
     model, request = work.models[client], work.request
     task = work.begin(client, data)
     if publish:
@@ -63,14 +63,14 @@ def _evaluate(work: Assignment, client: int, data: ClientData, *, publish: bool)
 
 
 class Evaluated(NamedTuple):
-    """What is measured of a personal network: the report, and the temperature of each exit."""
+    """Measurements of a personal network: the report, and the temperature of each exit."""
 
     report: FinalReport
     temperatures: list[float]
 
 
 def evaluate_personal(client: int, network: EarlyExitNetwork, data: ClientData, local_steps: int) -> Evaluated:
-    """Evaluation of a personal network, and the temperature of each exit, fitted on the calibration split."""
+    """Evaluate a personal network, with temperatures fitted on the calibration split."""
     calibration, test = exit_logits(network, data.calibration.x), exit_logits(network, data.test.x)
     temperatures = fit_temperatures(calibration, data.calibration.y)
     scale = torch.tensor(temperatures)[:, None, None]
@@ -96,7 +96,7 @@ def evaluate_personal(client: int, network: EarlyExitNetwork, data: ClientData, 
 def publish_personal(
     store: PersonalStore, network: EarlyExitNetwork, data: ClientData, evaluated: Evaluated, metadata: Metadata
 ) -> None:
-    """Write a client's personal network, and what is told of it, into the store's folder."""
+    """Write a client's personal network and its metadata into the store's folder."""
     tensors, (report, temperatures) = with_offset(network), evaluated
     shape = data.train.x.shape[1:]
     told = metadata.beside(network, tensors, shape, report.exits.accuracy, temperatures)

@@ -1,4 +1,4 @@
-"""The network and the method of one run on a node, and how a client's tensors get into a task and out of it."""
+"""The model of a client: network and method of a run, and how its tensors get into a task and out of it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ KINDS = ("shared", "upload", "download", "personal")  # of tensors: what travels
 
 @dataclass(frozen=True)
 class ClientModel:
-    """The network and the method of one run, with what follows from them; built once per process and kind of client.
+    """The network and the method of a run; built once per process and kind of client.
 
-    Clients of a kind take turns with one network, unless each is given one of its own.
+    Clients of a kind take turns with one network, unless each gets a copy of its own.
     """
 
     network: EarlyExitNetwork
@@ -43,20 +43,20 @@ class ClientModel:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """All that a client has: the network's tensors and those the method keeps beside them, as they start."""
-        self.network.load_state_dict(self.weights)  # whatever the process has trained before
+        """Initial values of all of a client's tensors: the network's, and those the method keeps beside them."""
+        self.network.load_state_dict(self.weights)  # undoes earlier training in this process
         extra = {name: t.cpu() for name, t in self.method.extra_tensors(self.network).items()}
         assert not extra.keys() & self.weights.keys()
         return {**self.weights, **extra}
 
     @cached_property
     def initial(self) -> dict[str, Tensor]:
-        """What a client starts from that is not shared."""
+        """Initial values of the tensors that are not shared."""
         shared = set(self.schemas["shared"].names)
         return {name: tensor for name, tensor in self.tensors.items() if name not in shared}
 
     def classifiers_at_start(self, seed: int, client: int) -> dict[str, Tensor]:
-        """What the client's personal classifiers start from, by name; empty where they start as they were built."""
+        """Initial personal classifiers of the client, by name; empty where they start as they were built."""
         personal = set(self.method.personal_names(self.network))
         names = [name for name in self.network.classifier_names() if name in personal]
         if self.method.classifier_start == "built":
@@ -65,13 +65,13 @@ class ClientModel:
 
     @cached_property
     def schemas(self) -> dict[str, Schema]:
-        """What travels, and what stays."""
+        """Schemas of the tensors that travel and of those that stay, by kind."""
         names = {kind: getattr(self.method, f"{kind}_names")(self.network) for kind in KINDS}
         return {kind: Schema.of(self.tensors, names[kind]) for kind in KINDS}
 
     @cached_property
     def shared(self) -> Schema:
-        """The shared part under the federation's names: those of a modality have its name before them."""
+        """The shared part under the federation's names, which begin with the modality, if any."""
         before = f"{self.modality}/" if self.modality else ""
         return Schema(tuple((before + name, shape) for name, shape in self.schemas["shared"].entries))
 
@@ -85,7 +85,7 @@ class ClientModel:
         *,
         apart: bool = False,
     ) -> LocalTask:
-        """The client's work of the round, with the network as it starts from it; ``apart``: one of the task's own."""
+        """The client's task of the round, with the network as it starts; ``apart``: with a copy of the network."""
         network = copy.deepcopy(self.network) if apart else self.network
         download = self._download(request, client)
         row = request.clients.index(client)
@@ -107,7 +107,7 @@ class ClientModel:
         kept = store.load(client, request.versions[row]) or {}
         if task.budget.keep_momentum:
             task.momentum = without_prefix(kept, MOMENTUM)
-        # A client may have held another part before: what it holds no longer stays away, what is new starts anew.
+        # A client may have held another part before: what it no longer holds is dropped, what is new starts anew.
         same = {name for name in kept.keys() & self.tensors.keys() if kept[name].shape == self.tensors[name].shape}
         tensors = {**self.initial, **start, **shared, **{name: kept[name] for name in same}}
         self.put(task, self.method.receive(tensors, download, task.initial, data.train))
@@ -122,9 +122,9 @@ class ClientModel:
         return self.schemas["download"].unpack(request.downloads[client])
 
     def known_start(self, request: TrainRequest, client: int, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a client without a past would start this round from: the server can tell, from what it has sent.
+        """What a client without personal state would start this round from, which the server can work out, too.
 
-        For updates since the common start: how far that is from it.
+        Tensors that are updates hold the difference between this and the common start.
         """
         initial = {**self.weights, **self.classifiers_at_start(request.seed, client)}
         start = self.method.receive({**self.initial, **initial, **shared}, self._download(request, client), initial)
@@ -136,7 +136,7 @@ class ClientModel:
         return {**start, **moved, **shared}
 
     def put(self, task: LocalTask, tensors: Mapping[str, Tensor]) -> None:
-        """Give a task these tensors: the network's into its network, the others beside it, on its device."""
+        """Load these tensors into a task: the network's into its network, the others into its state, on its device."""
         task.network.load_state_dict({name: tensors[name] for name in self.weights})
         device = device_of(task.network)
         task.state = {name: tensor.to(device) for name, tensor in tensors.items() if name not in self.weights}
@@ -147,7 +147,7 @@ class ClientModel:
 
     @contextmanager
     def deployed(self, task: LocalTask) -> Iterator[EarlyExitNetwork]:
-        """Inside, the task's network is the client's personal one, ready to be used; outside, as it was."""
+        """Turns the task's network into the client's personal one inside the block."""
         tensors = self.take(task)
         personal = self.method.deploy(tensors)
         if personal is tensors:
@@ -162,5 +162,5 @@ class ClientModel:
 
     @cached_property
     def digest(self) -> str:
-        """Fingerprint of what travels and what stays."""
+        """Fingerprint of the schemas."""
         return schema_hash(*(self.schemas[kind] for kind in KINDS))

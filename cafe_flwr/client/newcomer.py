@@ -1,8 +1,7 @@
-"""A client that comes after the run: it gets a network from what the federation left, on its own node.
+"""A client that joins after the run: it trains a personal network from the federation's package, on its own node.
 
-It starts every exit from the mean of the exit's heads in the package, or else of the last ones, and trains a few epochs
-on its own data by the method's own loss; where mixtures teach, the mean is its teacher. docs/after-the-run.md says what
-that is worth.
+Every exit starts from the package's mean head for it, or else from that of the last exit, and trains a few epochs on
+the client's own data with the method's loss; where mixtures teach, the mean is the teacher (docs/after-the-run.md).
 """
 
 from __future__ import annotations
@@ -42,13 +41,13 @@ class Newcomer:
     Attributes
     ----------
     client
-        Its number; none of those that took part.
+        Its number, which no client of the federation has.
     folder
         Its state folder; ``client-<client>.safetensors`` and ``.json`` are written there.
     epochs
         Passes over its training split; the learning rate is constant for half of them, then falls to 0.
     replace_existing
-        Overwrite a personal network that the client has there already.
+        Overwrite a personal network that is in the folder already.
     """
 
     client: int
@@ -57,7 +56,7 @@ class Newcomer:
     replace_existing: bool = False
 
     def check(self, federation: Mapping[str, Any]) -> None:
-        """ValueError if it may not join the federation of a package, or has something in its folder to lose."""
+        """ValueError if it may not join the federation of a package, or if its folder has something to lose."""
         client = self.client
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}")
@@ -79,15 +78,7 @@ class Newcomer:
 
 @dataclass(frozen=True)
 class Joined:
-    """What became of a newcomer.
-
-    Attributes
-    ----------
-    start
-        Its test examples under the shared part and the mean head, before it has trained.
-    report
-        Of the network that was published.
-    """
+    """Test metrics of a newcomer before training (``start``), and the ``report`` of its published network."""
 
     start: ExitMetrics
     report: FinalReport
@@ -104,21 +95,15 @@ def join(
 
     Parameters
     ----------
-    package
-        What the server gave.
-    newcomer
-        Who, and how.
     network
         As the clients of the federation build it, from the same seed; trained in place.
-    data
-        The newcomer's own.
     context
-        What the published metadata says of where network and data come from.
+        Origin of network and data, for the published metadata; by default the run-config of the package.
 
     Raises
     ------
     ValueError
-        Before any training, if something does not fit, or would be overwritten.
+        Before any training, if the parts do not fit together or a network would be overwritten.
     """
     run, client = package.metadata, newcomer.client
     newcomer.check(run)
@@ -142,10 +127,7 @@ def join(
 
 
 def mean_heads(teacher: Mapping[str, Tensor], network: EarlyExitNetwork) -> dict[str, Tensor]:
-    """What a newcomer's classifiers start from: the mean of the exit's own if there is one, else of the last exit's.
-
-    Nothing for exits without one whose width is not the last one's.
-    """
+    """Initial classifiers of a newcomer: the exit's mean head, else that of the last exit if the widths are equal."""
     if not teacher:
         return {}
     last, widths = network.head_names(network.num_exits - 1), network.feature_widths
@@ -160,10 +142,9 @@ def mean_heads(teacher: Mapping[str, Tensor], network: EarlyExitNetwork) -> dict
 def train_newcomer(
     model: ClientModel, package: Package, client: int, data: ClientData, epochs: int
 ) -> tuple[ExitMetrics, LocalTask]:
-    """Start from the package and train the classifiers; how good the start was, and the finished task.
+    """Train the classifiers from the package's; returns the metrics before training, and the finished task.
 
-    Every epoch is a round of local training by the method, all exits active. The backbone stays as the federation left
-    it, as it does for the clients that took part.
+    Every epoch is a round of local training by the method, all exits active. The backbone stays that of the federation.
     """
     metadata, network = package.metadata, model.network
     classifiers = network.classifier_names()
@@ -182,7 +163,7 @@ def train_newcomer(
         model.put(task, tensors)
         with frozen(network, classifiers):
             train_task(model.method, task)
-        tensors = {**{name: t.clone() for name, t in model.take(task).items()}, **backbone}  # statistics of norms, too
+        tensors = {**{name: t.clone() for name, t in model.take(task).items()}, **backbone}  # norms' statistics, too
         steps, momentum = steps + task.steps, task.momentum
     model.put(task, tensors)
     task.steps = steps

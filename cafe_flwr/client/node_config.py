@@ -1,4 +1,4 @@
-"""What a node says about itself: the keys of its node-config, which no server can change.
+"""The keys of a node's node-config, which no server can change.
 
 =============  =========================================================================================
 ``clients``    Numbers of the clients it hosts, ``"3"`` or ``"3,7"``; else Flower's ``partition-id`` counts
@@ -23,18 +23,13 @@ NodeConfig = Mapping[str, Any]
 
 
 def is_device(node: NodeConfig) -> bool:
-    """Whether the node has a configuration of its own; nodes of a simulation have a place in it, and nothing else."""
+    """Whether the node has keys of its own; nodes of a simulation only have their place in it."""
     own = {"clients", "data-dir", "state-dir", "device", "max-exit", "max-width", "name"}
     return "num-partitions" not in node or bool(node.keys() & own)
 
 
 def hosted(node: NodeConfig, num_clients: int | None) -> list[int]:
-    """Clients the node hosts: named in its node-config, or by its place in a simulation of ``num_clients``.
-
-    Raises
-    ------
-    ValueError
-        If the node-config names none, or something that is no client.
+    """Clients the node hosts, by its ``clients`` or by its place in a simulation; ValueError if these name none.
 
     Examples
     --------
@@ -58,12 +53,7 @@ def hosted(node: NodeConfig, num_clients: int | None) -> list[int]:
 
 
 def max_exit(node: NodeConfig) -> int | None:
-    """The deepest exit that the node's clients can hold, None if it does not say.
-
-    Raises
-    ------
-    ValueError
-        If it is no whole number from 1 up.
+    """The deepest exit that the node's clients can hold, None if not given; ValueError if it is no whole number ≥ 1.
 
     Examples
     --------
@@ -78,20 +68,14 @@ def max_exit(node: NodeConfig) -> int | None:
         depth = 0
     if depth < 1:
         raise ValueError(
-            f"node-config max-exit must be the number of an exit, 1 or more, got {node['max-exit']!r}: leave it away "
+            f"node-config max-exit must be the number of an exit, 1 or more, got {node['max-exit']!r}: leave it out "
             "where clients hold the whole network"
         )
     return depth
 
 
 def max_width(node: NodeConfig) -> float:
-    """The share of the width that the node's clients can hold, 1 if it does not say.
-
-    Raises
-    ------
-    ValueError
-        If it is no number above 0 and at most 1.
-    """
+    """The share of the width that the node's clients can hold, 1 if not given; ValueError if it is not in (0, 1]."""
     try:
         width = float(str(node.get("max-width", 1.0)))
     except ValueError:
@@ -104,12 +88,12 @@ def max_width(node: NodeConfig) -> float:
 
 
 def is_limited(node: NodeConfig) -> bool:
-    """Whether the node says that its clients cannot hold all."""
+    """Whether the node limits what its clients can hold."""
     return "max-exit" in node or "max-width" in node
 
 
 def name_of(node: NodeConfig) -> str:
-    """Name of the node, empty if it has none; ValueError if it is no name for a log."""
+    """Name of the node, empty if it has none; ValueError if it cannot stand in a log."""
     name = str(node.get("name", ""))
     check_name(name)
     return name
@@ -118,12 +102,8 @@ def name_of(node: NodeConfig) -> str:
 def data_folder(node: NodeConfig, client: int, clients: list[int]) -> Path:
     """Folder (or parquet file) of a client's own data.
 
-    ``data-dir`` itself where the node hosts one client and there is no ``client-<number>`` in it; else that.
-
-    Raises
-    ------
-    ValueError
-        If the node-config names no folder, or the client's is not there.
+    ``client-<number>`` in ``data-dir``, or ``data-dir`` itself if the node hosts one client and has no such folder.
+    ValueError if neither exists.
     """
     text = str(node.get("data-dir", ""))
     if not text:

@@ -1,4 +1,4 @@
-"""What a node demands before anything leaves it."""
+"""The node's own demands on privacy, compared with what the server asks for."""
 
 from __future__ import annotations
 
@@ -10,15 +10,10 @@ from cafe_flwr.wire.options import Privacy
 
 
 def stricter(asked: Privacy, node_config: Mapping[str, Any]) -> Privacy:
-    """What a node does: what the server asks for, if that is no less than the node's own node-config demands.
+    """The protection the server asks for; ValueError, with both values, if the node-config demands more.
 
     ``clip-norm`` is the largest and ``noise-multiplier`` the smallest the node accepts; ``report-metrics = false``
     withholds metrics whatever the server says.
-
-    Raises
-    ------
-    ValueError
-        If the server asks for less protection than the node demands, with both values.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What a client process builds once for a run, and the node as a message finds it."""
+"""What a client process builds once for a run, and the node's state while it answers a message."""
 
 from __future__ import annotations
 
@@ -41,22 +41,20 @@ class Parts(NamedTuple):
 
 
 class ProcessCache:
-    """What a process builds once for a run: networks, on their device, the models made of them, and clients' data.
+    """What a process builds once for a run: networks on their device, models made of them, and clients' data.
 
     Attributes
     ----------
     trouble
-        Why the device cannot be had, empty if it can: the node then answers, and none of its clients takes part.
-    networks, method, placement
-        What is built, for which method, and where it computes.
+        Why the device is not available, empty if it is: then the node answers, but none of its clients takes part.
     wholes
-        Models of whole networks by modality; the one of ``""`` where there is one only.
+        Models of whole networks by modality, ``""`` if there is only one.
     shared
-        All that the federation shares: the shared parts of the modalities, one after the other.
+        The federation's shared part: those of the modalities, one after the other.
     digest
         Fingerprint of what travels and what stays.
     data
-        Of the clients that were asked for.
+        Data loaded so far, by client.
     """
 
     def __init__(self, built: EarlyExitNetwork | Networks, method: Method, placement: Placement) -> None:
@@ -84,7 +82,7 @@ class ProcessCache:
         self._parts: dict[tuple[str, Capacity], ClientModel] = {}
 
     def model(self, modality: str, held: Capacity) -> ClientModel:
-        """For clients that hold so much of a modality's network."""
+        """The model of clients that hold this much of a modality's network."""
         whole = self.wholes[modality]
         if held == Capacity(whole.network.num_exits):
             return whole
@@ -102,13 +100,13 @@ class ProcessCache:
         return np.concatenate([whole.schemas["shared"].pack(whole.tensors) for whole in self.wholes.values()])
 
 
-# One run at a time. It lives here, in the module, because the Simulation Engine sends the ClientApp itself, pickled,
-# with every message: what the app object remembers is forgotten.
+# Holds one run at a time. It is a module global because the Simulation Engine sends a pickled ClientApp with every
+# message, so that the app object itself cannot remember anything.
 _PROCESSES: dict[Any, ProcessCache] = {}
 
 
 class Node:
-    """The node of a ClientApp: the functions it was made from, and where its clients' personal state is."""
+    """The node of a ClientApp: its parts, record names, and the folder of its clients' personal state."""
 
     def __init__(self, parts: Parts, keys: Keys, state_dir: Callable[[Context], str]) -> None:
         self.parts = parts
@@ -118,17 +116,7 @@ class Node:
 
 
 class NodeContext:
-    """The node as a message finds it: whom it hosts, with which model and data.
-
-    Attributes
-    ----------
-    node, message, context
-        Who is asked, and what came.
-    config
-        The settings in the message.
-    seed
-        Of the run.
-    """
+    """The node as it answers a message: ``config`` are the message's settings, ``seed`` is that of the run."""
 
     def __init__(self, node: Node, message: Message, context: Context) -> None:
         self.node, self.message, self.context = node, message, context
@@ -154,21 +142,21 @@ class NodeContext:
 
     @property
     def num_clients(self) -> int | None:
-        """How many clients there are, where the message says so: in a simulation."""
+        """Number of clients if the message has it, as in a simulation."""
         return int(self.config["num-clients"]) if "num-clients" in self.config else None
 
     @cached_property
     def hosted(self) -> list[int]:
-        """Clients that the node hosts; in a simulation by its place among the nodes."""
+        """Clients that the node hosts (:func:`cafe_flwr.client.node_config.hosted`)."""
         return hosted(self.context.node_config, self.num_clients)
 
     @property
     def state_folder(self) -> Path:
-        """Where the clients' personal state is."""
+        """Folder of the clients' personal state."""
         return personal_folder(self.context, self.node.state_dir(self.context))
 
     def model(self, client: int) -> ClientModel:
-        """What a client works with: the network of its modality, as much of it as it can hold."""
+        """The model of a client: the part that it can hold of its modality's network."""
         wholes = self.process.wholes
         modality = next(iter(wholes))
         if len(wholes) > 1:

@@ -1,4 +1,4 @@
-"""A round on a node: evaluate, train and evaluate again every client asked for; one reply for all."""
+"""A training round on a node: every client asked for is evaluated, trained and evaluated again; one reply for all."""
 
 from __future__ import annotations
 
@@ -37,26 +37,22 @@ from cafe_flwr.wire.train import TrainReply, TrainRequest
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a message asks of the node's clients, and what is needed for it.
+    """A request to the node's clients, and what is needed for it.
 
     Attributes
     ----------
-    here
-        The node.
     request
-        What is asked, with the node's own demands on privacy.
+        The request, with the node's own demands on privacy.
     store
-        Of the clients' personal tensors.
-    models
-        What each client works with.
+        Store of the clients' personal tensors.
     view
         Which values of the federation's shared part came with the message.
     tensors
-        Shared tensors by client; of clients with one model, the same.
+        Shared tensors by client; clients with one model have the same ones.
     failures
-        Clients that could not do it and why, filled as the work goes on.
+        Clients that failed and why, filled as the work goes on.
     exhausted
-        Errors of clients whose memory ran out, until it is freed.
+        Errors of clients that ran out of memory, until it is freed.
     """
 
     here: NodeContext
@@ -70,7 +66,7 @@ class Assignment:
 
     @classmethod
     def read(cls, here: NodeContext) -> Assignment:
-        """From a message; ValueError if it does not fit the node's network, or asks for what the node refuses."""
+        """Read a message; ValueError if it does not fit the node's network, or the node demands more privacy."""
         message, keys, process = here.message, here.node.keys, here.process
         models = {client: here.model(client) for client in clients_in(message, keys)}
         view = SharedSlice(process.shared, [model.shared for model in models.values()])
@@ -92,12 +88,12 @@ class Assignment:
         return cls(here, request, store, models, view, {c: unpacked[id(model)] for c, model in models.items()})
 
     def begin(self, client: int, data: ClientData, *, apart: bool = False) -> LocalTask:
-        """A client's task, as it starts into the round; ``apart``: with a network of its own."""
+        """A client's task at the start of the round; ``apart``: with a network of its own."""
         return self.models[client].begin(self.request, client, self.tensors[client], self.store, data, apart=apart)
 
     @contextmanager
     def trying(self, client: int, otherwise: str) -> Iterator[None]:
-        """Inside, an error is this client's alone: it is logged (``otherwise``) and told to the server."""
+        """Turns an error inside the block into a failure of this client: it is logged (``otherwise``) and reported."""
         device = device_of(self.models[client].network)
         try:
             yield
@@ -108,7 +104,7 @@ class Assignment:
                 self.exhausted[client] = error
 
     def free_memory(self) -> None:
-        """After memory has run out: let go of what the errors hold on to, and of what PyTorch keeps for later."""
+        """After running out of memory: clear what the errors refer to, and PyTorch's cache."""
         while self.exhausted:
             client, error = self.exhausted.popitem()
             traceback.clear_frames(error.__traceback__)
@@ -116,7 +112,7 @@ class Assignment:
 
 
 def train(here: NodeContext, trainer: LocalTrainer) -> RecordDict:
-    """The round of all clients that a message asks for, ``trainer.at_once`` of them at a time; the reply's content."""
+    """Train the clients a message asks for, ``trainer.at_once`` of them at a time, and return the reply."""
     work = Assignment.read(here)
     clients, done = work.request.clients, list[tuple[ClientReport, NDArray[np.float32]]]()
     for start in range(0, len(clients), trainer.at_once):
@@ -126,7 +122,7 @@ def train(here: NodeContext, trainer: LocalTrainer) -> RecordDict:
 
 
 def _reply(work: Assignment, done: Sequence[tuple[ClientReport, NDArray[np.float32]]]) -> RecordDict:
-    """What the clients report, and their shared parts: the one's own, or the weighted sum over several."""
+    """The clients' reports, and the shared part of one client or the weighted sum over several."""
     request, reports = work.request, [report for report, _ in done]
     view = SharedSlice(work.here.process.shared, [work.models[report.client].shared for report in reports])
     weights = [1 if request.uniform_weights else report.num_examples for report in reports]
@@ -153,13 +149,13 @@ class _Started(NamedTuple):
     data: ClientData
     task: LocalTask
     before: ExitMetrics
-    seconds: float  # of evaluation
+    seconds: float  # of the evaluation
 
 
 def _train_together(
     work: Assignment, clients: Sequence[int], trainer: LocalTrainer
 ) -> list[tuple[ClientReport, NDArray[np.float32]]]:
-    """Reports of the clients that finish, and their shared parts, flat."""
+    """Reports and flat shared parts of the clients that finish."""
     otherwise = f"failed in round {work.request.server_round}"
     started: dict[int, _Started] = {}
     done = []
@@ -182,7 +178,7 @@ def _train_together(
 
 
 def _start(work: Assignment, client: int, data: ClientData, trainer: LocalTrainer, *, apart: bool) -> _Started:
-    """A client that is ready to train, measured as it starts."""
+    """A client that is ready to train, evaluated as it starts."""
     work.store.check_current(client, work.request.server_round)
     task = work.begin(client, data, apart=apart)
     begin = time.perf_counter()
@@ -193,10 +189,7 @@ def _start(work: Assignment, client: int, data: ClientData, trainer: LocalTraine
 def _finish(
     work: Assignment, client: int, started: _Started, result: LocalResult, seconds: float, trainer: LocalTrainer
 ) -> tuple[ClientReport, NDArray[np.float32]]:
-    """Measure and keep what a client has learned; its report, and its shared part, flat.
-
-    Its new personal state is on disk when this returns, and only then.
-    """
+    """Evaluate a trained client and save its personal state; returns its report and flat shared part."""
     data, task, before, seconds_before = started
     model, request = work.models[client], work.request
     begin = time.perf_counter()
@@ -229,7 +222,7 @@ def _finish(
 
 
 def _measure(work: Assignment, client: int, task: LocalTask, data: ClientData, trainer: LocalTrainer) -> ExitMetrics:
-    """Exits of the client's personal network on its test split, if the server asks and the client tells."""
+    """Metrics of the personal network on the test split; unknown if the server or the client does not want them."""
     if not (work.request.evaluate and work.request.privacy.report_metrics):
         return ExitMetrics.unknown(task.network.num_exits)
     with work.models[client].deployed(task) as network:
@@ -237,7 +230,7 @@ def _measure(work: Assignment, client: int, task: LocalTask, data: ClientData, t
 
 
 def _released(work: Assignment, client: int, tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
-    """The client's shared part and its upload, flat, as they leave it: clipped and noised if the request says so."""
+    """The flat shared part and upload that leave the client, clipped and noised if the request asks for it."""
     model, request = work.models[client], work.request
     flat = {kind: model.schemas[kind].pack(tensors) for kind in ("shared", "upload")}
     privacy = request.privacy

@@ -1,4 +1,4 @@
-"""Methods of federated learning, one file each, both halves."""
+"""Methods of federated learning, one file each, with its server half and its client half."""
 
 from typing import TYPE_CHECKING
 
@@ -18,20 +18,6 @@ if TYPE_CHECKING:
     from cafe_flwr.methods.server import ServerRound as ServerRound
     from cafe_flwr.methods.server import joined_plans as joined_plans
 
-__all__ = [
-    "METHODS",
-    "CafeDistillMethod",
-    "ClientRecord",
-    "Conclusion",
-    "LocalResult",
-    "LocalTask",
-    "Method",
-    "RoundPlan",
-    "ServerRound",
-    "joined_plans",
-    "setting",
-    "settings_of",
-]
 
 __getattr__ = lazily(
     __name__,

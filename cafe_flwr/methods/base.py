@@ -1,4 +1,4 @@
-"""What a method of federated learning is: which tensors travel, what a client minimises, what the server combines."""
+"""Base class of methods: which tensors travel, what a client minimises, and what the server combines."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cafe_flwr.core.options import check_settings, section
-from cafe_flwr.core.options import setting as setting  # methods declare their settings with it
+from cafe_flwr.core.options import check_settings, section, setting
 from cafe_flwr.data.split import Split
 from cafe_flwr.methods.client import LocalResult, LocalTask, Tensors
 from cafe_flwr.methods.server import ClientRecord, Conclusion, RoundPlan, ServerRound
@@ -31,7 +30,7 @@ from cafe_flwr.wire.capacity import ClientSpec
 
 
 class _ByName:
-    """Lets the constructor of a method take its objective by name; what is read is the objective."""
+    """Attribute that may be set to the name of an objective, and is read as the objective."""
 
     def __get__(self, method: Method | None, kind: type[Method]) -> Objective:
         return CrossEntropy() if method is None else vars(method)["objective"]
@@ -43,7 +42,7 @@ class _ByName:
 @section("")
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveName:
-    """How the name of a method's objective is declared."""
+    """Declares the setting that names a method's objective."""
 
     objective: str = setting(
         "cross-entropy",
@@ -58,25 +57,23 @@ class ObjectiveName:
 class Method:
     """Both halves of a method; a subclass is a frozen dataclass of the method's own settings, in a file of its own.
 
-    As it stands here it is FedPer: the backbone is averaged, the classifiers are personal, all exits train on the mean
-    of their cross-entropies. A method overrides what it does otherwise: first *what travels* (the four lists of names),
-    then the *server half* (``plan``), then the *client half* (``receive``, ``train`` or just ``loss``, ``deploy``).
-    docs/methods.md shows how to add one.
-
-    Settings are scalars, made with :func:`setting`: they travel to the clients, which build the same object from them.
+    The base class is FedPer: the backbone is averaged, the classifiers are personal, and all exits train on the mean of
+    their cross-entropies. A method overrides what it does differently: *what travels* (the four lists of names), the
+    *server half* (``plan``), the *client half* (``receive``, ``train`` or just ``loss``, ``deploy``). docs/methods.md
+    shows how to add one. Settings are scalars, made with :func:`setting`: clients build the same object from them.
 
     Attributes
     ----------
     name
-        Of the method, as in ``method = "fedper"``; and of the table of its own settings.
+        As in ``method = "fedper"``, and of the table of the method's own settings.
     refuses
-        Settings of every method that this one cannot take, with the reason.
+        Common settings that this method cannot take, with the reason.
     phases
-        Things it trains one after the other in a round, which share the round's steps if ``equal_steps``.
+        Number of phases of a round's training; they share the round's steps if ``equal_steps``.
     objective
         What a client minimises at every exit: an :class:`cafe_flwr.training.objectives.Objective`, or its name.
     prior, distill, equal_steps, classifier_start
-        Settings of every method.
+        Common settings of all methods.
     """
 
     name: ClassVar[str]
@@ -88,7 +85,7 @@ class Method:
     distill: bool = setting(False, "Let the mean of a client's exits teach each of them (temperature 3).")
     equal_steps: bool = setting(
         True,
-        "Methods that train two things in a round share the round's steps; false: each takes all, as published.",
+        "Methods with two phases a round share its steps between them; false: each phase takes all, as published.",
         compare="own",
     )
     classifier_start: str = setting(
@@ -110,17 +107,15 @@ class Method:
         return self.objective.is_taught
 
     def unread(self) -> set[str]:
-        """Which of :func:`settings_of` the objective chosen leaves unread."""
+        """Names of :func:`settings_of` that the chosen objective does not use."""
         return all_flat_fields().keys() - flat_fields(type(self.objective)).keys()
 
-    # --- what travels ---
-
     def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
-        """Tensors a client has beside its network's, with what they start from."""
+        """Initial values of tensors a client has beside its network's."""
         return {}
 
     def shared_names(self, network: EarlyExitNetwork) -> list[str]:
-        """Tensors that are averaged over clients, by their examples."""
+        """Tensors that are averaged over clients, weighted by their examples."""
         return network.shared_names()
 
     def personal_names(self, network: EarlyExitNetwork) -> list[str]:
@@ -128,46 +123,34 @@ class Method:
         return network.personal_names()
 
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
-        """Tensors each client sends as its own, not averaged."""
+        """Tensors that each client sends without averaging."""
         return []
 
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
-        """Names and shapes of what a client receives as its own."""
+        """Tensors that a client alone receives; they have the shapes of the client's tensors of these names."""
         return []
 
     def check(self, network: EarlyExitNetwork) -> None:
         """Raise ValueError if the method cannot run with this network."""
 
-    # --- server half ---
-
     def comparable(self, kind: ClientSpec) -> Hashable:
-        """Clients learn from one another whose kinds give the same here; by default, those with the same network."""
+        """A key: clients learn from one another if it is equal; by default, if they have the same network."""
         return kind.name
 
     def uniform_weights(self, unequal: bool) -> bool:
-        """Whether clients count alike in the average of what is shared; by default they count by their examples.
-
-        ``unequal``: some clients hold a part of the network only.
-        """
+        """Whether clients weigh the same in the average, and not by examples; ``unequal``: some hold only a part."""
         return False
 
     def plan(self, task: ServerRound) -> RoundPlan:
-        """What the participants are told. By default: train all exits."""
+        """What the participants train and receive; by default they train all exits."""
         return RoundPlan(task.all_exits)
 
     def conclude(self, task: ServerRound, plan: RoundPlan, records: Mapping[int, ClientRecord]) -> Conclusion:
-        """What is kept of a round. By default: the reports as they are.
+        """What the server keeps of a round's reports (``records``, by client); by default all of them, unchanged.
 
-        Parameters
-        ----------
-        task, plan
-            As the round was planned; ``task.known`` is from before the round.
-        records
-            Of the participants that reported well.
+        ``task`` and ``plan`` are those of the planning: ``task.known`` is from before the round.
         """
         return Conclusion(records, task.pairs, plan)
-
-    # --- client half ---
 
     def receive(self, tensors: Tensors, download: Tensors, initial: Tensors, data: Split | None = None) -> Tensors:
         """The client's tensors at the start of a round.
@@ -175,13 +158,13 @@ class Method:
         Parameters
         ----------
         tensors
-            The shared ones as averaged, the personal ones as left.
+            The averaged shared ones, and the personal ones of the client's last round.
         download
-            What the server sent to this client alone; empty if nothing.
+            What the server sent to this client alone; may be empty.
         initial
-            The weights that the client's network started from.
+            Initial weights of the client's network.
         data
-            Its training split; None where the server must know the outcome: then what does not depend on it.
+            Its training split; None to get a result that does not depend on it, which the server can work out.
         """
         return tensors
 
@@ -190,7 +173,7 @@ class Method:
         return LocalResult(task.run(lambda x, y: self.loss(task, x, y)))
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
-        """Loss of a batch: by default the mean over exits of the cross-entropy."""
+        """Loss of a batch; by default the mean over exits of the cross-entropy."""
         return self.exits_loss(task, x, y, task.network(x))
 
     def exits_loss(
@@ -203,10 +186,10 @@ class Method:
         *,
         shift: Tensor | None = None,
     ) -> Tensor:
-        """Σ_k a_k CE(z_k, y) of all exits, or another objective's terms in the place of the cross-entropies.
+        """Σ_k a_k CE(z_k, y) over all exits, or with another objective's terms instead of cross-entropies.
 
-        a_k are the objective's weights, 1/m for cross-entropy, unless given; with ``distill``, self-distillation is
-        added with the same weights. ``shift`` is what the method has added to the logits.
+        a_k are ``weights``, by default the objective's (1/m for cross-entropy). ``distill`` adds self-distillation with
+        the same weights. ``shift`` is what the method has added to the logits.
         """
         weights = weights or self.objective.exit_weights(len(logits))
         terms = self.exit_terms(task, x, y, logits, shift=shift)
@@ -225,17 +208,17 @@ class Method:
         shift: Tensor | None = None,
         teacher: Tensor | None = None,
     ) -> Tensor:
-        """What every exit minimises, (m,): its cross-entropy, or its loss of another objective."""
+        """Loss of every exit, (m,): its cross-entropy, or that of another objective."""
         if task.objective_state is None:
             task.objective_state = self.objective.init(task.network, task.rng(f"objective {task.steps}"))
         return self.objective.losses(task.objective_state, (x, y), logits, exits=exits, shift=shift, teacher=teacher)
 
     def offset(self, data: Split, num_classes: int) -> Tensor | None:
-        """What is added to the client's logits at every exit, in training and after: its log-prior, or nothing."""
+        """What is added to the client's logits at every exit, in training and after; None if nothing."""
         return log_prior(class_counts(data.y, num_classes)) if self.prior else None
 
     def deploy(self, tensors: Tensors) -> Tensors:
-        """The tensors of the client's personal network, under the network's names, from all that the client has."""
+        """The personal network, under the network's names, from all tensors of the client."""
         return tensors
 
     def finish(self, task: LocalTask) -> None:
@@ -247,7 +230,7 @@ class Method:
 
 
 def check_equal_exits(network: EarlyExitNetwork, what: str, advice: str) -> None:
-    """ValueError, with the advice, where what is asked for compares exits and theirs have different widths."""
+    """ValueError, with the advice, if the exits have different widths, since ``what`` compares exits."""
     widths = network.feature_widths
     if len(set(widths)) > 1:
         raise ValueError(
@@ -256,18 +239,18 @@ def check_equal_exits(network: EarlyExitNetwork, what: str, advice: str) -> None
 
 
 def check_selection(network: EarlyExitNetwork, selection: str, key: str) -> None:
-    """ValueError where students are ordered by cosines of classifiers that cannot be taken; ``key`` is what to set."""
+    """ValueError if students are to be ordered by cosines of classifiers of different widths; ``key``: what to set."""
     if selection in ("shallow-first", "deep-first"):
         what = f"selection = {selection!r} by the cosine of an exit's classifier and the last one's"
         check_equal_exits(network, what, f"set {key} to 'none' or 'random'")
 
 
 def settings_of(method: Method) -> dict[str, Any]:
-    """The method's settings as they travel, by name: those of its objective under flat names, then its own."""
+    """The method's settings by name, as they travel: its objective's under flat names, then its own."""
     own = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "objective"}
     return flat_settings(method.objective) | own
 
 
 def phase(method: Method, number: int) -> tuple[int, int]:
-    """Which part of the round's steps a phase of a method takes: its share, or all of them as published."""
+    """The part of the round's steps that a phase takes: its share, or (0, 1), all of them, as published."""
     return (number, method.phases) if method.equal_steps else (0, 1)

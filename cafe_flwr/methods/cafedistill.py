@@ -1,10 +1,11 @@
 """CAFEDistill as its authors run it (arXiv 2601.10015; *Federated Personalization of Early-Exit Networks*, CIKM 2026).
 
-Student exits join shallow first and on the clients in least conflict first, and learn from the client's own last exit;
-the last classifiers of clients whose training agrees are mixed, and the mixture becomes the client's own.
+Student exits begin to train in order of depth, first on the clients with the least conflict, and learn from the
+client's own last exit. The last classifiers of clients with similar updates are mixed; each client goes on from its
+mixture.
 
     server, round t                                          client i, round t
-      C ← min(S, 0) of the participants                        h_i^m ← h̄_i, the mixture that waited
+      C ← min(S, 0) of the participants                        h_i^m ← h̄_i of the last round
       R ← clip( (2t/T)(1 − 1/m) + ΣC/n², 0, 1 − 1/m )          minimise 1/m [ Σ_{k<ℓ} CE(z_k, y) + CE(z_m, y) ]
       ℓ ← ⌊R·m·n⌋ exits, least conflict Σ_j C_ij first             + λ Σ_{k≤ℓ} τ² KL( sg z_m/τ ‖ z_k/τ )
       send shared part, h̄_i, ℓ_i                               send shared part, h_i^m; keep the other classifiers
@@ -13,7 +14,7 @@ the last classifiers of clients whose training agrees are mixed, and the mixture
       w_i ← argmin_{w∈Δ} −Σ_j S_ij w_j + μ‖w − 1/n‖²
       h̄_i ← Σ_j w_ij h_j^m, all at once
 
-Written from the formulas; docs/method.md says what the code settled, and which slips of it are not copied.
+docs/method.md says what was taken from the authors' code, and which mistakes of it are not copied.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class CafeDistillMethod(Method):
     temperature: float = setting(2.0, "τ of distillation.", key="temperature", gt=0)
     conflict: str = setting(
         "clients",
-        "What orders students and slows them down: cosines between the updates of clients, as released, or of each "
-        "student exit and the last exit of a client.",
+        "Conflict that orders students and slows them down: cosines between the updates of clients, as released, or "
+        "between each student exit and the last exit of a client.",
         choices=("clients", "exits"),
     )
     selection: str = setting(
@@ -72,8 +73,8 @@ class CafeDistillMethod(Method):
     )
     match_by: str = setting(
         "updates",
-        "Whether clients are matched by what they made of the classifier in the round, or ('parameters', an ablation) "
-        "by the classifier itself.",
+        "Match clients by the updates of their classifiers in the round, or ('parameters', an ablation) by the "
+        "classifiers themselves.",
         choices=("updates", "parameters"),
     )
     write_back: bool = setting(
@@ -91,29 +92,25 @@ class CafeDistillMethod(Method):
                 "Set it to zero, common or own"
             )
 
-    # --- what travels ---
-
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
         """The last exit's classifier."""
         return network.head_names(network.num_exits - 1)
 
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
-        """The mixture, under the names of what is sent."""
+        """The mixture, under the names of the upload."""
         return self.upload_names(network)
 
     def check(self, network: EarlyExitNetwork) -> None:
-        """Exits of one network are compared by one variant only."""
+        """Only ``conflict = "exits"`` compares exits of one network."""
         if self.conflict == "exits":
             check_equal_exits(network, "conflict = 'exits'", "set conflict to 'clients'")
 
-    # --- server half ---
-
     def comparable(self, kind: ClientSpec) -> Hashable:
-        """Those who send the same classifiers: exit k is mixed with exit k."""
+        """Clients that send the same classifiers: exit k is mixed with exit k."""
         return kind.upload.entries
 
     def plan(self, task: ServerRound) -> RoundPlan:
-        """Coordinate the students, and hand out the mixtures that wait."""
+        """Choose the active students, and send the mixtures of the last round."""
         clients = task.participants
         levels = np.array([task.known[c].level if c in task.known else 0 for c in clients], dtype=np.int64)
         if self.selection == "none":
@@ -132,7 +129,7 @@ class CafeDistillMethod(Method):
         return RoundPlan(active, dict(zip(pupils, waiting, strict=True)))
 
     def _agreement(self, task: ServerRound) -> tuple[NDArray[np.float64], float]:
-        """How little each participant's exits are in conflict, (n, m−1), and the mean of all conflicts; both ≤ 0."""
+        """Agreement of each participant's exits, (n, m−1), and the mean of all conflicts; both ≤ 0."""
         if self.conflict == "exits":
             conflicts = np.minimum(np.nan_to_num(task.reported_similarity), 0.0)
             return conflicts, float(conflicts.mean()) if conflicts.size else 0.0
@@ -141,7 +138,7 @@ class CafeDistillMethod(Method):
         return sums, float(conflicts.mean())
 
     def conclude(self, task: ServerRound, plan: RoundPlan, records: Mapping[int, ClientRecord]) -> Conclusion:
-        """Match those who have trained, and mix what they sent; the mixtures wait in their records."""
+        """Match the clients that trained, and mix their uploads; the records keep the mixtures for the next request."""
         clients = sorted(records)
         after = np.stack([records[client].upload for client in clients])
         before = np.stack([self._sent(task, client) for client in clients])
@@ -168,10 +165,10 @@ class CafeDistillMethod(Method):
     def _mix(
         self, task: ServerRound, sent: NDArray[np.float32], similarity: NDArray[np.float64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float64], dict[int, str]]:
-        """Mixtures of what clients sent (n, values), all at once; the weights (n, n); doubtful rows with the reason.
+        """Mixtures of uploads (n, values), the weights (n, n), and suspicious rows with the reason.
 
-        Doubtful is a norm, not a direction: classifiers that start at zero have little in common in the first rounds,
-        and whose update points elsewhere is given no weight anyway.
+        Only norms are suspicious here, not directions: classifiers that start at zero have little in common in the
+        first rounds, and an update of another direction gets no weight anyway.
         """
         uniform = np.full(len(sent), 1.0 / len(sent))
         weights = teacher_weights(similarity, uniform, self.mu, self.solver)
@@ -181,17 +178,15 @@ class CafeDistillMethod(Method):
 
     @staticmethod
     def _last(task: ServerRound) -> slice:
-        """Where the last exit's weight and bias are in what clients send."""
+        """Place of the last exit's weight and bias in an upload."""
         return slice(-sum(task.upload.sizes[-2:]), None)
 
     def _sent(self, task: ServerRound, client: int) -> NDArray[np.float32]:
-        """What the client began the round with of what it sends: the mixture it was sent, or its start."""
+        """What the client's upload was at the start of the round: the mixture it received, or its initial value."""
         if client in task.known:
             return task.known[client].upload
         start = classifier_start(task.upload.entries, self.classifier_start, task.seed, client)
         return Schema(task.upload.entries).pack(start)
-
-    # --- client half ---
 
     def receive(self, tensors: Tensors, download: Tensors, initial: Tensors, data: Split | None = None) -> Tensors:
         """The mixture becomes the client's own last classifier."""
@@ -200,8 +195,8 @@ class CafeDistillMethod(Method):
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
         """L = (1/m) [ Σ_{k<ℓ} CE(z_k, y) + CE(z_{m−1}, y) ] + λ Σ_{k≤ℓ} τ² KL( sm(sg z_{m−1}/τ) ‖ sm(z_k/τ) ).
 
-        sm is the softmax. Exits count from 0; those above the level ℓ, but the last, are not even computed. The
-        deepest student only learns from the last exit. Another objective's terms take the place of cross-entropies.
+        sm is the softmax. Exits count from 0; those above the level ℓ, but the last, are not computed. The deepest
+        student learns only from the last exit. Another objective's terms take the place of the cross-entropies.
         """
         network, exits = task.network, task.training_exits
         features, logits = exits_at(network, x, exits)

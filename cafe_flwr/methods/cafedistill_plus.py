@@ -1,12 +1,12 @@
-"""CAFEDistill with the classifiers of *all* exits mixed, each class as far as the client has too few examples of it.
+"""CAFEDistill with the classifiers of *all* exits mixed, the more in a class the fewer examples the client has of it.
 
     as cafedistill, and                                      client i, round t
       h̄_i^k ← Σ_j w_ij h_j^k, every exit k                     h_ic^k ← v_ic h̄_ic^k + (1 − v_ic) h_ic^k, class c
                                                                v_ic = κ / (κ + n_ic + n_i/C)
 
-Ours: the weights are those of cafedistill, from the updates of the last classifier. A client that has seen a class
-often keeps what it has learnt of it; what it has hardly seen it takes from others. The counts never leave the client.
-docs/method.md has the reasons, docs/evidence.md what helped and what did not.
+Ours: the weights w are those of cafedistill. A client keeps what it has learnt of classes that it has seen often, and
+takes rare ones from others. The counts never leave the client. docs/method.md has the reasons, docs/evidence.md what
+helped and what did not.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class CafeDistillPlus(CafeDistillMethod):
         return network.classifier_names()
 
     def receive(self, tensors: Tensors, download: Tensors, initial: Tensors, data: Split | None = None) -> Tensors:
-        """The mixtures become the client's own classifiers, class by class as far as they know more than it does."""
+        """Move the client's classifiers to the mixtures, class by class by :meth:`mixture_share`."""
         if not self.write_back or not download:
             return tensors
         if data is None:

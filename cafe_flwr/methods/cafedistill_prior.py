@@ -1,6 +1,6 @@
-"""What a class looks like is shared class by class, how frequent it is stays with the client; a variant of ours.
+"""A variant of ours with classifiers shared class by class; class frequencies enter as each client's own log-prior.
 
-Built on ``cafedistill-text``, with a log-prior; until 0.1.0 its name was ``cafedistill-plus``.
+Built on ``cafedistill-text``; until 0.1.0 its name was ``cafedistill-plus``.
 
     server, round t                                            client i, round t
       for every class c, over the clients that have it:          h_i^k ← h_i^k + ρ (T_i^k − h_i^k), every exit
@@ -51,9 +51,7 @@ class CafeDistillPrior(Method):
     refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
 
     classifier_start: str = setting(
-        "built",
-        "As for all methods; here updates since it are sent.",
-        choices=("built",),
+        "built", "As for all methods; here fixed, since updates from it are sent.", choices=("built",)
     )
     prior: bool = setting(True, "Add the log of the client's own class shares to its logits, in training and after.")
     mu: float = setting(0.1, "μ of class-wise matching: small = those most like oneself, large = all.", gt=0)
@@ -86,13 +84,11 @@ class CafeDistillPrior(Method):
             )
 
     def check(self, network: EarlyExitNetwork) -> None:
-        """Class means of all exits are one tensor, and the order of students is by classifiers: both of one width."""
+        """Class means are one tensor, and students are ordered by classifiers: both need exits of one width."""
         check_selection(network, self.selection, f"{self.name}.selection")
         if self.match_by == "features":
             key = f"{self.name}.match-by"
             check_equal_exits(network, f"{key} = 'features'", f"set {key} to 'classifiers'")
-
-    # --- what travels ---
 
     def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
         """The client's own backbone, its classifiers' update since the common start, class means and counts."""
@@ -109,7 +105,7 @@ class CafeDistillPrior(Method):
         return [*network.personal_names(), *(_OWN + name for name in network.shared_names())]
 
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
-        """What the client has made of the classifiers of all exits since the common start, class means and counts."""
+        """The updates of all classifiers since the common start, class means and counts."""
         means, counts = self.match_by == "features", self.counts != "none"
         return [*self.download_names(network), *([_MEANS] if means else []), *([_COUNTS] if counts else [])]
 
@@ -117,10 +113,8 @@ class CafeDistillPrior(Method):
         """The matched classifiers of all exits, as updates since the common start."""
         return [UPDATE + name for name in network.classifier_names()]
 
-    # --- server half ---
-
     def plan(self, task: ServerRound) -> RoundPlan:
-        """Coordinate the students, and match classifiers class by class."""
+        """Choose the active students, and match classifiers class by class."""
         active = active_exits(
             min(task.server_round, task.num_rounds),
             task.num_rounds,
@@ -154,11 +148,9 @@ class CafeDistillPrior(Method):
         flat = np.concatenate([piece.reshape(len(pupils), -1) for piece in pieces], axis=1)
         return RoundPlan(active, dict(zip(pupils, flat, strict=True)), weights, pupils, clients)
 
-    # --- client half ---
-
     def receive(self, tensors: Tensors, download: Tensors, initial: Tensors, data: Split | None = None) -> Tensors:
         """Pull the own classifiers towards those matched, and the own backbone towards the average."""
-        if not download:  # nothing of its own yet that is worth keeping
+        if not download:  # it has not trained yet
             return tensors
         matched = add_updates(initial, download)
         classifiers = {name: torch.lerp(tensors[name], t, self.pull) for name, t in matched.items()}
@@ -167,11 +159,11 @@ class CafeDistillPrior(Method):
         return {**tensors, **classifiers, **backbone}
 
     def train(self, task: LocalTask) -> LocalResult:
-        """Minimise the local loss; then describe the classes."""
+        """Minimise the local loss; then compute class means and counts."""
         result = task.run(lambda x, y: self.loss(task, x, y))
         if self.counts != "none":
             counts = class_counts(task.data.y, task.network.num_classes)
-            if self.counts == "noised":  # the same noise whenever it is asked for: it cannot be averaged away
+            if self.counts == "noised":  # repeated noise cannot be averaged away
                 counts = noised(counts, self.count_epsilon, task.private_rng(f"class counts {self.count_epsilon}"))
             task.state[_COUNTS] = counts
         if self.match_by == "features":
@@ -182,7 +174,7 @@ class CafeDistillPrior(Method):
         return LocalResult(result, classifier_similarity(task.network))
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropies of the active exits and the last, and what they have still to learn from all of them."""
+        """Cross-entropies and self-distillation of the active exits and the last."""
         exits = task.training_exits
         logits = logits_at(task.network, x, exits)
         total = self.exit_terms(task, x, y, logits, exits=exits).sum()
@@ -193,13 +185,13 @@ class CafeDistillPrior(Method):
 
 
 def class_means(network: EarlyExitNetwork, data: Split) -> Tensor:
-    """Mean features of every class less the mean of all examples, (m, C, d); 0 for classes that are not there."""
+    """Mean features of every class minus the mean of all examples, (m, C, d); 0 for absent classes."""
     phi = exit_features(network, data.x)
     phi = phi - phi.mean(dim=1, keepdim=True)
     counts = class_counts(data.y, network.num_classes).clamp_min(1.0)
     sums = class_sums(phi, data.y, network.num_classes)
     means = sums / counts[:, None]
-    # Of a single class the difference is rounding noise, which must not be taken for a direction.
+    # With a single class the difference is rounding noise, which has no meaningful direction.
     noise = means.norm(dim=2, keepdim=True) < 1e-4 * sums.shape[2] ** 0.5
     return means.masked_fill(noise, 0.0)
 
@@ -217,22 +209,20 @@ def match_classes(
     Parameters
     ----------
     updates
-        (clients, C, values): what each client has changed in its classifiers since the common start, class by class.
+        (clients, C, values): updates of the clients' classifiers since the common start, class by class.
     described
-        (clients, C, values): what S_ij^c is the cosine of.
+        (clients, C, values): S_ij^c is the cosine of these.
     counts
         n_jc, (clients, C), 0 or more.
     rows
         Clients to mix for.
-    mu
-        μ > 0.
-    same_above
-        Similarities above this count as 1.
+    mu, same_above
+        μ > 0; similarities above ``same_above`` count as 1.
 
     Returns
     -------
-    Mixed updates, (rows, C, values), a client's own for classes that nobody has; and the weights a row gives to every
-    client, mean over classes by their frequency, (rows, clients).
+    Mixed updates, (rows, C, values), a client's own for classes that nobody has; and weights (rows, clients), averaged
+    over classes by their frequency.
 
     Examples
     --------

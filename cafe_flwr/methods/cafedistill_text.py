@@ -1,8 +1,8 @@
 """CAFEDistill as read from the paper's abstract, before its authors' code was public; kept as an ablation.
 
-Student exits join shallow first and least conflicting first, and learn from the last exits of similar clients. The
-mixture only teaches: unlike in the published method (:mod:`cafe_flwr.methods.cafedistill`) it does not become the
-client's own classifier, and clients are matched by their classifiers, not by updates.
+Student exits begin to train in order of depth and of conflict, and learn from the last exits of similar clients. Unlike
+in the published method (:mod:`cafe_flwr.methods.cafedistill`), the mixture does not become the client's own classifier,
+and clients are matched by their classifiers, not by updates.
 
     server, round t                                          client i, round t
       active ← first N_t = ⌈R(t)(m−1)n⌉ student exits          z̃ ← h̄_i · φ_m(x), detached
@@ -11,7 +11,7 @@ client's own classifier, and clients are matched by their classifiers, not by up
       send shared part, h̄_i, active_i                          send shared part, h_i^m, cos(h_i^k, h_i^m)
       average the shared parts by n_i                          keep h_i^1 … h_i^m
 
-docs/method.md has every formula and says how the two differ.
+docs/method.md has every formula and says how the two methods differ.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PEERS = ("all", "alike", "deeper")
 
 @dataclass(frozen=True, kw_only=True)
 class CafeDistillText(Method):
-    """Both halves of the reading from the text, and its ablations."""
+    """Both halves of this reading, and its ablations."""
 
     name: ClassVar[str] = "cafedistill-text"
     refuses: ClassVar[Mapping[str, str]] = {"distill": "it distils already"}
@@ -67,8 +67,9 @@ class CafeDistillText(Method):
     )
     peers: str = setting(
         "all",
-        "Whose classifiers teach a client where depths or modalities differ: last exits of all, of the same network "
-        "only, or of its own last exit those of all who hold it ('deeper': clients send all their classifiers).",
+        "Which classifiers teach a client where depths or modalities differ: last exits of all clients, those of "
+        "clients with the same network, or ('deeper', clients send all classifiers) those of the client's own last "
+        "exit.",
         choices=PEERS,
     )
     similarity_proxy: str = setting(
@@ -93,40 +94,34 @@ class CafeDistillText(Method):
             check_solver(self.solver, f"{self.name}.solver")
 
     def unread(self) -> set[str]:
-        """Who teaches, too, where the objective has no teacher."""
+        """Also ``objective_teacher``, where the objective has no teacher."""
         return super().unread() | (set() if self.is_taught else {"objective_teacher"})
 
-    # --- what travels ---
-
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
-        """The last exit's classifier, if it may teach others; all exits', if those of fewer exits learn from them."""
+        """The last exit's classifier; all classifiers if ``peers = "deeper"``; nothing if ``teachers = "own"``."""
         if self.teachers == "own":
             return []
         return network.classifier_names() if self.peers == "deeper" else network.head_names(network.num_exits - 1)
 
     def download_names(self, network: EarlyExitNetwork) -> list[str]:
-        """The teacher's classifier, under the names of the last exit's."""
+        """The teacher's classifier, under the names of the last exit's classifier."""
         return [] if self.teachers == "own" else network.head_names(network.num_exits - 1)
 
     def check(self, network: EarlyExitNetwork) -> None:
-        """What compares or mixes classifiers of different exits needs them of one shape."""
+        """Comparing or mixing classifiers of different exits needs one shape."""
         if self.similarity_proxy == "parameters":
             check_selection(
-                network,
-                self.selection,
-                f"{self.name}.similarity-proxy to 'gradients', or {self.name}.selection",
+                network, self.selection, f"{self.name}.similarity-proxy to 'gradients', or {self.name}.selection"
             )
         if self.peers == "deeper":
             check_equal_exits(network, f"{self.name}.peers = 'deeper'", "set it to 'alike' or 'all'")
 
-    # --- server half ---
-
     def comparable(self, kind: ClientSpec) -> Hashable:
-        """All whose last classifiers have one shape."""
+        """Clients whose last classifiers have the same shape."""
         return tuple(shape for _, shape in kind.download.entries)
 
     def plan(self, task: ServerRound) -> RoundPlan:
-        """Coordinate the students and match the teachers of one round."""
+        """Choose the active students, and match teachers."""
         t = min(task.server_round, task.num_rounds)
         similarity = task.reported_similarity
         active = active_exits(
@@ -151,7 +146,7 @@ class CafeDistillText(Method):
     def _groups(
         self, task: ServerRound, pupils: Sequence[int], teachers: Sequence[int]
     ) -> Iterator[tuple[list[int], list[int], NDArray[np.float32]]]:
-        """Pupils, those who may teach them (and they among these), and the classifiers that do, (teachers, values)."""
+        """Groups of pupils, their possible teachers (pupils included), and these teachers' classifiers, (n, values)."""
         known = task.known
         if self.peers == "alike":
             for kind in sorted({known[client].kind for client in pupils}):
@@ -183,20 +178,17 @@ class CafeDistillText(Method):
     def _is_stale(self, record: ClientRecord, server_round: int) -> bool:
         return bool(self.max_staleness) and server_round - 1 - record.seen > self.max_staleness
 
-    # --- client half ---
-
     def train(self, task: LocalTask) -> LocalResult:
-        """Minimise the local loss, then report how similar every student exit is to the last exit."""
+        """Minimise the local loss, then report the similarity of every student exit to the last exit."""
 
-        mean_loss = task.run(lambda x, y: self.loss(task, x, y))
-        return LocalResult(mean_loss, self._similarity(task))
+        return LocalResult(task.run(lambda x, y: self.loss(task, x, y)), self._similarity(task))
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
         """L_i = CE(z_m, y) + Σ_{k active} [ CE(z_k, y) + λ·τ²·KL( softmax(z̃/τ) ‖ softmax(z_k/τ) ) ].
 
-        Exits that are not active are not even computed. z̃ are the last features under the classifier received; in
-        round 1 the client's own last exit. Another objective's terms take the place of the cross-entropies; if the
-        matched teacher takes the place of its EMA teacher, λ's term, which would say the same again, falls away.
+        Inactive exits are not computed. z̃ are the logits of the last features under the classifier received; in round 1
+        those of the client's own last exit. Another objective's terms take the place of the cross-entropies; if the
+        matched teacher replaces its EMA teacher, the λ term is left out, since it would teach the same twice.
         """
         network, exits = task.network, task.training_exits
         features, logits = exits_at(network, x, exits)

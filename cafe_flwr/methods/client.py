@@ -1,4 +1,4 @@
-"""What a method gets of a client in a round, and what comes of it."""
+"""A client's task in a round, as methods see it, and its result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
-from cafe_flwr.core.options import setting as setting  # methods declare their settings with it
 from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.split import Split
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
@@ -33,31 +32,28 @@ class LocalTask:
     active
         (m−1,): whether student exit k trains.
     download
-        What the server sent to this client alone, by name; empty if nothing.
+        What the server sent to this client alone, by name; may be empty.
     budget
         Steps, batch size and optimiser settings.
     rng
-        The client's random generator of this round for a purpose.
+        Gives the client's random generator of this round for a purpose.
     private_rng
-        A random generator for a purpose, always the same one, from a secret that never leaves the client's disk; what
-        the server must not foresee, such as noise, comes from it.
+        Gives a random generator for a purpose, the same in all rounds, from a secret that never leaves the client's
+        disk: for noise and other things that the server must not foresee.
     server_round, num_rounds
         t and T.
     state
         The client's tensors beside the network's (``Method.extra_tensors``), by name; the method replaces entries.
     initial
-        The weights that the client's network started from, by name.
-    steps
-        Gradient steps taken so far.
+        Initial weights of the client's network, by name.
+    steps, runs
+        Gradient steps and calls of :meth:`run` so far.
     objective_state
-        The objective at work in the training that runs now, if it has been asked for.
+        State of the objective during a run, once it is used.
     augment
-        How training varies the inputs of a batch; None: not at all.
+        Augmentation of the inputs of a batch.
     momentum
-        What the optimiser remembers from the client's last round, by name; replaced when the task has run. Unused
-        unless the budget keeps it.
-    runs
-        How often the task has run so far.
+        The optimiser's momentum of the client's last round, by name, if the budget keeps it; replaced by each run.
     """
 
     network: EarlyExitNetwork
@@ -83,7 +79,7 @@ class LocalTask:
         return [*(k for k, active in enumerate(self.active) if active), self.network.num_exits - 1]
 
     def logits_as_taught(self, features: Tensor) -> Tensor:
-        """Logits (B, C) of the last exit's features (B, width) under the classifier that the server sent."""
+        """Logits (B, C) of the last exit's features (B, width) under the classifier received."""
         network = self.network
         logits = F.linear(features, *(self.download[name] for name in network.head_names(network.num_exits - 1)))
         return logits if network.offset is None else logits + network.offset
@@ -101,8 +97,8 @@ class LocalTask:
     ) -> float:
         """Train the network on a loss of (x, y), and count the steps.
 
-        The objective begins anew: its teacher is the network as it stands before the first step. Where momentum is
-        kept, the n-th run of a round goes on with that of the n-th run of the client's last round for this purpose.
+        The objective is initialised anew: its teacher is the network before the first step. Where momentum is kept, the
+        n-th run of a round continues that of the n-th run of the client's last round for this purpose.
 
         Parameters
         ----------
@@ -117,7 +113,7 @@ class LocalTask:
         part
             (i, n): take the i-th of n nearly equal parts of the round's steps.
         times
-            Rounds' worth of steps.
+            Number of rounds whose steps to take.
         purpose
             Of the random generator that draws the mini-batches.
 
@@ -145,7 +141,7 @@ class LocalTask:
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a client reports besides its tensors: mean training loss, and the similarity of each student exit if any."""
+    """A client's mean training loss, and the similarity of each student exit to the last if the method measures it."""
 
     loss: float
     similarity: list[float] = field(default_factory=list)

@@ -3,8 +3,8 @@
     client i, round t: minimise Σ_k CE(z_k, y)/m + r(t)/(m(m−1)) · Σ_k Σ_{l≠k} KL(softmax(z_l) ‖ softmax(z_k))
     with the ramp r(t) = exp(−5 (1 − min(t, R)/R)²), R = 0.3 T
 
-Clients that hold the first exits only (docs/unequal-clients.md) have as many terms as exits; every layer is then the
-plain mean of those who hold it, as published.
+Clients with only the first exits (docs/unequal-clients.md) have as many terms as exits; every layer is then the plain
+mean over the clients that hold it, as published.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class DepthFL(FedAvg):
     ramp: float = setting(0.3, "Share of the rounds over which distillation ramps up.", gt=0, le=1)
 
     def uniform_weights(self, unequal: bool) -> bool:
-        """Where depths are unequal."""
+        """If some clients hold only a part of the network."""
         return unequal
 
     def check(self, network: EarlyExitNetwork) -> None:
-        """Exits teach one another: there must be two."""
+        """Mutual distillation needs at least two exits."""
         if network.num_exits < 2:
             raise ValueError("depthfl needs a network with at least 2 exits, this one has 1: choose fedavg")
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropies, and what every exit has still to learn from each of the others."""
+        """Cross-entropies and mutual distillation."""
         logits = task.network(x)
         return self.exits_loss(task, x, y, logits) + self.weight(task) * mutual_divergence(logits) / len(logits)
 

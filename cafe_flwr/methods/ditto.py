@@ -1,4 +1,4 @@
-"""Ditto-EE (Li et al., arXiv 2012.04221): a global model by FedAvg, and beside it a personal one held near to it.
+"""Ditto-EE (Li et al., arXiv 2012.04221): a global model by FedAvg, and a personal one that is kept near it.
 
 client i, round t
   1. θ_i: minimise Σ_k CE(z_k, y)/m from θ^t, to be averaged
@@ -8,6 +8,7 @@ client i, round t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from torch import Tensor
@@ -41,11 +42,7 @@ class Ditto(FedAvg):
 
     def train(self, task: LocalTask) -> LocalResult:
         """Train the global model, then the personal one."""
-        network = task.network
-
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            return self.loss(task, x, y)
-
+        network, loss = task.network, partial(self.loss, task)
         received = snapshot(network)
         task.run(loss, part=phase(self, 0))
         trained = snapshot(network)

@@ -1,4 +1,4 @@
-"""How far exits agree with the last one: a measurement, and what ``cafedistill-text`` orders students by."""
+"""Similarity of student exits to the last exit, by which ``cafedistill-text`` orders students."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def classifier_similarity(network: EarlyExitNetwork) -> list[float]:
 def gradient_similarity(network: EarlyExitNetwork, x: Tensor, y: Tensor) -> list[float]:
     """Cosine of the gradients of exit k's and the last exit's cross-entropy on stages 1..k, for every student exit.
 
-    The conflict itself, on one batch, where the classifiers' cosine is a proxy (docs/method.md, beyond the paper).
+    It measures on one batch the conflict for which the classifiers' cosine is a proxy (docs/method.md).
     """
-    network.eval()  # a look, that no running statistics may notice
+    network.eval()  # keeps the running statistics unchanged
     losses = [F.cross_entropy(z, y) for z in network(x)]
     stages = [[p for p in network.stages[k].parameters() if p.requires_grad] for k in range(network.num_exits - 1)]
 

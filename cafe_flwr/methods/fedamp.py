@@ -1,11 +1,11 @@
-"""FedAMP-EE (Huang et al., arXiv 2007.03797): every client is drawn to a mixture of the models like its own.
+"""FedAMP-EE (Huang et al., arXiv 2007.03797): every client is pulled to a mixture of models like its own.
 
     server, round t                                            client i, round t
       Δ_j: client j's model since the common initial one         minimise Σ_k CE(z_k, y)/m + λ/2 · ‖θ_i − u_i‖²
       w_ij ∝ exp(σ cos(Δ_i, Δ_j)), j ≠ i;  w_ii = 0.3             from its own θ_i
       u_i ← Σ_j w_ij θ_j                                          send Δ_i, keep θ_i
 
-As HeurFedAMP does, similarity is a cosine: the published distance form gives zero weights on deep networks.
+Similarity is a cosine, as in HeurFedAMP: the published distance form gives zero weights on deep networks.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FedAMP(WholeModel):
     proximal: float = setting(0.1, "Weight λ of the pull towards the mixture.", ge=0)
 
     def plan(self, task: ServerRound) -> RoundPlan:
-        """Mix the models of all clients for every client that has one."""
+        """Mix the models of all clients for every participant that has one."""
         clients, pupils = task.teachers, task.pupils
         if not pupils:
             return RoundPlan(task.all_exits)
@@ -56,14 +56,9 @@ class FedAMP(WholeModel):
 def attention(
     similarity: NDArray[np.float64], own: NDArray[np.int64], sharpness: float, self_weight: float
 ) -> NDArray[np.float64]:
-    """Rows of weights ∝ exp(σ s_ij) over the others, which sum to 1 − w_ii; alone, a client has all the weight.
+    """Rows of weights ∝ exp(σ s_ij) over the others, which sum to 1 − w_ii; a single client has all the weight.
 
-    Parameters
-    ----------
-    similarity
-        (rows, clients).
-    own
-        (rows,): the column of the row's own client.
+    ``similarity`` is (rows, clients); ``own`` (rows,) has the column of each row's own client.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""FedAvg-EE (McMahan et al., arXiv 1602.05629): one network for all, the average of what clients make of it.
+"""FedAvg-EE (McMahan et al., arXiv 1602.05629): one network for all, averaged over clients.
 
 server, round t                          client i, round t
   send θ                                   minimise Σ_k CE(z_k, y)/m from θ
@@ -25,5 +25,5 @@ class FedAvg(Method):
         return network.whole_names()
 
     def personal_names(self, network: EarlyExitNetwork) -> list[str]:
-        """Nothing but a batch norm's running statistics, if those are personal."""
+        """Only running statistics of batch norms, if those are personal."""
         return network.statistics_names()

@@ -1,4 +1,4 @@
-"""FedBABU-EE (Oh et al., arXiv 2106.06042): the backbone learns under classifiers that nobody trains.
+"""FedBABU-EE (Oh et al., arXiv 2106.06042): only the backbone trains in the rounds, under fixed classifiers.
 
 rounds: minimise Σ_k CE(z_k, y)/m over the backbone; classifiers stay at one common initialisation
 at the end: every client fine-tunes the whole network on its own data
@@ -37,5 +37,5 @@ class FedBABU(Method):
         task.run(lambda x, y: self.loss(task, x, y), purpose="fine-tuning", times=self.finetune_rounds)
 
     def extra_rounds(self) -> int:
-        """The rounds' worth of fine-tuning."""
+        """Those of fine-tuning."""
         return self.finetune_rounds

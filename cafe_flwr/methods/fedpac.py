@@ -1,4 +1,4 @@
-"""FedPAC-EE (Xu et al., arXiv 2306.11867): features aligned over clients, classifiers combined where that helps.
+"""FedPAC-EE (Xu et al., arXiv 2306.11867): features aligned over clients, classifiers combined over similar ones.
 
     server, round t                                            client i, round t
       c_k ← Σ_i n_ik φ̄_ik / Σ_i n_ik (class prototypes)          h_i^k ← combined classifiers
@@ -7,9 +7,9 @@
       h_i^k ← Σ_j α_ij h_j^k                                        over the backbone
       average the backbones by n_i                               send backbone, h_i^k, H_i, v_i, class counts
 
-H_i has for every class c and exit the mean feature times the class's share, π_ic φ̄_ic (the bias that other clients'
-classifiers would bring); v_i = (E‖φ‖²-within-class terms)/n_i is the variance that few examples bring. Statistics of
-all exits are put side by side, so that a client has one combination for all its exits.
+H_i has for every class c and exit the mean feature times the class's share, π_ic φ̄_ic: differences of H measure the
+bias of other clients' classifiers. v_i, the within-class terms of E‖φ‖² over n_i, measures the variance. Statistics of
+all exits are concatenated, so that a client has one combination for all its exits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MEANS, _VARIANCE, _COUNTS, _PROTOTYPES = "class-means", "variance", "class-coun
 
 @dataclass(frozen=True, kw_only=True)
 class FedPAC(Method):
-    """A shared backbone with feature alignment; personal classifiers from those that fit."""
+    """A shared backbone with feature alignment, and combined personal classifiers."""
 
     name: ClassVar[str] = "fedpac"
     phases: ClassVar[int] = 2
@@ -46,7 +46,7 @@ class FedPAC(Method):
     alignment: float = setting(1.0, "Weight λ of feature alignment.", ge=0)
 
     def check(self, network: EarlyExitNetwork) -> None:
-        """Class statistics of all exits are one tensor."""
+        """Class statistics are one tensor: exits need one width."""
         check_equal_exits(network, f"method = {self.name!r}", "choose fedper or fedrep, or another network")
 
     def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ class FedPAC(Method):
 
 
 def class_statistics(network: EarlyExitNetwork, task: LocalTask) -> dict[str, Tensor]:
-    """Class means (times class share), variance and counts of the client's training features, all exits."""
+    """Class means (times class share), variance and counts of the training features at all exits."""
     y, phi = task.data.y, exit_features(network, task.data.x)
     counts = class_counts(y, network.num_classes)
     means = class_sums(phi, y, network.num_classes) / len(y)  # π_c φ̄_c
@@ -122,12 +122,7 @@ def class_statistics(network: EarlyExitNetwork, task: LocalTask) -> dict[str, Te
 def combinations(means: NDArray[np.floating], variance: NDArray[np.floating]) -> NDArray[np.float64]:
     """Weights α_i = argmin_{α∈Δ} αᵀ(diag(v) + D_i)α of every client, rows on the simplex.
 
-    Parameters
-    ----------
-    means
-        H, (n, values): class statistics of the clients, flat.
-    variance
-        v, (n,).
+    ``means`` is H, (n, values), the flat class statistics of the clients; ``variance`` is v, (n,).
 
     Examples
     --------

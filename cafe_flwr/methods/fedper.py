@@ -15,6 +15,6 @@ from cafe_flwr.methods.base import Method
 
 @dataclass(frozen=True, kw_only=True)
 class FedPer(Method):
-    """What :class:`cafe_flwr.methods.base.Method` is."""
+    """The base class :class:`cafe_flwr.methods.base.Method`, unchanged."""
 
     name: ClassVar[str] = "fedper"

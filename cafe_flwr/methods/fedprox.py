@@ -1,4 +1,4 @@
-"""FedProx-EE (Li et al., arXiv 1812.06127): FedAvg, and clients stay near what they were sent.
+"""FedProx-EE (Li et al., arXiv 1812.06127): FedAvg whose clients stay near the network they received.
 
 client i, round t: minimise Σ_k CE(z_k, y)/m + μ/2 · ‖θ − θ^t‖²
 """

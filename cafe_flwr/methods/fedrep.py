@@ -1,4 +1,4 @@
-"""FedRep-EE (Collins et al., arXiv 2102.07078): classifiers first, then the backbone under them.
+"""FedRep-EE (Collins et al., arXiv 2102.07078): classifiers train first, then the backbone.
 
 client i, round t
   1. minimise Σ_k CE(z_k, y)/m over own classifiers, the backbone frozen
@@ -8,9 +8,8 @@ client i, round t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
-
-from torch import Tensor
 
 from cafe_flwr.methods.base import Method, phase
 from cafe_flwr.methods.client import LocalResult, LocalTask
@@ -24,11 +23,8 @@ class FedRep(Method):
     phases: ClassVar[int] = 2
 
     def train(self, task: LocalTask) -> LocalResult:
-        """The two phases of a round."""
+        """Train the classifiers, then the backbone."""
 
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            return self.loss(task, x, y)
-
-        network = task.network
+        network, loss = task.network, partial(self.loss, task)
         task.run(loss, only=network.classifier_names(), part=phase(self, 0))
         return LocalResult(task.run(loss, only=network.shared_names(), part=phase(self, 1)))

@@ -1,9 +1,9 @@
-"""FedRoD-EE (Chen & Chao, arXiv 2107.00778): generic classifiers learn all classes alike, personal ones the rest.
+"""FedRoD-EE (Chen & Chao, arXiv 2107.00778): generic classifiers with balanced softmax, and personal ones on top.
 
     client i, round t: minimise Σ_k [ CE(z_k + log π_i, y) + CE(sg(z_k) + P_i^k sg(φ_k), y) ] / m
     averaged: backbone and generic classifiers z_k;  personal: classifiers P_i^k;  used: z_k + P_i^k φ_k
 
-π_i are the client's class shares, smoothed: a class it does not have must not give −∞.
+π_i are the client's class shares, smoothed so that absent classes do not give −∞.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _PERSONAL = "personal."
 
 @dataclass(frozen=True, kw_only=True)
 class FedRoD(FedAvg):
-    """Balanced softmax for generic classifiers; personal classifiers on top."""
+    """FedAvg with generic classifiers, and personal classifiers on top."""
 
     name: ClassVar[str] = "fedrod"
     refuses: ClassVar[Mapping[str, str]] = {"prior": "its balanced softmax holds the client's log-prior already"}
@@ -44,7 +44,7 @@ class FedRoD(FedAvg):
         return [*super().personal_names(network), *(_PERSONAL + name for name in network.classifier_names())]
 
     def train(self, task: LocalTask) -> LocalResult:
-        """Train backbone and generic classifiers, and the personal classifiers beside them."""
+        """Train backbone, generic classifiers and personal classifiers."""
         network = task.network
         balance = log_prior(class_counts(task.data.y, network.num_classes)).to(device_of(network))
         own = {name: t.clone().requires_grad_() for name, t in task.state.items()}
@@ -63,6 +63,6 @@ class FedRoD(FedAvg):
         return result
 
     def deploy(self, tensors: Tensors) -> Tensors:
-        """Both classifiers as one: their sum."""
+        """The sum of both classifiers."""
         own = without_prefix(tensors, _PERSONAL)
         return {n: t + own[n] if n in own else t for n, t in tensors.items() if not n.startswith(_PERSONAL)}

@@ -1,4 +1,4 @@
-"""Local-EE: no communication. What every client reaches alone; the floor of a comparison."""
+"""Local-EE: training without communication, the baseline of a comparison."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""LocalKD-EE: FedPer-EE, and a client's own last exit teaches its other exits.
+"""LocalKD-EE: FedPer-EE in which a client's own last exit teaches its other exits.
 
     client i, round t: minimise CE(z_m, y) + Σ_{k<m} [ CE(z_k, y) + λ τ² KL(softmax(z_m/τ) ‖ softmax(z_k/τ)) ]
 
-It is cafedistill-text where every client is its own teacher and all exits train from the first round: the floor that
-teachers from other clients have to pass.
+It is cafedistill-text with every client as its own teacher and all exits active from round 1: the baseline for teachers
+from other clients.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LocalKD(Method):
     temperature: float = setting(3.0, "Temperature τ of distillation.", gt=0)
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
-        """Sum over exits of cross-entropy and distillation, as CAFEDistill has it."""
+        """Sum over exits of cross-entropy and distillation."""
         logits = task.network(x)
         total = self.exits_loss(task, x, y, logits, [1.0] * len(logits))
         for student in logits[:-1]:

@@ -1,4 +1,4 @@
-"""What the server remembers of pairs of clients: how alike they were when both last took part in one round."""
+"""Similarities of pairs of clients, from the last round in which both took part."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Pairs:
-    """A symmetric sparse matrix S of similarities; pairs that never met are not stored, and count as 0.
+    """A symmetric sparse matrix S of similarities; pairs that were never in one round are not stored, and count as 0.
 
-    Twelve bytes a pair: a thousand clients that meet in a round are half a million pairs, 6 MB.
+    A pair takes twelve bytes: a round of a thousand clients has half a million pairs, 6 MB.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Pairs:
         return len(self.keys)
 
     def among(self, clients: Sequence[int]) -> NDArray[np.float64]:
-        """S of these clients, (n, n), in their order; 0 on the diagonal: nobody is in conflict with itself."""
+        """S of these clients, (n, n), in their order, with 0 on the diagonal."""
         rows, columns, keys = _keys(clients)
         matrix = np.zeros((len(clients), len(clients)))
         if len(self.keys):
@@ -48,9 +48,9 @@ class Pairs:
         return matrix
 
     def updated(self, clients: Sequence[int], similarity: NDArray[np.float64]) -> Pairs:
-        """With the similarities (n, n) of clients that have met now in the place of older ones."""
+        """S with the entries of these clients replaced by their new similarities (n, n)."""
         rows, columns, keys = _keys(clients)
-        order = np.argsort(keys)  # long S, short rounds: sought and put in their places, never sorted anew
+        order = np.argsort(keys)  # S may be long: the new keys are inserted, S is not sorted again
         keys, met = keys[order], similarity[rows, columns].astype(np.float32)[order]
         at = np.searchsorted(self.keys, keys)
         new = np.ones(len(keys), dtype=bool)

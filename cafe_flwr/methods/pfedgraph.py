@@ -1,4 +1,4 @@
-"""pFedGraph-EE (Ye et al., ICML 2023): a collaboration graph decides whose models a client's new one is mixed from.
+"""pFedGraph-EE (Ye et al., ICML 2023): a collaboration graph gives the weights with which models are mixed.
 
     server, round t                                            client i, round t
       Δ_j: client j's model since the common initial one         θ_i ← u_i
@@ -39,7 +39,7 @@ class PFedGraph(WholeModel):
     alignment: float = setting(0.01, "Weight λ of the local term that keeps a model in its mixture's direction.", ge=0)
 
     def plan(self, task: ServerRound) -> RoundPlan:
-        """Mix a model for every participant; one that is not known yet gets the average of all."""
+        """Mix a model for every participant; a new one gets the average of all."""
         clients = task.teachers
         if not clients:
             return RoundPlan(task.all_exits)
@@ -61,7 +61,7 @@ class PFedGraph(WholeModel):
         return {**tensors, **add_updates(initial, download)} if download else tensors
 
     def train(self, task: LocalTask) -> LocalResult:
-        """Train from the mixture, in its direction."""
+        """Train from the mixture, with a term that keeps its direction."""
         target = torch.cat([t.flatten() for t in task.download.values()]) if task.download else None
 
         def loss(x: Tensor, y: Tensor) -> Tensor:

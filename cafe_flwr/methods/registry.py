@@ -1,7 +1,4 @@
-"""The methods by name, and a method made of the settings that travel.
-
-Every module of this package is looked through for methods: to add one, add its file (docs/methods.md).
-"""
+"""The methods by name, found in the modules of this package: to add one, add its file (docs/methods.md)."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from cafe_flwr.methods.cafedistill import CafeDistillMethod
 from cafe_flwr.training.objectives.registry import all_flat_fields, objective_from
 
 METHODS: dict[str, type[Method]] = {CafeDistillMethod.name: CafeDistillMethod}
-"""Mapping from method name to method."""
+"""Classes of methods by name."""
 
 
 def method_from(name: str, settings: Mapping[str, Any]) -> Method:
-    """The method that :func:`cafe_flwr.methods.base.settings_of` described.
+    """The method with these settings, as :func:`cafe_flwr.methods.base.settings_of` gives them.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""Classifiers that are not like any other: found by their length and direction, and bounded as teachers.
+"""Bounds the weight of suspicious classifiers as teachers: those whose norm or direction is unlike all others.
 
-Nothing here knows who lies. A classifier far from all others may be that of an attacker, of a broken device or of an
-unusual honest client; so it loses most of its influence on others, not its place in the federation.
+Such a classifier may be that of an attacker, a broken device or an unusual honest client; so the client loses most of
+its influence on others, but not its place in the federation.
 """
 
 from __future__ import annotations
@@ -12,29 +12,18 @@ from numpy.typing import ArrayLike, NDArray
 from cafe_flwr.teaching import cosine_similarity
 
 MAX_SCORE = 6.0  # robust standard deviations of the log norm
-MIN_SPREAD = 0.15  # of the log norm: below, differences are taken for rounding; 6 · 0.15 is a factor of 2.5
+MIN_SPREAD = 0.15  # least standard deviation of the log norm; 6 · 0.15 is a factor of 2.5
 MIN_COSINE = 0.1  # to the nearest other classifier
-CAP = 0.01  # weight of a doubtful teacher, at most
+CAP = 0.01  # largest weight of a suspicious teacher
 _FEWEST = 3
 
 
-def suspicious_heads(
-    heads: ArrayLike,
-    *,
-    max_score: float = MAX_SCORE,
-    min_spread: float = MIN_SPREAD,
-    min_cosine: float = MIN_COSINE,
-) -> dict[int, str]:
-    """Rows that are far from all others or of absurd norm, with the reason in words.
+def suspicious_heads(heads: ArrayLike, *, min_cosine: float = MIN_COSINE) -> dict[int, str]:
+    """Rows of ``heads``, (n, d) and finite, whose norm or direction is far from all others, with the reason.
 
-    The norm: |log‖h‖ − median| / max(1.4826·MAD, ``min_spread``) beyond ``max_score``. The direction: the largest
-    cosine to any other row below ``min_cosine``, unless that holds for half of the rows or more: then the classifiers
-    simply differ. Of fewer than three rows nobody can say which one is wrong.
-
-    Parameters
-    ----------
-    heads
-        (n, d), finite.
+    The norm: |log‖h‖ − median| / max(1.4826·MAD, 0.15) beyond 6. The direction: the largest cosine to any other row is
+    below ``min_cosine``, unless that holds for half of the rows or more. Of fewer than three rows none is suspicious,
+    since it is unknown which one is wrong. ValueError for other shapes, or values that are not finite.
 
     Examples
     --------
@@ -52,7 +41,7 @@ def suspicious_heads(
         return {}
     logs = np.log(np.maximum(norms, typical * 1e-12))
     deviation = np.abs(logs - np.median(logs))
-    absurd = deviation / max(1.4826 * float(np.median(deviation)), min_spread) > max_score
+    absurd = deviation / max(1.4826 * float(np.median(deviation)), MIN_SPREAD) > MAX_SCORE
     cosine = cosine_similarity(h)
     np.fill_diagonal(cosine, -np.inf)
     nearest = cosine.max(axis=1)
@@ -68,17 +57,15 @@ def suspicious_heads(
 
 
 def teacher_caps(heads: ArrayLike, suspicious: ArrayLike, own: ArrayLike, cap: float = CAP) -> NDArray[np.float64]:
-    """Largest weight of every teacher for every pupil, (pupils, n): 1, but for the suspicious.
+    """Largest weight of every teacher for every pupil, (pupils, n): 1 except for suspicious teachers.
 
     A suspicious teacher gets at most ``cap``, and so little that it adds no more to a mixture than ``cap`` times a
-    classifier of median norm would. A client's weight for itself is not bounded: its own it has anyway.
+    classifier of median norm would. A client's weight for itself is not bounded.
 
     Parameters
     ----------
-    heads
-        (n, d).
-    suspicious
-        Rows of ``heads``.
+    heads, suspicious
+        (n, d), and indices of its suspicious rows.
     own
         (pupils,): the row of ``heads`` that is the pupil's own.
 
@@ -190,18 +177,9 @@ def guarded_weights(
 ) -> tuple[NDArray[np.float64], dict[int, str]]:
     """Teacher weights, bounded where a teacher is suspicious, and the suspicious rows of ``heads`` with the reason.
 
-    Without anything suspicious the weights are returned as they are.
-
-    Parameters
-    ----------
-    weights
-        As solved without bounds, (pupils, n).
-    similarity, prior, mu
-        Of the QP they solve.
-    heads, own
-        As for :func:`teacher_caps`.
-    min_cosine
-        As for :func:`suspicious_heads`; −1: only the norm counts.
+    ``weights`` (pupils, n) solve the QP of ``similarity``, ``prior`` and ``mu`` without bounds; they are returned
+    unchanged if no row is suspicious. ``heads`` and ``own`` as for :func:`teacher_caps`; ``min_cosine`` as for
+    :func:`suspicious_heads`, −1 to consider only norms.
     """
     suspicious = suspicious_heads(heads, min_cosine=min_cosine)
     if not suspicious:

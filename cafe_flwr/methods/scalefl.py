@@ -1,10 +1,10 @@
-"""ScaleFL-EE (Ilhan et al., CVPR 2023): FedAvg with deeper exits weighing more, and the last one teaching the others.
+"""ScaleFL-EE (Ilhan et al., CVPR 2023): FedAvg with larger weights for deeper exits; the last one teaches the others.
 
     client i, round t: minimise Σ_k a_k [ CE(z_k, y) + 1{t > T/4} · γ τ² KL(softmax(z_m/τ) ‖ softmax(z_k/τ)) ]
     with a_k = 2k/(m(m+1)), τ = 3, γ = 0.05; the last exit has no teacher
 
-Clients may hold the first exits, and of every layer the first channels, as published (docs/unequal-clients.md); m and
-the teacher are then those of the client.
+As published, clients may hold only the first exits and channels (docs/unequal-clients.md); m and the teacher are then
+those of the client.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ScaleFL(FedAvg):
     warmup: float = setting(0.25, "Share of the rounds before distillation begins.", ge=0, le=1)
 
     def loss(self, task: LocalTask, x: Tensor, y: Tensor) -> Tensor:
-        """Weighted cross-entropies; after the warm-up the last exit teaches."""
+        """Weighted cross-entropies; distillation after the warm-up."""
         logits = task.network(x)
         m = len(logits)
         weights = [2 * (k + 1) / (m * (m + 1)) for k in range(m)]

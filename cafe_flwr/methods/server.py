@@ -1,4 +1,4 @@
-"""What a method gets on the server in a round, and what it decides."""
+"""A round on the server, as methods see it, and what they decide."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from cafe_flwr.core.options import setting as setting  # methods declare their settings with it
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.methods.pairs import Pairs
 
@@ -24,12 +23,12 @@ class ClientRecord:
     seen
         Round of the report.
     upload
-        What the method had it send of its own, or what the server has made of that for it (``Method.conclude``), flat.
-        CAFEDistill: the mixture that the client's last classifier becomes, which waits here until it is next asked.
+        Flat upload, or what ``Method.conclude`` made of it. CAFEDistill: the client's mixture, kept for its next
+        request.
     similarity
-        (m−1,): how similar its student exits are to its last exit; NaN for exits that it does not hold.
+        (m−1,): similarity of its student exits to its last exit; NaN for exits that it does not hold.
     kind
-        What it holds (:class:`cafe_flwr.wire.capacity.ClientSpec`), by name.
+        Name of its kind (:class:`cafe_flwr.wire.capacity.ClientSpec`).
     level
         CAFEDistill: its deepest exit that has trained as a student, counted from 0.
     """
@@ -46,31 +45,29 @@ class ClientRecord:
 class ServerRound:
     """What the server knows when it plans a round.
 
-    Where clients are not alike, a round is planned once for all those that can learn from one another
+    Where clients are not alike, a round is planned for each group that can learn from one another
     (``Method.comparable``).
 
     Attributes
     ----------
     server_round, num_rounds
-        t and T. t = T + 1: after the last round; what a client is sent then, it is evaluated with.
+        t and T; t = T + 1 for the evaluation after the last round.
     participants
         Clients of the round, in order.
     num_exits
-        m; the most that a participant holds.
+        m, the largest number that a participant holds.
     known
         The last reports of all clients that ever reported.
     upload
-        What is in a report's flat array.
-    rng
-        Random generator of this round.
+        Schema of an upload.
+    rng, seed
+        Random generator of this round, and seed of the run.
     held
-        How many exits participants hold, by client; those that are not named hold all.
+        Number of exits that participants hold, by client; clients that are missing hold all.
     pairs
-        Similarities of clients that have met in a round.
-    seed
-        Of the run.
+        Similarities of clients that took part in the same round.
     trains
-        Whether the participants train; if not, they evaluate what they hold.
+        Whether the participants train, or only evaluate.
     """
 
     server_round: int
@@ -87,16 +84,13 @@ class ServerRound:
 
     @property
     def all_exits(self) -> NDArray[np.bool_]:
-        """Every student exit of every participant, (participants, m−1), as ``RoundPlan.active`` has them.
-
-        A client that holds d exits has d − 1 students.
-        """
+        """``RoundPlan.active`` with all students: a client that holds d exits has d − 1, (participants, m−1)."""
         held = np.array([self.held.get(client, self.num_exits) for client in self.participants], dtype=np.int64)
         return np.arange(1, self.num_exits) < held[:, None]
 
     @property
     def reported_similarity(self) -> NDArray[np.float64]:
-        """What the participants last said of their student exits, (participants, m−1); NaN if nothing yet."""
+        """Last reported similarities of the participants' student exits, (participants, m−1); NaN if none."""
         similarity = np.full((len(self.participants), self.num_exits - 1), np.nan)
         for row, client in enumerate(self.participants):
             if client in self.known:
@@ -122,7 +116,7 @@ class ServerRound:
         return np.array([self.known[c].num_examples for c in clients], dtype=np.float64)
 
     def part(self, uploads: NDArray[np.float32], *names: str) -> NDArray[np.float32]:
-        """The named tensors of flat uploads (clients, …), side by side: (clients, values)."""
+        """The named tensors of flat uploads (clients, …), concatenated: (clients, values)."""
         ends = np.cumsum(self.upload.sizes)
         spans = [slice(ends[i] - self.upload.sizes[i], ends[i]) for i in map(self.upload.names.index, names)]
         return np.concatenate([uploads[:, span] for span in spans], axis=1)
@@ -139,7 +133,7 @@ class RoundPlan:
     downloads
         Flat arrays for single clients, by client.
     weights
-        Who learns from whom: (rows: ``weight_rows``, columns: ``weight_columns``), for the records; None without.
+        Weights of teachers (columns: ``weight_columns``) for pupils (rows: ``weight_rows``), for the records; or None.
     suspicious
         Clients whose weight as teachers was bounded (:mod:`cafe_flwr.methods.robust_teachers`), with the reason.
     """
@@ -154,18 +148,10 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class Conclusion:
-    """What the server has made of a round's reports.
+    """The server's state after a round: ``records`` and ``pairs`` replace the earlier ones of the clients.
 
-    Attributes
-    ----------
-    records
-        What it keeps of every client that reported well.
-    pairs
-        Similarities of clients, those of this round included.
-    plan
-        The round's plan, with the weights found now where the method mixes at the end of a round.
-    unmoved
-        Clients whose classifier came back as it was sent.
+    ``plan`` is the round's plan, with new weights if the method mixes at the end of a round. ``unmoved`` are clients
+    that returned their classifier unchanged.
     """
 
     records: Mapping[int, ClientRecord]
@@ -177,16 +163,9 @@ class Conclusion:
 def joined_plans(
     participants: Sequence[int], plans: Sequence[tuple[Sequence[int], RoundPlan]], num_exits: int
 ) -> RoundPlan:
-    """The plans for several groups of the participants as one: across groups nobody learns from anybody.
+    """One plan for all participants from ``plans``, (participants, plan) of groups that do not learn from each other.
 
-    Parameters
-    ----------
-    participants
-        Clients of the round, in order.
-    plans
-        Of every group: its participants, and the plan for them.
-    num_exits
-        m of the federation; a group's clients may all hold less.
+    ``num_exits`` is m of the federation; a group's clients may all hold fewer.
     """
     if len(plans) == 1 and plans[0][1].active.shape[1] == num_exits - 1:
         return plans[0][1]

@@ -1,7 +1,7 @@
-"""What personal classifiers start from: drawn from seed, client and shape alone, by the client and by the server alike.
+"""Initial values of personal classifiers, which depend only on seed, client and shape.
 
-The server compares clients by what they have made of a classifier in a round. In a client's first round it must know
-what that classifier was, without a message for it.
+So the server can compute them, too: it compares clients by the updates of their classifiers, also in a client's first
+round.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STARTS = ("zero", "common", "own", "built")
 def classifier_start(
     entries: Sequence[tuple[str, tuple[int, ...]]], start: str, seed: int, client: int
 ) -> dict[str, Tensor]:
-    """What a client's classifiers start from, by name.
+    """Initial values of a client's classifiers, by name; ValueError for another ``start``.
 
     Parameters
     ----------
@@ -28,9 +28,7 @@ def classifier_start(
         Names and shapes of weights (C, features) and biases (C,); a bias follows the weight of the same module.
     start
         ``"zero"``; ``"common"``, one draw for all clients; or ``"own"``, a draw for each. Draws are uniform in
-        ±1/√features, as :class:`torch.nn.Linear` has it.
-    seed, client
-        Of the run, and who.
+        ±1/√features, as in :class:`torch.nn.Linear`.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What methods have in common that send whole models and receive mixtures of them."""
+"""Base class of methods whose clients send whole models and receive mixtures of them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from cafe_flwr.methods.base import Method
 from cafe_flwr.methods.client import LocalTask, Tensors, without_prefix
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 
-UPDATE = "update."  # before the names of tensors that are sent as what has changed since the initial model
+UPDATE = "update."  # prefix of tensors that are sent as updates since the initial model
 
 
 @dataclass(frozen=True, kw_only=True)
 class WholeModel(Method):
-    """Nothing is averaged over all: every client sends its whole model and may receive a mixture of models.
+    """Nothing is averaged over all clients: each sends its whole model and may receive a mixture of models.
 
-    What travels is the update since the initial model, which all clients share: weights that sum to 1 mix models and
-    updates alike, and similarities of updates need no further message.
+    Models travel as updates since the initial model, which all clients share: weights that sum to 1 mix models and
+    updates alike, and the server can compare updates.
     """
 
     def __post_init__(self) -> None:
@@ -57,16 +57,16 @@ class WholeModel(Method):
         return add_updates(task.initial, task.download)
 
     def report(self, task: LocalTask) -> None:
-        """Leave the client's update to be sent."""
+        """Store the client's update for the upload."""
         task.state |= updates(task, task.network.whole_names())
 
 
 def updates(task: LocalTask, names: Sequence[str]) -> dict[str, Tensor]:
-    """What the client has made of these tensors of its network since the initial model, as they are sent."""
+    """Updates of these tensors of the client's network since the initial model, under their names in messages."""
     tensors = task.network.state_dict()
     return {UPDATE + name: tensors[name] - task.initial[name] for name in names}
 
 
 def add_updates(initial: Tensors, received: Tensors) -> dict[str, Tensor]:
-    """Initial model + updates of the tensors received, under the names of the network."""
+    """Initial model plus the updates received, under the names of the network."""
     return {name: initial[name] + update for name, update in without_prefix(received, UPDATE).items()}

@@ -1,1 +1,1 @@
-"""The strategy: what the server decides, asks and averages."""
+"""The server side: a Flower strategy that plans rounds, sends requests and averages replies."""

@@ -1,4 +1,4 @@
-"""ε of differential privacy, accounted for by a library."""
+"""The privacy budget ε of a run, computed by the ``dp-accounting`` library."""
 
 from __future__ import annotations
 
@@ -23,12 +23,11 @@ def epsilon(
     unit: str = "add-or-remove",
     poisson_rate: float | None = None,
 ) -> float:
-    """ε(δ) of a client that took part in so many rounds, by the `dp-accounting` library.
+    """ε(δ) of a client that took part in a number of rounds.
 
-    k Gaussian mechanisms of noise multiplier σ, however each depends on those before, are together exactly one of σ/√k,
-    whose ε is known in closed form (Balle and Wang, arXiv 1805.06530). With sampling: privacy loss distributions.
-    Assumes that every release is a Gaussian mechanism with noise σC per value for sensitivity C, chosen with knowledge
-    of all before it. Nothing is gained from taking part now and then unless ``poisson_rate`` says so.
+    Every release is taken to be a Gaussian mechanism with noise σC per value for sensitivity C, which may depend on all
+    earlier releases. k of them compose to exactly one of noise multiplier σ/√k, whose ε has a closed form (Balle and
+    Wang, arXiv 1805.06530). With ``poisson_rate``, ε comes from privacy loss distributions.
 
     Parameters
     ----------
@@ -44,13 +43,13 @@ def epsilon(
         ``"add-or-remove"``: all of the client's update against none (zero). ``"replace"``: against any other update,
         of up to twice the distance.
     poisson_rate
-        Claims amplification by sampling: only if every client is drawn independently with this probability and nobody
-        who sees a release knows who was. Sampling in this package is neither.
+        Claims amplification by sampling. Valid only if every client is drawn independently with this probability and
+        nobody who sees a release knows who was drawn; neither holds for the sampling of this package.
 
     Raises
     ------
     ValueError
-        For impossible values, or if the library is not installed.
+        For values out of range, or if the library is not installed.
     """
     if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0):
         raise ValueError(f"noise_multiplier must be 0 or more, got {noise_multiplier}")
@@ -91,7 +90,7 @@ def _library() -> Any:
 
 
 def tell_guarantee(privacy: Privacy, num_rounds: int, info: NodeInfo) -> None:
-    """Log what the noise of clients guarantees that send what this node does."""
+    """Log the ε that the clients' noise guarantees; ``info`` says which vectors a client sends."""
     if not privacy.on:
         return
     if not privacy.noise_multiplier:

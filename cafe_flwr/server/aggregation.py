@@ -1,4 +1,4 @@
-"""Averages over clients: of what they share, and of their metrics."""
+"""Averages over clients: of their shared parameters and of their metrics."""
 
 from __future__ import annotations
 
@@ -60,10 +60,7 @@ class Aggregator(StrategyPart):
         )
 
     def _averaged(self, average: Average, records: dict[int, MetricRecord]) -> MetricRecord | None:
-        """Metrics of clients as one, each exit's over those that hold it; a function of the user's gets NaN for others.
-
-        ``records``: metrics by client.
-        """
+        """Average records, each exit over the clients that hold it; a user's function gets NaN for the others."""
         if not records:
             return None
         key = self.run.keys.weight

@@ -1,4 +1,4 @@
-"""The strategy of the published method, with its settings as arguments."""
+"""CAFEDistill as a Flower strategy whose arguments are the settings of the method."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class CafeDistill(FederatedStrategy):
     *args, **kwargs
         As for :class:`FederatedStrategy`, and so for Flower's FedAvg.
     num_rounds
-        T; students join over its first half. None: as many as ``start`` is told.
+        T; students join over its first half. None: the number given to ``start``.
     mu, distill_weight, temperature
         μ of matching (the authors' α), λ and τ of distillation.
     conflict, selection, match_by, write_back, solver, classifier_start
         Ablations and variants, see :class:`cafe_flwr.methods.cafedistill.CafeDistillMethod`.
     objective
-        What stands where the published method has cross-entropies: an
-        :class:`cafe_flwr.training.objectives.Objective` or the name of one (docs/objectives.md).
+        Loss in the place of the published cross-entropies: a :class:`cafe_flwr.training.objectives.Objective` or its
+        name (docs/objectives.md).
 
     Raises
     ------
     ValueError
-        For impossible values, naming the setting.
+        For values out of range, naming the setting.
 
     Examples
     --------

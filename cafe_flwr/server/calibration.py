@@ -1,4 +1,4 @@
-"""Calibration through Flower: three messages to every node, of counts and thresholds only."""
+"""Calibration of exit thresholds over Flower: three messages to every node, with counts and thresholds only."""
 
 from __future__ import annotations
 
@@ -32,27 +32,8 @@ def calibrate_federation(
 ) -> dict[str, Any]:
     """Calibrate the personal networks that a run has left on its nodes; each node keeps its clients' thresholds.
 
-    Parameters
-    ----------
-    grid
-        Flower's grid.
-    method, seed
-        Of the run.
-    calibration
-        What is to be promised.
-    federation
-        How many clients there are, and how long to wait for them.
-    output
-        ``calibration.json``, which is written.
-
-    Returns
-    -------
-    What it holds.
-
-    Raises
-    ------
-    RuntimeError
-        If no client can be calibrated, with all reasons.
+    ``method`` and ``seed`` are those of the run. The record written to ``output`` (``calibration.json``) is returned.
+    RuntimeError if no client can be calibrated.
     """
     request = Request(calibration.risk, calibration.confidence_level, calibration.simultaneous, seed)
     nodes = Directory(Keys(), describe_request(seed, method, federation.num_clients))
@@ -77,7 +58,7 @@ def calibrate_federation(
 
 
 def _certify(asker: _Asker, histograms: Mapping[int, Histogram], request: Request) -> dict[int, ClientCertificate]:
-    """Thresholds of every client, from counts along the path of its group; in the order of the clients."""
+    """Thresholds of every client, from counts along its group's path; in ascending order of clients."""
     groups = [
         (clients, pooled_path([histograms[client] for client in clients]), wanted)
         for clients, wanted in in_groups(histograms, request)
@@ -102,7 +83,7 @@ class _Asker:
     timeout: float
 
     def ask(self, step: str, texts: Mapping[int, str]) -> dict[int, str]:
-        """Ask every client in ``texts``, each with its own text; the texts they answer."""
+        """Send every client its text of ``texts``; returns their answers by client."""
         messages = [
             self.nodes.request_to(node, MESSAGE, step=step, **{f"client.{c}": texts[c] for c in clients})
             for node, clients in self.nodes.by_node(list(texts)).items()

@@ -1,4 +1,4 @@
-"""What the strategy tells of a run: when it starts, after every round, and at its end."""
+"""Callbacks of a run, and the records they receive: at its start, after every round and at its end."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from cafe_flwr.wire.reports import ClientReport
 
 @dataclass(frozen=True)
 class RunInfo:
-    """A run, when it starts.
+    """What is known of a run when it starts.
 
     Attributes
     ----------
     run
-        Its token.
+        Token of the run.
     first_round, num_rounds
         The round it starts with, and T.
     clients
-        Clients there are.
+        Clients that are present.
     num_exits, num_parameters, macs_per_exit
         Of the network; MACs are cumulative.
     kinds
-        What each client holds that has been there; clients that come later are added.
+        What each client seen so far holds; clients that come later are added.
     """
 
     run: str
@@ -48,7 +48,7 @@ class RunInfo:
 
     @classmethod
     def of(cls, directory: Directory, state: ServerState, num_rounds: int) -> RunInfo:
-        """The run of the clients that are there, from this state on."""
+        """The run that goes on from ``state`` with the clients present."""
         info, clients = directory.reference, sorted(directory.hosts)
         sizes = info.num_exits, info.num_parameters, directory.macs
         return cls(state.run, state.round + 1, num_rounds, clients, *sizes, directory.held)
@@ -65,25 +65,23 @@ class RoundRecord:
     participants, left_out
         Clients asked; and those whose result was not used, with the reason.
     plan
-        Active exits, and how much of whom is in whose mixture.
+        Active exits and mixture weights.
     reports
-        Results of the clients, in their order.
-    learning_rate
-        Of this round.
-    bytes_down, bytes_up
-        Of all messages of the round.
+        Results in ascending order of clients.
+    learning_rate, bytes_down, bytes_up
+        Of this round; bytes of all its messages.
     seconds
         ``total`` (wall clock), ``train`` and ``evaluate`` (sums over clients), ``server`` and ``other``.
     suspicious
         Clients whose influence on others was bounded, with the reason.
     failed_tries
-        Tries of this round before the one that counts, each with the clients left out and the reasons.
+        Earlier tries of this round, each with the clients left out and the reasons.
     notes
-        What nodes said of their clients' state, in words.
+        Remarks of nodes on their clients' state, by client.
     names
-        Names of the participants' nodes, where they have one.
+        Names of the participants' nodes that have one, by client.
     students
-        Student exits that the participants hold.
+        Number of student exits that the participants hold.
     """
 
     server_round: int
@@ -158,7 +156,7 @@ class RoundRecord:
 
 
 class RoundCallback(Protocol):
-    """What may be called at the start, after every round and at the end of a run."""
+    """Called at the start, after every round and at the end of a run."""
 
     def on_start(self, run: RunInfo) -> None:
         """Before the first round."""
@@ -171,12 +169,12 @@ class RoundCallback(Protocol):
 
 
 def _by_client(words: Mapping[int, str]) -> dict[str, str]:
-    """Words about clients, as JSON has them."""
+    """Texts by client with string keys, as JSON needs them."""
     return {str(client): text for client, text in sorted(words.items())}
 
 
 def _teaching(plan: RoundPlan) -> tuple[float | None, float | None]:
-    """Mean weight of what is a client's own in its mixture, and mean effective number of clients in it, 1/Σw²."""
+    """Mean weight of clients' own classifiers in their mixtures, and mean effective number of teachers, 1/Σw²."""
     if plan.weights is None or not len(plan.weights):
         return None, None
     columns = {client: column for column, client in enumerate(plan.weight_columns)}

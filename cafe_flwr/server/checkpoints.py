@@ -1,4 +1,4 @@
-"""State that survives on the server: all it carries from round to round, in the last two checkpoints."""
+"""The server's state between rounds, and its last two checkpoints on disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cafe_flwr.wire.capacity import ClientSpec
 
 @dataclass
 class ServerState:
-    """All that the server carries from round to round.
+    """What the server carries from round to round.
 
     Attributes
     ----------
@@ -30,17 +30,17 @@ class ServerState:
     round
         Last finished round.
     digest
-        Fingerprint of the network and of what travels.
+        Fingerprint of network and method.
     shared
         Shared parameters, flat.
     known
         Last report of every client that has taken part.
     plan
-        Of the last round in which clients taught each other.
+        Plan of the last round in which clients taught each other.
     kinds
-        What clients hold, by name, where they are not alike; also those that are away.
+        Where clients are not alike: what they hold, by name of the kind, including absent clients.
     pairs
-        Similarities of clients that have met in a round, where the method keeps them.
+        Similarities of clients that took part in the same round, where the method keeps them.
     """
 
     run: str
@@ -53,7 +53,7 @@ class ServerState:
     pairs: Pairs = field(default_factory=Pairs)
 
     def check(self, digest: str) -> None:
-        """ValueError if the clients' network or method is another than that of the state."""
+        """ValueError if the state was made with another network or method than ``digest`` stands for."""
         if self.digest != digest:
             raise ValueError(
                 f"the checkpoint was made with another network or method (fingerprint {self.digest}, the clients' is "
@@ -68,7 +68,7 @@ class Checkpoints:
         self.folder = folder
 
     def save(self, state: ServerState) -> None:
-        """Write the state of a round; the one before it stays."""
+        """Write the state of a round; only the one before it is kept beside it."""
         clients = sorted(state.known)
         records = [state.known[c] for c in clients]
         metadata: dict[str, Any] = {
@@ -105,7 +105,7 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def load(self) -> ServerState | None:
-        """The newest whole checkpoint, None if there is none."""
+        """The newest undamaged checkpoint, None if there is none; ValueError if its format is another version's."""
         for server_round, path in versions_in(self.folder):
             try:
                 with safe_open(path, framework="np") as file:

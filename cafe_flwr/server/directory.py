@@ -1,4 +1,4 @@
-"""Which node hosts which client: asked of the nodes, since Flower's server does not know."""
+"""A directory of which node hosts which client, filled by asking the nodes, since Flower's server does not know."""
 
 from __future__ import annotations
 
@@ -22,50 +22,40 @@ from cafe_flwr.wire.slices import SharedSlice
 
 
 def describe_request(seed: int, method: Method, num_clients: int | None) -> dict[str, Any]:
-    """What every node is asked when it is first met."""
+    """Config of the first message to every node."""
     clients = {} if num_clients is None else {"num-clients": num_clients}
     return {"protocol": PROTOCOL, "seed": seed, **method_config(method.name, settings_of(method)), **clients}
 
 
 class Directory:
-    """The nodes of a federation, and whom they host.
+    """The nodes of a federation, and the clients they host; ``request`` is made by :func:`describe_request`."""
 
-    Parameters
-    ----------
-    keys
-        Names of the records in messages.
-    request
-        What every node is asked (:func:`describe_request`).
-    """
-
-    # How often to look for nodes while waiting for them, and how long to wait for: a sound node when all that are there
-    # failed; the answer, in a round, of a node that has just come; before a node is asked again that did not answer.
-    poll_seconds = 1.0
-    grace_seconds = 5.0
-    late_seconds = 10.0
-    retry_seconds = 30.0
+    poll_seconds = 1.0  # between two looks for nodes while waiting
+    grace_seconds = 5.0  # to wait for a working node when all that are present failed
+    late_seconds = 10.0  # to wait, in a round, for the answer of a new node
+    retry_seconds = 30.0  # until a node that did not answer is asked again
 
     def __init__(self, keys: Keys, request: Mapping[str, Any]) -> None:
         self.keys = keys
         self.request = request
         self.nodes: dict[int, NodeInfo] = {}
         self.hosts: dict[int, int] = {}
-        self.kinds: dict[str, ClientSpec] = {}  # what clients hold, by name; also of nodes that are gone
-        self.names: dict[int, str] = {}  # of clients' nodes, where they have one; also of nodes that are gone
-        self.held: dict[int, ClientSpec] = {}  # by client, as last taken down
+        self.kinds: dict[str, ClientSpec] = {}  # by name of the kind; also of nodes that are gone
+        self.names: dict[int, str] = {}  # of nodes, by client; also of nodes that are gone
+        self.held: dict[int, ClientSpec] = {}  # by client, as of the last note_held
         self.problems: list[str] = []
         self._refused: set[int] = set()
         self._asked_at: dict[int, float] = {}
-        self._unanswered: dict[str, int] = {}  # describe requests under way: message → node
+        self._unanswered: dict[str, int] = {}  # node by the id of a pending describe request
         self._suspects: set[int] = set()
 
     @property
     def reference(self) -> NodeInfo:
-        """The node all others must agree with: the one that hosts the first client."""
+        """The node of the first client; all others must agree with it."""
         return self.nodes[self.hosts[min(self.hosts)]]
 
     def by_node(self, clients: Sequence[int]) -> dict[int, list[int]]:
-        """The clients' nodes, each with its clients, in the order of the first client."""
+        """These clients grouped by node, nodes in the order of their first client."""
         groups: dict[int, list[int]] = defaultdict(list)
         for client in sorted(clients):
             groups[self.hosts[client]].append(client)
@@ -76,50 +66,45 @@ class Directory:
         return self.nodes[self.hosts[client]].kind(client)
 
     def examples(self, client: int) -> int:
-        """Training examples of a client, as its node said when it was first asked."""
+        """Training examples of a client, as its node first reported them."""
         info = self.nodes[self.hosts[client]]
         return info.num_examples[info.clients.index(client)]
 
     def view(self, clients: Sequence[int]) -> SharedSlice:
-        """What clients hold together of the shared part."""
+        """The slice of the shared part that these clients hold together."""
         return SharedSlice(self.reference.shared, [self.kind(client).shared for client in clients])
 
     def note_held(self) -> None:
-        """Take down in ``held`` what the clients that are there hold; what others held stays."""
+        """Record in ``held`` what the clients present hold; entries of absent clients stay."""
         self.held |= {client: self.kind(client) for client in sorted(self.hosts)}
 
     @property
     def macs(self) -> Sequence[int]:
-        """MACs per exit of the largest network; the first node may host none of its clients, and not know them."""
+        """MACs per exit of the largest network, from any node that knows them: the reference node may not."""
         info = self.reference
         known = [list(kind.macs) for kind in self.kinds.values() if kind.num_exits == info.num_exits]
         return max([info.macs, *known], key=lambda macs: macs[-1])
 
     @property
     def unequal(self) -> bool:
-        """Whether some clients hold a part only of what others hold."""
+        """Whether some clients hold only a part of what others hold."""
         return are_unequal(self.kinds.values())
 
     def request_to(self, node: int, message_type: str = MessageType.QUERY, **values: Any) -> Message:
-        """A message to a node that carries what every node is asked, and more values."""
+        """A message to a node that carries the common request and these values."""
         config = ConfigRecord({**self.request, **values})
         return Message(RecordDict({self.keys.config: config}), node, message_type)
 
     def label(self, client: int) -> str:
-        """A client for people: its number, and its node's name if it has one."""
+        """A client as logs show it: its number, and its node's name if it has one."""
         name = self.names.get(client)
         return f"client {client} ({name})" if name else f"client {client}"
 
     def wait(self, grid: Grid, *, min_nodes: int, num_clients: int | None, seconds: float) -> None:
-        """Wait until the clients are there; go on without some of them when the time is up.
+        """Wait until the clients are there; after ``seconds`` go on without the missing ones.
 
         In simulation a node says how many nodes there will be; elsewhere the wait is for ``num_clients``, or for
-        ``min_nodes`` where that is not known.
-
-        Raises
-        ------
-        RuntimeError
-            If no client can take part, with all reasons.
+        ``min_nodes`` where that is not known. RuntimeError, with all reasons, if no client can take part.
         """
         deadline = time.monotonic() + seconds
         told = False
@@ -153,10 +138,10 @@ class Directory:
             logger.warning("Starting without clients %s", ", ".join(map(str, absent)))
 
     def refresh(self, grid: Grid, timeout: float | None = None) -> int:
-        """Ask nodes that are new, forget nodes that are gone; the number of nodes there are.
+        """Ask new nodes, forget nodes that are gone, and return the number of nodes present.
 
-        An answer that comes after the timeout (by default ``late_seconds``) is read the next time: a small device may
-        take longer to start than a round should wait.
+        An answer that comes after the timeout (by default ``late_seconds``) is read at the next call, since a small
+        device may take longer to start than a round should wait.
         """
         present = sorted(grid.get_node_ids())
         for node in set(self.nodes) - set(present):
@@ -179,7 +164,7 @@ class Directory:
         return len(present)
 
     def _take(self, replies: Iterable[Message]) -> None:
-        """Read answers, and admit or refuse the nodes they are from."""
+        """Read answers, and admit or refuse their nodes."""
         answers = {}
         for reply in replies:
             node = self._unanswered.pop(reply.metadata.reply_to_message_id, None)
@@ -191,14 +176,14 @@ class Directory:
             self._admit(node, infos[node])
 
     def suspect(self, node: int, failed: bool) -> None:
-        """Note that a node failed, or that it is well again: where two host a client, the sound one is asked."""
+        """Note whether a node failed: where two nodes host a client, the one that did not fail is asked."""
         if failed:
             self._suspects.add(node)
         else:
             self._suspects.discard(node)
 
     def _assign(self) -> None:
-        """Who is asked for a client: the first node that hosts it, those that failed last coming last."""
+        """Choose for each client the first node that hosts it; nodes that failed come last."""
         self.hosts = {}
         for node in sorted(self.nodes, key=lambda node: node in self._suspects):  # stable: in the order of arrival
             for client in self.nodes[node].clients:

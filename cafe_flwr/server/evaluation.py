@@ -1,4 +1,4 @@
-"""The evaluation of personal networks on their clients: between rounds if asked for, and after the last one."""
+"""Evaluation of personal networks on their clients: between rounds on request, and after the last round."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cafe_flwr.wire.evaluate import EvaluationReply
 
 @dataclass(frozen=True)
 class PersonalEvaluation(StrategyPart):
-    """Asks clients to evaluate what they would train next, and reads what they answer."""
+    """Asks clients to evaluate the networks they would train next, and reads their replies."""
 
     def ask(
         self,
@@ -28,7 +28,7 @@ class PersonalEvaluation(StrategyPart):
         config: Mapping[str, Any],
         publish: bool = False,
     ) -> list[PendingRequest]:
-        """Messages after a round; with ``publish``, clients keep the network in their own folder, too."""
+        """Messages after a round; with ``publish``, clients also write their network to their own folder."""
         plan = RoundPlanner(self.run, self.directory).plan(state, server_round + 1, clients, trains=False)
         writer, config = RequestWriter(self.run, self.directory), {**config, "publish": publish}
         return writer.messages(state, server_round, clients, plan, config, MessageType.EVALUATE)

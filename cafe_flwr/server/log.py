@@ -1,4 +1,4 @@
-"""What the log says of a run."""
+"""Log lines of a run: settings, warnings about clients, and one line per round."""
 
 from __future__ import annotations
 
@@ -15,26 +15,20 @@ from cafe_flwr.server.run import RunConstants
 
 
 class RunLog:
-    """Writes settings, warnings about clients, and a line for every round.
-
-    Parameters
-    ----------
-    directory
-        Knows the names of the clients' nodes.
-    """
+    """Writes the log of a run; clients are named as in ``directory``."""
 
     def __init__(self, directory: Directory) -> None:
         self.directory = directory
-        self._unmoved: set[int] = set()  # of whom this has been said
+        self._unmoved: set[int] = set()  # clients already warned about
         self._seconds: deque[float] = deque(maxlen=10)
 
     def starting(self, run: RunConstants, last: int) -> None:
-        """The run's method, and its rounds."""
+        """Log the method and the number of rounds."""
         logger.info("Starting %s:", run.method.name)
         logger.info("\t├── Number of rounds: %d%s", run.num_rounds, f", stop after {last}" * (last < run.num_rounds))
 
     def settings(self, run: RunConstants) -> None:
-        """The settings, as a part of Flower's tree of them."""
+        """Log the settings, as a part of Flower's tree of settings."""
         logger.info("\t├──> Settings of %s:", run.method.name)
         unread = run.method.unread()
         settings = {name: value for name, value in settings_of(run.method).items() if name not in unread}
@@ -58,37 +52,37 @@ class RunLog:
         logger.info("\t├──> Seed: %d | round timeout: %g s", run.seed, run.round_timeout)
 
     def started(self, run: RunInfo, resumed: bool) -> None:
-        """Who is there, and what networks they have."""
+        """Log the number of clients, nodes and parameters."""
         nodes = len({*self.directory.hosts.values()})
         logger.info("%d clients on %d node(s), %d parameters", len(run.clients), nodes, run.num_parameters)
         if resumed:
             logger.info("Resuming after round %d", run.first_round - 1)
 
     def replies(self, server_round: int, replies: Replies[Any], text: str) -> None:
-        """Clients without a report that can be used, in the words of ``text``, and what nodes noted of the others."""
+        """Warn of every client left out (``text`` as in :meth:`warn`), and log the nodes' notes on the others."""
         self.warn(server_round, text, replies.left_out)
         self.warn(server_round, "{}", replies.notes)
 
     def warn(self, server_round: int, text: str, reasons: Mapping[int, str]) -> None:
-        """A line for every client: the text, with the client in the place of ``{}``, and the reason."""
+        """Warn of every client: the text, with the client in the place of ``{}``, and the reason."""
         for client, reason in sorted(reasons.items()):
             logger.warning("Round %d: %s: %s", server_round, text.format(self.directory.label(client)), reason)
 
     def suspicious(self, server_round: int, reasons: Mapping[int, str]) -> None:
         """Name clients whose influence on others was bounded."""
-        self.warn(server_round, "{} counts for next to nothing with others", reasons)
+        self.warn(server_round, "{} gets almost no weight with other clients", reasons)
 
     def unmoved(self, clients: Iterable[int]) -> None:
-        """Say once of a client that it sends its classifier back as it got it."""
+        """Warn once of each client that returned its classifier unchanged."""
         for client in sorted(set(clients) - self._unmoved):
             logger.warning(
-                "%s sent its classifier back as it got it: it is like nobody (cosine 0), and gets the mean of all",
+                "%s returned its classifier unchanged: its cosine with all others is 0, and it gets the mean of all",
                 self.directory.label(client),
             )
         self._unmoved |= set(clients)
 
     def finished(self, record: RoundRecord) -> None:
-        """The line of a round, with the time that is left if the others take as long as the last ten."""
+        """Log the line of a round, with the time left, estimated from the last ten rounds."""
         self._seconds.append(record.seconds["total"])
         left = sum(self._seconds) / len(self._seconds) * (record.num_rounds - record.server_round)
         logger.info("%s · %s", record.line(), f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left")

@@ -1,4 +1,4 @@
-"""What the server is told: which run it is, who takes part, how often clients evaluate, how long it waits."""
+"""Settings of the server: name and mode of the run, clients, rounds and waiting."""
 
 from __future__ import annotations
 
@@ -67,17 +67,17 @@ class Federation:
     fraction_train: float = option(1.0, "Share of the clients that train in a round.", gt=0, le=1, compare="all")
     min_train_nodes: int = option(
         1,
-        "At least so many clients train in a round, whatever fraction-train says; a round in which fewer replied well "
+        "Least number of clients that train in a round, whatever fraction-train says; a round with fewer good replies "
         "does not count.",
         ge=1,
         compare="all",
     )
     min_available_nodes: int = option(
-        1, "Wait for at least so many nodes before the first round.", ge=1, compare="all", free=True
+        1, "Number of nodes to wait for before the first round.", ge=1, compare="all", free=True
     )
     evaluate_every: int = option(
         1,
-        "Clients evaluate before and after training in every so many rounds, and in the last one.",
+        "Interval, in rounds, at which clients evaluate before and after training; they also do in the last round.",
         ge=1,
         compare="all",
     )
@@ -92,7 +92,7 @@ class Federation:
     )
     round_retries: int = option(
         1,
-        "A round with fewer than min-train-nodes good replies is repeated so many times, then the run stops.",
+        "How often a round with fewer than min-train-nodes good replies is repeated before the run stops.",
         ge=0,
         compare="free",
     )

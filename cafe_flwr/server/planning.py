@@ -1,4 +1,4 @@
-"""The plan of a round: what every participant trains and is sent, and what is kept of what it reports."""
+"""Planning of a round: what every participant trains and receives, and what the server keeps of its report."""
 
 from __future__ import annotations
 
@@ -17,13 +17,10 @@ from cafe_flwr.wire.reports import ClientReport
 
 @dataclass(frozen=True)
 class RoundPlanner(StrategyPart):
-    """Asks the method for its plan.
-
-    Where clients are not alike, it is asked once for every group whose uploads can be compared.
-    """
+    """Asks the method for its plan; where clients are not alike, once for every group with comparable uploads."""
 
     def plan(self, state: ServerState, server_round: int, clients: Sequence[int], trains: bool = True) -> RoundPlan:
-        """The plan for the participants; ``trains`` is false where they evaluate only."""
+        """The plan for the participants; ``trains`` is false where they only evaluate."""
         tasks = self._tasks(state, server_round, clients, trains)
         plans = [(task.participants, self.run.method.plan(task)) for task in tasks]
         return joined_plans(clients, plans, self.directory.reference.num_exits)
@@ -36,12 +33,10 @@ class RoundPlanner(StrategyPart):
         plan: RoundPlan,
         reports: Sequence[ClientReport],
     ) -> tuple[RoundPlan, set[int]]:
-        """Keep in the state what the method makes of a round's reports, group by group as they were planned.
+        """Let the method conclude a round, in the groups of its plan, and update the state.
 
-        Returns
-        -------
-        The round's plan, with the weights found now where the method mixes at the end of a round; and the clients whose
-        classifier came back as it was sent.
+        Returns the round's plan, with new weights if the method mixes at the end of a round; and the clients that
+        returned their classifier unchanged.
         """
         records = {report.client: self._record(report, server_round) for report in reports}
         rows = {client: row for row, client in enumerate(clients)}
@@ -66,7 +61,7 @@ class RoundPlanner(StrategyPart):
         return ClientRecord(report.num_examples, server_round, report.upload, similarity, kind)
 
     def _as_sent(self, record: ClientRecord) -> ClientRecord:
-        """With what is sent to the client next as it arrives there, rounded if half of the digits travel."""
+        """The record with its upload rounded as the client will receive it if values travel as float16."""
         if self.run.wire == "float32":
             return record
         return replace(record, upload=record.upload.astype(np.float16).astype(np.float32))
@@ -74,7 +69,7 @@ class RoundPlanner(StrategyPart):
     def _tasks(
         self, state: ServerState, server_round: int, clients: Sequence[int], trains: bool = True
     ) -> Iterator[ServerRound]:
-        """The round as every group of clients that can learn from one another meets it."""
+        """One planning task for each group of clients that can learn from one another."""
         rng = rng_for(self.run.seed, server_round, -1, "selection")
         here, known = {client: self.directory.kind(client) for client in clients}, state.known
         for alike in self._comparable(here.values()):
@@ -100,7 +95,7 @@ class RoundPlanner(StrategyPart):
             )
 
     def _comparable(self, here: Iterable[ClientSpec]) -> list[set[str]]:
-        """Names of kinds of clients, in groups whose clients can learn from one another."""
+        """Groups of kinds, by name, whose clients can learn from one another."""
         key = self.run.method.comparable
         groups: list[set[str]] = []
         for kind in {kind.name: kind for kind in here}.values():

@@ -1,4 +1,4 @@
-"""What came back: replies that can be used, and clients that are left out, with the reason."""
+"""Reading of replies: which can be used, and which clients are left out, with the reason."""
 
 from __future__ import annotations
 
@@ -34,27 +34,19 @@ R = TypeVar("R", bound=_Reply)
 
 @dataclass(frozen=True)
 class Replies(Generic[R]):
-    """What came back from the nodes.
-
-    Attributes
-    ----------
-    good
-        Replies with at least one report, in the order of their clients.
-    left_out
-        Clients without a report that can be used, with the reason.
-    """
+    """Usable replies (``good``), in ascending order of clients; and the clients ``left_out``, with the reason."""
 
     good: Sequence[R]
     left_out: Mapping[int, str]
 
     @property
     def reports(self) -> list[Any]:
-        """The reports of all clients, in their order."""
+        """The reports of all clients, in ascending order of clients."""
         return sorted((report for reply in self.good for report in reply.reports), key=lambda report: report.client)
 
     @property
     def notes(self) -> dict[int, str]:
-        """What nodes noted about clients that they report themselves, in the order of the clients."""
+        """Notes of nodes on clients that they report, in ascending order of clients."""
         found = {
             report.client: reply.notes[report.client]
             for reply in self.good
@@ -66,7 +58,7 @@ class Replies(Generic[R]):
 
 @dataclass(frozen=True)
 class ReplyReader(StrategyPart):
-    """Reads what nodes answer, and refuses what is broken or out of bounds."""
+    """Reads training replies, and refuses those that are broken or out of bounds."""
 
     def read(
         self, state: ServerState, server_round: int, pending: Sequence[PendingRequest], messages: Iterable[Message]
@@ -81,7 +73,7 @@ class ReplyReader(StrategyPart):
     def _train_reply(
         self, state: ServerState, server_round: int, kinds: Mapping[int, ClientSpec], message: Message
     ) -> TrainReply:
-        """Read a reply; ValueError, in words, if it cannot be used."""
+        """Read a reply; ValueError if it cannot be used."""
         run, directory, plain = self.run, self.directory, self.uniform_weights
         reported = clients_in(message, run.keys)
         if unknown := set(reported) - kinds.keys():
@@ -109,7 +101,7 @@ class ReplyReader(StrategyPart):
         return replace(reply, reports=[report.padded(directory.reference.num_exits) for report in reply.reports])
 
     def _within_bounds(self, state: ServerState, replies: Replies[TrainReply]) -> Replies[TrainReply]:
-        """The replies that are not far longer than the others; clients of those that are join those left out."""
+        """Leave out replies whose norm is far beyond the others'."""
         good, ratio = replies.good, self.run.bounds.max_ratio
         refused: dict[int, str] = {}
         views = [self.directory.view([report.client for report in reply.reports]) for reply in good]
@@ -134,18 +126,10 @@ def sort_out(
     read: Callable[[Message], R],
     on_node: Callable[[int, bool], None],
 ) -> Replies[R]:
-    """Match replies with what was asked, and read them.
+    """Match replies, in any order, with the pending requests, and read them.
 
-    Parameters
-    ----------
-    replies
-        In any order; some may be errors, some missing, some nobody asked for.
-    pending
-        The messages they answer.
-    read
-        Reads a reply; whatever it raises leaves the reply's clients out.
-    on_node
-        Called with every node asked, and whether it failed.
+    Whatever ``read`` raises leaves the reply's clients out; ``on_node`` is called with every node asked, and whether it
+    failed. Replies that nobody asked for are ignored.
     """
     waiting = {one.message.metadata.message_id: one for one in pending}
     good: list[R] = []

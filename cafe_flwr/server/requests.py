@@ -1,4 +1,4 @@
-"""The messages of a round: one for every node that hosts participants."""
+"""Requests of a round: one message for every node that hosts participants."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from cafe_flwr.wire.train import TrainRequest
 
 @dataclass(frozen=True)
 class PendingRequest:
-    """A message under way, and the node and clients it is for."""
+    """A message that was sent, and the node and clients it is for."""
 
     message: Message
     node: int
@@ -27,7 +27,7 @@ class PendingRequest:
 
 @dataclass(frozen=True)
 class RequestWriter(StrategyPart):
-    """Writes what nodes are asked: each client its own download and active exits."""
+    """Writes requests that carry each client's own download and active exits."""
 
     def messages(
         self,
@@ -40,8 +40,7 @@ class RequestWriter(StrategyPart):
     ) -> list[PendingRequest]:
         """Messages that ask clients to train, or to evaluate after a round.
 
-        ``plan`` has a row for every client; ``config`` is the user's own, sent along. ValueError if values are too
-        large for the wire.
+        ``plan`` has a row for every client; ``config`` is the user's. ValueError if values are too large for float16.
         """
         run, trains = self.run, message_type == MessageType.TRAIN
         row_of = {client: row for row, client in enumerate(clients)}
@@ -61,7 +60,7 @@ class RequestWriter(StrategyPart):
     def _request(
         self, state: ServerState, server_round: int, hosted: list[int], plan: RoundPlan, trains: bool
     ) -> TrainRequest:
-        """What the node of these clients is asked; ``plan.active`` has their rows."""
+        """The request for a node; ``plan.active`` has only the rows of its clients."""
         run = self.run
         # Fine-tuning after the last round begins at the full rate.
         budget = replace(run.local, learning_rate=run.learning_rate(server_round)) if trains else run.local
@@ -88,7 +87,7 @@ class RequestWriter(StrategyPart):
 
 
 def check_reserved(*configs: Mapping[str, Any]) -> None:
-    """ValueError if the user's own entries for clients hold keys that the strategy sets."""
+    """ValueError if a user's config for clients has keys that the strategy sets."""
     reserved = [key for config in configs for key in config if key in RESERVED or key.startswith(RESERVED_PREFIXES)]
     if set(reserved) - {"server-round"}:  # Flower's own strategies put it there, too
         raise ValueError(f"the config for clients must not hold keys of the strategy's own: {', '.join(reserved)}")

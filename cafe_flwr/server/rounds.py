@@ -1,4 +1,4 @@
-"""Rounds: waiting for the clients that one needs, repeating it if too few of them reply well, and its record."""
+"""The loop of rounds: waits for clients, repeats a round with too few good replies, and makes its record."""
 
 from __future__ import annotations
 
@@ -25,15 +25,7 @@ EvaluateOnServer = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class RoundFailed(RuntimeError):
-    """Too few clients replied well in a round; the server's state is as before it.
-
-    Attributes
-    ----------
-    participants
-        Clients that were asked.
-    left_out
-        Those that did not, with the reason.
-    """
+    """Too few good replies in a round; the server's state is as before it. Clients ``left_out`` have the reason."""
 
     def __init__(self, text: str, participants: Sequence[int], left_out: Mapping[int, str]) -> None:
         super().__init__(text)
@@ -43,16 +35,9 @@ class RoundFailed(RuntimeError):
 
 @dataclass
 class CurrentRound:
-    """The round under way, as the strategy plans it and reads its replies.
+    """The current round: participants (``clients``), their plan and requests, and then the content of their replies.
 
-    Attributes
-    ----------
-    clients, plan, pending
-        Participants, what they are told, and the messages that tell them.
-    reports, left_out, notes
-        What came back (:class:`cafe_flwr.server.replies.Replies`).
-    failure
-        Why the try before this one failed, if the round is repeated.
+    ``failure`` says why the previous try failed if the round is repeated.
     """
 
     clients: Sequence[int] = ()
@@ -64,11 +49,11 @@ class CurrentRound:
     failure: RoundFailed | None = None
 
     def read(self, replies: Replies[TrainReply]) -> None:
-        """Take down what came back."""
+        """Store the content of the replies."""
         self.reports, self.left_out, self.notes = replies.reports, replies.left_out, replies.notes
 
     def check(self, server_round: int, minimum: int, directory: Directory) -> None:
-        """RoundFailed, with all reasons, if fewer clients than are needed replied well."""
+        """Raise RoundFailed, with all reasons, if fewer than ``minimum`` clients replied well."""
         replied = len(self.reports)
         if replied >= max(1, minimum):
             return
@@ -80,13 +65,7 @@ class CurrentRound:
 
 @dataclass(frozen=True)
 class Gathering(StrategyPart):
-    """Waits for clients, as long as the strategy was told to.
-
-    Attributes
-    ----------
-    failure
-        Why the round is repeated, if it is.
-    """
+    """Waits for clients up to ``wait_seconds`` of the strategy; ``failure`` says why a round is repeated."""
 
     failure: RoundFailed | None = None
 
@@ -98,7 +77,7 @@ class Gathering(StrategyPart):
         )
 
     def connect(self, grid: Grid) -> None:
-        """Ask nodes that have come since, or all of them if nobody is known to be there."""
+        """Ask new nodes; if no client is known to be present, wait as at the start."""
         if self.directory.hosts:
             self.directory.refresh(grid)
         if self.directory.hosts:
@@ -111,12 +90,9 @@ class Gathering(StrategyPart):
             raise RuntimeError(f"{error}\n{self.failure}") from None
 
     def enough(self, grid: Grid, server_round: int) -> list[int]:
-        """Clients to choose from for a round, or to ask again in one that is repeated; waits for those missing.
+        """Clients to sample from for a round, or participants to ask again if it is repeated; waits for missing ones.
 
-        Raises
-        ------
-        RuntimeError
-            If there are too few for a round.
+        RuntimeError if there are too few for a round.
         """
         minimum, seconds = self.run.min_clients, self.run.wait_seconds
         wanted = self.failure.participants if self.failure else None
@@ -139,10 +115,7 @@ class Gathering(StrategyPart):
 
 @dataclass
 class RoundCost:
-    """What a round took, over all of its tries; ``seconds_server`` is of the last one.
-
-    ``failed_tries`` has the clients left out in each try that failed, with the reasons.
-    """
+    """Cost of a round over all tries (``seconds_server``: of the last), and who was left out of each failed try."""
 
     server_round: int
     bytes_down: int = 0
@@ -158,17 +131,14 @@ class RoundLoop:
 
     Attributes
     ----------
-    strategy
-        Asked for messages, and given the replies.
-    grid, timeout
-        Where messages go; and after how many seconds a round goes on without the replies that are missing.
+    timeout
+        Seconds after which a round goes on without the missing replies.
     retries
         How often a round is repeated after :class:`RoundFailed`.
-    on_failure, on_round
-        Called when a round is about to be repeated, with the reason, or with None before its first try; and when
-        clients have trained.
-    train_config, evaluate_config, evaluate_fn
-        As ``start`` gets them.
+    on_failure
+        Called before every try of a round: with None first, then with the reason why it is repeated.
+    on_round
+        Called when the clients of a round have trained.
     """
 
     strategy: Strategy
@@ -182,7 +152,7 @@ class RoundLoop:
     evaluate_fn: EvaluateOnServer | None
 
     def run(self, arrays: ArrayRecord, first: int, last: int) -> Result:
-        """Run the rounds; RoundFailed if one fails in every try."""
+        """Run the rounds; raises RoundFailed if one fails in every try."""
         result = Result()
         result.arrays = arrays
         self._evaluate_on_server(first - 1, arrays, result)
@@ -200,7 +170,7 @@ class RoundLoop:
             result.evaluate_metrics_serverapp[server_round] = value
 
     def _train(self, server_round: int, arrays: ArrayRecord, result: Result) -> ArrayRecord:
-        """A round's training, tried until it succeeds; the arrays after it."""
+        """Train in one round, with retries, and return the arrays after it."""
         start, cost = time.perf_counter(), RoundCost(server_round)
         self.on_failure(None)
         while True:

@@ -1,4 +1,4 @@
-"""What stays the same in all rounds of a run, and what the parts of a strategy have in common."""
+"""Constants of a run, their checks, and the base class of the strategy's parts."""
 
 from __future__ import annotations
 
@@ -15,19 +15,7 @@ from cafe_flwr.wire.options import Bounds, Privacy
 
 @dataclass(frozen=True)
 class RunConstants:
-    """What stays the same in all rounds of a run.
-
-    Attributes
-    ----------
-    keys
-        Names of the records in messages.
-    method, seed, num_rounds, num_clients, local, learning_rate_schedule, learning_rate_decay, evaluate_every
-        As :class:`cafe_flwr.server.strategy.FederatedStrategy` was given them.
-    fraction_train, fraction_evaluate, min_train_nodes, min_available_nodes, wait_seconds, round_timeout, round_retries
-        Likewise.
-    bounds, privacy, wire
-        Likewise.
-    """
+    """What stays the same in all rounds of a run; see :class:`cafe_flwr.server.strategy.FederatedStrategy`."""
 
     keys: Keys
     method: Method
@@ -51,7 +39,7 @@ class RunConstants:
 
     @property
     def min_clients(self) -> int:
-        """Clients that a round needs; where it is known how many there are, not more than these."""
+        """Clients that a round needs; at most ``num_clients`` where that is known."""
         return self.min_train_nodes if self.num_clients is None else min(self.min_train_nodes, self.num_clients)
 
     def evaluates_in(self, server_round: int) -> bool:
@@ -64,7 +52,7 @@ class RunConstants:
         return learning_rate_at(self.local.learning_rate, server_round, *schedule)
 
     def check_rounds(self, last: int) -> None:
-        """ValueError if the run cannot stop after this round, or cannot go on to its last one."""
+        """ValueError if the run cannot stop after round ``last``, or its learning rate falls to 0 before the end."""
         if not 1 <= last <= self.num_rounds:
             raise ValueError(f"num_rounds must be in 1..{self.num_rounds}, for which the strategy was made, got {last}")
         if not self.learning_rate(self.num_rounds):
@@ -75,7 +63,7 @@ class RunConstants:
 
 
 def check_arguments(run: RunConstants) -> None:
-    """ValueError for an impossible argument of a strategy, naming it."""
+    """ValueError for an argument of a strategy that is out of range, naming it."""
     if run.seed < 0:
         raise ValueError(f"seed must be at least 0, got {run.seed}")
     names = ("evaluate_every", "wait_seconds", "round_timeout", "round_retries")
@@ -92,12 +80,12 @@ def check_arguments(run: RunConstants) -> None:
 
 @dataclass(frozen=True)
 class StrategyPart:
-    """A part of a strategy: it knows what stays the same in the run, and who is there."""
+    """A part of a strategy, with the constants of the run and the directory of clients."""
 
     run: RunConstants
     directory: Directory
 
     @property
     def uniform_weights(self) -> bool:
-        """Whether clients count alike in the mean of what is shared."""
+        """Whether all clients weigh the same in the average of the shared part."""
         return self.run.method.uniform_weights(self.directory.unequal)

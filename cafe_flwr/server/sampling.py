@@ -1,4 +1,4 @@
-"""Which clients take part in a round."""
+"""Random choice of the clients of a round."""
 
 from __future__ import annotations
 
@@ -16,18 +16,9 @@ def sample_clients(
     server_round: int,
     purpose: str = "participants",
 ) -> list[int]:
-    """Clients that take part in this round, in ascending order.
+    """Clients that take part in this round, in ascending order: a share 0..1 of those available, at least ``minimum``.
 
     The same seed, round and set of clients give the same sample whatever nodes host them.
-
-    Parameters
-    ----------
-    available
-        Clients that could take part.
-    fraction
-        Share of them to take, 0..1.
-    minimum
-        At least so many, as far as there are any.
     """
     clients = sorted(available)
     size = min(len(clients), max(int(round(len(clients) * fraction, 9)), minimum))

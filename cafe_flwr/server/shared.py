@@ -1,4 +1,4 @@
-"""The shared parameters of the federation: by name, as Flower has them, and flat, as they travel."""
+"""The shared parameters of the federation: by name, as in Flower's results, and flat, as in messages."""
 
 from __future__ import annotations
 
@@ -24,13 +24,7 @@ def by_name(schema: Schema, flat: NDArray[np.float32]) -> ArrayRecord:
 
 
 def flattened(schema: Schema, arrays: ArrayRecord) -> NDArray[np.float32]:
-    """The opposite of :func:`by_name`; other arrays are not looked at.
-
-    Raises
-    ------
-    ValueError
-        If parameters are missing, or of another shape.
-    """
+    """Inverse of :func:`by_name`; ignores other arrays. ValueError if parameters are missing or of another shape."""
     missing = [name for name in schema.names if name not in arrays]
     if missing:
         raise ValueError(f"the initial arrays lack shared parameters of the clients' network: {', '.join(missing)}")
@@ -42,12 +36,9 @@ def flattened(schema: Schema, arrays: ArrayRecord) -> NDArray[np.float32]:
 
 
 def taken_up(state: ServerState | None, info: NodeInfo, arrays: ArrayRecord) -> ServerState:
-    """The server's state with these shared parameters; None: a new one.
+    """The server's state (a new one for None) with these shared parameters.
 
-    Raises
-    ------
-    ValueError
-        If parameters are missing or of another shape, or the state is of another network or method.
+    ValueError if parameters are missing or of another shape, or the state is of another network or method.
     """
     flat = flattened(info.shared, arrays)
     if state is None:
@@ -58,13 +49,7 @@ def taken_up(state: ServerState | None, info: NodeInfo, arrays: ArrayRecord) -> 
 
 
 def ask_initial(grid: Grid, directory: Directory, timeout: float) -> ArrayRecord:
-    """Ask the node of the first client for the shared parameters that the seed gives.
-
-    Raises
-    ------
-    RuntimeError
-        If it fails, with the reason.
-    """
+    """Ask the first client's node for the shared parameters that the seed gives; RuntimeError if it fails."""
     first = min(directory.hosts)
     message = directory.request_to(directory.hosts[first], f"{MessageType.QUERY}.initial")
     replies = list(grid.send_and_receive([message], timeout=timeout))

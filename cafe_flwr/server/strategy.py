@@ -1,4 +1,4 @@
-"""Strategies for Flower: who takes part, what travels, and what is kept from round to round."""
+"""The Flower strategy that runs any method of this package."""
 
 from __future__ import annotations
 
@@ -45,9 +45,8 @@ DEFAULT_ROUNDS = 100
 class FederatedStrategy(FedAvg):
     """A method of this package as a Flower strategy.
 
-    Counts and fractions are of *clients*, the learners: a node hosts one or more, and is asked with one message a
-    round for all of its clients that take part. Where every node hosts one client, as in Flower's own examples, the
-    two are the same.
+    Counts and fractions are of *clients*, the learners. A node hosts one or more clients and gets one message a round
+    for all that take part; in Flower's own examples every node hosts one client.
 
     Parameters
     ----------
@@ -59,12 +58,12 @@ class FederatedStrategy(FedAvg):
     method
         What clients minimise and the server combines.
     num_rounds
-        T: schedules (learning rate, student exits) span so many rounds. None: as many as :meth:`start` is told.
+        T, the rounds that schedules (learning rate, student exits) span. None: the number given to :meth:`start`.
     local
         Local training, with the learning rate of the first round; by default that of the settings.
     learning_rate_schedule, learning_rate_decay
-        What becomes of the learning rate: ``"cosine"``, constant until T/2, then a cosine down to 0; or
-        ``"exponential"``, by the factor ``learning_rate_decay`` a round.
+        ``"cosine"``: the learning rate is constant until T/2, then falls to 0 as a cosine. ``"exponential"``: it is
+        multiplied by ``learning_rate_decay`` every round.
     num_clients
         Clients in simulation, spread over the nodes; None: one client per node.
     seed
@@ -72,22 +71,22 @@ class FederatedStrategy(FedAvg):
     wait_seconds
         How long to wait for nodes before the first round.
     evaluate_every
-        Clients evaluate before and after training in every so many rounds, and in the last one.
+        Interval, in rounds, at which clients evaluate before and after training; they also do in the last round.
     round_timeout
-        Seconds after which a round goes on without the replies that are missing.
+        Seconds after which a round goes on without the missing replies.
     round_retries
-        A round in which fewer than ``min_train_nodes`` clients replied well is repeated so many times with those of its
-        participants that are there, or come back within ``wait_seconds``; then the run stops.
+        How often a round in which fewer than ``min_train_nodes`` clients replied well is repeated, with those of its
+        participants that are present or return within ``wait_seconds``, before the run stops.
     bounds
-        How long a client's update may be before it is refused.
+        Largest norm of a client's update; beyond it, the update is refused.
     privacy
         Clipping and noise of what clients send; by default neither.
     wire
-        Type of the values that travel, both ways: ``"float32"``, or ``"float16"`` for half of the bytes.
+        Type of the values in messages, both ways: ``"float32"``, or ``"float16"`` for half of the bytes.
     callbacks
-        Called after every round, see :mod:`cafe_flwr.results.recorder`.
+        Called at the start, after every round and at the end, as :mod:`cafe_flwr.results.recorder` is.
     resume_from
-        State of an earlier run to go on from, see :class:`cafe_flwr.server.checkpoints.Checkpoints`.
+        State of an earlier run to continue, see :class:`cafe_flwr.server.checkpoints.Checkpoints`.
     """
 
     def __init__(  # noqa: PLR0913 (public constructor: a run is described by it, all by name)
@@ -139,7 +138,7 @@ class FederatedStrategy(FedAvg):
         return RunConstants(**{field.name: getattr(self, field.name) for field in fields(RunConstants)})
 
     def sample(self, server_round: int, available: Sequence[int], purpose: str = "participants") -> list[int]:
-        """Clients that take part in a round, or as ``"evaluators"`` in its evaluation; to be overridden at will."""
+        """Clients that take part in a round, or as ``"evaluators"`` in its evaluation; may be overridden."""
         fraction, minimum = self.fraction_train, self.min_train_nodes
         if purpose == "evaluators":
             fraction, minimum = self.fraction_evaluate, self.min_evaluate_nodes
@@ -148,7 +147,7 @@ class FederatedStrategy(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message for every node that hosts participants: each client its own download and active exits."""
+        """One message for every node that hosts participants, with each client's own download and active exits."""
         run, directory, failure = self.constants, self.directory, self.current.failure
         self.current = CurrentRound(failure=failure)
         if self.fraction_train == 0.0:
@@ -171,10 +170,7 @@ class FederatedStrategy(FedAvg):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the shared parts of all clients that replied well; leave out the others with a warning.
 
-        Raises
-        ------
-        RoundFailed
-            If fewer than ``min_train_nodes`` clients replied well, with all reasons.
+        RoundFailed, with all reasons, if fewer than ``min_train_nodes`` clients replied well.
         """
         state, current, run, directory = self.state, self.current, self.constants, self.directory
         if state is None or not current.clients:
@@ -199,7 +195,7 @@ class FederatedStrategy(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask clients to evaluate the aggregated network with their own heads; nobody, by default."""
+        """Ask clients to evaluate the aggregated network with their own heads; by default none."""
         self._evaluating = []
         if self.fraction_evaluate == 0.0:
             return []
@@ -211,7 +207,7 @@ class FederatedStrategy(FedAvg):
         return [one.message for one in self._evaluating]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Average accuracy, loss and ECE per exit over the clients that replied, by their test examples."""
+        """Average accuracy, loss and ECE per exit over the clients that replied, weighted by their test examples."""
         run, directory = self.constants, self.directory
         read = PersonalEvaluation(run, directory).read(self._evaluating, replies)
         self.log.replies(server_round, read, "no evaluation of {}")
@@ -234,15 +230,15 @@ class FederatedStrategy(FedAvg):
         grid
             Flower's grid.
         initial_arrays
-            Initial shared parameters by name; others are not looked at, since personal ones are the clients' own.
-            None: a node is asked for those that the seed gives, so that the server needs neither network nor data.
+            Initial shared parameters by name; other entries are ignored. None: a node is asked for those that the seed
+            gives, so that the server needs neither network nor data.
         num_rounds
-            Stop after this round. The schedules span the ``num_rounds`` the strategy was made with, or these here if it
-            was made without. None: all of them.
+            Stop after this round; None: after the last. Schedules span the ``num_rounds`` of the constructor, or these
+            if it had none.
         timeout
             Of a round, in seconds; None: the strategy's own.
         train_config, evaluate_config
-            Sent along to the clients.
+            Entries that the clients receive, too.
         evaluate_fn
             Evaluation on the server, called with (round, arrays) before the first and after every round.
 
@@ -253,7 +249,7 @@ class FederatedStrategy(FedAvg):
         Raises
         ------
         RuntimeError
-            If no client can take part, or too few clients of a round reply well, also when it is repeated.
+            If no client can take part, or if too few clients reply well in all tries of a round.
         """
         started = time.perf_counter()
         if self._planned_rounds is None:
@@ -280,10 +276,8 @@ class FederatedStrategy(FedAvg):
         logger.info("Finished after %.1f s", time.perf_counter() - started)
         return result
 
-    # --- a run ---
-
     def _begin(self, grid: Grid, initial_arrays: ArrayRecord | None, last: int) -> tuple[ArrayRecord, ServerState]:
-        """Wait for clients, take up or make the state, and tell log and callbacks of it."""
+        """Wait for clients, make the state or go on from one, and inform log and callbacks."""
         self.state, self._resume_from = self._resume_from, None
         resumed, run, directory = self.state is not None, self.constants, self.directory
         directory.kinds |= self.state.kinds if self.state else {}
@@ -305,7 +299,7 @@ class FederatedStrategy(FedAvg):
         return arrays, state
 
     def _repeat(self, failure: RoundFailed | None) -> None:
-        """Remember why the round is repeated, or that it is not."""
+        """Remember why the round is repeated; None: it is not."""
         self.current.failure = failure
 
     def _finish_round(self, cost: RoundCost) -> None:
@@ -316,7 +310,7 @@ class FederatedStrategy(FedAvg):
                 callback.on_round(record, self.state)
 
     def _finish(self, grid: Grid, state: ServerState, config: ConfigRecord, timeout: float) -> None:
-        """Let every client that is there evaluate its personal network and publish it in its own folder."""
+        """Let every client present evaluate its personal network and publish it in its own folder."""
         directory, evaluation = self.directory, PersonalEvaluation(self.constants, self.directory)
         directory.refresh(grid)
         pending: list[PendingRequest] = []
@@ -332,8 +326,8 @@ class FederatedStrategy(FedAvg):
             callback.on_finish(read.reports)
 
 
-# Flower's arguments whose default is another here, with their places: 2 as the fewest nodes would overrule fractions,
-# and make one node with many clients wait for another.
+# Position and default here of FedAvg's arguments whose default differs: Flower's minimum of 2 nodes would overrule
+# fractions, and make one node with many clients wait for another.
 _DEFAULTS = {"min_train_nodes": (2, 1), "min_available_nodes": (4, 1)}
 
 

@@ -1,4 +1,4 @@
-"""Averaging by client, in an order and with a rounding that do not depend on which node hosts whom."""
+"""Averages over clients that are the same, bit for bit, whatever node hosts whom."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 # Products n·θ are rounded to multiples of 2⁻³². Sums of such numbers are exact in float64 up to 2²¹ = 2 million, so
-# the order of summation, and with it the grouping of clients on nodes, cannot change a bit. Larger sums are merely
-# as good as float64 is. The rounding itself, 2⁻³³/n, lies far below the resolution of float32 weights.
+# the order of summation, and with it the grouping of clients on nodes, cannot change a bit. Larger sums have the
+# accuracy of float64. The rounding itself, 2⁻³³/n, lies far below the resolution of float32 weights.
 _GRID = 2.0**32
 
 
 def weighted(values: ArrayLike, weight: float | NDArray[np.float64]) -> NDArray[np.float64]:
-    """``weight · values`` in float64, on a grid on which sums do not depend on their order.
+    """``weight · values`` in float64, rounded to a grid on which sums do not depend on their order.
 
     Examples
     --------
@@ -26,12 +26,7 @@ def weighted(values: ArrayLike, weight: float | NDArray[np.float64]) -> NDArray[
 
 
 def weighted_mean(sums: Iterable[NDArray[np.float64]], total_weight: float) -> NDArray[np.float32]:
-    """Mean from weighted sums (of :func:`weighted` values), rounded once, to float32.
-
-    Raises
-    ------
-    ValueError
-        If there is nothing to average or the weights sum to 0.
+    """Mean in float32 from sums of :func:`weighted` values; ValueError if there are none or the weights sum to 0.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Bounds on what is received: values that no honest sender sends are refused before they are used."""
+"""Bounds on what is received: norms that no honest sender has are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from cafe_flwr.wire.options import Bounds
 
 MAX_NORM = Bounds().max_norm
-_FEWEST = 3  # of two that differ nobody can say which one is wrong
+_FEWEST = 3  # of two that differ, it is unknown which one is wrong
 
 
 def norm(values: NDArray[Any]) -> float:
@@ -26,7 +26,7 @@ def norm(values: NDArray[Any]) -> float:
 
 
 def check_norm(values: NDArray[Any], limit: float, what: str) -> None:
-    """Raise ValueError if the norm is beyond the limit, or not a number; a limit of 0 allows all that is finite.
+    """ValueError if the norm is beyond the limit or not finite; a limit of 0 allows every finite norm.
 
     Examples
     --------
@@ -42,19 +42,10 @@ def check_norm(values: NDArray[Any], limit: float, what: str) -> None:
 
 
 def far_longer(norms: ArrayLike, examples: ArrayLike, max_ratio: float) -> list[int]:
-    """Positions of norms beyond ``max_ratio`` times the median; nobody's where there are fewer than three.
+    """Positions of ``norms`` (n,) beyond ``max_ratio`` (> 1; 0: no bound) times the median; none of fewer than three.
 
-    Who has k times the median number of examples takes up to k times the steps, and counts k times the labels: it may
-    be k times as long.
-
-    Parameters
-    ----------
-    norms
-        (n,), 0 or more.
-    examples
-        (n,), training examples behind each.
-    max_ratio
-        Greater than 1; 0: no bound.
+    A client with k times the median number of ``examples`` (n,) takes up to k times the steps and counts k times the
+    labels, so its norm may be k times as large.
 
     Examples
     --------
@@ -72,6 +63,6 @@ def far_longer(norms: ArrayLike, examples: ArrayLike, max_ratio: float) -> list[
 
 
 def times_median(norms: Sequence[float], position: int) -> str:
-    """How a norm compares with the median of all, in words."""
+    """A norm in comparison with the median of all, in words."""
     typical = float(np.median(norms))
     return f"norm {norms[position]:.4g}, {norms[position] / typical:.4g} times the median of the round, {typical:.4g}"

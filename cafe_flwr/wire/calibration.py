@@ -1,4 +1,4 @@
-"""What calibration sends, as text."""
+"""JSON texts that calibration sends: histograms, counts, threshold paths and certificates."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from cafe_flwr.risk.path import Histogram, ThresholdPath
 from cafe_flwr.risk.pooled import ClientCertificate
 from cafe_flwr.risk.thresholds import ExitThresholds
 
-# --- what travels: counts as JSON ---
-
 
 def histogram_to_json(h: Histogram) -> str:
-    """Counts by bin; the bins are common to all."""
+    """Counts by bin; all clients have the same bins."""
     return json.dumps({"examples": h.examples.tolist(), "harmed": h.harmed.tolist(), "edges": h.edges.tolist()})
 
 

@@ -1,7 +1,7 @@
-"""Clients that are not alike: some hold the first exits only, or narrower layers, some have another modality.
+"""Kinds of clients, for federations where some hold only the first exits, narrower layers or another modality.
 
-A *kind* is what clients of one depth, width and modality have in common. The federation's shared part holds every
-tensor once; a client of a kind sends, receives and averages those of its kind only (:mod:`cafe_flwr.wire.slices`).
+A *kind* is the clients of one depth, width and modality. The federation's shared part holds every tensor once; a client
+sends, receives and averages only those of its kind (:mod:`cafe_flwr.wire.slices`).
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ class ClientSpec:
     Attributes
     ----------
     name
-        For people; empty where all clients of the federation are alike.
-    num_exits, num_parameters
-        Of their network.
-    macs
-        MACs of inference up to each exit.
+        Readable name; empty where all clients of the federation are alike.
+    num_exits, num_parameters, macs
+        Of their network; MACs of inference up to each exit.
     shared
-        Their tensors among the federation's shared ones, under its names and in its order.
+        Their part of the federation's shared tensors, under its names and in its order.
     upload, download
         What each sends and receives of its own.
     """
@@ -47,7 +45,7 @@ class ClientSpec:
 
     @classmethod
     def from_json(cls, text: str) -> ClientSpec:
-        """What :meth:`to_json` wrote; ValueError if it is something else."""
+        """Inverse of :meth:`to_json`; ValueError for other texts."""
         try:
             values: dict[str, Any] = json.loads(text)
             schemas = {key: Schema.from_json(values[key]) for key in ("shared", "upload", "download")}
@@ -56,11 +54,13 @@ class ClientSpec:
             raise ValueError(f"names a kind of clients that cannot be read: {error}") from None
         numbers = [kind.num_exits, kind.num_parameters, *kind.macs]
         if not isinstance(kind.name, str) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError("names a kind of clients with a name that is no text, or with numbers that are none")
+            raise ValueError(
+                "names a kind of clients whose name is no text, or with numbers that are not whole and at least 0"
+            )
         return kind
 
     def check(self, shared: Schema, num_exits: int) -> None:
-        """ValueError if this is no kind of a federation with this shared part, and networks of so many exits."""
+        """ValueError if this kind does not fit a federation with this shared part and number of exits."""
         if not 1 <= self.num_exits <= num_exits or len(self.macs) != self.num_exits:
             raise ValueError(
                 f"names a kind of clients with {self.num_exits} exits and {len(self.macs)} numbers of MACs, where "
@@ -70,7 +70,7 @@ class ClientSpec:
             raise ValueError("names a kind of clients whose shared tensors are not among the federation's")
 
     def like(self, other: ClientSpec) -> bool:
-        """Whether clients of both hold and send the same; what it costs, not every node can tell."""
+        """Whether clients of both hold and send the same; MACs are not compared, since not every node knows them."""
         return (self.num_exits, self.shared, self.upload, self.download) == (
             other.num_exits,
             other.shared,
@@ -80,7 +80,7 @@ class ClientSpec:
 
 
 def are_unequal(kinds: Iterable[ClientSpec]) -> bool:
-    """Whether some clients hold a part only of what others hold."""
+    """Whether some clients hold only a part of what others hold."""
     held = {kind.shared for kind in kinds}
     return any(one != other and is_part(one, other) for one in held for other in held)
 

@@ -1,4 +1,4 @@
-"""Values in records and back: what all kinds of messages share."""
+"""Encoding and decoding of values that all kinds of messages share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def entries(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prefixed(config: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """What :func:`entries` wrote."""
+    """Inverse of :func:`entries`."""
     return {k.removeprefix(prefix).replace("-", "_"): v for k, v in config.items() if k.startswith(prefix)}
 
 
@@ -30,7 +30,7 @@ def method_config(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scalars_of(kind: type[Any]) -> dict[str, type[int] | type[float]]:
-    """Fields of a dataclass that are one number, and which kind of number."""
+    """The int and float fields of a dataclass, with their types."""
     numbers = {"int": int, "float": float}
     return {f.name: numbers[str(f.type)] for f in fields(kind) if f.type in numbers}
 
@@ -41,22 +41,22 @@ def failed(failures: Mapping[int, str]) -> dict[str, Any]:
 
 
 def failures_of(config: Mapping[str, Any]) -> dict[int, str]:
-    """What :func:`failed` wrote."""
+    """Inverse of :func:`failed`."""
     return dict(zip(ints_of(config, "failed-clients"), map(str, config.get("failures", [])), strict=True))
 
 
 def noted(notes: Mapping[int, str]) -> dict[str, Any]:
-    """What is unusual about clients, as replies carry it."""
+    """Notes on clients, as replies carry them."""
     return filled({"noted-clients": list(notes), "notes": list(notes.values())})
 
 
 def notes_of(config: Mapping[str, Any]) -> dict[int, str]:
-    """What :func:`noted` wrote."""
+    """Inverse of :func:`noted`."""
     return dict(zip(ints_of(config, "noted-clients"), map(str, config.get("notes", [])), strict=True))
 
 
 def filled(values: dict[str, Any]) -> dict[str, Any]:
-    """Without empty lists: Flower's records cannot count their bytes. A list that is not there is empty."""
+    """The values without empty lists, whose bytes Flower cannot count; a missing list is read as empty."""
     return {key: value for key, value in values.items() if value != []}
 
 
@@ -64,7 +64,7 @@ _T = TypeVar("_T")
 
 
 def of_client(values: _T | Mapping[int, _T], client: int) -> _T:
-    """What holds for a client, of values by client or one for all; ValueError if nothing does.
+    """The value of a client, from values by client or one for all; ValueError if it has none.
 
     Examples
     --------
@@ -79,24 +79,24 @@ def of_client(values: _T | Mapping[int, _T], client: int) -> _T:
 
 
 def clients_in(message: Message, keys: Keys) -> list[int]:
-    """Clients that a request is for, or a reply reports."""
+    """Clients of a request or a reply."""
     return ints_of(record_of(message, keys.config, ConfigRecord), "clients")
 
 
 def check_client(config: Mapping[str, Any]) -> None:
-    """ValueError, on the server, if a node's reply follows another version of the contract."""
+    """ValueError, on the server, if a node's reply has another version of the protocol."""
     if config.get("protocol") != PROTOCOL:
         raise ValueError(f"it speaks message protocol {config.get('protocol')}, this server {PROTOCOL}")
 
 
 def check_server(config: Mapping[str, Any]) -> None:
-    """ValueError, on the node, if the server's message follows another version of the contract (docs/messages.md)."""
+    """ValueError, on the node, if the server's message has another version of the protocol (docs/messages.md)."""
     if config.get("protocol") != PROTOCOL:
         raise ValueError(f"the server speaks message protocol {config.get('protocol')}, this node {PROTOCOL}")
 
 
 def record_of(message: Message, key: str, kind: type[Any]) -> Any:
-    """A record of a message; ValueError, with those found, if it is not there."""
+    """A record of a message; ValueError, with those found, if it is missing."""
     record = message.content.get(key)
     if not isinstance(record, kind):
         found = ", ".join(map(repr, message.content)) or "nothing"
@@ -105,7 +105,7 @@ def record_of(message: Message, key: str, kind: type[Any]) -> Any:
 
 
 def narrowed(values: NDArray[Any], wire: str) -> NDArray[Any]:
-    """Values as they travel; ValueError if they are too large for it."""
+    """Values in the type ``wire``; ValueError if they are too large for it."""
     with np.errstate(over="ignore"):
         narrow = values.astype(wire, copy=False)
     beyond = np.isinf(narrow) & np.isfinite(values)
@@ -118,7 +118,7 @@ def narrowed(values: NDArray[Any], wire: str) -> NDArray[Any]:
 
 
 def read_flat(message: Message, key: str, wire: str) -> NDArray[Any]:
-    """The one flat array of a record; ValueError if it is another."""
+    """The only array of a record; ValueError if it is not flat or not of type ``wire``."""
     record = record_of(message, key, ArrayRecord)
     if list(record) != [FLAT]:
         raise ValueError(f"needs exactly one array, {FLAT!r}, found {', '.join(map(repr, record)) or 'none'}")
@@ -129,10 +129,5 @@ def read_flat(message: Message, key: str, wire: str) -> NDArray[Any]:
 
 
 def ints_of(config: Mapping[str, Any], key: str) -> list[int]:
-    """A list of whole numbers, empty if it is not there."""
+    """A list of whole numbers, empty if it is missing."""
     return [int(v) for v in config.get(key, [])]
-
-
-def round_of(config: Mapping[str, Any]) -> int:
-    """Number of the round that a message belongs to."""
-    return int(config["server-round"])

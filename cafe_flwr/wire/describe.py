@@ -1,4 +1,4 @@
-"""What a node says about itself and its clients."""
+"""The message in which a node describes itself and its clients."""
 
 from __future__ import annotations
 
@@ -17,33 +17,28 @@ from cafe_flwr.wire.keys import PROTOCOL, Keys
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """A node's answer to the first question: who are you, and whom do you host?
+    """A node's answer to the first message of the server.
 
     Attributes
     ----------
     version
-        Of this package on the node; empty where a client of one's own answers (docs/messages.md).
-    clients
-        Clients it hosts and can serve.
-    num_examples
-        Training examples of each.
+        Of this package on the node; empty for clients that do not use it (docs/messages.md).
+    clients, num_examples
+        Clients it can serve, and the training examples of each.
     problems
-        Clients it cannot serve, with the reason, in words.
+        Reasons why it cannot serve others.
     num_nodes
-        How many nodes there are, where the node knows it (simulation); 0 otherwise.
+        Number of nodes in a simulation; 0 if unknown.
     digest
-        Fingerprint of network and method; all nodes of a run must agree on it.
+        Fingerprint of network and method; all nodes of a run must have the same.
     shared, upload, download
-        What travels, for this network and method: all that the federation shares, and what a client that holds the
-        whole network sends and receives of its own.
-    num_exits, num_parameters
-        m, and the values of the whole network.
-    macs
-        MACs of inference up to each exit, (m,).
+        The federation's shared part, and what a client with the whole network sends and receives of its own.
+    num_exits, num_parameters, macs
+        m, the values of the whole network, and the MACs of inference up to each exit, (m,).
     name
-        What people call the node; empty if it has no name.
+        Readable name of the node; may be empty.
     kinds, kind_of
-        Where clients are not alike: the kinds there are on the node, and each client's place among them. Else empty.
+        Where clients are not alike: the kinds on the node, and each client's place among them. Else empty.
     """
 
     version: str
@@ -63,14 +58,14 @@ class NodeInfo:
     kind_of: list[int] = field(default_factory=list)
 
     def kind(self, client: int) -> ClientSpec:
-        """What the client holds."""
+        """The kind of a client."""
         if not self.kinds:
             return self.whole
         return self.kinds[self.kind_of[self.clients.index(client)]]
 
     @cached_property
     def whole(self) -> ClientSpec:
-        """What a client holds that is like all others."""
+        """The kind of clients with the whole network."""
         size, macs = self.num_parameters, tuple(self.macs)
         return ClientSpec("", self.num_exits, size, macs, self.shared, self.upload, self.download)
 
@@ -84,7 +79,7 @@ class NodeInfo:
 
     @classmethod
     def from_message(cls, message: Message, keys: Keys) -> NodeInfo:
-        """Read a node's answer; ValueError if it is not one."""
+        """Read a node's answer; ValueError if it is invalid."""
         config = record_of(message, keys.config, ConfigRecord)
         if config.get("protocol") != PROTOCOL:
             raise ValueError(
@@ -105,5 +100,5 @@ class NodeInfo:
             kind.check(values["shared"], int(values["num_exits"]))
         fit = len(values["kind_of"]) == len(values["clients"]) and set(values["kind_of"]) <= set(range(len(kinds)))
         if kinds and not (fit and len({kind.name for kind in kinds}) == len(kinds)):
-            raise ValueError("names kinds of clients that do not fit its clients, or one twice")
+            raise ValueError("names kinds of clients that do not fit its clients, or the same kind twice")
         return cls(**values)

@@ -1,4 +1,4 @@
-"""The evaluation of personal networks in messages."""
+"""The replies in which nodes report the evaluation of personal networks."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from cafe_flwr.wire.keys import PROTOCOL, Keys
 
 @dataclass(frozen=True)
 class FinalReport:
-    """One client's personal network after the last aggregation.
+    """Evaluation of one client's personal network.
 
     Attributes
     ----------
     client, train_examples, calibration_examples, test_examples, classes
-        Who, the sizes of its splits, and the number of classes in its training split.
+        Its number, the sizes of its splits, and the number of classes in its training split.
     local_steps
         Gradient steps of fine-tuning after the last round; 0 for most methods.
     ensemble
-        Accuracy of the mean of all exits' probabilities on the test split.
+        Test accuracy of the mean of all exits' probabilities.
     exits
-        Exits on the test split.
+        Metrics per exit on the test split.
     adapted
         The same with the client's log-prior re-estimated on the unlabelled test inputs; NaN where the method has none.
     calibration, test
-        Dynamic inference at every threshold, on these splits.
+        Counts of dynamic inference at every threshold, on these splits.
     """
 
     client: int
@@ -50,7 +50,7 @@ class FinalReport:
     test: DynamicCounts
 
     def withheld(self) -> FinalReport:
-        """What a client reports that keeps its metrics to itself: the size of its training split."""
+        """The report of a client that withholds its metrics: only the size of its training split is left."""
         nothing = ExitMetrics.unknown(len(self.exits.accuracy))
 
         def no_counts(counts: DynamicCounts) -> DynamicCounts:
@@ -69,7 +69,7 @@ class FinalReport:
         )
 
     def padded(self, num_exits: int) -> FinalReport:
-        """With NaN for the exits that the client does not hold, at which nothing leaves."""
+        """The report with exits that the client does not hold as NaN, and no examples that leave there."""
 
         def wide(counts: DynamicCounts) -> DynamicCounts:
             missing = num_exits - counts.left.shape[1]
@@ -84,7 +84,7 @@ class FinalReport:
         )
 
     def to_record(self) -> MetricRecord:
-        """As a Flower record of its own."""
+        """As a Flower record."""
         values: dict[str, Any] = {kebab(name): getattr(self, name) for name in scalars_of(FinalReport)}
         values |= {f.name: getattr(self.exits, f.name) for f in fields(ExitMetrics)}
         values |= {f"adapted-{f.name}": getattr(self.adapted, f.name) for f in fields(ExitMetrics)}
@@ -95,7 +95,7 @@ class FinalReport:
 
     @classmethod
     def from_record(cls, record: MetricRecord, num_exits: int | Mapping[int, int]) -> FinalReport:
-        """Read what :meth:`to_record` wrote."""
+        """Inverse of :meth:`to_record`."""
         scalars: dict[str, Any] = {name: record[kebab(name)] for name in scalars_of(cls)}
         width = of_client(num_exits, scalars["client"])
         exits, adapted = (
@@ -114,7 +114,7 @@ class FinalReport:
 
 @dataclass(frozen=True)
 class EvaluationReply:
-    """A node's evaluation of personal networks: clients that finished, and those that did not with the reason."""
+    """A node's evaluation of personal networks: reports, and reasons why clients failed."""
 
     reports: Sequence[FinalReport]
     failures: Mapping[int, str]
@@ -128,7 +128,7 @@ class EvaluationReply:
 
     @classmethod
     def from_message(cls, message: Message, keys: Keys, *, num_exits: int | Mapping[int, int]) -> EvaluationReply:
-        """Read a reply on the server; ValueError or KeyError if something is not there."""
+        """Read a reply on the server; ValueError or KeyError if something is missing."""
         config = record_of(message, keys.config, ConfigRecord)
         check_client(config)
         reports = [FinalReport.from_record(record, num_exits) for record in message.content.metric_records.values()]

@@ -1,4 +1,4 @@
-"""Names in messages: records, keys and what is reserved."""
+"""Names of records and keys in messages, and which are reserved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ METRICS = "metrics"
 WIRES = ("float32", "float16")
 PHASES = ("before", "after")  # local training
 
-# Keys of a request's config that a user's own must leave alone, as all that begin with one of these words.
+# Keys of a request's config that a user's config must not have, and prefixes of such keys.
 RESERVED_PREFIXES = ("method.", "local.", "privacy.")
 RESERVED = frozenset(
     {
@@ -23,7 +23,7 @@ RESERVED = frozenset(
 
 @dataclass(frozen=True)
 class Keys:
-    """Names of the records in a message, as Flower's strategies let users choose them."""
+    """Names of the records in a message, which users of Flower's strategies may choose."""
 
     arrays: str = "arrays"
     config: str = "config"

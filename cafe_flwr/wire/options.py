@@ -1,4 +1,4 @@
-"""What travels: how large it may be, and what clients do to it before it is sent."""
+"""Settings of what travels: bounds on norms, and differential privacy."""
 
 from __future__ import annotations
 
@@ -10,15 +10,10 @@ from cafe_flwr.core.options import check_settings, option, section
 @section("federation")
 @dataclass(frozen=True)
 class Bounds:
-    """How long a client's update, or what it sends of its own, may be.
+    """Bounds on the Euclidean norm of a client's update, and of what it sends of its own; 0: no bound.
 
-    Attributes
-    ----------
-    max_norm
-        Euclidean norm that neither may exceed; 0: no bound.
-    max_ratio
-        How many times the median of the round's replies either may be; 0: no bound. Rough on purpose: it stops what is
-        absurd, and leaves the merely unusual to the method (:mod:`cafe_flwr.methods.robust_teachers`).
+    ``max_ratio``, in medians of the round's replies, is meant for absurd values; unusual ones are the method's business
+    (:mod:`cafe_flwr.methods.robust_teachers`).
     """
 
     max_norm: float = option(
@@ -30,7 +25,7 @@ class Bounds:
     )
     max_ratio: float = option(
         100.0,
-        "So many times the median norm of a round's replies is refused too; 0: no bound, else greater than 1.",
+        "Largest norm allowed, as a multiple of the median of the round's replies; 0: no bound, else greater than 1.",
         key="federation.max-update-ratio",
         ge=0,
         compare="all",
@@ -45,21 +40,7 @@ class Bounds:
 @section("privacy")
 @dataclass(frozen=True)
 class Privacy:
-    """What clients do to what they send.
-
-    Attributes
-    ----------
-    clip_norm
-        C: the update of the shared part is scaled down to this norm; 0: neither clipping nor noise.
-    upload_clip_norm
-        C of what a client sends of its own; 0: as ``clip_norm``.
-    noise_multiplier
-        σ: noise has the standard deviation σC; 0: none.
-    delta
-        δ for which ε is reported.
-    report_metrics
-        Whether clients report accuracies, losses and similarities, which get no noise.
-    """
+    """Clipping and noise of what clients send: norm C = ``clip_norm``, noise of standard deviation σC."""
 
     clip_norm: float = option(
         0.0,
@@ -68,7 +49,7 @@ class Privacy:
     )
     upload_clip_norm: float = option(0.0, "C of what a client sends of its own (its head); 0: as clip-norm.", ge=0)
     noise_multiplier: float = option(
-        0.0, "Clients add Gaussian noise of standard deviation so many times C to what they send; 0: none.", ge=0
+        0.0, "σ: clients add Gaussian noise of standard deviation σC to what they send; 0: none.", ge=0
     )
     delta: float = option(1e-5, "δ at which the log states ε.", formerly="privacy-delta", gt=0, lt=1)
     report_metrics: bool = option(True, "Clients report accuracies, losses and similarities, which get no noise.")

@@ -1,10 +1,9 @@
-"""Differential privacy of what a client sends: clipped, and noised on the client.
+"""Differential privacy of what a client sends: it is clipped and gets noise on the client.
 
-A client's round releases two vectors: its shared part and what it sends of its own (CAFEDistill: its last classifier).
-Of each only the difference to a point that the server knows already is the client's own; that difference is clipped to
-norm C and gets Gaussian noise of standard deviation σC in every value (the Gaussian mechanism: Dwork and Roth, The
-Algorithmic Foundations of Differential Privacy, 2014, appendix A). docs/security.md says what this protects and what
-it costs.
+A client releases two vectors a round: its shared part and what it sends of its own (CAFEDistill: its last classifier).
+The difference of each to a point that the server knows already is clipped to norm C and gets Gaussian noise of standard
+deviation σC in every value (the Gaussian mechanism: Dwork and Roth, The Algorithmic Foundations of Differential
+Privacy, 2014, appendix A). docs/security.md says what this protects and what it costs.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 
 def clipped(update: NDArray[Any], clip_norm: float) -> NDArray[np.float64]:
-    """The update, scaled down to the norm if it is longer; in float64.
+    """The update in float64, scaled down to norm ``clip_norm`` if it is longer.
 
     Examples
     --------
@@ -44,13 +43,13 @@ def release(
     values
         What the client would send, (d,).
     reference
-        (d,), known to the server already. For a personalised download: what this client got, not what others did.
+        (d,), known to the server already; for a personalised download, what this client received.
     clip_norm, noise_multiplier
-        C > 0 and σ ≥ 0.
+        C > 0 and σ ≥ 0; ValueError if C is not.
     rng
-        Generator for a purpose, from a secret of the client (``PersonalStore.private_rng``). The purpose names all
-        that is released, so the same release repeats the same noise and tells nothing more, while anything else gets
-        noise of its own: noise that two different releases shared would cancel in their difference.
+        Generator for a purpose, from a secret of the client (``PersonalStore.private_rng``). The purpose identifies
+        what is released: repeating a release repeats its noise and reveals nothing new, while two different releases
+        never share noise, which would cancel in their difference.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""What a node reports of each client in a round, and how that stands in a message: in columns."""
+"""A client's report of a round, and its encoding in messages as columns over clients."""
 
 from __future__ import annotations
 
@@ -24,23 +24,19 @@ class ClientReport:
 
     Attributes
     ----------
-    client
-        Who.
     num_examples, test_examples
         Sizes of its training and test split.
     train_loss
         Mean loss of local training; NaN where it did not train.
     local_steps
         Gradient steps taken.
-    seconds_train, seconds_evaluate
-        Time it took.
     similarity
         (m−1,): similarity of its student exits to its last exit; NaN where it cannot be measured.
     before, after
-        Exits on the test split, before and after local training; NaN in rounds without evaluation, and for exits that
-        it does not hold.
+        Test metrics per exit, before and after local training; NaN in rounds without evaluation, and for exits that it
+        does not hold.
     upload
-        Flat array of its own, not averaged.
+        Flat array of what it sends of its own, not averaged.
     """
 
     client: int
@@ -56,7 +52,7 @@ class ClientReport:
     upload: NDArray[np.float32]
 
     def padded(self, num_exits: int) -> ClientReport:
-        """With NaN for the exits that the client does not hold."""
+        """The report with NaN for exits that the client does not hold."""
         missing = [math.nan] * (num_exits - 1 - len(self.similarity))
         return replace(
             self,
@@ -71,7 +67,7 @@ _EXITS = [f.name for f in fields(ExitMetrics)]
 
 
 def _key(name: str, keys: Keys) -> str:
-    """Of a column; that of the training examples is the users' to choose, as in Flower's strategies."""
+    """Key of a column; users choose that of the training examples, as in Flower's strategies."""
     return keys.weight if name == "num_examples" else kebab(name)
 
 
@@ -91,7 +87,7 @@ def reports_of(
     uploads: Sequence[NDArray[np.float32]],
     num_exits: int | Mapping[int, int],
 ) -> list[ClientReport]:
-    """What :func:`columns_of` wrote, and what each client sends of its own; ValueError if a number cannot be."""
+    """Inverse of :func:`columns_of`, with each client's upload; ValueError if a number is out of range."""
     exits = [of_client(num_exits, client) for client in clients]
 
     def column(key: str, widths: Sequence[int]) -> list[list[Any]]:

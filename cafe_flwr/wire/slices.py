@@ -1,4 +1,4 @@
-"""Which values of a federation's shared part some clients hold, and the mean over those who hold them."""
+"""Slices of a federation's shared part that some clients hold, and means over the clients that hold each value."""
 
 from __future__ import annotations
 
@@ -19,16 +19,9 @@ Where = tuple[slice | NDArray[np.int64], ...]
 
 
 class SharedSlice:
-    """The part of a federation's flat array that some clients hold together: each value once, in its order.
+    """The part of a federation's flat array (``whole``) that some clients hold together: each value once, in its order.
 
-    A client may hold some tensors only, and of a tensor the first rows, columns, … only.
-
-    Parameters
-    ----------
-    whole
-        The federation's shared part.
-    parts
-        That of each client.
+    A client's part may lack tensors, and may have only the first rows, columns, … of a tensor.
 
     Examples
     --------
@@ -64,19 +57,19 @@ class SharedSlice:
         return all(part == self.schema for part in self.parts)
 
     def take(self, flat: NDArray[Any]) -> NDArray[Any]:
-        """These values of the federation's array."""
+        """The slice of the federation's array."""
         return _taken(flat, positions(self.whole, self.schema))
 
     def part(self, flat: NDArray[Any], part: Schema) -> NDArray[Any]:
-        """One client's values of this part's array."""
+        """One client's values of the slice's array."""
         return _taken(flat, positions(self.schema, part))
 
     def add(self, total: NDArray[Any], part: Schema, values: NDArray[Any] | float) -> None:
-        """Add one client's values to this part's array."""
+        """Add one client's values to the slice's array."""
         _add(total, positions(self.schema, part), values)
 
     def weight(self, weights: Iterable[float]) -> Weight:
-        """Sum of the clients' weights over those that hold a value: a number where all hold all."""
+        """Weights of the clients, summed for each value over those that hold it; one number if all hold all."""
         weights = list(weights)
         if self.alike:
             return sum(weights)
@@ -89,14 +82,15 @@ class SharedSlice:
 def masked_mean(
     before: NDArray[np.float32], sums: Iterable[tuple[SharedSlice, NDArray[np.float64], Weight]]
 ) -> NDArray[np.float32]:
-    """Mean of every value over the clients that hold it; as it was where none of them took part.
+    """Mean of every value over the clients that hold it; where none took part, it stays as ``before``.
 
     Parameters
     ----------
     before
         The federation's shared part.
     sums
-        Of nodes: what part of it they send, weighted sums over their clients (``aggregation.weighted``), and weights.
+        For each node: its slice, the sum over its clients of :func:`cafe_flwr.wire.averaging.weighted` values, and the
+        weight.
 
     Examples
     --------
@@ -116,7 +110,7 @@ def masked_mean(
 
 
 def is_part(part: Schema, whole: Schema) -> bool:
-    """Whether every tensor is one of the whole, in the same order, or the first rows, columns, … of one.
+    """Whether every tensor of a part is one of the whole, or its first rows, columns, …, in the same order.
 
     Examples
     --------
@@ -136,12 +130,7 @@ def is_part(part: Schema, whole: Schema) -> bool:
 
 @lru_cache(maxsize=64)
 def positions(outer: Schema, inner: Schema) -> Where:
-    """Where the tensors of a part lie in the flat array of the whole.
-
-    Raises
-    ------
-    ValueError
-        If it is no part of it (:func:`is_part`).
+    """Where the tensors of a part lie in the flat array of the whole; ValueError if it is none (:func:`is_part`).
 
     Examples
     --------

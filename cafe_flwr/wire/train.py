@@ -1,4 +1,4 @@
-"""A round in messages: what is asked of a node, and what it answers."""
+"""The messages of a training round: the request to a node, and its reply."""
 
 from __future__ import annotations
 
@@ -29,20 +29,19 @@ from cafe_flwr.wire.codec import (
     prefixed,
     read_flat,
     record_of,
-    round_of,
 )
 from cafe_flwr.wire.keys import FLAT, METRICS, PROTOCOL, WIRES, Keys
 from cafe_flwr.wire.options import Privacy
 from cafe_flwr.wire.reports import ClientReport, columns_of, reports_of
 from cafe_flwr.wire.slices import Weight
 
-# Fields of a request that stand in its config as they are, in that order.
+# Fields of a request that its config holds unchanged, in this order.
 _PLAIN = ("run", "seed", "digest", "server_round", "num_rounds", "resumable_from", "clients", "versions")
 
 
 @dataclass(frozen=True)
 class TrainRequest:
-    """What a node is asked to do in a round (or, to evaluate only, after the last one).
+    """What a node is asked to do in a round, or in an evaluation after one.
 
     Attributes
     ----------
@@ -53,25 +52,21 @@ class TrainRequest:
     resumable_from
         Oldest round that the run may be resumed from; older personal state is not needed.
     clients, versions
-        Clients that take part, ascending; and the round after which each one's personal state is taken up, 0 for none.
+        Clients that take part, ascending; and the round whose personal state each one starts from, 0 for none.
     active
         (clients, m−1) bool: which student exits train.
-    shared
-        Shared part, flat.
-    downloads
-        Flat array of a client's own, by client.
-    method, method_settings
-        Name of the method, and its settings.
-    budget
-        Local training.
+    shared, downloads
+        Shared part, flat; and flat arrays for single clients, by client.
+    method, method_settings, budget
+        Name of the method, its settings, and local training.
     evaluate
         Whether clients evaluate before and after training.
     privacy
-        What clients do to what they send.
+        Clipping and noise of what clients send.
     wire
         Type of the values that travel, ``"float32"`` or ``"float16"``.
     uniform_weights
-        Whether clients count alike in the average of the shared part, whatever their examples.
+        Whether all clients weigh the same in the average of the shared part, whatever their examples.
     """
 
     run: str
@@ -94,10 +89,10 @@ class TrainRequest:
     uniform_weights: bool = False
 
     def to_content(self, keys: Keys, config: Mapping[str, Any]) -> RecordDict:
-        """As a Flower record; ``config`` is the user's own, sent along."""
+        """As a Flower record, with the entries of the user's ``config``."""
         mine = [c for c in self.clients if c in self.downloads]
         flat = narrowed(np.concatenate([self.shared, *(self.downloads[c] for c in mine)]), self.wire)
-        budget = {k: v for k, v in vars(self.budget).items() if k != "keep_momentum" or v}  # said only where it is
+        budget = {k: v for k, v in vars(self.budget).items() if k != "keep_momentum" or v}  # sent only if true
         values = {
             **config,
             "protocol": PROTOCOL,
@@ -119,7 +114,7 @@ class TrainRequest:
     ) -> TrainRequest:
         """Read a request on the node; ValueError if it does not fit the node's network.
 
-        ``shared_size`` is of what its clients hold together, ``download_size`` that of all, or by client.
+        ``shared_size`` is that of all its clients together, ``download_size`` that of each client, or by client.
         """
         config = record_of(message, keys.config, ConfigRecord)
         check_server(config)
@@ -156,7 +151,7 @@ class TrainRequest:
 
 
 def _received(flat: NDArray[Any], sizes: Sequence[int], clients: Sequence[int]) -> list[NDArray[np.float32]]:
-    """The shared part, and the downloads of these clients, out of a request's array; ValueError if they cannot be."""
+    """Split a request's array into the shared part and downloads; ValueError if the size or a norm is wrong."""
     if len(flat) != sum(sizes):
         raise ValueError(f"the request carries {len(flat)} values, this node's network needs {sum(sizes)}")
     parts = np.split(flat.astype(np.float32, copy=False), np.cumsum(sizes)[:-1])
@@ -172,20 +167,16 @@ class TrainReply:
 
     Attributes
     ----------
-    server_round, digest
+    server_round, digest, wire
         As in the request.
     shared
-        Shared part of the one client reported (float32), or Σ n_i θ_i over several (float64): what they hold together.
-    reports
-        Clients that finished.
-    failures
-        Clients that did not, with the reason.
-    wire
-        Type of the values that travel.
+        Shared part of the only client reported (float32), or Σ n_i θ_i over several (float64).
+    reports, failures
+        Reports of clients that finished; reasons why others did not.
     notes
-        What was unusual about clients that finished, in words.
+        Remarks on clients that finished.
     counted
-        Weight of every value of the shared part, where it is not that of all examples.
+        Weight of every value of the shared part, where it is not the number of all examples.
     """
 
     server_round: int
@@ -204,16 +195,16 @@ class TrainReply:
 
     @property
     def weight(self) -> Weight:
-        """What the shared part counts in an average."""
+        """Weight of the shared part in an average."""
         return self.examples if self.counted is None else self.counted
 
     def update(self, base: NDArray[Any]) -> NDArray[np.float64]:
-        """How far the shared part, or its mean over several clients, is from what was sent of it."""
+        """Difference of the shared part, or its mean over several clients, to ``base``, which the server sent."""
         mean = self.shared if len(self.reports) == 1 else self.shared / self.weight
         return np.asarray(mean.astype(np.float64) - base)
 
     def to_content(self, keys: Keys, base: NDArray[np.float32] | None = None) -> RecordDict:
-        """As a Flower record; ``base`` is what those reported received of the shared part, needed for float16."""
+        """As a Flower record; ``base``, needed for float16, is the shared part that the clients reported received."""
         config = {
             "protocol": PROTOCOL,
             "server-round": self.server_round,
@@ -238,7 +229,7 @@ class TrainReply:
 
     @classmethod
     def from_message(cls, message: Message, keys: Keys, expected: Expected) -> TrainReply:
-        """Read a reply on the server; ValueError, in words, if anything in it is not as it should be."""
+        """Read a reply on the server; ValueError if anything in it is not as expected."""
         config = record_of(message, keys.config, ConfigRecord)
         metrics = record_of(message, METRICS, MetricRecord)
         check_client(config)
@@ -251,29 +242,25 @@ class TrainReply:
             shared, uploads = _arrays(read_flat(message, keys.arrays, expected.wire), clients, expected)
             reports = reports_of(metrics, keys, clients, uploads, expected.num_exits)
             shared = _widened(shared, [report.num_examples for report in reports], expected)
-        notes, wire = notes_of(config), expected.wire
-        return cls(round_of(config), expected.digest, shared, reports, failures, wire, notes, expected.counted)
+        server_round, notes, wire = int(config["server-round"]), notes_of(config), expected.wire
+        return cls(server_round, expected.digest, shared, reports, failures, wire, notes, expected.counted)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the server expects of a reply, from what it has asked.
+    """What the server expects of a reply.
 
     Attributes
     ----------
-    digest
-        Fingerprint of network and method.
     shared_size
         Values of the shared part that the clients reported hold together.
     upload_size, num_exits
-        Of all clients, or by client.
-    wire
-        Type of the values that travel.
+        Of every client, or by client.
     base
-        The shared part as the server has it, needed where the wire is float16: the clients' differences to what they
-        were sent, rounded, count from there, so that the server's own keeps its digits.
-    counted
-        Weight of every value of the shared part, where it is not that of all examples.
+        The server's shared part, needed for float16: the clients' rounded differences are added to it in full
+        precision.
+    digest, wire, counted
+        As in :class:`TrainReply`.
     """
 
     digest: str
@@ -288,7 +275,7 @@ class Expected:
 def _arrays(
     flat: NDArray[Any], clients: Sequence[int], expected: Expected
 ) -> tuple[NDArray[Any], list[NDArray[np.float32]]]:
-    """The shared part, as it travels, and the clients' uploads, out of a reply's array."""
+    """Split a reply's array into the shared part, as it travels, and the clients' uploads."""
     alone = len(clients) == 1
     places = expected.shared_size if alone else 2 * expected.shared_size
     ends = np.cumsum([places, *(of_client(expected.upload_size, client) for client in clients)])
@@ -304,7 +291,7 @@ def _arrays(
 
 
 def _widened(shared: NDArray[Any], weights: Sequence[int], expected: Expected) -> NDArray[Any]:
-    """The shared part of one client in float32, or the sum over several in float64; ValueError if it is too large."""
+    """The shared part as :class:`TrainReply` has it; ValueError if it is too large for float32."""
     if expected.wire == "float16":
         assert expected.base is not None
         counts: Weight = sum(weights) if expected.counted is None else expected.counted
@@ -316,5 +303,5 @@ def _widened(shared: NDArray[Any], weights: Sequence[int], expected: Expected) -
 
 
 def _wide(wire: str) -> str:
-    """Type of a sum over clients: it takes two places of a single value."""
+    """Type of a sum over clients, which takes the space of two values."""
     return "float32" if wire == "float16" else "float64"
