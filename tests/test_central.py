@@ -209,7 +209,7 @@ def test_a_run_is_not_overwritten_and_settings_of_a_federation_are_refused(done,
     settings, folder, _ = done
     with pytest.raises(ValueError, match="is not empty: choose another name"):
         run_central(settings, folder)
-    with pytest.raises(ValueError, match="make settings by central_settings"):
+    with pytest.raises(ValueError, match="make its settings by central_settings"):
         run_central(settings.model_copy(update={"num_clients": 2}), tmp_path / "x")
     with pytest.raises(ValueError, match="prior is of a client in a federation"):
         run_central(central_settings({**CONFIG, "train.prior": True}), tmp_path / "x")

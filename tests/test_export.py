@@ -571,7 +571,7 @@ def test_predict_file_refuses(cases: Callable[[str], Case], tmp_path: Path) -> N
         (mlp.folder, "wide.npy", r"\(B, 5\)"),
         (mlp.folder, "objects.npy", "cannot be read as an array"),
         (mlp.folder, "small.png", "how pixels become"),
-        (case.folder, "broken.png", "no image that can be read"),
+        (case.folder, "broken.png", "cannot be read as an image"),
         (case.folder, "empty", "holds no images"),
         (case.folder, "small.png", "9×9 pixels, the network takes 16×20"),
     ):
