@@ -196,6 +196,7 @@ def test_numbering_of_the_clients_does_not_matter_without_ties(seed, num_rounds,
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(federation=federations(), num_rounds=st.integers(1, 60), data=st.data())
 def test_ablations_spend_the_same_budget(federation, num_rounds, data):

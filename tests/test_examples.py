@@ -212,6 +212,7 @@ def test_the_hand_written_client_says_what_it_cannot_do(by_hand, tmp_path):
         strategy.start(grid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["foreign", "by_hand"])
 def test_a_message_of_another_protocol_is_not_answered(which, request, tmp_path):
     """Of both kinds of clients: the number of the server and the client's own are named."""
@@ -227,6 +228,7 @@ def test_a_message_of_another_protocol_is_not_answered(which, request, tmp_path)
         CafeDistill(num_rounds=1, wait_seconds=1.0).start(grid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "stops"), [("query", True), ("train", True), ("evaluate", False)])
 def test_an_answer_of_another_protocol_is_refused(kind, stops, by_hand, tmp_path, flower_log):
     newer = PROTOCOL + 1

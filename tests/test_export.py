@@ -253,6 +253,7 @@ def test_manifest(cases: Callable[[str], Case]) -> None:
         assert hashlib.sha256((case.folder / name).read_bytes()).hexdigest() == digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv, 100 classes, offset", "mlp"])
 def test_a_graph_holds_its_own_weights_and_no_path_of_this_machine(cases: Callable[[str], Case], name: str) -> None:
     case = cases(name)

@@ -99,6 +99,7 @@ def test_classifiers_of_all_modalities_teach_or_only_ones_own(tmp_path):
         assert (weights[~same] > 0).any() == (peers == "all")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cafedistill", "cafedistill-plus"])
 def test_classifiers_are_mixed_across_modalities_where_they_are_of_the_same_exits(tmp_path, method):
     """Exit k is mixed with exit k: networks of two and of three exits have no last one in common."""

@@ -54,6 +54,7 @@ def test_the_policy_for_statistics_is_that_of_the_settings(tmp_path, policy):
     assert bool(batch_norm_names(network)) == (policy != "drop")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -602,6 +602,7 @@ def test_a_client_that_can_hold_more_goes_on_with_what_it_has(tmp_path):
     assert losses[2] < losses[1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ditto", "cafedistill", "cafedistill-plus", "cafedistill-text"])
 def test_a_client_that_can_hold_wider_layers_goes_on_with_what_still_fits(tmp_path, method):
     """Ditto keeps a whole model of its own, whose layers have other shapes then; classifiers fit as they are."""
