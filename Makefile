@@ -24,7 +24,7 @@ compare: .venv/.installed ## The short comparison of methods; writes its table i
 test: lint ## Lint, types and all tests, three files at a time: real nodes and servers first, which wait a lot
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-test-fast: .venv/.installed ## The quick tests of every part, without processes: a minute and a half on two cores
+test-fast: .venv/.installed ## The quick tests of every part, without processes: about 100 seconds on two cores
 	$(BIN)/python -m pytest -m "not flower and not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: .venv/.installed ## Lint and types only

@@ -129,11 +129,13 @@ def sleeping() -> EarlyExitNetwork:
     return EarlyExitNetwork([Sleeps(0.02), Sleeps(0.06)], [Exit(nn.Identity(), 2, 2) for _ in range(2)])
 
 
-@pytest.mark.slow
 def test_latency_is_cumulative_over_stages():
     first, second = latency_per_exit(sleeping(), torch.zeros(1, 2), repeats=5)
     assert 0.02 <= first < second
     assert second - first >= 0.06
+
+
+@pytest.mark.slow
 def test_latency_of_a_policy_is_per_example():
     """Nobody leaves: 80 ms an example. All leave at the first exit: 20 ms."""
     x = torch.zeros(4, 2)

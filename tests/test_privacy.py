@@ -287,7 +287,6 @@ def test_rounds_clients_and_parts_have_noise_of_their_own(tmp_path, no_report):
             assert abs(np.corrcoef(a[:shortest], b[:shortest])[0, 1]) < 0.99
 
 
-@pytest.mark.slow
 def test_the_private_state_of_a_client_gets_no_noise(tmp_path, no_report):
     """What stays on the disk is the client's own, to the bit; what leaves is noised. After round 1, before the noise
     of others comes back."""
@@ -299,6 +298,9 @@ def test_the_private_state_of_a_client_gets_no_noise(tmp_path, no_report):
         states.append([store.load(client, 1) for client in range(N)])
     assert np.linalg.norm(uploads[0] - uploads[1]) > 1
     assert all(same_tensors(mine, noised) for mine, noised in zip(*states, strict=True))
+
+
+@pytest.mark.slow
 def test_withheld_metrics_do_not_leave_the_client(tmp_path, no_report):
     """Neither in the rounds nor at the end; the run goes to its end, and the published networks are there."""
     grid, lines, strategy = federate(tmp_path, Privacy(report_metrics=False))
