@@ -19,7 +19,7 @@ IN_ROOT = 7
 
 # What is still over, with today's figure in place of the limit: these may only fall.
 EXCEPTIONS: dict[str, int] = {
-    "cafe_flwr/data/federation.py:load_federation": 55,  # its public signature takes 26
+    "cafe_flwr/data/federation.py:load_federation": 54,  # its public signature takes 26
 }
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

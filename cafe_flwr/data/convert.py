@@ -13,7 +13,7 @@ from torch import Tensor
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.local import alike
-from cafe_flwr.data.partition import stratified_split
+from cafe_flwr.data.partition import check_shares, stratified_split
 from cafe_flwr.data.split import ClientData, Split
 from cafe_flwr.data.tokenizer import Tokenizer
 
@@ -103,8 +103,7 @@ def divide(
     >>> len(data.train), len(data.calibration), len(data.test)
     (12, 3, 5)
     """
-    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
-        raise ValueError(f"shares of train, calibration and test must be 0 or more and sum to 1, got {tuple(shares)}")
+    check_shares(shares)
     rows = stratified_split(split.y.numpy(), shares, rng_for(seed, 0, -1, "divide"))
     train, calibration, test = (split.take(part) for part in rows)
     return ClientData(train, calibration, test, augment)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from cafe_flwr.core.random import rng_for
 from cafe_flwr.data import digits
 from cafe_flwr.data.options import Data
-from cafe_flwr.data.partition import Rule, partition_labels, partition_naturally, stratified_split
+from cafe_flwr.data.partition import Rule, check_shares, partition_labels, partition_naturally, stratified_split
 from cafe_flwr.data.shifts import check_rotations, check_shifts, rotate, shift_labels
 from cafe_flwr.data.sources import Source, source_of
 from cafe_flwr.data.split import ClientData, Split
@@ -149,8 +149,7 @@ def load_federation(  # noqa: PLR0913 (public; same as options.Data)
     >>> tuple(client.train.x.shape[1:]), federation.num_classes
     ((1, 16, 16), 100)
     """
-    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
-        raise ValueError(f"shares of train, calibration and test must be 0 or more and sum to 1, got {shares}")
+    check_shares(shares)
     options = Data(
         dataset=dataset,
         dir=data_dir,

@@ -187,6 +187,12 @@ def _deal(
     return [dealt[client] for client in range(num_clients)]
 
 
+def check_shares(shares: Sequence[float]) -> None:
+    """Raise ValueError unless these are shares of train, calibration and test."""
+    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9:
+        raise ValueError(f"shares of train, calibration and test must be 0 or more and sum to 1, got {tuple(shares)}")
+
+
 def stratified_split(
     labels: NDArray[np.int64], shares: Sequence[float], rng: np.random.Generator
 ) -> list[NDArray[np.int64]]:

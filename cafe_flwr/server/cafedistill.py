@@ -59,15 +59,16 @@ class CafeDistill(FederatedStrategy):
         objective: Objective | str = "cross-entropy",
         **kwargs: Any,
     ) -> None:
-        own: dict[str, Any] = {
-            "mu": mu,
-            "distill_weight": distill_weight,
-            "temperature": temperature,
-            "conflict": conflict,
-            "selection": selection,
-            "match_by": match_by,
-            "write_back": write_back,
-            "solver": solver,
-            "classifier_start": classifier_start,
-        }
-        super().__init__(*args, method=CafeDistillMethod(objective=objective, **own), num_rounds=num_rounds, **kwargs)
+        method = CafeDistillMethod(
+            objective=objective,
+            mu=mu,
+            distill_weight=distill_weight,
+            temperature=temperature,
+            conflict=conflict,
+            selection=selection,
+            match_by=match_by,
+            write_back=write_back,
+            solver=solver,
+            classifier_start=classifier_start,
+        )
+        super().__init__(*args, method=method, num_rounds=num_rounds, **kwargs)
