@@ -21,7 +21,7 @@ from cafe_flwr.methods.registry import METHODS
 from cafe_flwr.networks.capacity import read_shares
 from cafe_flwr.networks.options import TEXT_NETWORKS, Compute, Model, check_model
 from cafe_flwr.risk.options import Calibration
-from cafe_flwr.server.options import Federation, Run
+from cafe_flwr.server.options import Aggregation, Federation, Run
 from cafe_flwr.training.objectives.base import Objective
 from cafe_flwr.training.objectives.registry import OBJECTIVES
 from cafe_flwr.training.options import LocalBudget, Schedule, check_training
@@ -40,7 +40,7 @@ STRICT = ConfigDict(
 )
 
 _SECTIONS = (
-    *(Run, ObjectiveName, Federation, Bounds, Privacy, Data, Heterogeneity, Model),
+    *(Run, ObjectiveName, Federation, Aggregation, Bounds, Privacy, Data, Heterogeneity, Model),
     *(LocalBudget, Schedule, Method, Compute, Calibration),
 )
 

@@ -16,7 +16,7 @@ from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.risk.options import Calibration
 from cafe_flwr.server.calibration import calibrate_federation
 from cafe_flwr.server.checkpoints import ServerState
-from cafe_flwr.server.options import Federation
+from cafe_flwr.server.options import Aggregation, Federation
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.settings import FREE_ON_RESUME, Settings, todays
 from cafe_flwr.training.options import Schedule
@@ -37,6 +37,7 @@ def build_strategy(
         local=settings.build_budget(),
         **vars(settings.of(Schedule)),
         bounds=settings.of(Bounds),
+        aggregation=settings.of(Aggregation),
         privacy=settings.of(Privacy),
         wire=federation.wire_dtype,
         num_clients=federation.num_clients,

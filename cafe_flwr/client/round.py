@@ -129,8 +129,12 @@ def _reply(work: Assignment, done: Sequence[tuple[ClientReport, NDArray[np.float
     request, reports = work.request, [report for report, _ in done]
     view = SharedSlice(work.here.process.shared, [work.models[report.client].shared for report in reports])
     weights = [1 if request.uniform_weights else report.num_examples for report in reports]
+    base = work.view.part(request.shared, view.schema)
     if len(done) == 1:
         total: NDArray[Any] = done[0][1]
+    elif request.apart and done:
+        total = np.concatenate([shared for _, shared in done])
+        base = np.concatenate([work.view.part(request.shared, part) for part in view.parts])
     else:
         total = np.zeros(view.size)
         for part, (_, shared), weight in zip(view.parts, done, weights, strict=True):
@@ -144,8 +148,9 @@ def _reply(work: Assignment, done: Sequence[tuple[ClientReport, NDArray[np.float
         wire=request.wire,
         notes=work.store.notes,
         counted=view.weight(weights),
+        apart=request.apart,
     )
-    return reply.to_content(work.here.node.keys, work.view.part(request.shared, view.schema))
+    return reply.to_content(work.here.node.keys, base)
 
 
 class _Started(NamedTuple):

@@ -12,6 +12,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
 from cafe_flwr.server.checkpoints import ServerState
+from cafe_flwr.server.robust import clipped, trimmed_mean
 from cafe_flwr.server.run import StrategyPart
 from cafe_flwr.wire.averaging import weighted, weighted_mean
 from cafe_flwr.wire.evaluate import FinalReport
@@ -28,10 +29,21 @@ class Aggregator(StrategyPart):
     """Averages what clients report."""
 
     def shared(self, state: ServerState, good: Sequence[TrainReply]) -> NDArray[np.float32]:
-        """The shared parts of all clients that replied well, averaged over those that hold them."""
+        """The shared parts of all clients that replied well, combined over those that hold them.
+
+        By a robust rule the result does not depend on which node hosts whom, as the mean's.
+        """
+        rule = self.run.aggregation
+        if rule.rule in ("median", "trimmed-mean"):
+            whole, kinds = self.directory.reference.shared, [self.directory.kind(r.reports[0].client) for r in good]
+            parts = [(kind.shared, reply.shared) for kind, reply in zip(kinds, good, strict=True)]
+            return trimmed_mean(state.shared, whole, parts, rule.cut)
         views = [self.directory.view([report.client for report in reply.reports]) for reply in good]
         # A node that reports several clients has weighted its sum already.
-        sums = (weighted(r.shared, r.weight) if len(r.reports) == 1 else r.shared for r in good)
+        sums = (r.shared if r.summed else weighted(r.shared, r.weight) for r in good)
+        if rule.robust:
+            sent = (view.take(state.shared) for view in views)
+            sums = (weighted(one, 1) for one in clipped(zip((r.shared for r in good), sent, strict=True)))
         if all(view.alike and view.schema == view.whole for view in views):
             return weighted_mean(sums, sum(float(reply.weight) for reply in good))
         return masked_mean(state.shared, zip(views, sums, [reply.weight for reply in good], strict=True))

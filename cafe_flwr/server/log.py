@@ -44,7 +44,7 @@ class RunLog:
             logger.info("\t├──> Learning rate × %g a round", run.learning_rate_decay)
         if local.keep_momentum:
             logger.info("\t├──> The optimiser's momentum stays on the clients from round to round")
-        for part in (run.bounds, run.privacy):
+        for part in (run.bounds, run.aggregation, run.privacy):
             if part != type(part)():
                 logger.info("\t├──> %s", part)
         if run.wire != "float32":

@@ -55,6 +55,39 @@ class Run:
 
 @section("federation")
 @dataclass(frozen=True)
+class Aggregation:
+    """How the clients' shared parts become one (docs/security.md)."""
+
+    rule: str = option(
+        "mean",
+        "How the clients' shared parts are combined: their mean, weighted by examples; or, with every client counted "
+        "alike, value by value the median or a trimmed mean, or the mean of updates no longer than the median update.",
+        key="federation.aggregation",
+        choices=("mean", "median", "trimmed-mean", "clipped-mean"),
+    )
+    trim_share: float = option(
+        0.2,
+        "Share of the clients that a trimmed mean leaves out at either end of every value.",
+        ge=0,
+        lt=0.5,
+        only={"federation.aggregation": ("trimmed-mean",)},
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    @property
+    def robust(self) -> bool:
+        """Whether every client counts alike and is looked at alone."""
+        return self.rule != "mean"
+
+    def cut(self, count: int) -> int:
+        """How many of ``count`` values a median or trimmed mean leaves out at either end."""
+        return (count - 1) // 2 if self.rule == "median" else int(self.trim_share * count + 1e-9)
+
+
+@section("federation")
+@dataclass(frozen=True)
 class Federation:
     """Clients, rounds and waiting."""
 

@@ -83,6 +83,7 @@ class RequestWriter(StrategyPart):
             privacy=run.privacy,
             wire=run.wire,
             uniform_weights=trains and self.uniform_weights,
+            apart=trains and run.aggregation.robust,
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from cafe_flwr.methods.base import Method
 from cafe_flwr.server.directory import Directory
-from cafe_flwr.server.options import Federation
+from cafe_flwr.server.options import Aggregation, Federation
 from cafe_flwr.training.options import LocalBudget, Schedule, check_training, learning_rate_at
 from cafe_flwr.wire.keys import WIRES, Keys
 from cafe_flwr.wire.options import Bounds, Privacy
@@ -34,6 +34,7 @@ class RunConstants:
     round_timeout: float
     round_retries: int
     bounds: Bounds
+    aggregation: Aggregation
     privacy: Privacy
     wire: str
 

@@ -20,6 +20,7 @@ from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.directory import Directory, describe_request
 from cafe_flwr.server.evaluation import PersonalEvaluation
 from cafe_flwr.server.log import RunLog
+from cafe_flwr.server.options import Aggregation
 from cafe_flwr.server.planning import RoundPlanner
 from cafe_flwr.server.replies import ReplyReader
 from cafe_flwr.server.requests import PendingRequest, RequestWriter, check_reserved
@@ -79,7 +80,9 @@ class FederatedStrategy(FedAvg):
         How often a round in which fewer than ``min_train_nodes`` clients replied well is repeated, with those of its
         participants that are present or return within ``wait_seconds``, before the run stops.
     bounds
-        Largest norm of a client's update; beyond it, the update is refused.
+        Largest norm of a client's update, and number of its examples; beyond it, the update is refused.
+    aggregation
+        How the clients' shared parts are combined; by default their mean.
     privacy
         Clipping and noise of what clients send; by default neither.
     wire
@@ -108,6 +111,7 @@ class FederatedStrategy(FedAvg):
         round_timeout: float = 600.0,
         round_retries: int = 1,
         bounds: Bounds | None = None,
+        aggregation: Aggregation | None = None,
         privacy: Privacy | None = None,
         wire: str = "float32",
         callbacks: Sequence[RoundCallback] = (),
@@ -124,6 +128,7 @@ class FederatedStrategy(FedAvg):
         self.learning_rate_schedule, self.learning_rate_decay = learning_rate_schedule, learning_rate_decay
         self.wait_seconds, self.round_timeout, self.round_retries = wait_seconds, round_timeout, round_retries
         self.bounds, self.privacy, self.wire = bounds or Bounds(), privacy or Privacy(), wire
+        self.aggregation = aggregation or Aggregation()
         self.evaluate_every, self.callbacks = evaluate_every, tuple(callbacks)
         self.keys = Keys(self.arrayrecord_key, self.configrecord_key, self.weighted_by_key)
         check_arguments(self.constants)

@@ -16,7 +16,7 @@ RESERVED = frozenset(
     {
         *("protocol", "run", "seed", "digest", "server-round", "num-rounds", "num-clients", "resumable-from"),
         *("clients", "versions", "downloads", "active-exits", "method", "evaluate", "publish", "wire-dtype"),
-        "plain-mean",
+        *("plain-mean", "apart"),
     }
 )
 

@@ -29,6 +29,7 @@ _REQUEST = {
     "method": token(),
     "wire-dtype": token(default="float32"),
     "plain-mean": flag(default=False),
+    "apart": flag(default=False),
 }
 
 

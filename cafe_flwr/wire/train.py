@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,8 @@ class TrainRequest:
         Type of the values that travel, ``"float32"`` or ``"float16"``.
     uniform_weights
         Whether all clients weigh the same in the average of the shared part, whatever their examples.
+    apart
+        Whether a node sends the shared part of each of its clients, and not their sum.
     """
 
     run: str
@@ -88,6 +90,7 @@ class TrainRequest:
     privacy: Privacy = field(default_factory=Privacy)
     wire: str = "float32"
     uniform_weights: bool = False
+    apart: bool = False
 
     def to_content(self, keys: Keys, config: Mapping[str, Any]) -> RecordDict:
         """As a Flower record, with the entries of the user's ``config``."""
@@ -106,6 +109,7 @@ class TrainRequest:
             **({} if self.privacy == Privacy() else entries("privacy.", vars(self.privacy))),
             **({} if self.wire == "float32" else {"wire-dtype": self.wire}),
             **({"plain-mean": True} if self.uniform_weights else {}),
+            **({"apart": True} if self.apart else {}),
         }
         return RecordDict({keys.arrays: ArrayRecord({FLAT: Array(flat)}), keys.config: ConfigRecord(filled(values))})
 
@@ -140,6 +144,7 @@ class TrainRequest:
             privacy=settings_from(Privacy, config, "privacy."),
             wire=wire,
             uniform_weights=values["plain-mean"],
+            apart=values["apart"],
         )
 
 
@@ -163,13 +168,16 @@ class TrainReply:
     server_round, digest, wire
         As in the request.
     shared
-        Shared part of the only client reported (float32), or Σ n_i θ_i over several (float64).
+        Shared part of the only client reported (float32), or Σ n_i θ_i over several (float64); if they are ``apart``,
+        that of each, one after the other (float32).
     reports, failures
         Reports of clients that finished; reasons why others did not.
     notes
         Remarks on clients that finished.
     counted
         Weight of every value of the shared part, where it is not the number of all examples.
+    apart
+        Whether several clients' shared parts are sent, and not their sum.
     """
 
     server_round: int
@@ -180,6 +188,12 @@ class TrainReply:
     wire: str = "float32"
     notes: Mapping[int, str] = field(default_factory=dict)
     counted: Weight | None = None
+    apart: bool = False
+
+    @property
+    def summed(self) -> bool:
+        """Whether the shared part is a sum over several clients."""
+        return len(self.reports) > 1 and not self.apart
 
     @property
     def examples(self) -> int:
@@ -193,11 +207,22 @@ class TrainReply:
 
     def update(self, base: NDArray[Any]) -> NDArray[np.float64]:
         """Difference of the shared part, or its mean over several clients, to ``base``, which the server sent."""
-        mean = self.shared if len(self.reports) == 1 else self.shared / self.weight
+        mean = self.shared / self.weight if self.summed else self.shared
         return np.asarray(mean.astype(np.float64) - base)
 
+    def one_by_one(self, sizes: Sequence[int], weights: Sequence[float]) -> list[TrainReply]:
+        """A reply for each client, where their shared parts of these sizes are ``apart``."""
+        parts = np.split(self.shared, np.cumsum(sizes)[:-1])
+        return [
+            replace(self, shared=part, reports=[report], counted=weight, apart=False)
+            for part, report, weight in zip(parts, self.reports, weights, strict=True)
+        ]
+
     def to_content(self, keys: Keys, base: NDArray[np.float32] | None = None) -> RecordDict:
-        """As a Flower record; ``base``, needed for float16, is the shared part that the clients reported received."""
+        """As a Flower record; ``base``, needed for float16, is the shared part that the clients reported received.
+
+        If they are ``apart``, it is the part of each, one after the other.
+        """
         config = {
             "protocol": PROTOCOL,
             "server-round": self.server_round,
@@ -209,8 +234,8 @@ class TrainReply:
         shared = self.shared
         if self.wire == "float16" and self.reports:
             assert base is not None
-            shared = shared - base if len(self.reports) == 1 else shared - self.weight * base.astype(np.float64)
-        places = narrowed(shared, self.wire if len(self.reports) == 1 else _wide(self.wire)).view(self.wire)
+            shared = shared - self.weight * base.astype(np.float64) if self.summed else shared - base
+        places = narrowed(shared, _wide(self.wire) if self.summed else self.wire).view(self.wire)
         flat = np.concatenate([places, *(narrowed(r.upload, self.wire) for r in self.reports)])
         return RecordDict(
             {
@@ -238,7 +263,10 @@ class TrainReply:
             reports = reports_of(metrics, keys, clients, uploads, expected.num_exits)
             shared = _widened(shared, [report.num_examples for report in reports], expected)
         notes, wire = notes_of(config), expected.wire
-        return cls(values["server-round"], expected.digest, shared, reports, failures, wire, notes, expected.counted)
+        return cls(
+            *(values["server-round"], expected.digest, shared, reports, failures, wire, notes, expected.counted),
+            apart=expected.apart,
+        )
 
 
 @dataclass(frozen=True)
@@ -248,13 +276,13 @@ class Expected:
     Attributes
     ----------
     shared_size
-        Values of the shared part that the clients reported hold together.
+        Values of the shared part that the clients reported hold together, or one after the other if ``apart``.
     upload_size, num_exits
         Of every client, or by client.
     base
         The server's shared part, needed for float16: the clients' rounded differences are added to it in full
         precision.
-    digest, wire, counted
+    digest, wire, counted, apart
         As in :class:`TrainReply`.
     """
 
@@ -265,13 +293,14 @@ class Expected:
     wire: str = "float32"
     base: NDArray[np.float32] | None = None
     counted: Weight | None = None
+    apart: bool = False
 
 
 def _arrays(
     flat: NDArray[Any], clients: Sequence[int], expected: Expected
 ) -> tuple[NDArray[Any], list[NDArray[np.float32]]]:
     """Split a reply's array into the shared part, as it travels, and the clients' uploads."""
-    alone = len(clients) == 1
+    alone = expected.apart or len(clients) == 1
     places = expected.shared_size if alone else 2 * expected.shared_size
     ends = np.cumsum([places, *(of_client(expected.upload_size, client) for client in clients)])
     if len(flat) != ends[-1]:
@@ -287,12 +316,13 @@ def _arrays(
 
 def _widened(shared: NDArray[Any], weights: Sequence[int], expected: Expected) -> NDArray[Any]:
     """The shared part as :class:`TrainReply` has it; ValueError if it is too large for float32."""
+    summed = len(weights) > 1 and not expected.apart
     if expected.wire == "float16":
         assert expected.base is not None
         counts: Weight = sum(weights) if expected.counted is None else expected.counted
-        wide = shared.astype(np.float64) + (1 if len(weights) == 1 else counts) * expected.base.astype(np.float64)
-        shared = wide if len(weights) > 1 else wide.astype(np.float32)
-    if len(weights) > 1 and np.abs(shared).max(initial=0.0) > sum(weights) * float(np.finfo(np.float32).max):
+        wide = shared.astype(np.float64) + (counts if summed else 1) * expected.base.astype(np.float64)
+        shared = wide if summed else wide.astype(np.float32)
+    if summed and np.abs(shared).max(initial=0.0) > sum(weights) * float(np.finfo(np.float32).max):
         raise ValueError("its shared parameters are too large for float32")
     return shared
 
