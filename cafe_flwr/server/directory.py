@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from cafe_flwr import __version__
 from cafe_flwr.core.log import logger
+from cafe_flwr.core.text import shown
 from cafe_flwr.methods.base import Method, settings_of
 from cafe_flwr.wire.capacity import ClientSpec, are_unequal
 from cafe_flwr.wire.codec import method_config
@@ -249,6 +250,6 @@ def _clients(info: NodeInfo) -> str:
 
 
 def last_line(reason: str | None) -> str:
-    """The line of a traceback that says what happened."""
+    """The line of a traceback that says what happened, cut and made printable."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return lines[-1].removesuffix("'>") if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>
+    return shown(lines[-1].removesuffix("'>")) if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>
