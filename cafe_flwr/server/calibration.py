@@ -131,8 +131,9 @@ class _Asker:
 
         messages = self.grid.send_and_receive([one.message for one in pending], timeout=self.timeout)
         replies: Replies[CalibrationReply[T]] = sort_out(
-            messages, pending, lambda m: CalibrationReply.from_message(m, keys, of_those_asked), self.nodes.suspect
+            messages, pending, lambda m: CalibrationReply.from_message(m, keys, of_those_asked)
         )
+        self.nodes.note_answers({one.node: one.clients for one in pending}, replies.left_out)
         for client, reason in sorted(replies.left_out.items()):
             logger.warning("%s %s: %s", self.nodes.label(client), otherwise, reason)
         return {answer.client: answer.value for answer in replies.reports}
