@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 NAMES = (
-    *("startup", "local_training", "memory", "server_step", "released_step", "risk", "inference"),
-    *("uplink", "growth", "rounds", "demo", "paired", "docstrings"),
+    *("startup", "local_training", "memory", "server_step", "robust", "released_step", "risk", "inference"),
+    *("uplink", "growth", "rounds", "demo", "paired", "docstrings", "poison"),
 )
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ class RoundRecord:
         Names of the participants' nodes that have one, by client.
     students
         Number of student exits that the participants hold.
+    alarm
+        What is wrong with the shared part of all clients, if anything.
     """
 
     server_round: int
@@ -99,6 +101,7 @@ class RoundRecord:
     notes: Mapping[int, str] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
     students: int = 0
+    alarm: str = ""
 
     def accuracy_per_exit(self, phase: str = "before") -> list[float]:
         """Mean over clients, (m,), before or after local training."""
@@ -152,6 +155,7 @@ class RoundRecord:
             "bytes_up": self.bytes_up,
             "bytes_down": self.bytes_down,
             "seconds": dict(self.seconds),
+            **({"alarm": self.alarm} if self.alarm else {}),
         }
 
 

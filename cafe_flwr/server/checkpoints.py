@@ -42,6 +42,8 @@ class ServerState:
         Where clients are not alike: what they hold, by name of the kind, including absent clients.
     pairs
         Similarities of clients that took part in the same round, where the method keeps them.
+    start_norm
+        Norm of the shared parameters at the start; 0 if unknown.
     """
 
     run: str
@@ -52,6 +54,7 @@ class ServerState:
     plan: RoundPlan | None = None
     kinds: dict[str, ClientSpec] = field(default_factory=dict)
     pairs: Pairs = field(default_factory=Pairs)
+    start_norm: float = 0.0
 
     def check(self, digest: str) -> None:
         """ValueError if the state was made with another network or method than ``digest`` stands for."""
@@ -77,6 +80,7 @@ class Checkpoints:
             "run": state.run,
             "round": state.round,
             "digest": state.digest,
+            "start-norm": state.start_norm,
             "clients": clients,
             "num-examples": [r.num_examples for r in records],
             "seen": [r.seen for r in records],
@@ -157,4 +161,5 @@ def _state_of(metadata: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -
     run, digest, shared = str(metadata["run"]), str(metadata["digest"]), arrays["shared"]
     if shared.ndim != 1 or not np.isfinite(shared).all():
         raise ValueError("the shared part is not a list of finite values")
-    return ServerState(run, int(metadata["round"]), digest, shared, known, plan, kinds, pairs)
+    start = float(metadata.get("start-norm", 0.0))
+    return ServerState(run, int(metadata["round"]), digest, shared, known, plan, kinds, pairs, start)

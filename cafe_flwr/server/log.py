@@ -72,6 +72,11 @@ class RunLog:
         """Name clients whose influence on others was bounded."""
         self.warn(server_round, "{} gets almost no weight with other clients", reasons)
 
+    def alarm(self, server_round: int, text: str) -> None:
+        """Warn of what concerns all clients, if anything."""
+        if text:
+            logger.warning("Round %d: %s", server_round, text)
+
     def unmoved(self, clients: Iterable[int]) -> None:
         """Warn once of each client that returned its classifier unchanged."""
         for client in sorted(set(clients) - self._unmoved):

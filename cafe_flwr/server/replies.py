@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 from flwr.app import Message
 
 from cafe_flwr.core.text import shown
+from cafe_flwr.server.bounded import RoundBounds
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.directory import last_line
 from cafe_flwr.server.requests import PendingRequest
 from cafe_flwr.server.run import StrategyPart
-from cafe_flwr.wire.bounds import check_norm, far_longer, norm, times_median
 from cafe_flwr.wire.capacity import ClientSpec
 from cafe_flwr.wire.codec import clients_in
 from cafe_flwr.wire.train import Expected, TrainReply
@@ -68,7 +69,8 @@ class ReplyReader(StrategyPart):
         """Replies to the messages of a round."""
         kinds = {client: self.directory.kind(client) for one in pending for client in one.clients}
         replies = sort_out(messages, pending, lambda m: self._train_reply(state, server_round, kinds, m))
-        replies = self._within_bounds(state, replies)
+        good, refused = RoundBounds(self.run, self.directory).apply(state, list(self._one_by_one(replies.good)))
+        replies = Replies(good, {**replies.left_out, **refused})
         self.directory.note_answers({one.node: one.clients for one in pending}, replies.left_out, server_round)
         return replies
 
@@ -81,48 +83,38 @@ class ReplyReader(StrategyPart):
         if unknown := set(reported) - kinds.keys():
             raise ValueError(f"it reports clients {shown(str(sorted(unknown)))}, which were not asked")
         view = directory.view(reported)
-        sent = view.take(state.shared)
+        base, apart = view.take(state.shared), run.aggregation.robust
+        if apart and reported:
+            base = np.concatenate([view.part(base, part) for part in view.parts])
         expected = Expected(
             digest=state.digest,
-            shared_size=view.size,
+            shared_size=len(base),
             upload_size={client: kind.upload.size for client, kind in kinds.items()},
             num_exits={client: kind.num_exits for client, kind in kinds.items()},
             wire=run.wire,
-            base=sent,
+            base=base,
+            apart=apart,
             counted=view.weight(1 if plain else directory.examples(client) for client in reported),
         )
         reply = TrainReply.from_message(message, run.keys, expected)
-        if reply.reports:
-            check_norm(reply.update(sent), run.bounds.max_norm, "its update")
         if reply.server_round != server_round:
             raise ValueError(f"it is of round {reply.server_round}")
         evaluates = run.evaluates_in(server_round)
         for r in reply.reports:
             if evaluates and r.test_examples and any(map(math.isnan, [*r.before.accuracy, *r.after.accuracy])):
                 raise ValueError(f"client {r.client} has {r.test_examples} test examples and no accuracy")
-            check_norm(r.upload, run.bounds.max_norm, f"what client {r.client} sends of its own")
             if r.num_examples != (examples := directory.examples(r.client)):
                 raise ValueError(f"client {r.client} reports {r.num_examples} examples, {examples} at the start")
         return replace(reply, reports=[report.padded(directory.reference.num_exits) for report in reply.reports])
 
-    def _within_bounds(self, state: ServerState, replies: Replies[TrainReply]) -> Replies[TrainReply]:
-        """Leave out replies whose norm is far beyond the others'."""
-        good, ratio = replies.good, self.run.bounds.max_ratio
-        refused: dict[int, str] = {}
-        views = [self.directory.view([report.client for report in reply.reports]) for reply in good]
-        lengths = [norm(reply.update(view.take(state.shared))) for reply, view in zip(good, views, strict=True)]
-        for i in far_longer(lengths, [reply.examples / len(reply.reports) for reply in good], ratio):
-            refused[i] = f"its update has {times_median(lengths, i)}"
-        reports = [(i, report) for i, reply in enumerate(good) for report in reply.reports]
-        lengths = [norm(report.upload) for _, report in reports]
-        for j in far_longer(lengths, [report.num_examples for _, report in reports], ratio):
-            i, report = reports[j]
-            refused.setdefault(i, f"what client {report.client} sends of its own has {times_median(lengths, j)}")
-        left_out = dict(replies.left_out)
-        for i, reason in refused.items():
-            text = f"its node's reply cannot be used: {reason}; at most {ratio:g} times are allowed"
-            left_out |= {report.client: text for report in good[i].reports}
-        return Replies([reply for i, reply in enumerate(good) if i not in refused], left_out)
+    def _one_by_one(self, replies: Iterable[TrainReply]) -> Iterator[TrainReply]:
+        """One reply for each client where they are combined robustly; else the replies as they are."""
+        for reply in replies:
+            if not self.run.aggregation.robust:
+                yield reply
+                continue
+            clients = [report.client for report in reply.reports]
+            yield from reply.one_by_one([self.directory.kind(client).shared.size for client in clients])
 
 
 def sort_out(replies: Iterable[Message], pending: Sequence[PendingRequest], read: Callable[[Message], R]) -> Replies[R]:

@@ -23,9 +23,9 @@ def trimmed_mean(
 ) -> NDArray[np.float32]:
     """Of every value, the mean over the clients that hold it without the ``cut(n)`` smallest and largest of all n.
 
-    The coordinate-wise trimmed mean of Yin et al. (ICML 2018, arXiv 1803.01498, definition 2), as Flower's FedTrimmedAvg;
-    with ``cut(n) = (n−1)//2`` their coordinate-wise median (definition 1), as Flower's FedMedian. If at most ``cut(n)``
-    clients lie, every value is between the smallest and the largest of the honest ones.
+    The coordinate-wise trimmed mean of Yin et al. (ICML 2018, arXiv 1803.01498, definition 2), as in Flower's
+    FedTrimmedAvg; with ``cut(n) = (n−1)//2`` their coordinate-wise median (definition 1), as in Flower's FedMedian. If
+    at most ``cut(n)`` clients lie, every value is between the smallest and the largest of the honest ones.
 
     Parameters
     ----------

@@ -38,7 +38,7 @@ class RoundFailed(RuntimeError):
 class CurrentRound:
     """The current round: participants (``clients``), their plan and requests, and then the content of their replies.
 
-    ``failure`` says why the previous try failed if the round is repeated.
+    ``failure`` says why the previous try failed if the round is repeated, ``alarm`` what is wrong with the shared part.
     """
 
     clients: Sequence[int] = ()
@@ -48,19 +48,21 @@ class CurrentRound:
     left_out: Mapping[int, str] = field(default_factory=dict)
     notes: Mapping[int, str] = field(default_factory=dict)
     failure: RoundFailed | None = None
+    alarm: str = ""
 
     def read(self, replies: Replies[TrainReply]) -> None:
         """Store the content of the replies."""
         self.reports, self.left_out, self.notes = replies.reports, replies.left_out, replies.notes
 
-    def check(self, server_round: int, minimum: int, directory: Directory) -> None:
-        """Raise RoundFailed, with all reasons, if fewer than ``minimum`` clients replied well."""
+    def check(self, server_round: int, minimum: int, directory: Directory, cause: str = "") -> None:
+        """Raise RoundFailed, with the common cause, if any, and all reasons, if too few clients replied well."""
         replied = len(self.reports)
         if replied >= max(1, minimum):
             return
         few = f"has {replied} of the {minimum} clients it needs (min-train-nodes)" if replied else ""
         reasons = [f"\n  {directory.label(client)}: {reason}" for client, reason in sorted(self.left_out.items())]
-        text = f"round {server_round} {few or 'failed for every client'}:{''.join(reasons)}"
+        common = f" {cause}" if cause else ""
+        text = f"round {server_round} {few or 'failed for every client'}:{common}{''.join(reasons)}"
         raise RoundFailed(text, self.clients, self.left_out)
 
 
@@ -230,6 +232,7 @@ def round_record(run: RunConstants, directory: Directory, current: CurrentRound,
         suspicious=current.plan.suspicious,
         failed_tries=cost.failed_tries,
         notes=current.notes,
+        alarm=current.alarm,
         students=sum(directory.kind(client).num_exits - 1 for client in current.clients),
         names={client: directory.names[client] for client in current.clients if client in directory.names},
     )

@@ -15,6 +15,7 @@ from cafe_flwr.core.log import logger
 from cafe_flwr.methods.base import Method
 from cafe_flwr.server.accounting import tell_guarantee
 from cafe_flwr.server.aggregation import Aggregator
+from cafe_flwr.server.bounded import growth
 from cafe_flwr.server.callbacks import RoundCallback, RunInfo
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.directory import Directory, describe_request
@@ -37,6 +38,7 @@ from cafe_flwr.server.run import RunConstants, check_arguments
 from cafe_flwr.server.sampling import sample_clients
 from cafe_flwr.server.shared import ask_initial, by_name, taken_up
 from cafe_flwr.training.options import DEFAULT_BUDGET, LocalBudget
+from cafe_flwr.wire.bounds import norm
 from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.keys import Keys
 from cafe_flwr.wire.options import Bounds, Privacy
@@ -188,9 +190,12 @@ class FederatedStrategy(FedAvg):
         read = ReplyReader(run, directory).read(state, server_round, current.pending, replies)
         self.log.replies(server_round, read, "{} is left out")
         current.read(read)
-        current.check(server_round, run.min_clients, directory)
+        current.check(server_round, run.min_clients, directory, growth(state))
         aggregator = Aggregator(run, directory)
+        state.start_norm = state.start_norm or norm(state.shared)
         state.shared = aggregator.shared(state, read.good)
+        current.alarm = growth(state)
+        self.log.alarm(server_round, current.alarm)
         state.round, state.kinds = server_round, dict(directory.kinds)
         plan, unmoved = RoundPlanner(run, directory).conclude(
             state, server_round, current.clients, current.plan, current.reports
@@ -295,6 +300,7 @@ class FederatedStrategy(FedAvg):
         self.log.starting(run, last)
         self.summary()
         Gathering(run, directory).wait(grid)
+        Aggregator(run, directory).check()
         if self.state is not None:
             self.state.check(directory.reference.digest)
             arrays = by_name(directory.reference.shared, self.state.shared)

@@ -1,4 +1,4 @@
-"""Bounds on what is received: norms that no honest sender has are refused."""
+"""Bounds on what is received: norms and sizes that no honest sender has are refused."""
 
 from __future__ import annotations
 
@@ -41,28 +41,40 @@ def check_norm(values: NDArray[Any], limit: float, what: str) -> None:
         raise ValueError(f"{what} has norm {length:.4g}, at most {limit:.4g} is allowed")
 
 
-def far_longer(norms: ArrayLike, examples: ArrayLike, max_ratio: float) -> list[int]:
-    """Positions of ``norms`` (n,) beyond ``max_ratio`` (> 1; 0: no bound) times the median; none of fewer than three.
+def far_longer(values: ArrayLike, max_ratio: float, room: ArrayLike = 1.0) -> list[int]:
+    """Positions of ``values`` (n,) beyond ``max_ratio`` (> 1; 0: no bound) times the median; none of fewer than three.
 
-    A client with k times the median number of ``examples`` (n,) takes up to k times the steps and counts k times the
-    labels, so its norm may be k times as large.
+    ``room`` (n,) multiplies the bound of each, see :func:`room_for`.
 
     Examples
     --------
-    >>> far_longer([1.0, 1.2, 0.8, 900.0], [50, 50, 50, 50], 100.0)
+    >>> far_longer([1.0, 1.2, 0.8, 900.0], 100.0)
     [3]
-    >>> far_longer([1.0, 1.2, 0.8, 900.0], [50, 50, 50, 5000], 100.0)
+    >>> far_longer([1.0, 1.2, 0.8, 900.0], 100.0, room=[1, 1, 1, 10])
     []
     """
-    lengths, sizes = np.asarray(norms, dtype=np.float64), np.asarray(examples, dtype=np.float64)
-    typical = np.median(lengths) if len(lengths) else 0.0
-    if not max_ratio or len(lengths) < _FEWEST or typical == 0:
+    found = np.asarray(values, dtype=np.float64)
+    typical = np.median(found) if len(found) else 0.0
+    if not max_ratio or len(found) < _FEWEST or typical == 0:
         return []
-    allowed = max_ratio * typical * np.maximum(1.0, sizes / np.median(sizes))
-    return [int(i) for i in np.flatnonzero(lengths > allowed)]
+    return [int(i) for i in np.flatnonzero(found > max_ratio * typical * np.asarray(room))]
 
 
-def times_median(norms: Sequence[float], position: int) -> str:
-    """A norm in comparison with the median of all, in words."""
-    typical = float(np.median(norms))
-    return f"norm {norms[position]:.4g}, {norms[position] / typical:.4g} times the median of the round, {typical:.4g}"
+def room_for(examples: ArrayLike) -> NDArray[np.float64]:
+    """How much longer than others' what a client sends may be, which has k times the median's ``examples`` (n,): k.
+
+    Such a client counts k times the labels, and takes k times the steps where these are epochs.
+
+    Examples
+    --------
+    >>> room_for([50, 100, 10, 50]).tolist()
+    [1.0, 2.0, 1.0, 1.0]
+    """
+    sizes = np.asarray(examples, dtype=np.float64)
+    return np.maximum(1.0, sizes / np.median(sizes)) if len(sizes) else sizes
+
+
+def times_median(values: Sequence[float], position: int) -> str:
+    """A value in comparison with the median of all, in words."""
+    typical = float(np.median(values))
+    return f"{values[position]:.4g}, {values[position] / typical:.4g} times the median, {typical:.4g}"

@@ -10,10 +10,10 @@ from cafe_flwr.core.options import check_settings, option, section
 @section("federation")
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds on the Euclidean norm of a client's update, and of what it sends of its own; 0: no bound.
+    """Bounds on the Euclidean norm of a client's update, and of what it sends of its own, and on its examples; 0: none.
 
-    ``max_ratio``, in medians of the round's replies, is meant for absurd values; unusual ones are the method's business
-    (:mod:`cafe_flwr.methods.robust_teachers`).
+    Honest updates were measured up to 8 times the median (docs/security.md). Unusual classifiers within the bounds are
+    the method's business (:mod:`cafe_flwr.methods.robust_teachers`).
     """
 
     max_norm: float = option(
@@ -24,17 +24,34 @@ class Bounds:
         compare="all",
     )
     max_ratio: float = option(
-        100.0,
+        10.0,
         "Largest norm allowed, as a multiple of the median of the round's replies; 0: no bound, else greater than 1.",
         key="federation.max-update-ratio",
+        ge=0,
+        compare="all",
+    )
+    long_ratio: float = option(
+        5.0,
+        "In a mean, an update that is longer than this multiple of the median of the round's replies counts as one of "
+        "median length; 0: as it is, else greater than 1.",
+        key="federation.long-update-ratio",
+        ge=0,
+        compare="all",
+    )
+    max_examples_ratio: float = option(
+        1000.0,
+        "A client that says it has more training examples than this multiple of the median of all is left out; 0: no "
+        "bound, else greater than 1.",
+        key="federation.max-examples-ratio",
         ge=0,
         compare="all",
     )
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if 0 < self.max_ratio <= 1:
-            raise ValueError(f"max_ratio must be greater than 1, or 0 for no bound, got {self.max_ratio}")
+        for name in ("max_ratio", "long_ratio", "max_examples_ratio"):
+            if 0 < (ratio := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must be greater than 1, or 0 for no bound, got {ratio}")
 
 
 @section("privacy")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from cafe_flwr.core.text import kebab, shown
 from cafe_flwr.training.options import LocalBudget
+from cafe_flwr.wire.averaging import weighted
 from cafe_flwr.wire.bounds import MAX_NORM, check_norm
 from cafe_flwr.wire.codec import (
     check_client,
@@ -210,12 +211,18 @@ class TrainReply:
         mean = self.shared / self.weight if self.summed else self.shared
         return np.asarray(mean.astype(np.float64) - base)
 
-    def one_by_one(self, sizes: Sequence[int], weights: Sequence[float]) -> list[TrainReply]:
-        """A reply for each client, where their shared parts of these sizes are ``apart``."""
+    def shortened(self, base: NDArray[Any], factor: float) -> TrainReply:
+        """With an update that is ``factor`` times as long; ``base`` as for :meth:`update`."""
+        start = (self.weight if self.summed else 1.0) * base.astype(np.float64)
+        shared = start + factor * (self.shared - start)
+        return replace(self, shared=weighted(shared, 1.0) if self.summed else shared.astype(np.float32))
+
+    def one_by_one(self, sizes: Sequence[int]) -> list[TrainReply]:
+        """A reply of weight 1 for each client, where their shared parts, of these sizes, are ``apart``."""
         parts = np.split(self.shared, np.cumsum(sizes)[:-1])
         return [
-            replace(self, shared=part, reports=[report], counted=weight, apart=False)
-            for part, report, weight in zip(parts, self.reports, weights, strict=True)
+            replace(self, shared=part, reports=[report], counted=1, apart=False)
+            for part, report in zip(parts, self.reports, strict=True)
         ]
 
     def to_content(self, keys: Keys, base: NDArray[np.float32] | None = None) -> RecordDict:
