@@ -57,8 +57,8 @@ def asked_for(changes, node_config=None, num_rounds=2, kinds=("train",), **optio
         ({"local.steps": 2**40}, "max-steps"),
         ({"local.epochs": 10**9}, "max-epochs"),
         ({"local.epochs": 10**4, "local.batch-size": 1}, "max-examples"),
-        ({"num-rounds": 2**62}, "max-rounds"),
-        ({"server-round": 2**62, "num-rounds": 2**62}, "max-rounds"),
+        ({"num-rounds": 2**40}, "max-rounds"),
+        ({"server-round": 2**40, "num-rounds": 2**40}, "max-rounds"),
         ({"num-clients": 2**40}, "max-clients"),
     ],
 )
