@@ -264,7 +264,8 @@ def test_a_node_that_joins_late_and_one_that_leaves_for_good(field, tmp_path):
     """c is started in the second round, which waits for it, as does the third for its first answer; b is stopped when c
     has taken part. Each round has the numbers of a run in one process with the same participants, and the node that
     left keeps its state."""
-    job = {**JOB, "name": "come-and-go", "num_clients": 2, "num_server_rounds": 8, "round_timeout": 400.0}
+    job = {**JOB, "name": "come-and-go", "num_clients": 3, "num_server_rounds": 8, "round_timeout": 400.0}
+    job["wait_seconds"] = 60.0  # after which it starts without c
     settings, alike = small_settings(tmp_path, **job), small_settings(tmp_path / "alike", **job)
     for server_round in (2, 3):
         field.fault("a", server_round, "wait")
