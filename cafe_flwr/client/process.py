@@ -25,7 +25,9 @@ from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import Placement
 from cafe_flwr.personal.store import personal_folder
 from cafe_flwr.wire.codec import check_server, prefixed, record_of
+from cafe_flwr.wire.describe import QUERY
 from cafe_flwr.wire.keys import Keys
+from cafe_flwr.wire.reader import read
 
 BuildNetwork = Callable[[Context], EarlyExitNetwork | Networks]
 LoadData = Callable[[int, Context], ClientData]
@@ -116,13 +118,18 @@ class Node:
 
 
 class NodeContext:
-    """The node as it answers a message: ``config`` are the message's settings, ``seed`` is that of the run."""
+    """The node as it answers a message: ``config`` are the message's settings, ``seed`` is that of the run.
+
+    ``num_clients`` is their number if the message has it, as in a simulation. ValueError for senseless values.
+    """
 
     def __init__(self, node: Node, message: Message, context: Context) -> None:
         self.node, self.message, self.context = node, message, context
         self.config: Mapping[str, Any] = record_of(message, node.keys.config, ConfigRecord)
         check_server(self.config)
-        self.seed = int(self.config["seed"])
+        asked = read(self.config, QUERY)
+        self.seed: int = asked["seed"]
+        self.num_clients: int | None = asked["num-clients"]
 
     @cached_property
     def process(self) -> ProcessCache:
@@ -139,11 +146,6 @@ class NodeContext:
             _PROCESSES.clear()
             _PROCESSES[key] = cache
         return _PROCESSES[key]
-
-    @property
-    def num_clients(self) -> int | None:
-        """Number of clients if the message has it, as in a simulation."""
-        return int(self.config["num-clients"]) if "num-clients" in self.config else None
 
     @cached_property
     def hosted(self) -> list[int]:
