@@ -42,4 +42,6 @@ class PersonalEvaluation(StrategyPart):
             most = self.directory.reference.num_exits
             return replace(reply, reports=[report.padded(most) for report in reply.reports])
 
-        return sort_out(messages, pending, read, self.directory.suspect)
+        replies = sort_out(messages, pending, read)
+        self.directory.note_answers({one.node: one.clients for one in pending}, replies.left_out)
+        return replies

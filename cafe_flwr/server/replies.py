@@ -65,10 +65,10 @@ class ReplyReader(StrategyPart):
     ) -> Replies[TrainReply]:
         """Replies to the messages of a round."""
         kinds = {client: self.directory.kind(client) for one in pending for client in one.clients}
-        replies = sort_out(
-            messages, pending, lambda m: self._train_reply(state, server_round, kinds, m), self.directory.suspect
-        )
-        return self._within_bounds(state, replies)
+        replies = sort_out(messages, pending, lambda m: self._train_reply(state, server_round, kinds, m))
+        replies = self._within_bounds(state, replies)
+        self.directory.note_answers({one.node: one.clients for one in pending}, replies.left_out, server_round)
+        return replies
 
     def _train_reply(
         self, state: ServerState, server_round: int, kinds: Mapping[int, ClientSpec], message: Message
@@ -120,16 +120,10 @@ class ReplyReader(StrategyPart):
         return Replies([reply for i, reply in enumerate(good) if i not in refused], left_out)
 
 
-def sort_out(
-    replies: Iterable[Message],
-    pending: Sequence[PendingRequest],
-    read: Callable[[Message], R],
-    on_node: Callable[[int, bool], None],
-) -> Replies[R]:
+def sort_out(replies: Iterable[Message], pending: Sequence[PendingRequest], read: Callable[[Message], R]) -> Replies[R]:
     """Match replies, in any order, with the pending requests, and read them.
 
-    Whatever ``read`` raises leaves the reply's clients out; ``on_node`` is called with every node asked, and whether it
-    failed. Replies that nobody asked for are ignored.
+    Whatever ``read`` raises leaves the reply's clients out. Replies that nobody asked for are ignored.
     """
     waiting = {one.message.metadata.message_id: one for one in pending}
     good: list[R] = []
@@ -139,7 +133,6 @@ def sort_out(
         one = waiting.pop(message.metadata.reply_to_message_id, None)
         if one is None:
             continue
-        on_node(one.node, message.has_error())
         if message.has_error():
             left_out |= dict.fromkeys(one.clients, f"its node failed: {last_line(message.error.reason)}")
             continue
@@ -155,6 +148,5 @@ def sort_out(
         if reply.reports:
             good.append(reply)
     for one in waiting.values():
-        on_node(one.node, True)
         left_out |= dict.fromkeys(one.clients, "no reply from its node in time")
     return Replies(sorted(good, key=lambda reply: reply.reports[0].client), left_out)
