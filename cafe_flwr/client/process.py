@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cafe_flwr.client.capacity import held_by
 from cafe_flwr.client.model import ClientModel
+from cafe_flwr.client.node_bounds import NodeBounds
 from cafe_flwr.client.node_config import hosted
 from cafe_flwr.core.random import rng_for, seeded
 from cafe_flwr.core.schema import Schema, schema_hash
@@ -120,16 +121,14 @@ class Node:
 class NodeContext:
     """The node as it answers a message: ``config`` are the message's settings, ``seed`` is that of the run.
 
-    ``num_clients`` is their number if the message has it, as in a simulation. ValueError for senseless values.
+    ValueError for a message of another protocol, or with senseless values.
     """
 
     def __init__(self, node: Node, message: Message, context: Context) -> None:
         self.node, self.message, self.context = node, message, context
         self.config: Mapping[str, Any] = record_of(message, node.keys.config, ConfigRecord)
         check_server(self.config)
-        asked = read(self.config, QUERY)
-        self.seed: int = asked["seed"]
-        self.num_clients: int | None = asked["num-clients"]
+        self.seed: int = read(self.config, QUERY)["seed"]
 
     @cached_property
     def process(self) -> ProcessCache:
@@ -146,6 +145,13 @@ class NodeContext:
             _PROCESSES.clear()
             _PROCESSES[key] = cache
         return _PROCESSES[key]
+
+    @property
+    def num_clients(self) -> int | None:
+        """Number of clients if the message has it, as in a simulation; ValueError if the node takes fewer."""
+        if "num-clients" not in self.config:
+            return None
+        return NodeBounds.of(self.context.node_config).check_clients(self.config["num-clients"])
 
     @cached_property
     def hosted(self) -> list[int]:
