@@ -9,6 +9,7 @@ from typing import Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from cafe_flwr.core.numbers import check_counts
 from cafe_flwr.networks.preprocessing import SYMMETRIC
 from cafe_flwr.networks.statistics import Statistics, batch_norm_names, drop_statistics
 
@@ -21,6 +22,7 @@ class Exit(nn.Module):
     """
 
     def __init__(self, projection: nn.Module, width: int, num_classes: int) -> None:
+        check_counts(width=width, num_classes=num_classes)
         super().__init__()
         self.projection = projection
         self.head = nn.Linear(width, num_classes)
