@@ -216,6 +216,9 @@ def _run(pieces: Sequence[nn.Module], example: Tensor) -> tuple[list[Tensor], li
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a tenth of a second
 
     outputs, macs, h = [], [], example
+    trained = {p for piece in pieces for p in piece.parameters() if p.requires_grad}
+    for p in trained:
+        p.requires_grad_(False)  # a counter of torch's stops at weights that are an argument of a module
     for piece in pieces:
         with FlopCounterMode(display=False) as counter:
             h = piece(h)
@@ -225,6 +228,8 @@ def _run(pieces: Sequence[nn.Module], example: Tensor) -> tuple[list[Tensor], li
             )
         outputs.append(h)
         macs.append(counter.get_total_flops())
+    for p in trained:
+        p.requires_grad_(True)
     return outputs, macs
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from cafe_flwr.networks.modes import extracted
+from cafe_flwr.networks.modes import Runner, extracted
 from cafe_flwr.networks.tracing import trace
 
 _LISTED = 60  # candidates in an error
@@ -102,10 +103,14 @@ class _Cutter:
     """Makes pieces of the graph of a network's forward."""
 
     def __init__(self, network: nn.Module, end: fx.Node, example: Tensor | None) -> None:
-        self.network = network
+        self.network, self.end, self.example = network, end, example
         self.nodes = list(end.graph.nodes)
-        batches = [] if example is None else [example, torch.cat([example, example[:1]])]
-        self.seen = [_values(network, end, batch) for batch in batches]
+
+    @cached_property
+    def seen(self) -> list[dict[fx.Node, Any]]:
+        """What every node gives for two batches that differ in size; nothing, without an example."""
+        batches = [] if self.example is None else [self.example, torch.cat([self.example, self.example[:1]])]
+        return [_values(self.network, self.end, batch) for batch in batches]
 
     def piece(self, start: fx.Node | None, stop: fx.Node, name: str) -> nn.Module:
         """What the graph does from one node (the input, if None) to another."""
@@ -142,8 +147,10 @@ class _Cutter:
 
     def _is_size(self, node: fx.Node) -> bool:
         """Whether a node gives the same for every batch, but for the number of examples in it."""
+        if node.op not in ("call_function", "call_method"):
+            return False
         values = [seen[node] for seen in self.seen if node in seen]
-        return len(values) > 1 and node.op != "call_module" and self._follows(values)
+        return len(values) > 1 and self._follows(values)
 
     def _follows(self, values: list[Any]) -> bool:
         first, second = values
@@ -174,14 +181,21 @@ def _values(network: nn.Module, end: fx.Node, x: Tensor) -> dict[fx.Node, Any]:
     originals = {copied: node for node, copied in copies.items()}
     seen: dict[fx.Node, Any] = {}
 
-    class Noting(fx.Interpreter):
+    class Noting(Runner):
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             if n in originals:
                 seen[originals[n]] = value.to("meta") if isinstance(value, Tensor) else value
             return value
 
-    Noting(network, graph=graph).run(x)
+    try:
+        Noting(network, graph=graph).run(x)
+    except Exception as error:
+        reason = str(error).partition("While executing")[0].strip()
+        raise ValueError(
+            f"the forward of {_kind(network)}, traced by torch.fx, does not run ({reason}): cut after modules further "
+            "out, or build an EarlyExitNetwork from stages and exits of your own"
+        ) from error
     return seen
 
 

@@ -90,6 +90,15 @@ def extracted(end: fx.Node) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     return graph, copies
 
 
+class Runner(fx.Interpreter):
+    """Runs a graph as its code does: modules get lists that they may change."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a node, as they were computed."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return tuple(list(a) if isinstance(a, list) else a for a in args), kwargs
+
+
 def ancestors(node: fx.Node) -> list[fx.Node]:
     """The input, what a node is computed from, and itself, in order."""
     inputs = [n for n in node.graph.nodes if n.op == "placeholder"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from cafe_flwr.networks.modes import extracted, hold_constants, join
+from cafe_flwr.networks.modes import Runner, extracted, hold_constants, join
 from cafe_flwr.networks.statistics import evaluating
 
 _BY_HAND = "build an EarlyExitNetwork from stages and exits of your own"
@@ -153,7 +153,7 @@ class _Tracer(fx.Tracer):
                 stack.enter_context(_replaced(nn.Module, name, function))
             for context in (torch._C.DisableTorchFunction(), evaluating(self.root), torch.no_grad()):
                 stack.enter_context(context)
-            return fx.Interpreter(self.root, graph=part).run(self.example)
+            return Runner(self.root, graph=part).run(self.example)
 
 
 class _Factories(TorchFunctionMode):
