@@ -180,7 +180,8 @@ class PersonalStore:
             "asked-at": repr(self.asked_at),
             "checksum": checksum(_bytes_of(tensors)),
         }
-        content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, metadata)
+        apart = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        content = save_tensors(apart, metadata)
         write_atomically(version_path(self._of(client), server_round), content)
         versions = versions_in(self._of(client))
         lost = [path for r, path in versions if base < r < server_round]
