@@ -223,13 +223,13 @@ class Settings(_Declared):
 
     @property
     def run_name(self) -> str:
-        """The name of the run: as given, or made from data set, method and seed."""
-        return str(self.name) or f"{self.dataset.partition(':')[0]}-{self.method}-seed{self.seed}"
+        """The name of the run, see :meth:`cafe_flwr.server.options.Run.called`."""
+        return self.of(Run).called(self.dataset)
 
     @property
     def results(self) -> Path:
         """Folder of this run's results."""
-        return Path(self.results_dir).expanduser() / self.run_name
+        return self.of(Run).folder(self.dataset)
 
 
 def _disagreements(s: Settings) -> Iterator[str]:

@@ -220,10 +220,11 @@ class Recorded:
 
 
 def facts_and_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """What a safetensors file holds, but the time; the order of its facts is left to chance by the library."""
+    """What a safetensors file holds, but run and time; the order of its facts is left to chance by the library."""
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
-    metadata.pop("asked-at", None)
+    for fact in ("run", "asked-at"):
+        metadata.pop(fact, None)
     return metadata, load_file(path)
 
 

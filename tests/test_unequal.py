@@ -692,8 +692,8 @@ ALIEN = json.dumps([["stages.0.0.weight", [9, 9]]])
         (change_kind(shared=NEGATIVE), "shared tensors are not among the federation's"),
         (put(kind_of=[1]), "names kinds of clients that do not fit its clients"),
         (put(kind_of=[0, 0]), "names kinds of clients that do not fit its clients"),
-        (change_kind(upload=ALIEN), "what it says of clients with 2 exits differs from the nodes before it"),
-        (change_kind(name=""), "what it says of clients with the whole network differs from the nodes before it"),
+        (change_kind(upload=ALIEN), "what it says of clients with 2 exits differs from what other nodes say"),
+        (change_kind(name=""), "what it says of clients with the whole network differs from what other nodes say"),
     ],
 )
 def test_a_node_that_names_impossible_kinds_is_refused_and_the_others_go_on(tmp_path, flower_log, lie, message):

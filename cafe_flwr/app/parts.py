@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cafe_flwr.client.node_config import data_folder, hosted, is_device
+from cafe_flwr.core.options import Options
 from cafe_flwr.data.federation import FederatedData, deal_out
 from cafe_flwr.data.modalities import ROWS, in_rows, rows_shape
 from cafe_flwr.data.options import Data, Heterogeneity
@@ -18,16 +19,16 @@ from cafe_flwr.networks.options import PUBLISHED, Model
 from cafe_flwr.networks.published import PublishedConvNet, PublishedResNet18, PublishedTransformer
 from cafe_flwr.networks.resnet import ResNet18
 from cafe_flwr.networks.transformer import TextTransformer
-from cafe_flwr.settings import Settings
+from cafe_flwr.server.options import Federation, Run
 
 
-def federation(settings: Settings, node_config: Mapping[str, Any] | None = None) -> FederatedData:
+def federation(settings: Options, node_config: Mapping[str, Any] | None = None) -> FederatedData:
     """The data of the settings: a data set dealt out to clients, or what the clients bring.
 
     Parameters
     ----------
     settings
-        Of the run.
+        Of the run: its :class:`~cafe_flwr.settings.Settings`, or what a node reads from the run's config.
     node_config
         Of the node, if this runs on one. A device reads no path from the settings, since they come from the server.
 
@@ -36,11 +37,11 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
     ValueError
         If there is no such data set, or it cannot be dealt out to so many clients.
     """
-    options = settings.of(Data)
+    options, num_clients = settings.of(Data), settings.of(Federation).num_clients
     if options.dataset == "local":
         shape = (options.image_channels, options.image_size, options.image_size)
         return FederatedData(
-            settings.num_clients, options.classes, shape, lambda client: _own(client, settings, node_config or {})
+            num_clients, options.classes, shape, lambda client: _own(client, settings, node_config or {})
         )
     if options.dataset.startswith("local:") and node_config is not None and is_device(node_config):
         raise ValueError(
@@ -48,7 +49,7 @@ def federation(settings: Settings, node_config: Mapping[str, Any] | None = None)
             "reads data from its data-dir only; set dataset = 'local'"
         )
     located = replace(options, dataset=_located(options), dir=_copies(options, node_config))
-    data = deal_out(located, settings.num_clients, settings.seed)
+    data = deal_out(located, num_clients, settings.of(Run).seed)
     if ROWS not in settings.of(Heterogeneity).modality_names:
         return data
     return replace(
@@ -72,53 +73,55 @@ def _copies(options: Data, node_config: Mapping[str, Any] | None) -> str:
     return options.dir
 
 
-def _own(client: int, settings: Settings, node_config: Mapping[str, Any]) -> ClientData:
+def _own(client: int, settings: Options, node_config: Mapping[str, Any]) -> ClientData:
     from cafe_flwr.data.own import load_own
 
     options = settings.of(Data)
     return load_own(
-        data_folder(node_config, client, hosted(node_config, settings.num_clients)),
+        data_folder(node_config, client, hosted(node_config, settings.of(Federation).num_clients)),
         client,
         options,
         class_names=options.classes,
         shape=(options.image_channels, options.image_size, options.image_size),
-        seed=settings.seed,
+        seed=settings.of(Run).seed,
     )
 
 
-def state_dir(settings: Settings, node_config: Mapping[str, Any]) -> str:
+def state_dir(settings: Options, node_config: Mapping[str, Any]) -> str:
     """Folder of personal state where a node's own node-config names none; empty, and always on a device: the user's."""
     if is_device(node_config):
         return ""
-    return settings.federation.state_dir or str(settings.results / "personal")
+    results = settings.of(Run).folder(settings.of(Data).dataset)
+    return settings.of(Federation).state_dir or str(results / "personal")
 
 
-def build_network(settings: Settings, node_config: Mapping[str, Any] | None = None) -> EarlyExitNetwork:
+def build_network(settings: Options, node_config: Mapping[str, Any] | None = None) -> EarlyExitNetwork:
     """The network of the settings, of the first modality if there are several; errors as :func:`build_networks`."""
     return next(iter(build_networks(settings, node_config).values()))
 
 
-def build_networks(settings: Settings, node_config: Mapping[str, Any] | None = None) -> dict[str, EarlyExitNetwork]:
+def build_networks(settings: Options, node_config: Mapping[str, Any] | None = None) -> dict[str, EarlyExitNetwork]:
     """The networks of the settings by modality, under ``""`` where there is only one.
 
     Raises ValueError if the data are not of the kind or size that the network takes.
     """
     data = federation(settings, node_config)
     found = {name: _network(settings, data, name) for name in settings.of(Heterogeneity).modality_names or ("",)}
+    model = settings.of(Model)
     for network in found.values():
-        if settings.network not in PUBLISHED:  # those take pixels as −1..1, which is what networks start with
+        if model.network not in PUBLISHED:  # those take pixels as −1..1, which is what networks start with
             network.pixels = data.pixels
-        network.statistics = settings.model.statistics
+        network.statistics = model.statistics
     return found
 
 
-def modality_of(settings: Settings, client: int) -> str:
+def modality_of(settings: Options, client: int) -> str:
     """A client's modality, assigned in turn; empty where there is only one."""
     names = settings.of(Heterogeneity).modality_names or ("",)
     return names[client % len(names)]
 
 
-def _network(settings: Settings, data: FederatedData, modality: str = "") -> EarlyExitNetwork:
+def _network(settings: Options, data: FederatedData, modality: str = "") -> EarlyExitNetwork:
     model = settings.of(Model)
     if model.network in PUBLISHED:
         return _published(model.network, data)

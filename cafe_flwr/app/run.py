@@ -70,12 +70,17 @@ def run(grid: Grid, settings: Settings) -> Result:
     settings.check_read()
     results = open_results_of(settings)
     recorder = Recorder(results.folder, settings.to_run_config(), results.state)
-    try:
-        return build_strategy(settings, recorder, results.state).start(grid)
-    finally:
-        if recorder.close():
-            _report(results.folder)
-        results.lock.close()
+    with results.lock:
+        try:
+            result = build_strategy(settings, recorder, results.state).start(grid)
+        except BaseException:
+            try:
+                _close(recorder)
+            except Exception:  # what stopped the run, such as a full disk, counts more
+                logger.exception("clients.parquet could not be written")
+            raise
+        _close(recorder)
+    return result
 
 
 def calibrate(grid: Grid, settings: Settings) -> dict[str, Any]:
@@ -89,6 +94,11 @@ def calibrate(grid: Grid, settings: Settings) -> dict[str, Any]:
         seed=settings.seed,
         output=settings.results / "calibration.json",
     )
+
+
+def _close(recorder: Recorder) -> None:
+    if recorder.close():
+        _report(recorder.folder)
 
 
 def _report(folder: Path) -> None:

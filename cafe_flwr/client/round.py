@@ -71,7 +71,10 @@ class Assignment:
         models = {client: here.model(client) for client in clients_in(message, keys)}
         view = SharedSlice(process.shared, [model.shared for model in models.values()])
         downloads = {client: model.schemas["download"].size for client, model in models.items()}
-        request = TrainRequest.from_message(message, keys, shared_size=view.size, download_size=downloads)
+        deepest = max((model.network.num_exits for model in models.values()), default=1)
+        request = TrainRequest.from_message(
+            message, keys, shared_size=view.size, download_size=downloads, num_exits=deepest
+        )
         if request.digest != process.digest:
             raise ValueError(
                 f"the server's network has fingerprint {request.digest}, this node's {process.digest}: "

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
 import shutil
+import time
 import uuid
 import zlib
 from collections.abc import Iterator, Mapping
@@ -78,23 +80,77 @@ STATE_VERSION = 1
 _VERSION_FILE = re.compile(r"round-(\d+)\.safetensors")
 
 
+_STALE_SECONDS = 3600.0  # no file takes longer to write; another process may have the number of the one that began it
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Write a file that holds the old content or the new at any moment, even after a crash, never a part."""
+    """Write a file that holds the old content or the new at any moment, even after a crash, never a part.
+
+    What killed processes have left of the same file is removed first.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a folder is in the place of a file, move it away", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
+    with _naming(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append(path: Path, content: str) -> None:
+    """Add to the end of a file, and flush it to disk; after an error, such as a full disk, nothing is added."""
+    with _naming(path), open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            rest = memoryview(content.encode())
+            while rest:
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(size)
+            raise
+
+
+def sweep(folder: Path, name: str = "", ending: str = ".tmp") -> None:
+    """Remove temporary files ``.<name>.<process><ending>`` that killed processes have left; without a name, any."""
+    wanted = re.compile(rf"\.{re.escape(name) or '.+'}\.(\d+){re.escape(ending)}")
+    for found in filter(None, map(wanted.fullmatch, os.listdir(folder) if folder.is_dir() else ())):
+        path = folder / found[0]
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and (time.time() - path.stat().st_mtime > _STALE_SECONDS or _has_ended(int(found[1]))):
+                path.unlink()
+
+
+def _has_ended(process: int) -> bool:
+    if os.name == "nt":  # there, this signal would interrupt the process
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in an error of the system's that does not, such as that of a full disk."""
+    try:
+        yield
     except OSError as error:
-        if error.filename is None and error.errno:  # a full disk: the error does not name the file
+        if error.filename is None and error.errno:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -123,9 +179,13 @@ def _finite(value: Any) -> Any:
 
 
 def versions_in(folder: Path) -> list[tuple[int, Path]]:
-    """(round, file) of the versions in a folder, newest first."""
+    """(round, file) of the versions in a folder, newest first; ValueError if one of them is a folder."""
     matches = ((_VERSION_FILE.fullmatch(path.name), path) for path in folder.glob("round-*.safetensors"))
-    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+    found = sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+    for _, path in found:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, where a file of this name belongs: move it away")
+    return found
 
 
 class Damaged(Exception):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from cafe_flwr.core.older_settings import PREFIXES
 from cafe_flwr.core.text import kebab
@@ -175,6 +175,38 @@ def values_of(declared: type, config: Mapping[str, Any]) -> dict[str, Any]:
     """Values of a dataclass's fields in a run's config, under today's keys or the former ones."""
     keys = ((o.field, key) for o in options_of(declared) for key in (o.formerly, o.key))
     return {name: config[key] for name, key in keys if key and key in config}
+
+
+class Options(Protocol):
+    """The options of a run, by the dataclass that declares them."""
+
+    def of(self, declared: type[Declared], /) -> Declared:
+        """The options of a part; ValueError if they are invalid."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options in a run's config, read on a node: it loads no more than the declarations that it needs.
+
+    The server has checked all settings (:class:`cafe_flwr.settings.Settings`) before a node sees them.
+
+    Examples
+    --------
+    >>> from cafe_flwr.training.options import LocalBudget
+    >>> RunOptions({"local-steps": 4, "learning-rate": 1}).of(LocalBudget).learning_rate
+    1.0
+    """
+
+    config: Mapping[str, Any]
+
+    def of(self, declared: type[Declared], /) -> Declared:
+        """The options of a part, as the dataclass that declares them; ValueError if they are invalid."""
+        defaults = {o.field: o.default for o in options_of(declared)}
+        values = defaults | values_of(declared, self.config)
+        for name, default in defaults.items():
+            if isinstance(default, float) and type(values[name]) is int:  # TOML and the command line write 1 for 1.0
+                values[name] = float(values[name])
+        return declared(**values)
 
 
 def check_settings(declared: Any) -> None:

@@ -7,6 +7,23 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 MAX_NAME = 60
+MAX_TEXT = 500
+
+
+def shown(text: str, longest: int = MAX_TEXT) -> str:
+    """A text from elsewhere as a line of at most ``longest`` characters.
+
+    What does not print, such as control and bidirectional characters, is shown as an escape.
+
+    Examples
+    --------
+    >>> shown("all well\\n\\u202eEND"), shown("x" * 600, 8)
+    ('all well\\\\n\\\\u202eEND', 'xxxxxxx…')
+    """
+    line = text[: longest + 1]
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 def check_name(name: str) -> None:

@@ -38,7 +38,7 @@ def read_finished(run: PlannedRun) -> Finished:
     exits, curve = len(macs), summary.get("curve") or {}
     points = len(curve.get("macs") or [])
     threshold, accuracy, cost = (np.array(numbers(curve.get(key), points)) for key in ("threshold", "accuracy", "macs"))
-    lines = [json.loads(line) for line in (run.folder / "rounds.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run.folder / "rounds.jsonl").read_bytes().splitlines()]
     figures = {"accuracy": number(summary.get("accuracy"))}
     figures |= _each_exit("accuracy_exit_{}", summary.get("accuracy_per_exit"), exits)
     for key in ("accuracy_ensemble", "accuracy_worst_tenth", "accuracy_after_training", "accuracy_adapted"):

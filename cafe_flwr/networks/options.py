@@ -51,7 +51,7 @@ class Model:
         choices=("group", "batch", "layer"),
         sized=True,
     )
-    statistics: str = shared(
+    statistics: Literal["average", "personal", "drop"] = shared(
         "average",
         "Running statistics of batch norms: averaged as weights are, kept on the client, or none (docs/networks.md).",
         choices=("average", "personal", "drop"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -112,15 +112,18 @@ def clients_of(folder: Path) -> list[int]:
 def read_metadata(folder: Path, client: int) -> dict[str, Any]:
     """Contents of ``client-<partition>.json``, the metadata of a client's personal network.
 
+    If the process that published it was killed between its two files, the metadata in that of the weights counts.
+
     Raises ValueError if the client has no personal network there, or the file is damaged or of another client.
     """
     weights, metadata_file = (folder / f"client-{client}.{kind}" for kind in ("safetensors", "json"))
-    for path in (weights, metadata_file):
+    inside = _inside(weights)
+    for path in (weights, *(() if inside else (metadata_file,))):
         if not path.is_file():
             known = ", ".join(map(str, clients_of(folder))) or "none"
             raise ValueError(f"{path} is not there: {folder} holds the personal networks of clients {known}")
     try:
-        metadata = json.loads(metadata_file.read_text())
+        metadata = json.loads(metadata_file.read_text()) if metadata_file.exists() else inside
         version, owner = metadata.get("state-version"), metadata.get("client")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"the personal network of client {client} in {folder} is damaged: {error}") from None
@@ -129,7 +132,19 @@ def read_metadata(folder: Path, client: int) -> dict[str, Any]:
             f"{metadata_file} is of client {owner} in format {version}, expected client {client} in format "
             f"{STATE_VERSION}"
         )
-    return dict(metadata)
+    newer = inside.get("client") == client and any(
+        inside.get(k) != metadata.get(k) for k in ("run", "round", "fingerprint")
+    )
+    return dict(inside if newer else metadata)
+
+
+def _inside(weights: Path) -> dict[str, Any]:
+    """The metadata in the file of the weights, which were written together; empty in files of earlier versions."""
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return dict(json.loads((file.metadata() or {})["facts"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return {}
 
 
 def read_personal(folder: Path, client: int, built: EarlyExitNetwork | Networks) -> PersonalNetwork:

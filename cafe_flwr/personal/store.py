@@ -23,9 +23,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from cafe_flwr.core.files import STATE_VERSION, Damaged, checksum, to_json, version_path, versions_in, write_atomically
+from cafe_flwr.core.files import (
+    STATE_VERSION,
+    Damaged,
+    checksum,
+    sweep,
+    to_json,
+    version_path,
+    versions_in,
+    write_atomically,
+)
 from cafe_flwr.core.locks import locked
 from cafe_flwr.core.log import logger
+from cafe_flwr.personal.aside import MOST, bring_back, confirm, set_aside
 
 
 class Late(RuntimeError):
@@ -38,6 +48,7 @@ def _bytes_of(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
 
 
 _SECRET_BYTES = 32
+_MOST_VERSIONS = 16  # of a client in a run, whatever the server says it may resume from
 _LOCK_SECONDS = 10.0  # how long a client waits for another process that works on its state
 
 
@@ -96,11 +107,12 @@ class PersonalStore:
 
         If the file is damaged, the newest whole one before it is used, with a warning and a note.
 
-        Raises ValueError if there is no such version, it belongs to another client, or all are damaged.
+        Raises ValueError if there is no such version, it belongs to another run, client or round, or all are damaged.
         """
         if version == 0:
             return None
         folder = self._of(client)
+        bring_back(folder, version)
         versions = versions_in(folder)
         if version not in dict(versions):
             raise ValueError(self._missing(client, version, [r for r, _ in versions]))
@@ -114,22 +126,40 @@ class PersonalStore:
                     "state of client %d, round %d, is damaged (%s): using an older", client, server_round, error
                 )
                 continue
-            if metadata.get("client") != str(client) or metadata.get("state-version") != str(STATE_VERSION):
-                raise ValueError(
-                    f"{path} holds the state of client {metadata.get('client')} in format "
-                    f"{metadata.get('state-version')}, expected client {client} in format {STATE_VERSION}: "
-                    "give every client its own state folder"
-                )
+            self._check_owner(path, metadata, client, server_round)
             if server_round < version:
-                self.notes[client] = f"its state of round {version} is damaged, that of round {server_round} was used"
+                self.note(client, f"its state of round {version} is damaged, that of round {server_round} was used")
+            else:
+                confirm(folder, version)
             return tensors
         if len(versions) > 1:
             raise ValueError(
                 f"its personal state of round {version}, and all before it, is damaged in {folder}: bring the folder "
                 "back from a copy"
             )
-        self.notes[client] = f"its state of round {version}, the only one, is damaged: it started anew"
+        self.note(client, f"its state of round {version}, the only one, is damaged: it started anew")
         return None
+
+    def note(self, client: int, text: str) -> None:
+        """Add to what is unusual about a client's state."""
+        self.notes[client] = "; ".join(filter(None, (self.notes.get(client), text)))
+
+    def _check_owner(self, path: Path, metadata: Mapping[str, str], client: int, server_round: int) -> None:
+        """ValueError if a version is not this client's of this run and round, in this format."""
+        if metadata.get("client") != str(client) or metadata.get("state-version") != str(STATE_VERSION):
+            raise ValueError(
+                f"{path} holds the state of client {metadata.get('client')} in format "
+                f"{metadata.get('state-version')}, expected client {client} in format {STATE_VERSION}: "
+                "give every client its own state folder"
+            )
+        run = metadata.get("run", self.run)
+        if run != self.run or metadata.get("round") != str(server_round):
+            raise ValueError(
+                f"{path} holds the state of round {metadata.get('round')} of the run {run}, expected round "
+                f"{server_round} of the run {self.run}: files were swapped, bring the folder back from a copy"
+            )
+        if "run" not in metadata:
+            self.note(client, f"its state of round {server_round} is an earlier version's, which does not name its run")
 
     def _missing(self, client: int, version: int, rounds: list[int]) -> str:
         """Why a version is missing, as far as can be told, and what to do."""
@@ -168,30 +198,40 @@ class PersonalStore:
     ) -> None:
         """Write the version of a round: personal parameters by name, after training from version ``base``.
 
-        Versions between ``base`` and this one were never acknowledged and are removed, as are those that are not needed
-        to resume the run from round ``resumable_from`` or later. Raises Late, and writes nothing, as
-        :meth:`check_current`.
+        Versions between ``base`` and this one were never acknowledged. They, and an earlier one of this round, are set
+        aside until the server starts from a later one (:mod:`cafe_flwr.personal.aside`). Those that are not needed to
+        resume the run from round ``resumable_from`` or later are removed, and all but the newest few. Raises Late, and
+        writes nothing, as :meth:`check_current`.
         """
         self.check_current(client, server_round)
+        folder = self._of(client)
+        path, arrays = version_path(folder, server_round), _bytes_of(tensors)
         metadata = {
             "state-version": str(STATE_VERSION),
+            "run": self.run,
             "client": str(client),
             "round": str(server_round),
             "asked-at": repr(self.asked_at),
-            "checksum": checksum(_bytes_of(tensors)),
+            "checksum": checksum(arrays),
         }
         apart = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
         content = save_tensors(apart, metadata)
-        write_atomically(version_path(self._of(client), server_round), content)
-        versions = versions_in(self._of(client))
-        lost = [path for r, path in versions if base < r < server_round]
+        sweep(folder)
+        if path.exists() and _fact(path, "checksum") != metadata["checksum"]:
+            set_aside(folder, [server_round])
+        write_atomically(path, content)
+        versions = versions_in(folder)
+        set_aside(folder, [r for r, _ in versions if base < r < server_round])
+        newer = [path for r, path in versions if r > server_round]  # of a run that was resumed
+        older = [path for r, path in versions if r <= base]
         old = [path for r, path in versions if r <= min(base, resumable_from)]
-        for path in lost + old[1:]:
+        for path in {*newer[:-MOST], *older[_MOST_VERSIONS:], *old[1:]}:
             path.unlink(missing_ok=True)
 
     def private_rng(self, client: int, purpose: str) -> np.random.Generator:
         """A random generator for a purpose, always with the same seed, derived from the client's own secret."""
         path = self.folder / "secrets" / f"client-{client}"
+        sweep(path.parent, path.name, ending="")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             new = path.with_name(f".{path.name}.{os.getpid()}")
@@ -209,11 +249,15 @@ class PersonalStore:
         return np.random.default_rng(np.frombuffer(seed, dtype=np.uint32))
 
     def publish(self, client: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Write the client's whole personal network: ``client-<partition>.safetensors`` and its metadata as JSON."""
-        content = save_tensors({name: t.contiguous() for name, t in tensors.items()})
+        """Write the client's whole personal network: ``client-<partition>.safetensors`` and its metadata as JSON.
+
+        The metadata is in both files, so that they belong together also if the process is killed between the two
+        (:func:`cafe_flwr.personal.published.read_metadata`).
+        """
+        facts = {"state-version": STATE_VERSION, "client": client, **metadata}
+        content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, {"facts": to_json(facts)})
         write_atomically(self.folder / f"client-{client}.safetensors", content)
-        text = to_json({"state-version": STATE_VERSION, "client": client, **metadata}, indent=2)
-        write_atomically(self.folder / f"client-{client}.json", text)
+        write_atomically(self.folder / f"client-{client}.json", to_json(facts, indent=2))
 
 
 def _read_version(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -229,12 +273,20 @@ def _read_version(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, tensors
 
 
+def _fact(path: Path, name: str) -> str:
+    """An entry of a version's metadata, empty if its file does not say."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return str((file.metadata() or {})[name])
+    except (SafetensorError, OSError, KeyError):
+        return ""
+
+
 def _asked_at(path: Path) -> float:
     """When the server asked for a version, 0 if its file does not say."""
     try:
-        with safe_open(path, framework="np") as file:
-            return float((file.metadata() or {})["asked-at"])
-    except (SafetensorError, OSError, KeyError, ValueError):
+        return float(_fact(path, "asked-at"))
+    except ValueError:
         return 0.0
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from cafe_flwr.core.files import to_json, write_atomically
+from cafe_flwr.core.files import sweep, to_json, versions_in, write_atomically
 from cafe_flwr.core.log import logger
+from cafe_flwr.results.history import History
 from cafe_flwr.server.checkpoints import Checkpoints, ServerState
 
 
@@ -53,6 +54,8 @@ def open_results(
         elif not is_bare(folder):
             _move_aside(folder)
         lock = _lock(folder)
+        for place in (folder, folder / "checkpoint"):
+            sweep(place)
         write_atomically(folder / "settings.json", to_json(settings, indent=2))
     except OSError as error:
         raise ValueError(f"cannot write results to {folder}: {error}. Set results-dir to a folder you own") from error
@@ -90,13 +93,15 @@ def _resumable(
     read: Callable[[dict[str, Any]], Mapping[str, Any]],
     free: Collection[str],
 ) -> ServerState:
-    """The last checkpoint of the run, if it was a run of these settings."""
-    state = Checkpoints(folder / "checkpoint").load()
+    """The last checkpoint of the run, if it was a run of these settings and the records until then are whole."""
+    place = folder / "checkpoint"
+    state = Checkpoints(place).load()
     if state is None:
-        raise ValueError(f"resume = true, but there is no checkpoint in {folder / 'checkpoint'}")
+        there = ", all are damaged: bring the folder back from a copy, or start a new run" if versions_in(place) else ""
+        raise ValueError(f"resume = true, but there is no checkpoint in {place}{there}")
     try:
-        before = json.loads((folder / "settings.json").read_text())
-    except (OSError, ValueError) as error:
+        before = dict(json.loads((folder / "settings.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"cannot resume {folder}: its settings.json cannot be read ({error})") from error
     try:
         was = read(before)
@@ -109,6 +114,7 @@ def _resumable(
     ]
     if changed:
         raise ValueError(f"cannot resume {folder} with other settings: {'; '.join(changed)}")
+    History(folder).until(state.round)
     return state
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cafe_flwr.core.files import to_json, write_atomically
 from cafe_flwr.metrics.exits import ExitMetrics
+from cafe_flwr.results.history import History
 from cafe_flwr.results.summary import summarise
 from cafe_flwr.server.callbacks import RoundRecord, RunInfo
 from cafe_flwr.server.checkpoints import Checkpoints, ServerState
 from cafe_flwr.wire.evaluate import FinalReport
 from cafe_flwr.wire.keys import PHASES
-
-COLUMNS = ("round", "client", "phase", "exit", "accuracy", "loss", "ece", "examples")
 
 
 class Recorder:
@@ -41,8 +37,7 @@ class Recorder:
         self.folder = folder
         self._asked = {**settings, "name": folder.name}
         self.checkpoints = Checkpoints(folder / "checkpoint")
-        self._rows = folder / "checkpoint" / "clients.csv"
-        self._rounds = folder / "rounds.jsonl"
+        self._history = History(folder)
         self._plan = resume_from.plan if resume_from else None
         self._run: RunInfo | None = None
         self._started = time.perf_counter()
@@ -51,17 +46,10 @@ class Recorder:
         """Drop what was written after the checkpoint that the run resumes from."""
         self._run = run
         self._started = time.perf_counter()
-        self._rows.parent.mkdir(parents=True, exist_ok=True)
         if run.first_round == 1:
-            write_atomically(self._rounds, "")
-            write_atomically(self._rows, ",".join(COLUMNS) + "\n")
-            return
-        lines = self._rounds.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["round"] < run.first_round]
-        write_atomically(self._rounds, "".join(kept))
-        header, *rows = self._rows.read_text().splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and _is_before(row, run.first_round)]
-        write_atomically(self._rows, "".join([header, *kept]))
+            self._history.begin()
+        else:
+            self._history.cut(run.first_round - 1)
 
     def on_round(self, record: RoundRecord, state: ServerState) -> None:
         """Write the round, then the checkpoint: a resumed run drops lines that have no checkpoint."""
@@ -72,23 +60,18 @@ class Recorder:
             if record.evaluated
             for row in _rows(record.server_round, report.client, phase, getattr(report, phase), report.test_examples)
         ]
-        self._append_rows(rows)
-        with open(self._rounds, "a") as file:
-            file.write(to_json(record.to_json()))
-            file.flush()
-            os.fsync(file.fileno())
+        self._history.add(rows, record.to_json())
         self.checkpoints.save(state)
         self._plan = state.plan
 
     def on_finish(self, reports: Sequence[FinalReport]) -> None:
         """Write the final evaluation and the summary."""
         assert self._run is not None
-        self._append_rows(
+        self._history.add(
             [r for f in reports for r in _rows(self._run.num_rounds, f.client, "final", f.exits, f.test_examples)]
         )
-        rounds = [json.loads(line) for line in self._rounds.read_text().splitlines()]
         seconds = time.perf_counter() - self._started
-        summary = summarise(self._asked, self._run, reports, rounds, self._plan, seconds)
+        summary = summarise(self._asked, self._run, reports, self._history.read(), self._plan, seconds)
         write_atomically(self.folder / "summary.json", to_json(summary, indent=2))
 
     def close(self) -> bool:
@@ -98,20 +81,8 @@ class Recorder:
         import pandas as pd
 
         parquet = self.folder / "clients.parquet"
-        write_atomically(parquet, pd.read_csv(self._rows).to_parquet(index=False))
+        write_atomically(parquet, pd.read_csv(self._history.rows).to_parquet(index=False))
         return True
-
-    def _append_rows(self, rows: Iterable[Sequence[Any]]) -> None:
-        with open(self._rows, "a", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _is_before(row: str, server_round: int) -> bool:
-    """Whether a row of the long table belongs to an earlier round, and not to the final evaluation."""
-    number, _, phase, *_ = row.split(",")
-    return int(number) < server_round and phase != "final"
 
 
 def _rows(

@@ -159,7 +159,7 @@ def _read_json(path: Path) -> dict[Any, Any]:
 def _read_lines(path: Path) -> dict[Any, Any]:
     """Lines by round; lines that cannot be read are skipped, since a killed run leaves half of one."""
     lines = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines():  # of bytes, since texts may have ends of lines that JSON has not
         try:
             line = dict(json.loads(text))
             lines[int(line["round"])] = line

@@ -50,7 +50,7 @@ class RunInfo:
     def of(cls, directory: Directory, state: ServerState, num_rounds: int) -> RunInfo:
         """The run that goes on from ``state`` with the clients present."""
         info, clients = directory.reference, sorted(directory.hosts)
-        sizes = info.num_exits, info.num_parameters, directory.macs
+        sizes = info.num_exits, info.num_parameters, directory.agreement.macs
         return cls(state.run, state.round + 1, num_rounds, clients, *sizes, directory.held)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,34 +109,52 @@ class Checkpoints:
         """The newest undamaged checkpoint, None if there is none; ValueError if its format is another version's."""
         for server_round, path in versions_in(self.folder):
             try:
-                with safe_open(path, framework="np") as file:
-                    header = file.metadata() or {}
-                    metadata = json.loads(header["facts"])
-                    arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                if header.get("checksum", checksum(arrays)) != checksum(arrays):
-                    raise Damaged("its checksum differs")
-            except (SafetensorError, OSError, KeyError, ValueError, Damaged) as error:
+                return _read(path, server_round)
+            except Damaged as error:
                 logger.warning("checkpoint of round %d is damaged (%s), using the one before", server_round, error)
-                continue
-            if metadata["state-version"] != STATE_VERSION:
-                raise ValueError(f"{path} has format {metadata['state-version']}, this version reads {STATE_VERSION}")
-            known = {}
-            if metadata["clients"]:
-                uploads = list(arrays["uploads"])
-                if "upload-sizes" in metadata:
-                    uploads = np.split(arrays["uploads"], np.cumsum(metadata["upload-sizes"])[:-1])
-                columns = (metadata["num-examples"], metadata["seen"], uploads, arrays["similarity"])
-                number = len(uploads)
-                kinds_of, levels = metadata.get("kind-of", [""] * number), metadata.get("levels", [0] * number)
-                records = map(ClientRecord, *columns, kinds_of, levels)
-                known = dict(zip(metadata["clients"], records, strict=True))
-            plan = None
-            if "weights" in arrays:
-                rows, columns = metadata["rows"], metadata["columns"]
-                plan = RoundPlan(arrays["active"], {}, arrays["weights"], rows, columns)
-            kinds = {kind.name: kind for kind in map(ClientSpec.from_json, metadata.get("kinds", []))}
-            pairs = Pairs(arrays["pair-keys"], arrays["pair-values"]) if "pair-keys" in arrays else Pairs()
-            return ServerState(
-                metadata["run"], metadata["round"], metadata["digest"], arrays["shared"], known, plan, kinds, pairs
-            )
         return None
+
+
+def _read(path: Path, server_round: int) -> ServerState:
+    """A checkpoint; :class:`Damaged` if it is not as it was written, ValueError if its format is another version's."""
+    try:
+        with safe_open(path, framework="np") as file:
+            header = file.metadata() or {}
+            metadata = dict(json.loads(header["facts"]))
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        version = metadata["state-version"]
+    except (SafetensorError, OSError, LookupError, ValueError, TypeError, RecursionError) as error:
+        raise Damaged(f"{type(error).__name__}: {error}") from error
+    if header.get("checksum", checksum(arrays)) != checksum(arrays):
+        raise Damaged("its checksum differs")
+    if version != STATE_VERSION:
+        raise ValueError(f"{path} has format {version}, this version reads {STATE_VERSION}")
+    try:
+        state = _state_of(metadata, arrays)
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Damaged(f"its contents do not agree, {type(error).__name__}: {error}") from error
+    if state.round != server_round:
+        raise Damaged(f"it is of round {state.round}")
+    return state
+
+
+def _state_of(metadata: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> ServerState:
+    """The state that a checkpoint holds; whatever error if its parts do not agree."""
+    known: dict[int, ClientRecord] = {}
+    if clients := [int(client) for client in metadata["clients"]]:
+        uploads = list(arrays["uploads"])
+        if "upload-sizes" in metadata:
+            uploads = np.split(arrays["uploads"], np.cumsum(metadata["upload-sizes"])[:-1])
+        kinds_of = metadata.get("kind-of", [""] * len(clients))
+        levels = metadata.get("levels", [0] * len(clients))
+        columns = metadata["num-examples"], metadata["seen"], uploads, arrays["similarity"], kinds_of, levels
+        known = {row[0]: ClientRecord(*row[1:]) for row in zip(clients, *columns, strict=True)}
+    plan = None
+    if "weights" in arrays:
+        plan = RoundPlan(arrays["active"], {}, arrays["weights"], metadata["rows"], metadata["columns"])
+    kinds = {kind.name: kind for kind in map(ClientSpec.from_json, metadata.get("kinds", []))}
+    pairs = Pairs(arrays["pair-keys"], arrays["pair-values"]) if "pair-keys" in arrays else Pairs()
+    run, digest, shared = str(metadata["run"]), str(metadata["digest"]), arrays["shared"]
+    if shared.ndim != 1 or not np.isfinite(shared).all():
+        raise ValueError("the shared part is not a list of finite values")
+    return ServerState(run, int(metadata["round"]), digest, shared, known, plan, kinds, pairs)

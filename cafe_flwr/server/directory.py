@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -13,12 +13,17 @@ from flwr.serverapp import Grid
 
 from cafe_flwr import __version__
 from cafe_flwr.core.log import logger
+from cafe_flwr.core.text import shown
 from cafe_flwr.methods.base import Method, settings_of
+from cafe_flwr.server.agreement import Agreement
+from cafe_flwr.server.claims import Claims, check_claims
 from cafe_flwr.wire.capacity import ClientSpec, are_unequal
 from cafe_flwr.wire.codec import method_config
 from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.keys import PROTOCOL, Keys
 from cafe_flwr.wire.slices import SharedSlice
+
+_LISTED = 20  # clients that a line of the log names
 
 
 def describe_request(seed: int, method: Method, num_clients: int | None) -> dict[str, Any]:
@@ -28,31 +33,44 @@ def describe_request(seed: int, method: Method, num_clients: int | None) -> dict
 
 
 class Directory:
-    """The nodes of a federation, and the clients they host; ``request`` is made by :func:`describe_request`."""
+    """The nodes of a federation, and the clients they host; ``request`` is made by :func:`describe_request`.
+
+    What most nodes say of network and method when the wait for them ends stands; nodes that say something else are
+    refused. ``own`` is that of :class:`cafe_flwr.server.agreement.Agreement`.
+    """
 
     poll_seconds = 1.0  # between two looks for nodes while waiting
     grace_seconds = 5.0  # to wait for a working node when all that are present failed
     late_seconds = 10.0  # to wait, in a round, for the answer of a new node
     retry_seconds = 30.0  # until a node that did not answer is asked again
 
-    def __init__(self, keys: Keys, request: Mapping[str, Any]) -> None:
+    def __init__(self, keys: Keys, request: Mapping[str, Any], own: Callable[[], NodeInfo] | None = None) -> None:
         self.keys = keys
         self.request = request
         self.nodes: dict[int, NodeInfo] = {}
-        self.hosts: dict[int, int] = {}
-        self.kinds: dict[str, ClientSpec] = {}  # by name of the kind; also of nodes that are gone
         self.names: dict[int, str] = {}  # of nodes, by client; also of nodes that are gone
         self.held: dict[int, ClientSpec] = {}  # by client, as of the last note_held
         self.problems: list[str] = []
+        self.agreement, self.claims = Agreement(own), Claims()
+        self._described: dict[int, NodeInfo] = {}  # nodes that can be read; those that differ, too, until that stands
         self._refused: set[int] = set()
         self._asked_at: dict[int, float] = {}
         self._unanswered: dict[str, int] = {}  # node by the id of a pending describe request
-        self._suspects: set[int] = set()
+
+    @property
+    def hosts(self) -> Mapping[int, int]:
+        """The node that each client is asked on."""
+        return self.claims.hosts
 
     @property
     def reference(self) -> NodeInfo:
-        """The node of the first client; all others must agree with it."""
-        return self.nodes[self.hosts[min(self.hosts)]]
+        """What all nodes say of network and method."""
+        return self.agreement.reference
+
+    @property
+    def kinds(self) -> Mapping[str, ClientSpec]:
+        """Kinds of clients by name, also of nodes that are gone."""
+        return self.agreement.kinds
 
     def by_node(self, clients: Sequence[int]) -> dict[int, list[int]]:
         """These clients grouped by node, nodes in the order of their first client."""
@@ -79,13 +97,6 @@ class Directory:
         self.held |= {client: self.kind(client) for client in sorted(self.hosts)}
 
     @property
-    def macs(self) -> Sequence[int]:
-        """MACs per exit of the largest network, from any node that knows them: the reference node may not."""
-        info = self.reference
-        known = [list(kind.macs) for kind in self.kinds.values() if kind.num_exits == info.num_exits]
-        return max([info.macs, *known], key=lambda macs: macs[-1])
-
-    @property
     def unequal(self) -> bool:
         """Whether some clients hold only a part of what others hold."""
         return are_unequal(self.kinds.values())
@@ -110,8 +121,9 @@ class Directory:
         told = False
         while True:
             present = self.refresh(grid, timeout=max(seconds, self.poll_seconds))
-            expected = max((info.num_nodes for info in self.nodes.values()), default=0)
-            answered = len(self.nodes) + len(self._refused)
+            votes = Counter(info.num_nodes for info in self.nodes.values())
+            expected = max(votes, key=lambda number: (votes[number], number), default=0)
+            answered = len(self._described) + len(self._refused)
             if not self.nodes and present >= min_nodes and self.problems:
                 deadline = min(deadline, time.monotonic() + self.grace_seconds)  # all that are here failed
             complete = answered >= max(min_nodes, expected) and (
@@ -122,9 +134,12 @@ class Directory:
             if complete or time.monotonic() > deadline:
                 break
             if not told:
-                logger.info("Waiting for nodes: %d here, %s", present, self._wanted(min_nodes, expected, num_clients))
+                wanted = _wanted(len(self.hosts), min_nodes, expected, num_clients)
+                logger.info("Waiting for nodes: %d here, %s", present, wanted)
                 told = True
             time.sleep(self.poll_seconds)
+        self.agreement.stands = bool(self.hosts)
+        self._settle()
         if not self.hosts:
             reasons = "\n  ".join(self.problems) or f"no node was there within {seconds:.0f} s"
             raise RuntimeError(f"no client can take part:\n  {reasons}")
@@ -135,7 +150,7 @@ class Directory:
             )
         if num_clients is not None and len(self.hosts) < num_clients:
             absent = sorted(set(range(num_clients)) - set(self.hosts))
-            logger.warning("Starting without clients %s", ", ".join(map(str, absent)))
+            logger.warning("Starting without clients %s", _listed(absent))
 
     def refresh(self, grid: Grid, timeout: float | None = None) -> int:
         """Ask new nodes, forget nodes that are gone, and return the number of nodes present.
@@ -144,14 +159,14 @@ class Directory:
         device may take longer to start than a round should wait.
         """
         present = sorted(grid.get_node_ids())
-        for node in set(self.nodes) - set(present):
-            info = self.nodes.pop(node)
+        for node in set(self._described) - set(present):
+            info = self._described.pop(node)
             logger.warning("The node of %s is gone", _clients(info))
         self._unanswered = {message: node for message, node in self._unanswered.items() if node in present}
         if self._unanswered:
             self._take(grid.pull_messages(list(self._unanswered)))
         now = time.monotonic()
-        known = self._refused | set(self.nodes)
+        known = self._refused | set(self._described)
         new = [n for n in present if n not in known and now - self._asked_at.get(n, -math.inf) >= self.retry_seconds]
         if new:
             self._asked_at |= dict.fromkeys(new, now)
@@ -160,95 +175,114 @@ class Directory:
             replies = grid.send_and_receive(list(asked.values()), timeout=timeout)
             self._unanswered |= {message.metadata.message_id: node for node, message in asked.items()}
             self._take(replies)
-        self._assign()
+        self._settle()
         return len(present)
 
     def _take(self, replies: Iterable[Message]) -> None:
-        """Read answers, and admit or refuse their nodes."""
-        answers = {}
+        """Read answers, and refuse the nodes whose answers cannot be used."""
+        found = {}
         for reply in replies:
             node = self._unanswered.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None and node not in self.nodes:
-                answers[node] = reply
-        infos = self._read(answers)
-        # In the order of the clients: node ids are random, and the first node is the reference.
-        for node in sorted(infos, key=lambda node: min(infos[node].clients, default=math.inf)):
-            self._admit(node, infos[node])
+            if node is not None and node not in self._described:
+                found[node] = self._read(node, reply)
+        infos = {node: info for node, info in found.items() if info is not None}
+        # In the order of the clients: node ids are random, and of equally many the first node's word counts.
+        self._described |= dict(sorted(infos.items(), key=lambda item: min(item[1].clients, default=math.inf)))
 
-    def suspect(self, node: int, failed: bool) -> None:
-        """Note whether a node failed: where two nodes host a client, the one that did not fail is asked."""
-        if failed:
-            self._suspects.add(node)
-        else:
-            self._suspects.discard(node)
+    def note_answers(
+        self, asked: Mapping[int, Sequence[int]], left_out: Mapping[int, str], trained_in: int | None = None
+    ) -> None:
+        """Note for which of the clients asked of it each node answered well: all but those left out, with the reason.
+
+        ``trained_in`` is the round if they trained. Where several nodes claim a client, who is asked depends on it.
+        """
+        for node, clients in self.claims.note(asked, left_out, trained_in).items():
+            who = _clients(self.nodes[node])
+            logger.warning("Of the nodes that claim clients %s, that of %s answered well", _listed(clients), who)
+
+    def _settle(self) -> None:
+        """Admit the nodes that agree with the others; until that stands, they are all looked at again."""
+        self.agreement.update(list(self._described.values()))
+        kept = self._described if self.agreement.stands else {}
+        self.nodes = {node: info for node, info in self.nodes.items() if node in kept}
+        hosted = {client for info in self.nodes.values() for client in info.clients}
+        for node, info in [item for item in self._described.items() if item[0] not in self.nodes]:
+            if not (difference := self.agreement.difference(info)):
+                self._admit(node, info, hosted)
+                hosted |= {*info.clients}
+            elif self.agreement.stands:
+                del self._described[node]
+                self._refuse(node, f"the node of {_clients(info)} was refused: {difference}")
+        self._assign()
+
+    def _admit(self, node: int, info: NodeInfo, hosted: Collection[int]) -> None:
+        for problem in info.problems:
+            self._problem(f"{info.name}: {problem}" if info.name else problem)
+        if taken := [client for client in info.clients if client in hosted]:
+            who = f"the node of {_clients(info)}"
+            self._problem(f"{who}: clients {_listed(taken)} are hosted by another node already")
+        self.nodes[node] = info
+        self.agreement.learn(info)
 
     def _assign(self) -> None:
-        """Choose for each client the first node that hosts it; nodes that failed come last."""
-        self.hosts = {}
-        for node in sorted(self.nodes, key=lambda node: node in self._suspects):  # stable: in the order of arrival
-            for client in self.nodes[node].clients:
-                self.hosts.setdefault(client, node)
+        """Choose a node for each client, and say so where it was taken from one that failed."""
+        moved = self.claims.assign({node: info.clients for node, info in self.nodes.items()})
+        for (old, new), clients in moved.items():
+            before, now = _clients(self.nodes[old]), _clients(self.nodes[new])
+            logger.warning("Clients %s are asked on the node of %s: that of %s failed", _listed(clients), now, before)
+        for client, node in self.hosts.items():
+            if name := self.nodes[node].name:
+                self.names[client] = name
+            else:
+                self.names.pop(client, None)
+
+    def _read(self, node: int, reply: Message) -> NodeInfo | None:
+        """A node's description; None if it failed to start, or is refused."""
+        if reply.has_error():
+            self._problem(f"a node failed to start: {last_line(reply.error.reason)}")
+            return None
+        who = "a node"
+        try:
+            info = NodeInfo.from_message(reply, self.keys)
+            who = f"the node {info.name}" if info.name else who
+            check_claims(info.clients, self.request.get("num-clients"))
+            who = f"the node of {_clients(info)}"
+            if info.version and info.version != __version__:
+                raise ValueError(f"runs cafe-flwr {info.version}, the server {__version__}")
+        except Exception as error:  # whatever a node may send
+            self._refuse(node, f"{who} was refused: it {error}")
+            return None
+        return info
+
+    def _refuse(self, node: int, problem: str) -> None:
+        self._refused.add(node)
+        self._problem(problem)
 
     def _problem(self, text: str) -> None:
         if text not in self.problems:
             self.problems.append(text)
             logger.warning("%s", text)
 
-    def _read(self, answers: Mapping[int, Message]) -> dict[int, NodeInfo]:
-        infos = {}
-        for node, reply in answers.items():
-            if reply.has_error():
-                self._problem(f"a node failed to start: {last_line(reply.error.reason)}")
-                continue
-            try:
-                infos[node] = NodeInfo.from_message(reply, self.keys)
-            except (ValueError, KeyError) as error:
-                self._refuse(node, f"a node was refused: it {error}")
-        return infos
 
-    def _admit(self, node: int, info: NodeInfo) -> None:
-        who = f"the node of {_clients(info)}"
-        if info.version and info.version != __version__:
-            self._refuse(node, f"{who} was refused: it runs cafe-flwr {info.version}, the server {__version__}")
-            return
-        serving = [other for other in self.nodes.values() if other.clients]
-        if info.clients and serving and info.digest != serving[0].digest:
-            self._refuse(node, f"{who} was refused: its network or method differs from that of the nodes before it")
-            return
-        kinds = info.kinds or ([info.whole] if info.clients else [])
-        for kind in kinds:
-            if not kind.like(self.kinds.get(kind.name, kind)):
-                what = f"clients with {kind.name}" if kind.name else "clients with the whole network"
-                self._refuse(node, f"{who} was refused: what it says of {what} differs from the nodes before it")
-                return
-        for problem in info.problems:
-            self._problem(f"{info.name}: {problem}" if info.name else problem)
-        hosted = {client for other in self.nodes.values() for client in other.clients}
-        taken = [client for client in info.clients if client in hosted]
-        if taken:
-            self._problem(f"{who}: clients {', '.join(map(str, taken))} are hosted by another node already")
-        self.nodes[node] = info
-        self.kinds |= {kind.name: kind for kind in kinds}
-        if info.name:
-            self.names |= dict.fromkeys(set(info.clients) - set(taken), info.name)
-
-    def _refuse(self, node: int, problem: str) -> None:
-        self._refused.add(node)
-        self._problem(problem)
-
-    def _wanted(self, min_nodes: int, expected: int, num_clients: int | None) -> str:
-        if expected or num_clients is None:
-            return f"{max(min_nodes, expected)} wanted"
-        return f"{len(self.hosts)} of {num_clients} clients"
+def _wanted(hosted: int, min_nodes: int, expected: int, num_clients: int | None) -> str:
+    if expected or num_clients is None:
+        return f"{max(min_nodes, expected)} wanted"
+    return f"{hosted} of {num_clients} clients"
 
 
 def _clients(info: NodeInfo) -> str:
     """The clients of a node, and its name if it has one."""
     name = f" ({info.name})" if info.name else ""
-    return f"clients {', '.join(map(str, info.clients)) or '(none)'}{name}"
+    return f"clients {_listed(info.clients) or '(none)'}{name}"
+
+
+def _listed(clients: Sequence[int]) -> str:
+    """Numbers of clients, of many the first."""
+    more = f", … ({len(clients)})" if len(clients) > _LISTED else ""
+    return ", ".join(map(str, clients[:_LISTED])) + more
 
 
 def last_line(reason: str | None) -> str:
-    """The line of a traceback that says what happened."""
+    """The line of a traceback that says what happened, cut and made printable."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return lines[-1].removesuffix("'>") if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>
+    return shown(lines[-1].removesuffix("'>")) if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>

@@ -39,7 +39,11 @@ class PersonalEvaluation(StrategyPart):
 
         def read(message: Message) -> EvaluationReply:
             reply = EvaluationReply.from_message(message, self.run.keys, num_exits=held)
+            for report in reply.reports:
+                report.check(self.directory.examples(report.client))
             most = self.directory.reference.num_exits
             return replace(reply, reports=[report.padded(most) for report in reply.reports])
 
-        return sort_out(messages, pending, read, self.directory.suspect)
+        replies = sort_out(messages, pending, read)
+        self.directory.note_answers({one.node: one.clients for one in pending}, replies.left_out)
+        return replies

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from cafe_flwr.core.options import check_settings, option, section
 
@@ -42,6 +43,14 @@ class Run:
     )
     resume: bool = option(False, "Go on from the last checkpoint of the run of this name.", compare="own", free=True)
     method: str = option("cafedistill", "Method of federated learning, see docs/methods.md.", compare="own")
+
+    def called(self, dataset: str) -> str:
+        """The name of the run: as given, or made from data set, method and seed."""
+        return self.name or f"{dataset.partition(':')[0]}-{self.method}-seed{self.seed}"
+
+    def folder(self, dataset: str) -> Path:
+        """Folder of the run's results."""
+        return Path(self.results_dir).expanduser() / self.called(dataset)
 
 
 @section("federation")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from flwr.app import Message
 
+from cafe_flwr.core.text import shown
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.directory import last_line
 from cafe_flwr.server.requests import PendingRequest
@@ -65,10 +67,10 @@ class ReplyReader(StrategyPart):
     ) -> Replies[TrainReply]:
         """Replies to the messages of a round."""
         kinds = {client: self.directory.kind(client) for one in pending for client in one.clients}
-        replies = sort_out(
-            messages, pending, lambda m: self._train_reply(state, server_round, kinds, m), self.directory.suspect
-        )
-        return self._within_bounds(state, replies)
+        replies = sort_out(messages, pending, lambda m: self._train_reply(state, server_round, kinds, m))
+        replies = self._within_bounds(state, replies)
+        self.directory.note_answers({one.node: one.clients for one in pending}, replies.left_out, server_round)
+        return replies
 
     def _train_reply(
         self, state: ServerState, server_round: int, kinds: Mapping[int, ClientSpec], message: Message
@@ -77,7 +79,7 @@ class ReplyReader(StrategyPart):
         run, directory, plain = self.run, self.directory, self.uniform_weights
         reported = clients_in(message, run.keys)
         if unknown := set(reported) - kinds.keys():
-            raise ValueError(f"it reports clients {sorted(unknown)}, which were not asked")
+            raise ValueError(f"it reports clients {shown(str(sorted(unknown)))}, which were not asked")
         view = directory.view(reported)
         sent = view.take(state.shared)
         expected = Expected(
@@ -94,7 +96,10 @@ class ReplyReader(StrategyPart):
             check_norm(reply.update(sent), run.bounds.max_norm, "its update")
         if reply.server_round != server_round:
             raise ValueError(f"it is of round {reply.server_round}")
+        evaluates = run.evaluates_in(server_round)
         for r in reply.reports:
+            if evaluates and r.test_examples and any(map(math.isnan, [*r.before.accuracy, *r.after.accuracy])):
+                raise ValueError(f"client {r.client} has {r.test_examples} test examples and no accuracy")
             check_norm(r.upload, run.bounds.max_norm, f"what client {r.client} sends of its own")
             if r.num_examples != (examples := directory.examples(r.client)):
                 raise ValueError(f"client {r.client} reports {r.num_examples} examples, {examples} at the start")
@@ -120,16 +125,10 @@ class ReplyReader(StrategyPart):
         return Replies([reply for i, reply in enumerate(good) if i not in refused], left_out)
 
 
-def sort_out(
-    replies: Iterable[Message],
-    pending: Sequence[PendingRequest],
-    read: Callable[[Message], R],
-    on_node: Callable[[int, bool], None],
-) -> Replies[R]:
+def sort_out(replies: Iterable[Message], pending: Sequence[PendingRequest], read: Callable[[Message], R]) -> Replies[R]:
     """Match replies, in any order, with the pending requests, and read them.
 
-    Whatever ``read`` raises leaves the reply's clients out; ``on_node`` is called with every node asked, and whether it
-    failed. Replies that nobody asked for are ignored.
+    Whatever ``read`` raises leaves the reply's clients out. Replies that nobody asked for are ignored.
     """
     waiting = {one.message.metadata.message_id: one for one in pending}
     good: list[R] = []
@@ -139,7 +138,6 @@ def sort_out(
         one = waiting.pop(message.metadata.reply_to_message_id, None)
         if one is None:
             continue
-        on_node(one.node, message.has_error())
         if message.has_error():
             left_out |= dict.fromkeys(one.clients, f"its node failed: {last_line(message.error.reason)}")
             continue
@@ -149,12 +147,11 @@ def sort_out(
             if sorted(answered) != one.clients:
                 raise ValueError(f"it answers for clients {answered}, asked were {one.clients}")
         except Exception as error:  # whatever a node may send: the round goes on without it
-            left_out |= dict.fromkeys(one.clients, f"its node's reply cannot be used: {error}")
+            left_out |= dict.fromkeys(one.clients, f"its node's reply cannot be used: {shown(str(error))}")
             continue
         left_out |= reply.failures
         if reply.reports:
             good.append(reply)
     for one in waiting.values():
-        on_node(one.node, True)
         left_out |= dict.fromkeys(one.clients, "no reply from its node in time")
     return Replies(sorted(good, key=lambda reply: reply.reports[0].client), left_out)

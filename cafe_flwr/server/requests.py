@@ -72,7 +72,7 @@ class RequestWriter(StrategyPart):
             num_rounds=run.num_rounds,
             resumable_from=max(0, server_round - 2),  # the older of the two checkpoints kept
             clients=hosted,
-            versions=[state.known[c].seen if c in state.known else 0 for c in hosted],
+            versions=[self.directory.claims.version(c, state.known[c].seen if c in state.known else 0) for c in hosted],
             active=plan.active,
             shared=self.directory.view(hosted).take(state.shared),
             downloads=plan.downloads,

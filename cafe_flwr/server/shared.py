@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from typing import cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, MessageType
+from flwr.app import Array, ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from cafe_flwr.core.log import logger
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.server.checkpoints import ServerState
-from cafe_flwr.server.directory import Directory
+from cafe_flwr.server.directory import Directory, last_line
+from cafe_flwr.wire.bounds import MAX_NORM, check_norm
+from cafe_flwr.wire.codec import read_flat
 from cafe_flwr.wire.describe import NodeInfo
-from cafe_flwr.wire.keys import FLAT
 
 
 def by_name(schema: Schema, flat: NDArray[np.float32]) -> ArrayRecord:
@@ -48,13 +49,40 @@ def taken_up(state: ServerState | None, info: NodeInfo, arrays: ArrayRecord) -> 
     return state
 
 
-def ask_initial(grid: Grid, directory: Directory, timeout: float) -> ArrayRecord:
-    """Ask the first client's node for the shared parameters that the seed gives; RuntimeError if it fails."""
-    first = min(directory.hosts)
-    message = directory.request_to(directory.hosts[first], f"{MessageType.QUERY}.initial")
-    replies = list(grid.send_and_receive([message], timeout=timeout))
-    if not replies or replies[0].has_error():
-        reason = replies[0].error.reason if replies else "no reply"
-        raise RuntimeError(f"the node of client {first} gave no initial parameters: {reason}")
-    flat = cast(ArrayRecord, replies[0].content[directory.keys.arrays])[FLAT].numpy()
-    return by_name(directory.reference.shared, flat)
+def ask_initial(grid: Grid, directory: Directory, timeout: float, wire: str = "float32") -> ArrayRecord:
+    """Ask a node for the shared parameters that the seed gives.
+
+    The first client's node is asked first; where its answer cannot be used, or the parameters cannot travel as
+    ``wire``, the next ones are: one, two, four, … at a time. RuntimeError, with all reasons, if no answer can be used.
+    """
+    first_client = {node: clients[0] for node, clients in directory.by_node(list(directory.hosts)).items()}
+    nodes, at_once, reasons = list(first_client), 1, []
+    while nodes:
+        asked, nodes, at_once = nodes[:at_once], nodes[at_once:], 2 * at_once
+        messages = [directory.request_to(node, f"{MessageType.QUERY}.initial") for node in asked]
+        replies = {r.metadata.reply_to_message_id: r for r in grid.send_and_receive(messages, timeout=timeout)}
+        for node, message in zip(asked, messages, strict=True):
+            try:
+                flat = _initial(replies.get(message.metadata.message_id), directory, wire)
+            except Exception as error:  # whatever a node may send: another one is asked
+                reason = f"the node of {directory.label(first_client[node])} gave no initial parameters: {error}"
+                logger.warning("%s", reason)
+                reasons.append(reason)
+            else:
+                return by_name(directory.reference.shared, flat)
+    raise RuntimeError("\n  ".join(reasons))
+
+
+def _initial(reply: Message | None, directory: Directory, wire: str) -> NDArray[np.float32]:
+    """The shared parameters of a reply, flat; ValueError if they cannot be used."""
+    if reply is None:
+        raise ValueError("no reply")
+    if reply.has_error():
+        raise ValueError(last_line(reply.error.reason))
+    schema, flat = directory.reference.shared, read_flat(reply, directory.keys.arrays, "float32")
+    if flat.shape != (schema.size,):
+        raise ValueError(f"its array has {flat.size} values, the federation shares {schema.size}")
+    check_norm(flat, MAX_NORM, "what a run would start from")
+    if wire == "float16":
+        schema.check_half(flat, "the shared part")
+    return flat

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -36,6 +36,7 @@ from cafe_flwr.server.run import RunConstants, check_arguments
 from cafe_flwr.server.sampling import sample_clients
 from cafe_flwr.server.shared import ask_initial, by_name, taken_up
 from cafe_flwr.training.options import DEFAULT_BUDGET, LocalBudget
+from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.keys import Keys
 from cafe_flwr.wire.options import Bounds, Privacy
 
@@ -87,6 +88,9 @@ class FederatedStrategy(FedAvg):
         Called at the start, after every round and at the end, as :mod:`cafe_flwr.results.recorder` is.
     resume_from
         State of an earlier run to continue, see :class:`cafe_flwr.server.checkpoints.Checkpoints`.
+    own_description
+        Describes the network as the server builds it, without clients: where nodes describe different ones, those that
+        agree with it take part. None, or where it raises: those that say what most nodes say.
     """
 
     def __init__(  # noqa: PLR0913 (public constructor: a run is described by it, all by name)
@@ -108,6 +112,7 @@ class FederatedStrategy(FedAvg):
         wire: str = "float32",
         callbacks: Sequence[RoundCallback] = (),
         resume_from: ServerState | None = None,
+        own_description: Callable[[], NodeInfo] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **_with_defaults(args, kwargs))
@@ -122,7 +127,7 @@ class FederatedStrategy(FedAvg):
         self.evaluate_every, self.callbacks = evaluate_every, tuple(callbacks)
         self.keys = Keys(self.arrayrecord_key, self.configrecord_key, self.weighted_by_key)
         check_arguments(self.constants)
-        self.directory = Directory(self.keys, describe_request(seed, method, num_clients))
+        self.directory = Directory(self.keys, describe_request(seed, method, num_clients), own_description)
         self.log, self.current = RunLog(self.directory), CurrentRound()
         self.state = self._resume_from = resume_from
         self._evaluating: list[PendingRequest] = []
@@ -280,7 +285,8 @@ class FederatedStrategy(FedAvg):
         """Wait for clients, make the state or go on from one, and inform log and callbacks."""
         self.state, self._resume_from = self._resume_from, None
         resumed, run, directory = self.state is not None, self.constants, self.directory
-        directory.kinds |= self.state.kinds if self.state else {}
+        if self.state is not None:
+            directory.agreement.expect(self.state.digest, self.state.kinds)
         self.log.starting(run, last)
         self.summary()
         Gathering(run, directory).wait(grid)
@@ -288,7 +294,7 @@ class FederatedStrategy(FedAvg):
             self.state.check(directory.reference.digest)
             arrays = by_name(directory.reference.shared, self.state.shared)
         else:
-            arrays = initial_arrays or ask_initial(grid, directory, self.round_timeout)
+            arrays = initial_arrays or ask_initial(grid, directory, self.round_timeout, self.wire)
         state = self.state = taken_up(self.state, directory.reference, arrays)
         directory.note_held()
         info = RunInfo.of(directory, state, self.num_rounds)

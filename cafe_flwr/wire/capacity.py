@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from cafe_flwr.core.schema import Schema
+from cafe_flwr.core.text import MAX_TEXT, shown
+from cafe_flwr.wire.reader import MAX_WHOLE, parsed, schema_of
 from cafe_flwr.wire.slices import is_part
 
 
@@ -47,13 +49,15 @@ class ClientSpec:
     def from_json(cls, text: str) -> ClientSpec:
         """Inverse of :meth:`to_json`; ValueError for other texts."""
         try:
-            values: dict[str, Any] = json.loads(text)
-            schemas = {key: Schema.from_json(values[key]) for key in ("shared", "upload", "download")}
-            kind = cls(**{**values, "macs": tuple(values["macs"]), **schemas})
-        except (TypeError, AttributeError, KeyError, ValueError) as error:
-            raise ValueError(f"names a kind of clients that cannot be read: {error}") from None
+            values: dict[str, Any] = parsed(text)
+            schemas = {key: schema_of(values[key]) for key in ("upload", "download")}
+            shared = Schema.from_json(values["shared"])  # which :meth:`check` compares with the federation's
+            kind = cls(**{**values, "macs": tuple(values["macs"]), "shared": shared, **schemas})
+        except (TypeError, AttributeError, KeyError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"names a kind of clients that cannot be read: {shown(str(error))}") from None
         numbers = [kind.num_exits, kind.num_parameters, *kind.macs]
-        if not isinstance(kind.name, str) or not all(type(number) is int and number >= 0 for number in numbers):
+        readable = isinstance(kind.name, str) and len(kind.name) <= MAX_TEXT and kind.name.isprintable()
+        if not readable or not all(type(number) is int and 0 <= number <= MAX_WHOLE for number in numbers):
             raise ValueError(
                 "names a kind of clients whose name is no text, or with numbers that are not whole and at least 0"
             )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from io import BytesIO
 from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
+from numpy.lib.format import read_array_header_1_0, read_array_header_2_0, read_magic
 from numpy.typing import NDArray
 
-from cafe_flwr.core.text import kebab
+from cafe_flwr.core.text import kebab, shown
 from cafe_flwr.wire.keys import FLAT, PROTOCOL, Keys
+from cafe_flwr.wire.reader import CLIENT, distinct, read, words
 
 
 def entries(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,8 +44,8 @@ def failed(failures: Mapping[int, str]) -> dict[str, Any]:
 
 
 def failures_of(config: Mapping[str, Any]) -> dict[int, str]:
-    """Inverse of :func:`failed`."""
-    return dict(zip(ints_of(config, "failed-clients"), map(str, config.get("failures", [])), strict=True))
+    """Inverse of :func:`failed`; ValueError if it is none."""
+    return _by_client(config, "failed-clients", "failures")
 
 
 def noted(notes: Mapping[int, str]) -> dict[str, Any]:
@@ -51,8 +54,13 @@ def noted(notes: Mapping[int, str]) -> dict[str, Any]:
 
 
 def notes_of(config: Mapping[str, Any]) -> dict[int, str]:
-    """Inverse of :func:`noted`."""
-    return dict(zip(ints_of(config, "noted-clients"), map(str, config.get("notes", [])), strict=True))
+    """Inverse of :func:`noted`; ValueError if it is none."""
+    return _by_client(config, "noted-clients", "notes")
+
+
+def _by_client(config: Mapping[str, Any], clients: str, texts: str) -> dict[int, str]:
+    values = read(config, {clients: CLIENT, texts: words("n")})
+    return dict(zip(distinct(values[clients], clients), values[texts], strict=True))
 
 
 def filled(values: dict[str, Any]) -> dict[str, Any]:
@@ -61,6 +69,7 @@ def filled(values: dict[str, Any]) -> dict[str, Any]:
 
 
 _T = TypeVar("_T")
+_HEADERS = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}  # of numpy's format, by version
 
 
 def of_client(values: _T | Mapping[int, _T], client: int) -> _T:
@@ -79,20 +88,23 @@ def of_client(values: _T | Mapping[int, _T], client: int) -> _T:
 
 
 def clients_in(message: Message, keys: Keys) -> list[int]:
-    """Clients of a request or a reply."""
-    return ints_of(record_of(message, keys.config, ConfigRecord), "clients")
+    """Clients of a request or a reply; ValueError if they are not different numbers."""
+    config = record_of(message, keys.config, ConfigRecord)
+    return distinct(read(config, {"clients": CLIENT})["clients"], "clients")
 
 
 def check_client(config: Mapping[str, Any]) -> None:
     """ValueError, on the server, if a node's reply has another version of the protocol."""
-    if config.get("protocol") != PROTOCOL:
-        raise ValueError(f"it speaks message protocol {config.get('protocol')}, this server {PROTOCOL}")
+    if (other := config.get("protocol")) != PROTOCOL:
+        raise ValueError(f"it speaks message protocol {shown(str(other))}, this server {PROTOCOL}")
 
 
 def check_server(config: Mapping[str, Any]) -> None:
     """ValueError, on the node, if the server's message has another version of the protocol (docs/messages.md)."""
     if config.get("protocol") != PROTOCOL:
-        raise ValueError(f"the server speaks message protocol {config.get('protocol')}, this node {PROTOCOL}")
+        raise ValueError(
+            f"the server speaks message protocol {shown(str(config.get('protocol')))}, this node {PROTOCOL}"
+        )
 
 
 def record_of(message: Message, key: str, kind: type[Any]) -> Any:
@@ -100,7 +112,7 @@ def record_of(message: Message, key: str, kind: type[Any]) -> Any:
     record = message.content.get(key)
     if not isinstance(record, kind):
         found = ", ".join(map(repr, message.content)) or "nothing"
-        raise ValueError(f"needs a {kind.__name__} named {key!r}, found {found}")
+        raise ValueError(f"needs a {kind.__name__} named {key!r}, found {shown(found)}")
     return record
 
 
@@ -121,13 +133,16 @@ def read_flat(message: Message, key: str, wire: str) -> NDArray[Any]:
     """The only array of a record; ValueError if it is not flat or not of type ``wire``."""
     record = record_of(message, key, ArrayRecord)
     if list(record) != [FLAT]:
-        raise ValueError(f"needs exactly one array, {FLAT!r}, found {', '.join(map(repr, record)) or 'none'}")
-    flat = record[FLAT].numpy()
-    if flat.ndim != 1 or flat.dtype != np.dtype(wire):
-        raise ValueError(f"its array must be flat {wire}, got {flat.dtype} of shape {flat.shape}")
-    return np.asarray(flat)
-
-
-def ints_of(config: Mapping[str, Any], key: str) -> list[int]:
-    """A list of whole numbers, empty if it is missing."""
-    return [int(v) for v in config.get(key, [])]
+        found = ", ".join(map(repr, record)) or "none"
+        raise ValueError(f"needs exactly one array, {FLAT!r}, found {shown(found)}")
+    data = record[FLAT].data
+    file = BytesIO(data)
+    try:
+        shape, _, dtype = _HEADERS[read_magic(file)](file)
+    except Exception as error:  # whatever the bytes are
+        raise ValueError(f"its array is not in numpy's format: {shown(str(error))}") from None
+    if len(shape) != 1 or dtype != np.dtype(wire):
+        raise ValueError(f"its array must be flat {wire}, got {shown(str(dtype))} of shape {shown(str(shape))}")
+    if shape[0] * dtype.itemsize != len(data) - file.tell():  # before memory is taken for them
+        raise ValueError(f"its array says that it has {shape[0]} values, and has {len(data) - file.tell()} bytes")
+    return np.frombuffer(data, dtype, offset=file.tell()).copy()

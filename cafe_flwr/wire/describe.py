@@ -4,15 +4,36 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from cafe_flwr.core.schema import Schema
-from cafe_flwr.core.text import check_name, kebab
+from cafe_flwr.core.text import MAX_NAME, kebab, shown
 from cafe_flwr.wire.capacity import ClientSpec
 from cafe_flwr.wire.codec import filled, record_of
 from cafe_flwr.wire.keys import PROTOCOL, Keys
+from cafe_flwr.wire.reader import CLIENT, MAX_SCHEMA, distinct, read, schema_of, token, whole, words
+
+_MOST_CLIENTS = 100_000  # of a node, and most nodes of a simulation
+_MOST_EXITS = 1000
+_MOST_PROBLEMS = 100  # told one by one
+_DECLARED = {
+    "version": token(),
+    "clients": CLIENT,
+    "num-examples": whole("n", low=1),
+    "problems": words("k"),
+    "num-nodes": whole(high=_MOST_CLIENTS),
+    "digest": token(),
+    "shared": token(MAX_SCHEMA),
+    "upload": token(MAX_SCHEMA),
+    "download": token(MAX_SCHEMA),
+    "num-exits": whole(low=1, high=_MOST_EXITS),
+    "num-parameters": whole(),
+    "macs": whole("m"),
+    "name": token(MAX_NAME, default=""),
+    "kinds": token(4 * MAX_SCHEMA, size="h"),
+    "kind-of": whole("o"),
+}
 
 
 @dataclass(frozen=True)
@@ -83,21 +104,28 @@ class NodeInfo:
         config = record_of(message, keys.config, ConfigRecord)
         if config.get("protocol") != PROTOCOL:
             raise ValueError(
-                f"speaks message protocol {config.get('protocol')}, this server speaks {PROTOCOL}: "
+                f"speaks message protocol {shown(str(config.get('protocol')))}, this server speaks {PROTOCOL}: "
                 "install the same version of cafe-flwr on both"
             )
-        lists = {"clients", "num-examples", "problems", "kinds", "kind-of"}
-        missing = {kebab(f.name) for f in fields(cls)} - set(config) - lists - {"name"}
+        missing = {key for key, value in _DECLARED.items() if not value.size or key == "macs"} - set(config) - {"name"}
         if missing:
             raise ValueError(f"answered without {', '.join(sorted(missing))}")
-        values: dict[str, Any] = {f.name: config.get(kebab(f.name), []) for f in fields(cls)}
-        values["name"] = str(config.get("name", ""))
-        check_name(values["name"])
-        for name in ("shared", "upload", "download"):
-            values[name] = Schema.from_json(values[name])
+        try:
+            found = read(config, _DECLARED)
+            values = {f.name: found[kebab(f.name)] for f in fields(cls)}
+            if (more := len(values["problems"]) - _MOST_PROBLEMS) > 0:
+                values["problems"][_MOST_PROBLEMS:] = [f"and {more} more"]
+            for name in ("clients", "kinds"):
+                distinct(values[name], name)
+            for name in ("shared", "upload", "download"):
+                values[name] = schema_of(values[name])
+            if len(values["macs"]) != values["num_exits"]:
+                raise ValueError(f"{len(values['macs'])} numbers of MACs for {values['num_exits']} exits")
+        except ValueError as error:
+            raise ValueError(f"says what cannot be: {error}") from None
         kinds = values["kinds"] = [ClientSpec.from_json(text) for text in values["kinds"]]
         for kind in kinds:
-            kind.check(values["shared"], int(values["num_exits"]))
+            kind.check(values["shared"], values["num_exits"])
         fit = len(values["kind_of"]) == len(values["clients"]) and set(values["kind_of"]) <= set(range(len(kinds)))
         if kinds and not (fit and len({kind.name for kind in kinds}) == len(kinds)):
             raise ValueError("names kinds of clients that do not fit its clients, or the same kind twice")

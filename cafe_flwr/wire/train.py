@@ -10,7 +10,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
-from cafe_flwr.core.text import kebab
+from cafe_flwr.core.text import kebab, shown
 from cafe_flwr.training.options import LocalBudget
 from cafe_flwr.wire.bounds import MAX_NORM, check_norm
 from cafe_flwr.wire.codec import (
@@ -20,7 +20,6 @@ from cafe_flwr.wire.codec import (
     failed,
     failures_of,
     filled,
-    ints_of,
     method_config,
     narrowed,
     noted,
@@ -30,9 +29,11 @@ from cafe_flwr.wire.codec import (
     read_flat,
     record_of,
 )
-from cafe_flwr.wire.keys import FLAT, METRICS, PROTOCOL, WIRES, Keys
+from cafe_flwr.wire.keys import FLAT, METRICS, PROTOCOL, Keys
 from cafe_flwr.wire.options import Privacy
+from cafe_flwr.wire.reader import CLIENT, distinct, read, whole
 from cafe_flwr.wire.reports import ClientReport, columns_of, reports_of
+from cafe_flwr.wire.request import request_values, settings_from
 from cafe_flwr.wire.slices import Weight
 
 # Fields of a request that its config holds unchanged, in this order.
@@ -110,43 +111,35 @@ class TrainRequest:
 
     @classmethod
     def from_message(
-        cls, message: Message, keys: Keys, *, shared_size: int, download_size: int | Mapping[int, int]
+        cls,
+        message: Message,
+        keys: Keys,
+        *,
+        shared_size: int,
+        download_size: int | Mapping[int, int],
+        num_exits: int | None = None,
     ) -> TrainRequest:
-        """Read a request on the node; ValueError if it does not fit the node's network.
+        """Read a request on the node; ValueError if it is senseless, or does not fit the node's network.
 
-        ``shared_size`` is that of all its clients together, ``download_size`` that of each client, or by client.
+        ``shared_size`` is that of all its clients together, ``download_size`` that of each client, or by client,
+        ``num_exits`` that of the deepest client.
         """
         config = record_of(message, keys.config, ConfigRecord)
         check_server(config)
-        wire = str(config.get("wire-dtype", "float32"))
-        if wire not in WIRES:
-            raise ValueError(f"the server's values are {wire!r}, this node reads {' and '.join(WIRES)}")
-        with_download = ints_of(config, "downloads")
+        values = request_values(config, message.metadata.message_type, num_exits)
+        wire, with_download = values["wire-dtype"], values["downloads"]
         sizes = [shared_size, *(of_client(download_size, client) for client in with_download)]
         shared, *rest = _received(read_flat(message, keys.arrays, wire), sizes, with_download)
-        clients, versions = ints_of(config, "clients"), ints_of(config, "versions")
-        active = np.asarray(config.get("active-exits", []), dtype=bool)
-        if len(versions) != len(clients) or (clients and active.size % len(clients)):
-            raise ValueError(
-                f"the request names {len(clients)} clients, {len(versions)} versions of their state and "
-                f"{active.size} exits: they do not agree"
-            )
         return cls(
-            run=str(config["run"]),
-            digest=str(config["digest"]),
-            **{name: int(config[kebab(name)]) for name in ("seed", "server_round", "num_rounds", "resumable_from")},
-            clients=clients,
-            versions=versions,
-            active=active.reshape(len(clients), -1),
+            **{name: values[kebab(name)] for name in (*_PLAIN, "method", "evaluate")},
+            active=np.array(values["active-exits"], dtype=bool).reshape(len(values["clients"]), -1),
             shared=shared,
             downloads=dict(zip(with_download, rest, strict=True)),
-            method=str(config["method"]),
             method_settings=prefixed(config, "method."),
-            budget=LocalBudget(**prefixed(config, "local.")),
-            evaluate=bool(config.get("evaluate", True)),
-            privacy=Privacy(**prefixed(config, "privacy.")),
+            budget=settings_from(LocalBudget, config, "local."),
+            privacy=settings_from(Privacy, config, "privacy."),
             wire=wire,
-            uniform_weights=bool(config.get("plain-mean", False)),
+            uniform_weights=values["plain-mean"],
         )
 
 
@@ -234,16 +227,18 @@ class TrainReply:
         metrics = record_of(message, METRICS, MetricRecord)
         check_client(config)
         if config.get("digest") != expected.digest:
-            raise ValueError(f"its network has fingerprint {config.get('digest')}, expected {expected.digest}")
-        clients, failures = ints_of(config, "clients"), failures_of(config)
+            found = shown(str(config.get("digest")))
+            raise ValueError(f"its network has fingerprint {found}, expected {expected.digest}")
+        values = read(config, {"clients": CLIENT, "server-round": whole()})
+        clients, failures = distinct(values["clients"], "clients"), failures_of(config)
         shared: NDArray[Any] = np.zeros(0, dtype=np.float32)
         reports: list[ClientReport] = []
         if clients:
             shared, uploads = _arrays(read_flat(message, keys.arrays, expected.wire), clients, expected)
             reports = reports_of(metrics, keys, clients, uploads, expected.num_exits)
             shared = _widened(shared, [report.num_examples for report in reports], expected)
-        server_round, notes, wire = int(config["server-round"]), notes_of(config), expected.wire
-        return cls(server_round, expected.digest, shared, reports, failures, wire, notes, expected.counted)
+        notes, wire = notes_of(config), expected.wire
+        return cls(values["server-round"], expected.digest, shared, reports, failures, wire, notes, expected.counted)
 
 
 @dataclass(frozen=True)
