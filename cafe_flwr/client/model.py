@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -125,14 +125,35 @@ class ClientModel:
         kept = store.load(client, request.versions[row]) or {}
         if task.budget.keep_momentum:
             task.momentum = without_prefix(kept, MOMENTUM)
-        # A client may have held another part before: what it no longer holds is dropped, what is new starts anew.
-        entries = self.schemas["personal"].entries
-        own = {name: kept[name] for name, shape in entries if name in kept and tuple(kept[name].shape) == shape}
+        own = self._own(kept, partial(store.note, client))
         tensors = {**self.initial, **start, **self.spread(shared), **self.spread(own)}
         self.put(task, self.settled(tensors, self.method.receive(tensors, download, task.initial, data.train)))
         offset = self.method.offset(data.train, network.num_classes)
         network.offset = None if offset is None else offset.to(device)
         return task
+
+    def _own(self, kept: Mapping[str, Tensor], note: Callable[[str], None]) -> dict[str, Tensor]:
+        """What the client still holds of the tensors that it kept.
+
+        A client may have held another part before: what it no longer holds is dropped, what is new starts anew; both
+        are noted, but not what earlier versions kept of the network although it is no weight.
+        """
+        entries = dict(self.schemas["personal"].entries)
+        mine = {name: t for name, t in kept.items() if not name.startswith(MOMENTUM)}
+        own = {
+            name: mine[name]
+            for name, shape in entries.items()
+            if name in mine
+            and tuple(mine[name].shape) == tuple(shape)
+            and mine[name].is_floating_point() == self.tensors[name].is_floating_point()
+        }
+        dropped = [name for name in mine if name not in own and (name in entries or name not in self.weights)]
+        anew = [name for name in entries if name not in own] if mine else []
+        if dropped:
+            note(f"of its state, what its network has not, or in another shape or type, is not used: {_some(dropped)}")
+        if anew:
+            note(f"what its state lacks starts anew: {_some(anew)}")
+        return own
 
     def _download(self, request: TrainRequest, client: int) -> dict[str, Tensor]:
         """What the server sent to this client alone, by name; empty if nothing."""
@@ -184,3 +205,9 @@ class ClientModel:
     def digest(self) -> str:
         """Fingerprint of the schemas."""
         return schema_hash(*(self.schemas[kind] for kind in KINDS))
+
+
+def _some(names: Sequence[str]) -> str:
+    """Up to three names, and how many others there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

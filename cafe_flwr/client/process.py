@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cafe_flwr.client.capacity import held_by
 from cafe_flwr.client.model import ClientModel
+from cafe_flwr.client.node_bounds import NodeBounds
 from cafe_flwr.client.node_config import hosted
 from cafe_flwr.core.random import rng_for, seeded
 from cafe_flwr.core.schema import Schema, schema_hash
@@ -143,8 +144,10 @@ class NodeContext:
 
     @property
     def num_clients(self) -> int | None:
-        """Number of clients if the message has it, as in a simulation."""
-        return int(self.config["num-clients"]) if "num-clients" in self.config else None
+        """Number of clients if the message has it, as in a simulation; ValueError if the node takes fewer."""
+        if "num-clients" not in self.config:
+            return None
+        return NodeBounds.of(self.context.node_config).check_clients(self.config["num-clients"])
 
     @cached_property
     def hosted(self) -> list[int]:
