@@ -167,7 +167,7 @@ def _channels_last(model: nn.Module, example: Tensor, h: Tensor) -> bool:
 
 def _example(model: nn.Module, input_shape: Sequence[int] | None) -> Tensor:
     """Two random images of the given shape, or of the one in the attributes of torchvision's and timm's models."""
-    weight = next(model.parameters(), torch.zeros(()))
+    weight = next(model.parameters(), torch.empty(0))
     if input_shape is None:
         config = getattr(model, "pretrained_cfg", {})
         size = getattr(model, "image_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", None)

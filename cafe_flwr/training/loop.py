@@ -177,8 +177,9 @@ def _stepper(
 
 @contextmanager
 def frozen(network: nn.Module, only: Sequence[str]) -> Iterator[None]:
-    """Freeze all parameters but those named in a ``with`` block; without names, none."""
-    frozen = [p for name, p in network.named_parameters() if only and name not in only and p.requires_grad]
+    """Freeze all parameters but those named in a ``with`` block; without names, none. Tied ones have several names."""
+    wanted = {p for name, p in network.named_parameters(remove_duplicate=False) if not only or name in only}
+    frozen = [p for p in network.parameters() if p not in wanted and p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
         p.grad = None
