@@ -109,7 +109,8 @@ def kind_of(model: ClientModel, macs: Sequence[int]) -> ClientSpec:
 
 
 def _num_parameters(network: EarlyExitNetwork) -> int:
-    return sum(tensor.numel() for tensor in network.state_dict().values())
+    tensors = network.state_dict()
+    return sum(tensors[name].numel() for name in network.kept_names())
 
 
 def check_data(data: ClientData, num_classes: int) -> list[str]:

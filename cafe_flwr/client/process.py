@@ -24,6 +24,7 @@ from cafe_flwr.methods.registry import METHODS, method_from
 from cafe_flwr.networks.capacity import Capacity, Networks, networks_of, start_alike
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import Placement
+from cafe_flwr.networks.weights import leading
 from cafe_flwr.personal.store import personal_folder
 from cafe_flwr.wire.codec import check_server, prefixed, record_of
 from cafe_flwr.wire.describe import QUERY
@@ -93,8 +94,8 @@ class ProcessCache:
             network = held.of(whole.network)
             if held.width < 1:
                 self.placement.place(network)
-            shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-            weights = {name: whole.weights[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
+            own = {name: tensor.cpu().clone() for name, tensor in network.state_dict().items()}
+            weights = {**own, **leading(whole.weights, own)}
             self._parts[modality, held] = ClientModel(network, whole.method, weights, modality, held)
         return self._parts[modality, held]
 

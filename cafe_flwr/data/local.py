@@ -81,6 +81,7 @@ def read_local(
     read = read_pictures((row[image_column] for row in pictures), image_size, where)
     try:
         images = alike(read, scales_of(read, image_range), channels)
+        del read  # floats are held once, as scaled
     except ValueError as error:
         raise ValueError(f"dataset = 'local:{path}', column {image_column!r}: {error}") from None
     if len(shapes := {image.shape for image in images}) != 1:
