@@ -171,7 +171,7 @@ def test_norms_are_measured_in_double_precision():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", [-30.0, 30.0])
+@pytest.mark.parametrize("factor", [-12.0, 12.0])
 def test_a_long_head_is_in_nobodys_mixture_and_is_named_or_refused(tmp_path, no_report, honest, flower_log, factor):
     """Its client goes on from it, so that it is longer in every round it is used: then it is beyond the bounds."""
     strategy, lines, summary, _ = federate(tmp_path, change_head(factor))
@@ -194,9 +194,9 @@ def test_an_inverted_head_does_little_harm(tmp_path, no_report, honest):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", [-1.0, -30.0, 30.0])
+@pytest.mark.parametrize("factor", [-1.0, -9.0, 9.0])
 def test_an_unusual_head_teaches_next_to_nothing_and_is_named(tmp_path, no_report, honest_text, flower_log, factor):
-    """Inverted or 30 times as long: within the bounds of messages. It is in no list of those left out, its backbone
+    """Inverted or 9 times as long: within the bounds of messages. It is in no list of those left out, its backbone
     counts, and no honest client is taught more than 1 % by it."""
     strategy, lines, summary, _ = federate(tmp_path, change_head(factor), method="cafedistill-text")
     assert all(line["left_out"] == {} for line in lines)
