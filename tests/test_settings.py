@@ -293,7 +293,8 @@ def test_whole_numbers_pass_for_numbers(key):
         "privacy.upload-clip-norm",
         "privacy.noise-multiplier",
     )
-    value = 0 if key in (*nothing, "federation.max-update-ratio") else 1
+    ratios = [f"federation.{name}" for name in ("max-update-ratio", "long-update-ratio", "max-examples-ratio")]
+    value = 0 if key in (*nothing, *ratios, "federation.trim-share") else 1
     assert Settings.from_run_config({key: value}).to_run_config()[key] == value
 
 
@@ -317,6 +318,10 @@ IMPOSSIBLE = [
     ("federation.wire-dtype", "float64", "'float32' or 'float16'"),
     ("federation.max-update-norm", -1.0, "greater than or equal to 0"),
     ("federation.max-update-ratio", -1.0, "greater than or equal to 0"),
+    ("federation.long-update-ratio", -1.0, "greater than or equal to 0"),
+    ("federation.max-examples-ratio", -1.0, "greater than or equal to 0"),
+    ("federation.aggregation", "krum", "'mean', 'median', 'trimmed-mean' or 'clipped-mean'"),
+    ("federation.trim-share", 0.5, "less than 0.5"),
     ("privacy.clip-norm", -1.0, "greater than or equal to 0"),
     ("privacy.upload-clip-norm", -1.0, "greater than or equal to 0"),
     ("privacy.noise-multiplier", -0.1, "greater than or equal to 0"),

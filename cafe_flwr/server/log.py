@@ -72,11 +72,6 @@ class RunLog:
         """Name clients whose influence on others was bounded."""
         self.warn(server_round, "{} gets almost no weight with other clients", reasons)
 
-    def alarm(self, server_round: int, text: str) -> None:
-        """Warn of what concerns all clients, if anything."""
-        if text:
-            logger.warning("Round %d: %s", server_round, text)
-
     def unmoved(self, clients: Iterable[int]) -> None:
         """Warn once of each client that returned its classifier unchanged."""
         for client in sorted(set(clients) - self._unmoved):
@@ -87,7 +82,9 @@ class RunLog:
         self._unmoved |= set(clients)
 
     def finished(self, record: RoundRecord) -> None:
-        """Log the line of a round, with the time left, estimated from the last ten rounds."""
+        """Log its alarm, if any, and the line of a round, with the time left, estimated from the last ten rounds."""
+        if record.alarm:
+            logger.warning("Round %d: %s", record.server_round, record.alarm)
         self._seconds.append(record.seconds["total"])
         left = sum(self._seconds) / len(self._seconds) * (record.num_rounds - record.server_round)
         logger.info("%s · %s", record.line(), f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left")

@@ -13,7 +13,7 @@ from cafe_flwr.core.log import logger
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.directory import Directory, last_line
-from cafe_flwr.wire.bounds import MAX_NORM, check_norm
+from cafe_flwr.wire.bounds import MAX_NORM, check_norm, norm
 from cafe_flwr.wire.codec import read_flat
 from cafe_flwr.wire.describe import NodeInfo
 
@@ -45,7 +45,7 @@ def taken_up(state: ServerState | None, info: NodeInfo, arrays: ArrayRecord) -> 
     if state is None:
         state = ServerState(secrets.token_hex(8), 0, info.digest, flat)
     state.check(info.digest)
-    state.shared = flat
+    state.shared, state.start_norm = flat, state.start_norm or norm(flat)
     return state
 
 

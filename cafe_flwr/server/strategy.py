@@ -38,7 +38,6 @@ from cafe_flwr.server.run import RunConstants, check_arguments
 from cafe_flwr.server.sampling import sample_clients
 from cafe_flwr.server.shared import ask_initial, by_name, taken_up
 from cafe_flwr.training.options import DEFAULT_BUDGET, LocalBudget
-from cafe_flwr.wire.bounds import norm
 from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.keys import Keys
 from cafe_flwr.wire.options import Bounds, Privacy
@@ -124,14 +123,13 @@ class FederatedStrategy(FedAvg):
         super().__init__(*args, **_with_defaults(args, kwargs))
         if len(args) < 2 and "fraction_evaluate" not in kwargs:
             self.fraction_evaluate = 0.0
-        self._planned_rounds = num_rounds
+        self._planned_rounds, self.callbacks = num_rounds, tuple(callbacks)
         self.num_rounds = DEFAULT_ROUNDS if num_rounds is None else num_rounds
         self.method, self.local, self.num_clients, self.seed = method, local or DEFAULT_BUDGET, num_clients, seed
         self.learning_rate_schedule, self.learning_rate_decay = learning_rate_schedule, learning_rate_decay
         self.wait_seconds, self.round_timeout, self.round_retries = wait_seconds, round_timeout, round_retries
-        self.bounds, self.privacy, self.wire = bounds or Bounds(), privacy or Privacy(), wire
-        self.aggregation = aggregation or Aggregation()
-        self.evaluate_every, self.callbacks = evaluate_every, tuple(callbacks)
+        self.bounds, self.aggregation = bounds or Bounds(), aggregation or Aggregation()
+        self.privacy, self.wire, self.evaluate_every = privacy or Privacy(), wire, evaluate_every
         self.keys = Keys(self.arrayrecord_key, self.configrecord_key, self.weighted_by_key)
         check_arguments(self.constants)
         self.directory = Directory(self.keys, describe_request(seed, method, num_clients), own_description)
@@ -192,11 +190,8 @@ class FederatedStrategy(FedAvg):
         current.read(read)
         current.check(server_round, run.min_clients, directory, growth(state))
         aggregator = Aggregator(run, directory)
-        state.start_norm = state.start_norm or norm(state.shared)
         state.shared = aggregator.shared(state, read.good)
-        current.alarm = growth(state)
-        self.log.alarm(server_round, current.alarm)
-        state.round, state.kinds = server_round, dict(directory.kinds)
+        state.round, state.kinds, current.alarm = server_round, dict(directory.kinds), growth(state)
         plan, unmoved = RoundPlanner(run, directory).conclude(
             state, server_round, current.clients, current.plan, current.reports
         )
