@@ -109,7 +109,8 @@ def kind_of(model: ClientModel, macs: Sequence[int]) -> ClientSpec:
 
 
 def _num_parameters(network: EarlyExitNetwork) -> int:
-    return sum(tensor.numel() for tensor in network.state_dict().values())
+    tensors = network.state_dict()
+    return sum(tensors[name].numel() for name in network.kept_names())
 
 
 def check_data(data: ClientData, num_classes: int) -> list[str]:
@@ -123,6 +124,9 @@ def check_data(data: ClientData, num_classes: int) -> list[str]:
                 f"its {name} split has inputs of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}: every "
                 "input needs one label"
             )
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            row = int((~torch.isfinite(x)).reshape(len(x), -1).any(dim=1).int().argmax())
+            raise ValueError(f"its {name} split has NaN or infinite inputs, first in example {row}: mend the data")
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
             raise ValueError(
                 f"its {name} split has labels {int(y.min())}..{int(y.max())}, expected 0..{num_classes - 1}"
