@@ -22,7 +22,7 @@ from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.keys import PROTOCOL, Keys
 from cafe_flwr.wire.slices import SharedSlice
 
-_LISTED = 20  # clients that a line of the log names
+_LISTED = 20  # clients that a line of the log names, and problems of a node that it has
 
 
 def describe_request(seed: int, method: Method, num_clients: int | None) -> dict[str, Any]:
@@ -215,7 +215,8 @@ class Directory:
         self._assign()
 
     def _admit(self, node: int, info: NodeInfo, hosted: Collection[int]) -> None:
-        for problem in info.problems:
+        more = len(info.problems) - _LISTED
+        for problem in [*info.problems[:_LISTED], *([f"and {more} more problems"] if more > 0 else [])]:
             self._problem(f"{info.name}: {problem}" if info.name else problem)
         if taken := [client for client in info.clients if client in hosted]:
             who = f"the node of {_clients(info)}"

@@ -13,9 +13,8 @@ from cafe_flwr.core.log import logger
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.directory import Directory, last_line
-from cafe_flwr.wire.bounds import MAX_NORM, check_norm
-from cafe_flwr.wire.codec import read_flat
 from cafe_flwr.wire.describe import NodeInfo
+from cafe_flwr.wire.initial import initial_from
 
 
 def by_name(schema: Schema, flat: NDArray[np.float32]) -> ArrayRecord:
@@ -79,10 +78,8 @@ def _initial(reply: Message | None, directory: Directory, wire: str) -> NDArray[
         raise ValueError("no reply")
     if reply.has_error():
         raise ValueError(last_line(reply.error.reason))
-    schema, flat = directory.reference.shared, read_flat(reply, directory.keys.arrays, "float32")
-    if flat.shape != (schema.size,):
-        raise ValueError(f"its array has {flat.size} values, the federation shares {schema.size}")
-    check_norm(flat, MAX_NORM, "what a run would start from")
+    schema = directory.reference.shared
+    flat = initial_from(reply, directory.keys, schema.size)
     if wire == "float16":
         schema.check_half(flat, "the shared part")
     return flat
