@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flwr.app import Context, Message
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cafe_flwr.client.description import describe
@@ -12,8 +12,7 @@ from cafe_flwr.client.evaluation import evaluate
 from cafe_flwr.client.process import BuildNetwork, LoadData, ModalityOf, Node, NodeContext, Parts
 from cafe_flwr.client.round import train
 from cafe_flwr.training.trainer import LocalTrainer, LoopTrainer
-from cafe_flwr.wire.initial import initial_content
-from cafe_flwr.wire.keys import Keys
+from cafe_flwr.wire.keys import FLAT, Keys
 
 PARTS = "cafe_flwr_parts"
 
@@ -84,7 +83,7 @@ class _Answers:
     def initial(self, message: Message, context: Context) -> Message:
         """Send the shared parameters that the seed gives, flat."""
         flat = NodeContext(self.node, message, context).process.initial()
-        return Message(initial_content(flat, self.node.keys), reply_to=message)
+        return Message(RecordDict({self.node.keys.arrays: ArrayRecord({FLAT: Array(flat)})}), reply_to=message)
 
     def calibrate(self, message: Message, context: Context) -> Message:
         """Answer a step of calibration."""

@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 
 from cafe_flwr import __version__
 from cafe_flwr.core.log import logger
+from cafe_flwr.core.text import shown
 from cafe_flwr.methods.base import Method, settings_of
 from cafe_flwr.server.agreement import Agreement
 from cafe_flwr.server.claims import Claims, check_claims
@@ -283,6 +284,6 @@ def _listed(clients: Sequence[int]) -> str:
 
 
 def last_line(reason: str | None) -> str:
-    """The line of a traceback that says what happened."""
+    """The line of a traceback that says what happened, cut and made printable."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return lines[-1].removesuffix("'>") if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>
+    return shown(lines[-1].removesuffix("'>")) if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>

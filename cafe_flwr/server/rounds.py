@@ -18,6 +18,7 @@ from cafe_flwr.server.directory import Directory
 from cafe_flwr.server.replies import Replies
 from cafe_flwr.server.requests import PendingRequest
 from cafe_flwr.server.run import RunConstants, StrategyPart
+from cafe_flwr.wire.codec import filled
 from cafe_flwr.wire.reports import ClientReport
 from cafe_flwr.wire.train import TrainReply
 
@@ -235,4 +236,8 @@ def round_record(run: RunConstants, directory: Directory, current: CurrentRound,
 
 
 def _num_bytes(message: Message) -> int:
-    return sum(record.count_bytes() for record in message.content.values())
+    """Bytes of a message, but for empty lists: they have none, and Flower cannot count them."""
+    return sum(
+        (type(record)(filled(dict(record))) if isinstance(record, ConfigRecord) else record).count_bytes()
+        for record in message.content.values()
+    )

@@ -26,7 +26,7 @@ MAX_ROUNDING = 1e-6
 """How far a share may lie outside of 0..1, by the rounding of float32."""
 
 _ABSENT = object()
-_EACH = {"": "", "n": " for every client", "nm": " for every exit of every client"}
+_EACH = {"n": " for every client", "m": " for every exit"}
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,21 @@ def whole(size: str = "", low: int = 0, high: int = MAX_WHOLE, **more: Any) -> V
     return Value(int, f"be a whole number (no NaN, no infinity) of at least {low}{most}", low, high, size, **more)
 
 
-def real(size: str = "", low: float = -MAX_REAL, **more: Any) -> Value:
-    """A finite number; NaN where it was not measured."""
+def real(size: str = "", low: float = -MAX_REAL, high: float = MAX_REAL, nan: bool = True) -> Value:
+    """A finite number from ``low`` to ``high``; NaN where it was not measured."""
     least = "" if low == -MAX_REAL else f" of at least {low:g}"
-    return Value(float, f"be a number{least} that is not infinite", low, MAX_REAL, size, nan=True, **more)
+    most = "" if high == MAX_REAL else f" and at most {high:g}"
+    return Value(float, f"be a number{least}{most} that is not infinite", low, high, size, nan)
 
 
 def share(size: str = "") -> Value:
     """A number in 0..1; NaN where it was not measured."""
     return Value(float, "lie between 0 and 1", -MAX_ROUNDING, 1 + MAX_ROUNDING, size, nan=True)
+
+
+def cosine(size: str = "") -> Value:
+    """A number in −1..1, with some rounding; NaN where it cannot be measured."""
+    return Value(float, "lie between −1 and 1", -1.01, 1.01, size, nan=True)
 
 
 def token(longest: int = 64, **more: Any) -> Value:
