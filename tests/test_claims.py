@@ -1,4 +1,4 @@
-"""Who speaks for whom: nodes that claim others' clients, describe another network, or give bad weights to start from."""
+"""Nodes that claim others' clients, describe another network, or give bad weights to start from."""
 
 import numpy as np
 import pytest
@@ -234,8 +234,6 @@ def descriptions(tmp_path_factory):
     """A grid of four nodes that describe themselves as they once did, the first one as ``grid.lie`` says."""
 
     class Repeating(DeviceGrid):
-        lie: dict = {}
-
         def _handle(self, message):
             node = message.metadata.dst_node_id
             if node not in self.known:
@@ -244,7 +242,7 @@ def descriptions(tmp_path_factory):
             return Message(RecordDict({"config": ConfigRecord(values)}), reply_to=message)
 
     grid = Repeating(toy_app(), ["0", "1", "2", "3"], tmp_path_factory.mktemp("state"))
-    grid.known = {}
+    grid.known, grid.lie = {}, {}
     honest = directory_of(grid)
     assert sorted(honest.hosts) == [0, 1, 2, 3]
     return grid, honest

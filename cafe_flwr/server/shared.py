@@ -13,8 +13,9 @@ from cafe_flwr.core.log import logger
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.directory import Directory, last_line
+from cafe_flwr.wire.bounds import MAX_NORM, check_norm
+from cafe_flwr.wire.codec import read_flat
 from cafe_flwr.wire.describe import NodeInfo
-from cafe_flwr.wire.initial import initial_from
 
 
 def by_name(schema: Schema, flat: NDArray[np.float32]) -> ArrayRecord:
@@ -78,8 +79,10 @@ def _initial(reply: Message | None, directory: Directory, wire: str) -> NDArray[
         raise ValueError("no reply")
     if reply.has_error():
         raise ValueError(last_line(reply.error.reason))
-    schema = directory.reference.shared
-    flat = initial_from(reply, directory.keys, schema.size)
+    schema, flat = directory.reference.shared, read_flat(reply, directory.keys.arrays, "float32")
+    if len(flat) != schema.size:
+        raise ValueError(f"its array has {len(flat)} values, expected {schema.size}")
+    check_norm(flat, MAX_NORM, "the shared part that it gives")
     if wire == "float16":
         schema.check_half(flat, "the shared part")
     return flat
