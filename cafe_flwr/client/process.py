@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cafe_flwr.client.capacity import held_by
 from cafe_flwr.client.model import ClientModel
+from cafe_flwr.client.node_bounds import NodeBounds
 from cafe_flwr.client.node_config import hosted
 from cafe_flwr.core.random import rng_for, seeded
 from cafe_flwr.core.schema import Schema, schema_hash
@@ -23,6 +24,7 @@ from cafe_flwr.methods.registry import METHODS, method_from
 from cafe_flwr.networks.capacity import Capacity, Networks, networks_of, start_alike
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import Placement
+from cafe_flwr.networks.weights import leading
 from cafe_flwr.personal.store import personal_folder
 from cafe_flwr.wire.codec import check_server, prefixed, record_of
 from cafe_flwr.wire.keys import Keys
@@ -90,8 +92,8 @@ class ProcessCache:
             network = held.of(whole.network)
             if held.width < 1:
                 self.placement.place(network)
-            shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-            weights = {name: whole.weights[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
+            own = {name: tensor.cpu().clone() for name, tensor in network.state_dict().items()}
+            weights = {**own, **leading(whole.weights, own)}
             self._parts[modality, held] = ClientModel(network, whole.method, weights, modality, held)
         return self._parts[modality, held]
 
@@ -147,8 +149,10 @@ class NodeContext:
 
     @property
     def num_clients(self) -> int | None:
-        """Number of clients if the message has it, as in a simulation."""
-        return int(self.config["num-clients"]) if "num-clients" in self.config else None
+        """Number of clients if the message has it, as in a simulation; ValueError if the node takes fewer."""
+        if "num-clients" not in self.config:
+            return None
+        return NodeBounds.of(self.context.node_config).check_clients(self.config["num-clients"])
 
     @cached_property
     def hosted(self) -> list[int]:
