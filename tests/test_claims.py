@@ -194,6 +194,14 @@ def test_where_the_number_of_clients_is_unknown_claims_have_a_bound_too():
         check_claims([2**31], None)
 
 
+def test_clients_with_data_of_their_own_may_have_any_numbers():
+    check_claims([4, 7], 2, own_numbers=True)
+    with pytest.raises(ValueError, match="claims 3 clients, at most 2"):
+        check_claims([4, 7, 8], 2, own_numbers=True)
+    with pytest.raises(ValueError, match="their numbers are 0 to 1"):
+        check_claims([0, 7], 2)
+
+
 # --- the reference ---
 
 SCHEMA = Schema((("alien", (3,)),)).to_json()

@@ -51,6 +51,7 @@ def build_strategy(
         callbacks=[recorder] if recorder else [],
         resume_from=resume_from,
         own_description=lambda: own_description(settings),
+        own_numbers=settings.dataset == "local",
     )
 
 
@@ -111,6 +112,7 @@ def calibrate(grid: Grid, settings: Settings) -> dict[str, Any]:
         settings.of(Federation),
         seed=settings.seed,
         output=settings.results / "calibration.json",
+        own_numbers=settings.dataset == "local",
     )
 
 

@@ -10,10 +10,11 @@ MAX_CLIENT = 2**31 - 1
 _LACKS = "its personal state of round"  # a node's reason if it does not have the state asked for
 
 
-def check_claims(clients: Sequence[int], num_clients: int | None) -> None:
+def check_claims(clients: Sequence[int], num_clients: int | None, own_numbers: bool = False) -> None:
     """ValueError if a node claims clients that there cannot be, or too many.
 
-    ``num_clients`` is the number of clients of the federation; None where that is not known.
+    ``num_clients`` is the number of clients of the federation; None where that is not known. With ``own_numbers`` their
+    numbers need not be below it.
 
     Examples
     --------
@@ -22,7 +23,8 @@ def check_claims(clients: Sequence[int], num_clients: int | None) -> None:
         ...
     ValueError: claims clients that there are not: their numbers are 0 to 4
     """
-    most, last = (MAX_CLAIMS, MAX_CLIENT) if num_clients is None else (num_clients, num_clients - 1)
+    most = MAX_CLAIMS if num_clients is None else num_clients
+    last = MAX_CLIENT if num_clients is None or own_numbers else num_clients - 1
     if len(clients) > most:
         raise ValueError(f"claims {len(clients)} clients, at most {most} are allowed")
     if not all(0 <= client <= last for client in clients):
