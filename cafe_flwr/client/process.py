@@ -27,7 +27,9 @@ from cafe_flwr.networks.placement import Placement
 from cafe_flwr.networks.weights import leading
 from cafe_flwr.personal.store import personal_folder
 from cafe_flwr.wire.codec import check_server, prefixed, record_of
+from cafe_flwr.wire.describe import QUERY
 from cafe_flwr.wire.keys import Keys
+from cafe_flwr.wire.reader import read
 
 BuildNetwork = Callable[[Context], EarlyExitNetwork | Networks]
 LoadData = Callable[[int, Context], ClientData]
@@ -123,13 +125,16 @@ class Node:
 
 
 class NodeContext:
-    """The node as it answers a message: ``config`` are the message's settings, ``seed`` is that of the run."""
+    """The node as it answers a message: ``config`` are the message's settings, ``seed`` is that of the run.
+
+    ValueError for a message of another protocol, or with senseless values.
+    """
 
     def __init__(self, node: Node, message: Message, context: Context) -> None:
         self.node, self.message, self.context = node, message, context
         self.config: Mapping[str, Any] = record_of(message, node.keys.config, ConfigRecord)
         check_server(self.config)
-        self.seed = int(self.config["seed"])
+        self.seed: int = read(self.config, QUERY)["seed"]
 
     @cached_property
     def process(self) -> ProcessCache:

@@ -62,20 +62,20 @@ def calibrate_federation(
         num_clients=federation.num_clients,
         seconds=federation.wait_seconds,
     )
-    asker = _Asker(grid, nodes, federation.round_timeout)
+    asker = Asker(grid, nodes, federation.round_timeout)
     found = asker.ask("histogram", dict.fromkeys(nodes.hosts, ""), asker.histogram)
     certificates = _certify(asker, found, request) if found else {}
     if not certificates:
         raise RuntimeError("no client could be calibrated; see the reasons above")
     texts = {c: certificate_to_json(certificate) for c, certificate in certificates.items()}
-    asker.ask("certificate", texts, _kept, otherwise="did not confirm its thresholds, they may not be on its disk")
+    asker.ask("certificate", texts, kept, otherwise="did not confirm its thresholds, they may not be on its disk")
     recorded = record(output, certificates, request)
     for line in recorded["clients"]:
         logger.info("client %d · %s · %s", line["client"], line["basis"], line["claim"])
     return recorded
 
 
-def _certify(asker: _Asker, histograms: Mapping[int, Histogram], request: Request) -> dict[int, ClientCertificate]:
+def _certify(asker: Asker, histograms: Mapping[int, Histogram], request: Request) -> dict[int, ClientCertificate]:
     """Thresholds of every client, from counts along its group's path; in ascending order of clients."""
     groups = [
         (clients, pooled_path([histograms[client] for client in clients]), wanted)
@@ -97,7 +97,7 @@ def _certify(asker: _Asker, histograms: Mapping[int, Histogram], request: Reques
 
 
 @dataclass(frozen=True)
-class _Asker:
+class Asker:
     """Sends the steps of a calibration to clients."""
 
     grid: Grid
@@ -147,7 +147,8 @@ class _Asker:
         return {answer.client: answer.value for answer in replies.reports}
 
 
-def _kept(client: int, text: str) -> str:
+def kept(client: int, text: str) -> str:
+    """A client's confirmation; ValueError if it is none."""
     if text != "kept":
         raise ValueError(f"it says {shown(text)!r}, not that it has kept them")
     return text

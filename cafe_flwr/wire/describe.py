@@ -17,6 +17,8 @@ from cafe_flwr.wire.reader import CLIENT, MAX_SCHEMA, distinct, read, schema_of,
 _MOST_CLIENTS = 100_000  # of a node, and most nodes of a simulation
 _MOST_EXITS = 1000
 _MOST_PROBLEMS = 100  # told one by one
+QUERY = {"seed": whole(high=2**63 - 1), "method": token(), "num-clients": whole(low=1, default=None)}
+"""What every message to a node says."""
 _DECLARED = {
     "version": token(),
     "clients": CLIENT,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice, product
 from typing import Any
 
@@ -16,7 +17,7 @@ from cafe_flwr.core.text import kebab
 from cafe_flwr.metrics.exits import ExitMetrics
 from cafe_flwr.wire.codec import of_client, scalars_of
 from cafe_flwr.wire.keys import PHASES, Keys
-from cafe_flwr.wire.reader import MAX_ROUNDING, cosine, read, real, share, whole
+from cafe_flwr.wire.reader import MAX_ROUNDING, Value, cosine, read, real, share, whole
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,12 @@ def _key(name: str, keys: Keys) -> str:
     return keys.weight if name == "num_examples" else kebab(name)
 
 
+@lru_cache
+def _declared(keys: Keys) -> dict[str, Value]:
+    """What the columns may hold, by key."""
+    return {_key(name, keys): value for name, value in _DECLARED.items()}
+
+
 def columns_of(reports: Sequence[ClientReport], keys: Keys) -> dict[str, list[Any]]:
     """A list for every number, client after client."""
     columns = {_key(name, keys): [getattr(report, name) for report in reports] for name in _SCALARS}
@@ -101,8 +108,9 @@ def reports_of(
 ) -> list[ClientReport]:
     """Inverse of :func:`columns_of`, with each client's upload; ValueError if a number is out of range."""
     exits = [of_client(num_exits, client) for client in clients]
-    declared = {_key(name, keys): value for name, value in _DECLARED.items()}
-    found = read(metrics, declared, {"n": len(exits), "m": sum(exits), "s": sum(exits) - len(exits)}, "its metrics")
+    found = read(
+        metrics, _declared(keys), {"n": len(exits), "m": sum(exits), "s": sum(exits) - len(exits)}, "its metrics"
+    )
 
     def rows(key: str, widths: Iterable[int]) -> Iterator[list[float]]:
         values = iter(found[key])
