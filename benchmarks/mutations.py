@@ -72,7 +72,9 @@ def _any(numbers: bool, rng: random.Random) -> Any:
     if not numbers:
         pools += [_TEXTS, (b"", b"\xff" * 9), (True, False)]
     pool = rng.choice(pools)
-    return rng.choice((rng.choice(pool), [rng.choice(pool) for _ in range(rng.choice((0, 1, 2, 3, 1000)))]))
+    return rng.choice(
+        (rng.choice(pool), [rng.choice(pool) for _ in range(rng.choice((0, 1, 2, 3, 3 if pool is _TEXTS else 1000)))])
+    )
 
 
 def _list(values: list[Any], rng: random.Random) -> list[Any]:
@@ -83,7 +85,7 @@ def _list(values: list[Any], rng: random.Random) -> list[Any]:
         lambda: values[:-1],
         lambda: values + values[:1],
         lambda: values[::-1],
-        lambda: values * 1000,
+        lambda: values * (2 if kind in (str, bytes) or len(values) > 1000 else 1000),
         lambda: [values[0]] * len(values),
         lambda: [*values[:place], rng.choice(pool), *values[place + 1 :]],
         lambda: [rng.choice(pool) for _ in values],

@@ -191,7 +191,7 @@ SAID = [
 ]
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=250)
 @given(
     folder=st.sampled_from(FOLDERS),
     words=st.lists(NAMES, min_size=4, max_size=4, unique=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ from cafe_flwr import __version__
 from cafe_flwr.client.model import ClientModel
 from cafe_flwr.client.node_config import name_of
 from cafe_flwr.client.privacy import withholds
-from cafe_flwr.client.process import NodeContext
+from cafe_flwr.client.process import NodeContext, ProcessCache
 from cafe_flwr.core.log import logger
 from cafe_flwr.data.split import ClientData
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
@@ -44,23 +45,36 @@ def describe(here: NodeContext) -> NodeInfo:
     kinds = [kind_of(model, macs[id(model)]) for model in models]
     alike = not any(kind.name for kind in kinds)
     different = list(dict.fromkeys(kinds))
-    largest = max(process.wholes.values(), key=lambda whole: whole.network.num_exits)
-    return NodeInfo(
-        version=__version__,
+    network = describe_network(process)
+    return replace(
+        network,
         clients=clients,
         num_examples=sizes,
         problems=problems,
         num_nodes=0 if "clients" in node_config else int(node_config.get("num-partitions", 0)),
+        macs=macs.get(id(process.largest), network.macs),
+        name=name_of(node_config),
+        kinds=[] if alike else different,
+        kind_of=[] if alike else [different.index(kind) for kind in kinds],
+    )
+
+
+def describe_network(process: ProcessCache) -> NodeInfo:
+    """What a description says of network and method, without clients; MACs are not counted."""
+    largest = process.largest
+    return NodeInfo(
+        version=__version__,
+        clients=[],
+        num_examples=[],
+        problems=[],
+        num_nodes=0,
         digest=process.digest,
         shared=process.shared,
         upload=largest.schemas["upload"],
         download=largest.schemas["download"],
         num_exits=largest.network.num_exits,
         num_parameters=_num_parameters(largest.network),
-        macs=macs.get(id(largest), [0] * largest.network.num_exits),
-        name=name_of(node_config),
-        kinds=[] if alike else different,
-        kind_of=[] if alike else [different.index(kind) for kind in kinds],
+        macs=[0] * largest.network.num_exits,
     )
 
 

@@ -99,6 +99,11 @@ class ProcessCache:
             self._parts[modality, held] = ClientModel(network, whole.method, weights, modality, held)
         return self._parts[modality, held]
 
+    @property
+    def largest(self) -> ClientModel:
+        """The model of the whole network with the most exits."""
+        return max(self.wholes.values(), key=lambda whole: whole.network.num_exits)
+
     def initial(self) -> NDArray[np.float32]:
         """The shared part that a run starts from, flat."""
         return np.concatenate([whole.schemas["shared"].pack(whole.tensors) for whole in self.wholes.values()])

@@ -28,14 +28,6 @@ Average = Callable[[list[RecordDict], str], MetricRecord]
 class Aggregator(StrategyPart):
     """Averages what clients report."""
 
-    def check(self) -> None:
-        """ValueError for a robust rule if the method shares nothing that it could combine."""
-        if self.run.aggregation.robust and not self.directory.reference.shared.size:
-            raise ValueError(
-                f"federation.aggregation = {self.run.aggregation.rule!r} combines what clients share, and "
-                f"{self.run.method.name} shares nothing: set it to 'mean'"
-            )
-
     def shared(self, state: ServerState, good: Sequence[TrainReply]) -> NDArray[np.float32]:
         """The shared parts of all clients that replied well, combined over those that hold them.
 

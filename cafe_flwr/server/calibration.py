@@ -39,15 +39,23 @@ MESSAGE = "query.calibrate"
 
 
 def calibrate_federation(
-    grid: Grid, method: Method, calibration: Calibration, federation: Federation, *, seed: int, output: Path
+    grid: Grid,
+    method: Method,
+    calibration: Calibration,
+    federation: Federation,
+    *,
+    seed: int,
+    output: Path,
+    own_numbers: bool = False,
 ) -> dict[str, Any]:
     """Calibrate the personal networks that a run has left on its nodes; each node keeps its clients' thresholds.
 
-    ``method`` and ``seed`` are those of the run. The record written to ``output`` (``calibration.json``) is returned.
+    ``method`` and ``seed`` are those of the run, ``own_numbers`` is as for the strategy. The record written to
+    ``output`` (``calibration.json``) is returned.
     RuntimeError if no client can be calibrated.
     """
     request = Request(calibration.risk, calibration.confidence_level, calibration.simultaneous, seed)
-    nodes = Directory(Keys(), describe_request(seed, method, federation.num_clients))
+    nodes = Directory(Keys(), describe_request(seed, method, federation.num_clients), own_numbers=own_numbers)
     nodes.wait(
         grid,
         min_nodes=federation.min_available_nodes,

@@ -86,6 +86,15 @@ class Aggregation:
         return (count - 1) // 2 if self.rule == "median" else int(self.trim_share * count + 1e-9)
 
 
+def check_aggregation(aggregation: Aggregation, method: str, shared_size: int) -> None:
+    """ValueError for a robust rule if the method shares nothing that it could combine."""
+    if aggregation.robust and not shared_size:
+        raise ValueError(
+            f"federation.aggregation = {aggregation.rule!r} combines what clients share, and {method} shares nothing: "
+            "set it to 'mean'"
+        )
+
+
 @section("federation")
 @dataclass(frozen=True)
 class Federation:

@@ -75,7 +75,7 @@ def trimmed_mean(
 
 def clipped(
     clients: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]],
-) -> Iterator[NDArray[np.float64]]:
+) -> Iterator[NDArray[np.floating]]:
     """The shared part of each client, with its update scaled down to the median of the updates' norms.
 
     Norm clipping as in Sun et al. (2019, arXiv 1911.07963), θ ← θ₀ + Δ·min(1, M/‖Δ‖); M is the median, the quantile of
@@ -93,11 +93,13 @@ def clipped(
     [[2.0, 2.0], [-1.0, -1.0], [3.0, 3.0]]
     """
     clients = list(clients)
-    lengths = [norm(after.astype(np.float64) - sent) for after, sent in clients]
+    lengths = [norm(np.subtract(after, sent, dtype=np.float64)) for after, sent in clients]
     limit = float(np.median(lengths)) if lengths else 0.0
     for (after, sent), length in zip(clients, lengths, strict=True):
-        base = sent.astype(np.float64)
-        yield base + (after - base) * (limit / length if length > limit else 1.0)
+        if length <= limit:
+            yield after
+        else:
+            yield sent + np.subtract(after, sent, dtype=np.float64) * (limit / length)
 
 
 def _inverse(whole: Schema, part: Schema) -> NDArray[np.int64] | None:

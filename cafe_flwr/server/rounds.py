@@ -15,6 +15,7 @@ from cafe_flwr.core.log import logger
 from cafe_flwr.methods.server import RoundPlan
 from cafe_flwr.server.callbacks import RoundRecord
 from cafe_flwr.server.directory import Directory
+from cafe_flwr.server.options import check_aggregation
 from cafe_flwr.server.replies import Replies
 from cafe_flwr.server.requests import PendingRequest
 from cafe_flwr.server.run import RunConstants, StrategyPart
@@ -73,11 +74,15 @@ class Gathering(StrategyPart):
     failure: RoundFailed | None = None
 
     def wait(self, grid: Grid) -> None:
-        """Wait until the clients are there, or the time is up (:meth:`Directory.wait`)."""
+        """Wait until the clients are there, or the time is up (:meth:`Directory.wait`).
+
+        ValueError if what they share cannot be combined as the settings say.
+        """
         run = self.run
         self.directory.wait(
             grid, min_nodes=run.min_available_nodes, num_clients=run.num_clients, seconds=run.wait_seconds
         )
+        check_aggregation(run.aggregation, run.method.name, self.directory.reference.shared.size)
 
     def connect(self, grid: Grid) -> None:
         """Ask new nodes; if no client is known to be present, wait as at the start."""

@@ -95,6 +95,8 @@ class FederatedStrategy(FedAvg):
     own_description
         Describes the network as the server builds it, without clients: where nodes describe different ones, those that
         agree with it take part. None, or where it raises: those that say what most nodes say.
+    own_numbers
+        Whether clients may have other numbers than 0 to ``num_clients`` − 1, as those with data of their own.
     """
 
     def __init__(  # noqa: PLR0913 (public constructor: a run is described by it, all by name)
@@ -118,6 +120,7 @@ class FederatedStrategy(FedAvg):
         callbacks: Sequence[RoundCallback] = (),
         resume_from: ServerState | None = None,
         own_description: Callable[[], NodeInfo] | None = None,
+        own_numbers: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **_with_defaults(args, kwargs))
@@ -132,7 +135,7 @@ class FederatedStrategy(FedAvg):
         self.privacy, self.wire, self.evaluate_every = privacy or Privacy(), wire, evaluate_every
         self.keys = Keys(self.arrayrecord_key, self.configrecord_key, self.weighted_by_key)
         check_arguments(self.constants)
-        self.directory = Directory(self.keys, describe_request(seed, method, num_clients), own_description)
+        self.directory = Directory(self.keys, describe_request(seed, method, num_clients), own_description, own_numbers)
         self.log, self.current = RunLog(self.directory), CurrentRound()
         self.state = self._resume_from = resume_from
         self._evaluating: list[PendingRequest] = []
@@ -295,7 +298,6 @@ class FederatedStrategy(FedAvg):
         self.log.starting(run, last)
         self.summary()
         Gathering(run, directory).wait(grid)
-        Aggregator(run, directory).check()
         if self.state is not None:
             self.state.check(directory.reference.digest)
             arrays = by_name(directory.reference.shared, self.state.shared)

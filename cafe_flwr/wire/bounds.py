@@ -22,7 +22,7 @@ def norm(values: NDArray[Any]) -> float:
     >>> norm(np.array([300, 400], dtype=np.float16))  # whose squares float16 does not hold
     500.0
     """
-    return float(np.linalg.norm(values.astype(np.float64)))
+    return float(np.linalg.norm(values.astype(np.float64, copy=False)))
 
 
 def check_norm(values: NDArray[Any], limit: float, what: str) -> None:
