@@ -93,7 +93,8 @@ def clipped(
     [[2.0, 2.0], [-1.0, -1.0], [3.0, 3.0]]
     """
     clients = list(clients)
-    lengths = [norm(np.subtract(after, sent, dtype=np.float64)) for after, sent in clients]
+    with ThreadPoolExecutor() as pool:
+        lengths = list(pool.map(lambda one: norm(np.subtract(*one, dtype=np.float64)), clients))
     limit = float(np.median(lengths)) if lengths else 0.0
     for (after, sent), length in zip(clients, lengths, strict=True):
         if length <= limit:
