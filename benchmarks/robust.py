@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.server.options import Aggregation
-from cafe_flwr.server.robust import clipped, trimmed_mean
+from cafe_flwr.server.robust import clipped_mean, trimmed_mean
 from cafe_flwr.wire.averaging import weighted, weighted_mean
 
 CLIENTS, PARAMETERS, BOUND = 1000, 10**6, 3.0
@@ -29,16 +30,16 @@ def main() -> None:
         "mean": lambda: weighted_mean((weighted(part, 50) for part in parts), 50 * CLIENTS),
         "median": lambda: trimmed_mean(before, whole, clients, Aggregation(rule="median").cut),
         "trimmed-mean": lambda: trimmed_mean(before, whole, clients, Aggregation(rule="trimmed-mean").cut),
-        "clipped-mean": lambda: weighted_mean(
-            (weighted(part, 1) for part in clipped((part, before) for part in parts)), CLIENTS
-        ),
+        "clipped-mean": lambda: clipped_mean(before, whole, clients),
     }
-    seconds, failed = {}, []
+    seconds: dict[str, float] = {}
+    failed = []
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for name, rule in rules.items():
+    for name, rule in (*rules.items(), *rules.items()):  # the better of two
         start = time.perf_counter()
         rule()
-        seconds[name] = time.perf_counter() - start
+        seconds[name] = min(seconds.get(name, math.inf), time.perf_counter() - start)
+    for name in rules:
         ratio, memory = seconds[name] / seconds["mean"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
         failed += [name] * (ratio > BOUND)
         print(

@@ -15,7 +15,7 @@ from scipy.stats import trim_mean
 
 from cafe_flwr.core.schema import Schema
 from cafe_flwr.server.options import Aggregation
-from cafe_flwr.server.robust import clipped, trimmed_mean
+from cafe_flwr.server.robust import clipped_mean, trimmed_mean
 from cafe_flwr.wire.options import Bounds
 
 ROBUST = ("median", "trimmed-mean", "clipped-mean")
@@ -72,19 +72,25 @@ def test_a_minority_cannot_leave_the_range_of_the_honest(n, seed, share, data):
     assert (mean <= honest.max(axis=0)).all()
 
 
-@settings(deadline=None, max_examples=50)
-@given(n=st.integers(1, 9), seed=st.integers(0, 10**6))
-def test_clipped_updates_keep_their_direction_and_are_no_longer_than_the_median(n, seed):
+@settings(deadline=None, max_examples=100)
+@given(kinds=st.lists(st.integers(0, 3), min_size=1, max_size=9), seed=st.integers(0, 10**6))
+def test_clipped_updates_keep_their_direction_and_are_no_longer_than_the_median(kinds, seed):
     rng = np.random.default_rng(seed)
-    start = rng.normal(size=8).astype("f4")
-    ends = [(start + rng.normal(size=8) * 10.0 ** rng.integers(-2, 5)).astype("f4") for _ in range(n)]
-    updates = np.array([end.astype("f8") - start for end in ends])
-    lengths = np.linalg.norm(updates, axis=1)
-    for theta, update, length in zip(clipped((end, start) for end in ends), updates, lengths, strict=True):
-        expected = update * min(1.0, np.median(lengths) / length)
-        np.testing.assert_allclose(theta - start, expected, rtol=1e-6, atol=1e-9)
-    same = clipped((start, start) for _ in range(3))  # nobody moves: nothing is divided by zero
-    assert all(theta.tolist() == start.tolist() for theta in same)
+    before = rng.normal(size=WHOLE.size).astype("f4")
+    places = [positions_of(PARTS[k]) for k in kinds]
+    ends = [
+        (before[where] + rng.normal(size=len(where)) * 10.0 ** rng.integers(-2, 5)).astype("f4") for where in places
+    ]
+    updates = [end.astype("f8") - before[where] for end, where in zip(ends, places, strict=True)]
+    lengths = [float(np.linalg.norm(update)) for update in updates]
+    total, count = np.zeros(WHOLE.size), np.zeros(WHOLE.size)
+    for where, update, length in zip(places, updates, lengths, strict=True):
+        total[where] += update * min(1.0, np.median(lengths) / length)
+        count[where] += 1
+    found = clipped_mean(before, WHOLE, [(PARTS[k], end) for k, end in zip(kinds, ends, strict=True)])
+    np.testing.assert_allclose(found, before + total / np.maximum(count, 1), rtol=2e-7, atol=1e-12)
+    same = clipped_mean(before, WHOLE, [(WHOLE, before)] * 3)  # nobody moves: nothing is divided by zero
+    assert same.tobytes() == before.tobytes()
 
 
 # --- in a federation -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 from numpy.typing import NDArray
 
 from cafe_flwr.server.checkpoints import ServerState
-from cafe_flwr.server.robust import clipped, trimmed_mean
+from cafe_flwr.server.robust import clipped_mean, trimmed_mean
 from cafe_flwr.server.run import StrategyPart
 from cafe_flwr.wire.averaging import weighted, weighted_mean
 from cafe_flwr.wire.evaluate import FinalReport
@@ -34,16 +35,14 @@ class Aggregator(StrategyPart):
         By a robust rule the result does not depend on which node hosts whom, as the mean's.
         """
         rule = self.run.aggregation
-        if rule.rule in ("median", "trimmed-mean"):
-            whole, kinds = self.directory.reference.shared, [self.directory.kind(r.reports[0].client) for r in good]
+        if rule.robust:
+            kinds = [self.directory.kind(reply.reports[0].client) for reply in good]
             parts = [(kind.shared, reply.shared) for kind, reply in zip(kinds, good, strict=True)]
-            return trimmed_mean(state.shared, whole, parts, rule.cut)
+            combined = clipped_mean if rule.rule == "clipped-mean" else partial(trimmed_mean, cut=rule.cut)
+            return combined(state.shared, self.directory.reference.shared, parts)
         views = [self.directory.view([report.client for report in reply.reports]) for reply in good]
         # A node that reports several clients has weighted its sum already.
         sums = (r.shared if r.summed else weighted(r.shared, r.weight) for r in good)
-        if rule.robust:
-            sent = (view.take(state.shared) for view in views)
-            sums = (weighted(one, 1) for one in clipped(zip((r.shared for r in good), sent, strict=True)))
         if all(view.alike and view.schema == view.whole for view in views):
             return weighted_mean(sums, sum(float(reply.weight) for reply in good))
         return masked_mean(state.shared, zip(views, sums, [reply.weight for reply in good], strict=True))

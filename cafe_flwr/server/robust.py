@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,7 +12,7 @@ from cafe_flwr.core.schema import Schema
 from cafe_flwr.wire.bounds import norm
 from cafe_flwr.wire.slices import positions
 
-_BLOCK = 2**22  # numbers that are sorted at a time
+_BLOCK = 2**21  # numbers, of all clients, that are combined at a time
 
 
 def trimmed_mean(
@@ -47,60 +47,82 @@ def trimmed_mean(
     array([1., 7., 9.], dtype=float32)
     """
     places = {part: _inverse(whole, part) for part, _ in clients}
-    size = min(2**16, max(64, _BLOCK // max(1, len(clients))))
-    result = before.copy()
+    alike, result = all(where is None for where in places.values()), before.copy()
 
-    def block(start: int) -> None:
-        stop = min(start + size, len(before))
-        rows = np.full((len(clients), stop - start), np.inf, dtype=np.float32)
-        for row, (part, values) in zip(rows, clients, strict=True):
-            where = places[part]
-            if where is None:
-                row[:] = values[start:stop]
-            else:
-                held = where[start:stop] >= 0
-                row[held] = values[where[start:stop][held]]
+    def block(start: int, stop: int) -> None:
+        if alike:
+            rows = np.stack([values[start:stop] for _, values in clients])
+        else:
+            rows = np.full((len(clients), stop - start), np.inf, dtype=np.float32)
+            for row, (part, values) in zip(rows, clients, strict=True):
+                held, found = _piece(values, places[part], start, stop)
+                row[held] = found
         columns = np.ascontiguousarray(rows.T)
         columns.sort(axis=1)  # what a client does not hold comes last
-        alike = all(where is None for where in places.values())
         counts = np.full(stop - start, len(clients)) if alike else np.isfinite(columns).sum(axis=1)
         for count in np.unique(counts[counts > 0]).tolist():
             of_count, out = slice(None) if alike else counts == count, cut(count)
             result[start:stop][of_count] = columns[of_count, out : count - out].mean(axis=1, dtype=np.float64)
 
-    with ThreadPoolExecutor() as pool:  # sorting lets other threads run
-        list(pool.map(block, range(0, len(before), size)))
+    _in_blocks(block, len(before), len(clients))
     return result
 
 
-def clipped(
-    clients: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]],
-) -> Iterator[NDArray[np.floating]]:
-    """The shared part of each client, with its update scaled down to the median of the updates' norms.
+def clipped_mean(
+    before: NDArray[np.float32], whole: Schema, clients: Sequence[tuple[Schema, NDArray[np.float32]]]
+) -> NDArray[np.float32]:
+    """Mean over the clients that hold a value, of updates that are scaled down to the median of their norms.
 
-    Norm clipping as in Sun et al. (2019, arXiv 1911.07963), θ ← θ₀ + Δ·min(1, M/‖Δ‖); M is the median, the quantile of
-    Andrew et al. (NeurIPS 2021, arXiv 1905.03871) without their noise.
-
-    Parameters
-    ----------
-    clients
-        For each client its shared part as it came back, and as it was sent.
+    Norm clipping as in Sun et al. (2019, arXiv 1911.07963), θ ← θ₀ + mean of Δ·min(1, M/‖Δ‖); M is the median, the
+    quantile of Andrew et al. (NeurIPS 2021, arXiv 1905.03871) without their noise. Parameters as of
+    :func:`trimmed_mean`; clients are summed up in their order.
 
     Examples
     --------
-    >>> start = np.float32([1, 1])
-    >>> [theta.tolist() for theta in clipped([(start + x, start) for x in np.float32([1, -2, 100])])]
-    [[2.0, 2.0], [-1.0, -1.0], [3.0, 3.0]]
+    >>> whole, start = Schema((("a", (2,)),)), np.float32([1, 1])
+    >>> clipped_mean(start, whole, [(whole, start + x) for x in np.float32([1, -2, 100])])
+    array([1.3333334, 1.3333334], dtype=float32)
     """
-    clients = list(clients)
+    places = {part: _inverse(whole, part) for part, _ in clients}
+    lengths = [0.0] * len(clients)
+
+    def measure(i: int) -> None:
+        part, values = clients[i]
+        where = places[part]
+        lengths[i] = norm(np.subtract(values, before if where is None else before[where >= 0], dtype=np.float64))
+
     with ThreadPoolExecutor() as pool:
-        lengths = list(pool.map(lambda one: norm(np.subtract(*one, dtype=np.float64)), clients))
-    limit = float(np.median(lengths)) if lengths else 0.0
-    for (after, sent), length in zip(clients, lengths, strict=True):
-        if length <= limit:
-            yield after
-        else:
-            yield sent + np.subtract(after, sent, dtype=np.float64) * (limit / length)
+        list(pool.map(measure, range(len(clients))))
+    limit, result = float(np.median(lengths)), before.copy()
+    factors = [limit / length if length > limit else 1.0 for length in lengths]
+
+    def block(start: int, stop: int) -> None:
+        base, total, counts = before[start:stop].astype(np.float64), np.zeros(stop - start), np.zeros(stop - start)
+        for (part, values), factor in zip(clients, factors, strict=True):
+            held, found = _piece(values, places[part], start, stop)
+            total[held] += factor * (found - base[held])
+            counts[held] += 1
+        result[start:stop] = base + total / np.maximum(counts, 1)
+
+    _in_blocks(block, len(before), 2**7)
+    return result
+
+
+def _in_blocks(block: Callable[[int, int], None], size: int, clients: int) -> None:
+    """Call ``block(start, stop)`` for pieces of an array that fit the processor's cache for so many clients."""
+    step = min(2**16, max(64, _BLOCK // max(1, clients)))
+    with ThreadPoolExecutor() as pool:  # numpy lets other threads run
+        list(pool.map(lambda start: block(start, min(start + step, size)), range(0, size, step)))
+
+
+def _piece(
+    values: NDArray[np.float32], where: NDArray[np.int64] | None, start: int, stop: int
+) -> tuple[slice | NDArray[np.bool_], NDArray[np.float32]]:
+    """Which values of a block a client holds, and these values."""
+    if where is None:
+        return slice(None), values[start:stop]
+    held = where[start:stop] >= 0
+    return held, values[where[start:stop][held]]
 
 
 def _inverse(whole: Schema, part: Schema) -> NDArray[np.int64] | None:
