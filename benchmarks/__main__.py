@@ -5,7 +5,7 @@ import sys
 
 NAMES = (
     *("startup", "local_training", "memory", "server_step", "released_step", "risk", "inference"),
-    *("uplink", "growth", "rounds", "demo", "paired", "docstrings"),
+    *("hostile", "reading", "uplink", "attach", "growth", "rounds", "demo", "paired", "docstrings"),
 )
 
 if __name__ == "__main__":

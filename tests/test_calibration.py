@@ -90,6 +90,7 @@ def test_flower_gives_what_the_folder_gives(settings: Settings) -> None:
         assert {c: read_thresholds(run.folder / "personal", c) for c in run.clients} == files
 
 
+@pytest.mark.slow
 def test_the_server_app_calibrates_when_the_mode_says_so(settings: Settings) -> None:
     from flwr.app import Context, RecordDict
 
@@ -104,6 +105,7 @@ def test_the_server_app_calibrates_when_the_mode_says_so(settings: Settings) -> 
     assert (settings.results / "summary.json").read_bytes() == before  # nothing of the run is touched
 
 
+@pytest.mark.slow
 def test_a_client_without_network_is_named_and_the_others_go_on(settings: Settings, flower_log: Any) -> None:
     personal = settings.results / "personal"
     hidden = {path: path.read_bytes() for path in personal.glob("client-3.*")}
@@ -156,6 +158,7 @@ def test_labels_that_the_network_does_not_know_are_refused() -> None:
         ClientCalibration(7, network, Split(x, torch.cat([y[:-1], torch.tensor([9])])), seed=0)
 
 
+@pytest.mark.slow
 def test_the_command_shows_claims_and_refuses_bad_risks(settings: Settings) -> None:
     from cafe_flwr.cli import app
 

@@ -88,7 +88,7 @@ def test_an_old_base_and_a_far_round_do_not_erase_what_a_client_has_learnt(tmp_p
     assert store.load(0, 4)["w"].tolist() == [4.0, 4.0]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(data=st.data(), count=st.integers(1, 25))
 def test_no_request_erases_the_last_version_until_a_later_one_is_confirmed(tmp_path_factory, data, count):
     """A hostile server asks for any round from any version that is there, but never goes on from what it got: the
@@ -238,7 +238,7 @@ JUNK = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(key=st.sampled_from([*FACTS[1:], "shared", "uploads", "similarity"]), junk=JUNK, length=st.integers(0, 3))
 def test_whatever_a_checkpoint_holds_it_is_read_or_said_to_be_damaged(stopped, tmp_path_factory, key, junk, length):
     folder = tmp_path_factory.mktemp("checkpoint")

@@ -255,6 +255,7 @@ def test_clean_figures_are_those_of_the_summary(finished: FinishedRun, evaluatio
     assert [c["test"] for c in evaluation["clients"]] == [c["test"] for c in summary["clients"]]
 
 
+@pytest.mark.slow
 def test_every_corruption_is_there_and_its_guarantee_void(evaluation: dict[str, Any]) -> None:
     conditions = [(c["corruption"], c["severity"]) for c in evaluation["conditions"]]
     assert conditions == [("none", 0), *((name, s) for name in CORRUPTIONS for s in (1, 5))]
@@ -268,6 +269,7 @@ def test_every_corruption_is_there_and_its_guarantee_void(evaluation: dict[str, 
     assert {entry["label"] for entry in evaluation["pooled"]} == {POOLED}
 
 
+@pytest.mark.slow
 def test_small_clients_are_not_certified_and_the_number_needed_is_said(evaluation: dict[str, Any]) -> None:
     for client in evaluation["clients"]:
         strict, lax = client["certificates"]
@@ -281,6 +283,7 @@ def test_small_clients_are_not_certified_and_the_number_needed_is_said(evaluatio
     assert of_own[0.6]["clients"] == sum(c["certificates"][1]["certified"] for c in evaluation["clients"])
 
 
+@pytest.mark.slow
 def test_files_hold_what_was_returned(finished: FinishedRun, evaluation: dict[str, Any]) -> None:
     written = strict_json((finished.folder / "evaluation.json").read_text())
     assert written.keys() == evaluation.keys()
@@ -299,6 +302,7 @@ def test_files_hold_what_was_returned(finished: FinishedRun, evaluation: dict[st
     assert per_client == pytest.approx([c["accuracy"][0] for c in written["clients"]])
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_figures(finished: FinishedRun) -> None:
     options: dict[str, Any] = {"clients": [1, 3], "corruptions": ["noise"], "severities": [3]}
     calls: list[tuple[int, int]] = []
@@ -313,6 +317,7 @@ def test_the_same_seed_gives_the_same_figures(finished: FinishedRun) -> None:
     assert before == {name: (finished.folder / name).read_bytes() for name in before}
 
 
+@pytest.mark.slow
 def test_a_shift_of_the_run_itself_voids_the_guarantee(tmp_path: Path, no_report: None) -> None:
     settings = small_settings(tmp_path, num_server_rounds=1, num_clients=2, test_shift=0.5)
     run_small(settings)
@@ -414,6 +419,7 @@ def test_a_damaged_evaluation_leaves_the_page_standing(finished: FinishedRun, co
     assert "Accuracy over rounds" in page
 
 
+@pytest.mark.slow
 def test_table_in_the_terminal(evaluation: dict[str, Any]) -> None:
     console = Console(width=130, record=True, file=io.StringIO())
     console.print(evaluation_table(evaluation))

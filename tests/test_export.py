@@ -434,6 +434,7 @@ def _flip(folder: Path) -> None:
     (folder / "stage-2.onnx").write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -505,6 +506,7 @@ print(*sorted({name.partition(".")[0] for name in sys.modules} & {"torch", "flwr
     assert heavy == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv, 100 classes, offset", "mlp"])
 def test_the_program_of_the_docs(cases: Callable[[str], Case], tmp_path: Path, name: str) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "export.md").read_text(), re.DOTALL)

@@ -1,11 +1,12 @@
 """Faults in a real deployment: SuperLink, SuperNodes, ServerApp and ClientApps are processes, and are killed.
 
-One run of four rounds is hit by everything but a client that stays away; it is resumed twice, and must end with the
+One run of three rounds is hit by everything but a client that stays away; it is resumed twice, and must end with the
 numbers of a run in one process that nothing has disturbed, bit for bit. A second run has clients that come late and
 leave for good.
 """
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from federations import FaultyApp, asked, facts_and_tensors, same_tensors, small_settings, strict_json
 from sklearn.datasets import load_digits
@@ -84,6 +86,43 @@ state.PersonalStore.save = faulty_save
 """
 
 
+# Flower's SuperExec, which starts a process for every message. Here it starts the first as ever, then loads what such
+# a process loads, and forks the others: each begins as empty as the first, without the seconds of CPU for its imports.
+SUPEREXEC = f"""#!{sys.executable}
+import os, subprocess, sys
+from types import SimpleNamespace
+from flwr.supercore.cli import flower_superexec
+from flwr.supercore.exit.exit_handler import registered_exit_handlers
+from flwr.supercore.superexec.executor import subprocess_executor
+
+started = []
+
+def start(command):
+    if not started:
+        started.append(subprocess.Popen(command))
+        import cafe_flwr.app.parts, cafe_flwr.client.app, datasets, torch._dynamo
+        return
+    started[0].poll()
+    for pid in started[1:]:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            started.remove(pid)
+    if child := os.fork():
+        started.append(child)
+        return
+    try:
+        from flwr.supernode.cli import flwr_clientapp
+        registered_exit_handlers.clear()
+        sys.argv = command
+        flwr_clientapp()
+    finally:
+        sys.stdout.flush()
+        os._exit(0)
+
+subprocess_executor.subprocess = SimpleNamespace(Popen=start)
+sys.exit(flower_superexec())
+"""
+
+
 @dataclass
 class Field:
     """A deployment, and what it is to run."""
@@ -91,7 +130,7 @@ class Field:
     deployment: Loopback
     app: Path
     folder: Path
-    slowest: float = 40.0  # seconds of a round on this machine, as far as it is known
+    slowest: float = 40.0  # seconds of an undisturbed round on this machine, as far as it is known
 
     def node_config(self, client, state):
         name = NODES[client]
@@ -114,6 +153,11 @@ class Field:
     def go_on(self, node, server_round):
         """End the waiting of a node."""
         (self.folder / "faults" / node / f"{server_round}-go").touch()
+
+    def client_process(self, node):
+        """The process of a node's ClientApp, which its SuperExec has started."""
+        (superexec,) = psutil.Process(self.deployment.nodes[node].process.pid).children()
+        return next(process for process in superexec.children() if process.status() != psutil.STATUS_ZOMBIE)
 
     def until(self, condition, what):
         wait_for(lambda: condition() or None, 900, what, self.deployment.superlink.log)
@@ -140,6 +184,11 @@ def field(tmp_path_factory):
         shutil.copy(ROOT / name, app)
     shutil.copy(ROOT / "pyproject-flwr.toml", app / "pyproject.toml")
     (app / "client_app.py").write_text(FAULTY_CLIENT + (ROOT / "client_app.py").read_text())
+    superexec = folder / "bin" / "flower-superexec"
+    superexec.parent.mkdir()
+    superexec.write_text(SUPEREXEC)
+    superexec.chmod(0o755)
+    path = os.pathsep.join(map(str, (superexec.parent, Path(sys.executable).parent, os.environ["PATH"])))
     images, labels = load_digits(return_X_y=True)
     with Loopback(folder / "deployment", environment={"OMP_NUM_THREADS": "1"}) as deployment:
         field = Field(deployment, app, folder)
@@ -150,7 +199,8 @@ def field(tmp_path_factory):
             table = {"image": [(images[r].reshape(8, 8) * 15).astype(np.uint8).tolist() for r in rows]}
             pd.DataFrame({**table, "label": labels[rows]}).to_parquet(folder / "data" / name / "set.parquet")
             config = field.node_config(client, folder / "state")
-            deployment.add_node(name, config, environment={"FAULTS": str(folder / "faults" / name)}, start=name != "c")
+            environment = {"FAULTS": str(folder / "faults" / name), "PATH": path}
+            deployment.add_node(name, config, environment=environment, start=name != "c")
         deployment.wait_online(2, 300)
         yield field
 
@@ -211,23 +261,29 @@ def assert_same_rounds(lines, expected, keys=SAME):
 
 
 def test_a_node_that_joins_late_and_one_that_leaves_for_good(field, tmp_path):
-    """c is started in the second round, which waits for it, and b is stopped when c has taken part. Each round has the
-    numbers of a run in one process with the same participants, and the node that left keeps its state."""
-    job = {**JOB, "name": "come-and-go", "num_clients": 2, "num_server_rounds": 6, "round_timeout": 400.0}
+    """c is started in the second round, which waits for it, as does the third for its first answer; b is stopped when c
+    has taken part. Each round has the numbers of a run in one process with the same participants, and the node that
+    left keeps its state."""
+    job = {**JOB, "name": "come-and-go", "num_clients": 3, "num_server_rounds": 8, "round_timeout": 400.0}
+    job["wait_seconds"] = 60.0  # after which it starts without c
     settings, alike = small_settings(tmp_path, **job), small_settings(tmp_path / "alike", **job)
-    field.fault("a", 2, "wait")
+    for server_round in (2, 3):
+        field.fault("a", server_round, "wait")
     run = field.submit(settings)
     field.in_the_middle("a", 2)
     field.deployment.nodes["c"].start()
     field.deployment.wait_online(3, 300)
     field.go_on("a", 2)
+    field.in_the_middle("a", 3)
+    field.until(lambda: "Sent successfully" in field.deployment.nodes["c"].log(), "c's answer who it is")
+    field.go_on("a", 3)
     field.until(lambda: any(2 in line["participants"] for line in field.lines(settings)), "client 2")
     field.deployment.nodes["b"].stop()
     field.completed(run)
     field.deployment.nodes["b"].start()
 
     lines = field.lines(settings)
-    field.slowest = max(line["seconds"]["total"] for line in lines)
+    field.slowest = max(line["seconds"]["total"] for line in (lines[0], lines[-1]))  # those that waited for nobody
     there = [line["participants"] for line in lines]
     assert there[0] == [0, 1]
     assert [0, 1, 2] in there
@@ -249,31 +305,31 @@ def test_everything_that_may_be_killed_is_and_the_numbers_are_those_of_an_undist
         if not node.alive:
             node.start()
     field.deployment.wait_online(3, 300)
-    patience = 20.0 + 2 * field.slowest
-    job = {**JOB, "name": "war", "num_clients": 3, "num_server_rounds": 4, "min_train_nodes": 3}
+    patience = 30.0 + 2 * field.slowest
+    job = {**JOB, "name": "war", "num_clients": 3, "num_server_rounds": 3, "min_train_nodes": 3}
     settings = small_settings(tmp_path, **job, round_timeout=patience, round_retries=9)
     alike = small_settings(tmp_path / "alike", **job)
     state = in_one_process(field, alike)
 
     field.fault("a", 1, "raise")
     field.fault("b", 1, "full")
+    field.fault("a", 2, "saved sleep 900")
     field.fault("b", 2, f"sleep {patience + 5:.0f}")  # beyond the timeout, with its state locked
     field.fault("c", 2, "sleep 900")
-    field.fault("a", 3, "saved sleep 900")
-    field.fault("b", 4, "sleep 20")
+    field.fault("b", 3, "sleep 20")
     run = field.submit(settings)
     field.in_the_middle("c", 2)
-    nodes["c"].apps()[0].kill()
-    field.in_the_middle("a", 3)  # when its new state is on the disk, and the server does not know
+    field.client_process("c").kill()
+    field.in_the_middle("a", 2)  # when its new state is on the disk, and the server does not know
     nodes["a"].kill()
     nodes["a"].start_again(300)
-    field.in_the_middle("b", 4)
+    field.in_the_middle("b", 3)
     superlink.apps()[0].kill()  # b goes on, and is ahead of the checkpoint then
     assert field.deployment.wait(run, 300).startswith("finished:failed")
 
-    field.fault("b", 4, "sleep 20")
+    field.fault("b", 3, "sleep 20")
     run = field.submit(settings, resume=True)
-    field.in_the_middle("b", 4)
+    field.in_the_middle("b", 3)
     superlink.kill()
     time.sleep(1)
     superlink.start()
@@ -286,8 +342,7 @@ def test_everything_that_may_be_killed_is_and_the_numbers_are_those_of_an_undist
         assert any(expected in reason for reasons in tries for reason in reasons), expected
     failed = [{int(client) for reasons in line["failed_tries"] for client in reasons} for line in lines]
     assert failed[0] >= {0, 1}
-    assert failed[1] >= {1, 2}
-    assert 0 in failed[2]
+    assert failed[1] >= {0, 1, 2}
     assert_same_rounds(lines, field.lines(alike))
     tables = [pd.read_parquet(s.results / "clients.parquet") for s in (settings, alike)]
     pd.testing.assert_frame_equal(*tables, check_exact=True)

@@ -606,15 +606,16 @@ def reference(tmp_path_factory, request):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_nodes", [1, 2, 3, CLIENTS, 8])
+@pytest.mark.parametrize("num_nodes", [1, 3, 8])
 def test_numbers_do_not_depend_on_how_clients_are_grouped_on_nodes(tmp_path, reference, no_report, num_nodes):
-    """Bit for bit: shared parameters, personal files, tables. Only the bytes differ: a backbone travels once a node."""
+    """All on one, some on each, more nodes than clients: bit for bit the same parameters, personal files and tables.
+    Only the bytes differ: a backbone travels once a node."""
     recorded, shared, varied = reference
     settings = small_settings(tmp_path, **varied)
     arrays = run_small(settings, num_nodes).arrays
     assert same_arrays(arrays, shared)
     per_grouping = {"bytes_up", "bytes_down", "bytes_up_per_client_round", "bytes_down_per_client_round"}
-    Recorded.read(settings.results).assert_same(recorded, but=() if num_nodes == CLIENTS else per_grouping)
+    Recorded.read(settings.results).assert_same(recorded, but=() if num_nodes >= CLIENTS else per_grouping)
 
 
 @pytest.mark.slow

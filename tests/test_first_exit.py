@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,3 +128,10 @@ def test_a_single_exit_keeps_everybody_and_nan_reaches_nothing():
     assert first_exit(np.array([[0.9], [0.1]]), ()).tolist() == [0, 0]
     assert first_exit(np.array([[0.9], [0.1]]), 0.5).tolist() == [0, 0]
     assert first_exit(np.array([[math.nan, 0.3]]), 0.0).tolist() == [1]
+
+
+@pytest.mark.parametrize("policy", [0.5, [0.5, 0.5], (0.9,), None, "MaxProb", lambda k, logits, labels: logits])
+def test_what_is_no_policy_is_refused_with_what_to_pass(policy):
+    network = EarlyExitNetwork([nn.Identity()] * 2, [Exit(nn.Identity(), 3, 2) for _ in range(2)])
+    with pytest.raises(ValueError, match=r"policy must say which rows leave: MaxProb\(0\.9\) for one threshold"):
+        EarlyExitRunner(network, policy)

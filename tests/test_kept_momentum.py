@@ -100,7 +100,7 @@ def test_the_state_never_travels(tmp_path, method):
     traffic, networks = {}, {}
     for keep in (False, True):
         settings = small_settings(
-            tmp_path / str(keep), method=method, num_server_rounds=2, **{**SGD, "keep_momentum": keep}
+            tmp_path / str(keep), method=method, num_clients=3, num_server_rounds=2, **{**SGD, "keep_momentum": keep}
         )
         grid = WatchedGrid(digits_app(), 2, settings.to_run_config())
         run_small(settings, grid=grid)

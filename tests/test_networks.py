@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from cafe_flwr.networks import ConvNet, EarlyExitNetwork, Exit
+from cafe_flwr.networks import (
+    ConvNet,
+    EarlyExitNetwork,
+    Exit,
+    PublishedConvNet,
+    PublishedResNet18,
+    PublishedTransformer,
+    ResNet18,
+    SequenceNet,
+    TextTransformer,
+)
 
 CONFIGURATIONS = [
     {"input_shape": (1, 16, 16), "num_classes": 10},
@@ -171,3 +181,37 @@ def test_an_offset_is_no_parameter():
     assert network.offset is offset
     sum(z.square().sum() for z in network(torch.randn(2, 1, 8, 8))).backward()
     assert offset.grad is None
+
+
+NUMBERS = {
+    ConvNet: {"input_shape": (1, 8, 8), "num_classes": 3, "widths": (4, 4), "features": 5},
+    SequenceNet: {"input_shape": (2, 8), "num_classes": 3, "widths": (4, 4), "features": 5},
+    ResNet18: {"input_shape": (1, 8, 8), "num_classes": 3, "features": 5, "width": 2, "stem_stride": 1},
+    PublishedConvNet: {"input_shape": (1, 32, 32), "num_classes": 3},
+    PublishedResNet18: {"input_shape": (1, 8, 8), "num_classes": 3},
+    PublishedTransformer: {"num_classes": 3, "vocabulary": 9, "max_length": 4},
+    TextTransformer: {
+        "vocabulary": 9,
+        "max_length": 4,
+        "num_classes": 3,
+        "features": 5,
+        "width": 8,
+        "heads": 2,
+        "blocks": 1,
+        "dropout": 0.1,
+    },
+    Exit: {"projection": nn.Identity(), "width": 3, "num_classes": 2},
+}
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5, True, float("nan"), "3", None])
+@pytest.mark.parametrize(
+    ("network", "name"), [(n, k) for n, numbers in NUMBERS.items() for k in numbers if k != "projection"]
+)
+def test_numbers_that_cannot_be_are_refused_by_name(network, name, wrong):
+    if name == "dropout":
+        wrong = {0: 1.0, True: -0.1}.get(wrong, wrong)
+    if name in ("input_shape", "widths"):
+        wrong = (*NUMBERS[network][name][:-1], wrong)
+    with pytest.raises(ValueError, match=f"{name} must be "):
+        network(**{**NUMBERS[network], name: wrong})

@@ -237,6 +237,7 @@ def undisturbed(tmp_path_factory):
     return whole_run(tmp_path_factory.mktemp("undisturbed"), METHOD_FORMS["clients"])
 
 
+@pytest.mark.slow
 @every_form
 def test_two_and_two_rounds_are_four(tmp_path_factory, tmp_path, monkeypatch, make):
     """Levels, S, momentum and the mixtures that wait come from the checkpoint and the clients' disks."""

@@ -67,6 +67,7 @@ def undisturbed(tmp_path_factory):
     return Recorded.read(settings.results), arrays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before it trains", "when its new state is on disk"])
 @pytest.mark.parametrize("clients", [(1, 2), (0, 1, 2, 3)], ids=["two of four", "all"])
 def test_a_round_that_succeeds_the_second_time_has_the_numbers_of_the_first(
@@ -100,6 +101,7 @@ def test_enough_good_replies_are_a_round_without_the_others(tmp_path):
     assert len(grid.of_type("train")) == 3 * N
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retries", [0, 1, 2])
 def test_after_the_last_try_the_run_stops_with_all_reasons_and_can_be_resumed(tmp_path, undisturbed, retries):
     """As many tries as are set, no more. The checkpoint of the round before is kept; resumed, the numbers are those of

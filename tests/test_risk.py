@@ -433,3 +433,34 @@ def test_bad_input_is_refused_with_the_reason(changes, words):
 def test_bad_thresholds_are_refused_with_the_reason(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@given(st.floats(1e-4, 0.999), st.floats(0.01, 0.999))
+@settings(deadline=None)
+def test_the_number_of_trials_is_the_first_that_passes(risk, confidence):
+    """The formula against its definition, counted up."""
+    delta = 1 - confidence
+    n = minimum_trials(risk, delta)
+    assert n == 1 or (1 - risk) ** (n - 1) > delta * (1 - 1e-12)
+    assert (1 - risk) ** n <= delta * (1 + 1e-12)
+
+
+@given(st.integers(1, 300), st.integers(1, 300))
+@settings(deadline=None)
+def test_required_examples_are_the_first_of_which_two_thirds_can_do(a, b):
+    """Counted up, for shares such as 1/49, whose inverse is rounded."""
+    risk = a / (a + b)
+    joint = next(n for n in range(1, 2000) if 1 / (n - n // 3 + 1) <= risk)
+    assert required_examples(risk, guarantee="joint") == joint
+    n_min = minimum_trials(risk, DELTA)
+    assert required_examples(risk, 1 - DELTA) == next(n for n in range(1, 5000) if n - n // 3 >= n_min)
+
+
+@pytest.mark.parametrize("guarantee", ["selective", "joint", "gap"])
+def test_required_examples_are_a_formula(guarantee):
+    start = time.perf_counter()
+    assert required_examples(1e-12, guarantee=guarantee) > 10**12
+    assert time.perf_counter() - start < 0.05
+    for impossible in (0, 1, -0.1, math.nan, math.inf, True, "0.1", None, 1e-320):
+        with pytest.raises(ValueError, match="risk"):
+            required_examples(impossible, guarantee=guarantee)

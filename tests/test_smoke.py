@@ -61,6 +61,7 @@ def test_the_smoke_size_is_the_experiment_but_for_what_its_section_names():
     assert {run.settings.dirichlet_alpha for run in runs} == {0.7}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SMALL, ids=lambda path: path.stem)
 def test_the_papers_experiments_at_a_size_for_two_cores_deal_real_data_out(path, real_data):
     """Everything that a run needs is built on the real rows: clients' data, networks and methods."""

@@ -31,6 +31,7 @@ class ThreeAtOnce(LoopTrainer):
         return super().train(method, tasks[::-1])[::-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["cafedistill", "ditto", "fedbabu"])
 def test_clients_that_are_trained_together_get_what_they_get_alone(
     tmp_path: Path, no_report: None, method: str

@@ -218,6 +218,30 @@ def test_epochs_take_as_many_steps_as_they_need():
     assert line.w.item() == pytest.approx(1.7872) or line.w.item() == pytest.approx(1.7836)
 
 
+def sizes_seen(network, n, batch_size, **options):
+    """Sizes of the mini-batches of two epochs."""
+    sizes, data = [], Split(torch.rand(n, 2), torch.zeros(n, dtype=torch.int64), torch.zeros(n, 1))
+
+    def loss(x, y):
+        sizes.append(len(x))
+        return network(x).square().mean()
+
+    budget = LocalBudget(batch_size=batch_size, epochs=2)
+    train(network, data, loss, budget, np.random.default_rng(0), LoopOptions(**options))
+    return sizes
+
+
+@given(n=st.integers(2, 20), batch_size=st.integers(2, 9))
+@settings(deadline=None, max_examples=60)
+def test_a_batch_norm_never_gets_a_last_batch_of_one(n, batch_size):
+    """It joins the batch before it: every example is drawn as often; other networks train as they did."""
+    plain = sizes_seen(nn.Linear(2, 2), n, batch_size)
+    sizes = sizes_seen(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), n, batch_size)
+    assert sum(sizes) == sum(plain) == 2 * n
+    assert min(sizes) > 1
+    assert sizes == ([*plain[:-2], plain[-2] + 1] if plain[-1] == 1 else plain)
+
+
 def test_parameters_without_gradient_do_not_change_even_with_weight_decay():
     line, _ = fit(LocalBudget(batch_size=2, steps=5, learning_rate=0.1, momentum=0.9, weight_decay=0.5))
     assert line.unused.item() == 5.0

@@ -23,6 +23,7 @@ from cafe_flwr.data.split import ClientData
 from cafe_flwr.metrics.exits import evaluate
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.statistics import evaluating
+from cafe_flwr.networks.weights import weights_of
 from cafe_flwr.personal.published import Metadata
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.results.summary import summarise
@@ -136,7 +137,7 @@ def train_central(
         with seeded(int(rng_for(seed, 0, 0, "torch").integers(2**63))):  # for networks that draw, e.g. dropout
             train(network, data.train, loss, budget, rng_for(seed, 0, 0, "batches"), options)
     network.eval()
-    check_finite(network.state_dict())
+    check_finite(weights_of(network))
     return Trained(network, history.epochs, history.steps, time.perf_counter() - start, state.teacher)
 
 

@@ -11,6 +11,8 @@ from flwr.serverapp.strategy import Result
 from cafe_flwr.app.page import write_page
 from cafe_flwr.core.log import logger
 from cafe_flwr.core.older_settings import of_saved_run
+from cafe_flwr.core.random import seeded
+from cafe_flwr.data.options import HUB_IMAGES, HUB_TEXTS
 from cafe_flwr.results.folder import Results, open_results
 from cafe_flwr.results.recorder import Recorder
 from cafe_flwr.risk.options import Calibration
@@ -20,6 +22,7 @@ from cafe_flwr.server.options import Federation
 from cafe_flwr.server.strategy import FederatedStrategy
 from cafe_flwr.settings import FREE_ON_RESUME, Settings, todays
 from cafe_flwr.training.options import Schedule
+from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.options import Bounds, Privacy
 
 
@@ -47,7 +50,23 @@ def build_strategy(
         round_retries=federation.round_retries,
         callbacks=[recorder] if recorder else [],
         resume_from=resume_from,
+        own_description=lambda: own_description(settings),
+        own_numbers=settings.dataset == "local",
     )
+
+
+def own_description(settings: Settings) -> NodeInfo:
+    """The network of the settings as a node describes it; ValueError where a large data set would be read for it."""
+    from cafe_flwr.app.parts import build_networks
+    from cafe_flwr.client.description import describe_network
+    from cafe_flwr.client.process import ProcessCache
+    from cafe_flwr.networks.placement import Placement
+
+    if settings.dataset in (*HUB_IMAGES, *HUB_TEXTS) or settings.dataset.startswith("local:"):
+        raise ValueError(f"it would have to read {settings.dataset}")
+    with seeded(settings.seed):
+        built = ProcessCache(build_networks(settings), settings.build_method(), Placement("cpu"))
+    return describe_network(built)
 
 
 def open_results_of(settings: Settings) -> Results:
@@ -93,6 +112,7 @@ def calibrate(grid: Grid, settings: Settings) -> dict[str, Any]:
         settings.of(Federation),
         seed=settings.seed,
         output=settings.results / "calibration.json",
+        own_numbers=settings.dataset == "local",
     )
 
 

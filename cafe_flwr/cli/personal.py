@@ -166,12 +166,13 @@ def predict(
     folder: Annotated[Path, typer.Argument(help="Folder of an export.", metavar="EXPORTED")],
     inputs: Annotated[Path, typer.Argument(help="A .npy file, an image or a folder of images.", metavar="INPUTS")],
     out: Annotated[Path | None, typer.Option(help="A .csv or .json file to write; by default CSV is printed.")] = None,
+    image_range: Annotated[str, typer.Option(help="data.image-range of the run, such as 0..4095.")] = "",
 ) -> None:
     """Run an exported network with onnxruntime; inputs that are easy leave early."""
     from cafe_flwr.inference.predict import as_csv, predict_file
 
     with errors():
-        found = predict_file(folder, inputs, out)
+        found = predict_file(folder, inputs, out, image_range=image_range)
     if out is None:
         typer.echo(as_csv(found), nl=False)
     else:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flwr.app import Context, Message
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from cafe_flwr.client.description import describe
 from cafe_flwr.client.evaluation import evaluate
+from cafe_flwr.client.privacy import withholds
 from cafe_flwr.client.process import BuildNetwork, LoadData, ModalityOf, Node, NodeContext, Parts
 from cafe_flwr.client.round import train
+from cafe_flwr.client.texts import without_local_texts
 from cafe_flwr.training.trainer import LocalTrainer, LoopTrainer
-from cafe_flwr.wire.initial import initial_content
-from cafe_flwr.wire.keys import Keys
+from cafe_flwr.wire.keys import FLAT, Keys
 
 PARTS = "cafe_flwr_parts"
 
@@ -76,28 +77,38 @@ class _Answers:
         self.node = node
         self.trainer = trainer
 
+    @without_local_texts
     def describe(self, message: Message, context: Context) -> Message:
         """Describe the node, as the strategy asks first."""
         info = describe(NodeContext(self.node, message, context))
         return Message(info.to_content(self.node.keys), reply_to=message)
 
+    @without_local_texts
     def initial(self, message: Message, context: Context) -> Message:
         """Send the shared parameters that the seed gives, flat."""
         flat = NodeContext(self.node, message, context).process.initial()
-        return Message(initial_content(flat, self.node.keys), reply_to=message)
+        return Message(RecordDict({self.node.keys.arrays: ArrayRecord({FLAT: Array(flat)})}), reply_to=message)
 
+    @without_local_texts
     def calibrate(self, message: Message, context: Context) -> Message:
         """Answer a step of calibration."""
         from cafe_flwr.client.calibration import NodeCalibration  # SciPy takes longer to import than this to answer
 
+        if withholds(context.node_config):
+            raise ValueError(
+                "this node reports no metrics (report-metrics = false in its node-config), and so no counts for "
+                "calibration: `cafe-flwr node calibrate` finds its thresholds on the node itself"
+            )
         here = NodeContext(self.node, message, context)
         side = NodeCalibration(here.state_folder, here.process.networks)
         return side.answer(message, self.node.keys, lambda client: here.data(client).calibration)
 
+    @without_local_texts
     def train(self, message: Message, context: Context) -> Message:
         """Train the clients asked for."""
         return Message(train(NodeContext(self.node, message, context), self.trainer), reply_to=message)
 
+    @without_local_texts
     def evaluate(self, message: Message, context: Context) -> Message:
         """Evaluate personal networks; after the last round, publish them."""
         return Message(evaluate(NodeContext(self.node, message, context)), reply_to=message)

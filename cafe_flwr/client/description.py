@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from cafe_flwr import __version__
 from cafe_flwr.client.model import ClientModel
 from cafe_flwr.client.node_config import name_of
-from cafe_flwr.client.process import NodeContext
+from cafe_flwr.client.privacy import withholds
+from cafe_flwr.client.process import NodeContext, ProcessCache
 from cafe_flwr.core.log import logger
 from cafe_flwr.data.split import ClientData
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
@@ -43,35 +45,57 @@ def describe(here: NodeContext) -> NodeInfo:
     kinds = [kind_of(model, macs[id(model)]) for model in models]
     alike = not any(kind.name for kind in kinds)
     different = list(dict.fromkeys(kinds))
-    largest = max(process.wholes.values(), key=lambda whole: whole.network.num_exits)
-    return NodeInfo(
-        version=__version__,
+    network = describe_network(process)
+    return replace(
+        network,
         clients=clients,
         num_examples=sizes,
         problems=problems,
         num_nodes=0 if "clients" in node_config else int(node_config.get("num-partitions", 0)),
-        digest=process.digest,
-        shared=process.shared,
-        upload=largest.schemas["upload"],
-        download=largest.schemas["download"],
-        num_exits=largest.network.num_exits,
-        num_parameters=_num_parameters(largest.network),
-        macs=macs.get(id(largest), [0] * largest.network.num_exits),
+        macs=macs.get(id(process.largest), network.macs),
         name=name_of(node_config),
         kinds=[] if alike else different,
         kind_of=[] if alike else [different.index(kind) for kind in kinds],
     )
 
 
+def describe_network(process: ProcessCache) -> NodeInfo:
+    """What a description says of network and method, without clients; MACs are not counted."""
+    largest = process.largest
+    return NodeInfo(
+        version=__version__,
+        clients=[],
+        num_examples=[],
+        problems=[],
+        num_nodes=0,
+        digest=process.digest,
+        shared=process.shared,
+        upload=largest.schemas["upload"],
+        download=largest.schemas["download"],
+        num_exits=largest.network.num_exits,
+        num_parameters=_num_parameters(largest.network),
+        macs=[0] * largest.network.num_exits,
+    )
+
+
 def _checked(here: NodeContext, client: int) -> tuple[ClientModel, ClientData, list[str]]:
-    """A client's model and data, and remarks on the data; ValueError if it cannot take part."""
+    """A client's model and data, and remarks on the data; ValueError if it cannot take part.
+
+    Where metrics are withheld, nothing is said about the data, not even why they cannot be used.
+    """
     if here.process.trouble:
         raise ValueError(here.process.trouble)
-    model, data = here.model(client), here.data(client)
-    notes = check_data(data, model.network.num_classes)
-    for name in SPLITS:
-        model.network.check_inputs(getattr(data, name).x)
-    return model, data, notes
+    model, withheld = here.model(client), withholds(here.context.node_config, here.context.run_config)
+    try:
+        data = here.data(client)
+        notes = check_data(data, model.network.num_classes)
+        for name in SPLITS:
+            model.network.check_inputs(getattr(data, name).x)
+    except Exception as error:
+        if withheld:
+            raise ValueError("its data cannot be used: the node's own log says why") from error
+        raise
+    return model, data, [] if withheld else notes
 
 
 def _macs(model: ClientModel, data: ClientData, *, compiled: bool) -> list[int]:
@@ -99,7 +123,8 @@ def kind_of(model: ClientModel, macs: Sequence[int]) -> ClientSpec:
 
 
 def _num_parameters(network: EarlyExitNetwork) -> int:
-    return sum(tensor.numel() for tensor in network.state_dict().values())
+    tensors = network.state_dict()
+    return sum(tensors[name].numel() for name in network.kept_names())
 
 
 def check_data(data: ClientData, num_classes: int) -> list[str]:
@@ -113,6 +138,9 @@ def check_data(data: ClientData, num_classes: int) -> list[str]:
                 f"its {name} split has inputs of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}: every "
                 "input needs one label"
             )
+        if x.is_floating_point() and not torch.isfinite(x).all():
+            row = int((~torch.isfinite(x)).reshape(len(x), -1).any(dim=1).int().argmax())
+            raise ValueError(f"its {name} split has NaN or infinite inputs, first in example {row}: mend the data")
         if len(y) and not 0 <= int(y.min()) <= int(y.max()) < num_classes:
             raise ValueError(
                 f"its {name} split has labels {int(y.min())}..{int(y.max())}, expected 0..{num_classes - 1}"

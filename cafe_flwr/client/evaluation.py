@@ -15,6 +15,7 @@ from cafe_flwr.metrics.early_exit import dynamic_counts
 from cafe_flwr.metrics.exits import ExitMetrics, ensemble_accuracy, exit_logits, exit_metrics
 from cafe_flwr.metrics.temperature import fit_temperatures
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.weights import weights_of
 from cafe_flwr.personal.published import Metadata, with_offset
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.training.class_prior import adapt_to_label_shift
@@ -43,7 +44,7 @@ def _evaluate(work: Assignment, client: int, data: ClientData, *, publish: bool)
     if publish:
         with seeded(int(task.rng("torch").integers(2**63))):
             model.method.finish(task)
-    check_finite(model.take(task))
+    check_finite({**weights_of(task.network), **task.state})
     with model.deployed(task) as network:
         evaluated = evaluate_personal(client, network, data, task.steps)
         if publish:

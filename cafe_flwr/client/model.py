@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -20,12 +21,14 @@ from cafe_flwr.methods.whole_model import UPDATE
 from cafe_flwr.networks.capacity import Capacity
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import OnDevice, device_of
+from cafe_flwr.networks.weights import names_of_each, once
 from cafe_flwr.personal.store import PersonalStore
 from cafe_flwr.training.loop import snapshot
 from cafe_flwr.wire.train import TrainRequest
 
 MOMENTUM = "optimizer/"  # before the names of what the optimiser remembers, among a client's personal tensors
 KINDS = ("shared", "upload", "download", "personal")  # of tensors: what travels, and what stays
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,32 @@ class ClientModel:
 
     def classifiers_at_start(self, seed: int, client: int) -> dict[str, Tensor]:
         """Initial personal classifiers of the client, by name; empty where they start as they were built."""
-        personal = set(self.method.personal_names(self.network))
-        names = [name for name in self.network.classifier_names() if name in personal]
         if self.method.classifier_start == "built":
             return {}
-        return classifier_start(Schema.of(self.weights, names).entries, self.method.classifier_start, seed, client)
+        personal = self.spread(dict.fromkeys(self.method.personal_names(self.network)))
+        others = self.network.tied_classifiers()  # start as built: zeros, say, would undo an embedding
+        names = [name for name in self.network.classifier_names() if name in personal and name not in others]
+        entries = Schema.of(self.weights, names).entries
+        return self.spread(classifier_start(entries, self.method.classifier_start, seed, client))
 
     @cached_property
     def schemas(self) -> dict[str, Schema]:
         """Schemas of the tensors that travel and of those that stay, by kind."""
         names = {kind: getattr(self.method, f"{kind}_names")(self.network) for kind in KINDS}
-        return {kind: Schema.of(self.tensors, names[kind]) for kind in KINDS}
+        return {kind: Schema.of(self.tensors, once(self.network, names[kind])) for kind in KINDS}
+
+    @cached_property
+    def _names(self) -> dict[str, list[str]]:
+        return names_of_each(self.network)
+
+    def spread(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """These tensors under every name that they have in the network, as only one of tied names travels."""
+        return {other: tensor for name, tensor in tensors.items() for other in self._names.get(name, [name])}
+
+    def settled(self, before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``before`` with what is new ``after``; where one of tied names is new, the others get its tensor."""
+        new = {name: tensor for name, tensor in after.items() if tensor is not before.get(name)}
+        return {**before, **self.spread(new)}
 
     @cached_property
     def shared(self) -> Schema:
@@ -95,7 +113,7 @@ class ClientModel:
             network=network,
             data=data.train,
             active=request.active[row, : network.num_exits - 1].tolist(),
-            download={name: t.to(device) for name, t in download.items()},
+            download={name: t.to(device) for name, t in self.spread(download).items()},
             budget=request.budget,
             rng=partial(rng_for, request.seed, request.server_round, client),
             private_rng=partial(store.private_rng, client),
@@ -107,13 +125,35 @@ class ClientModel:
         kept = store.load(client, request.versions[row]) or {}
         if task.budget.keep_momentum:
             task.momentum = without_prefix(kept, MOMENTUM)
-        # A client may have held another part before: what it no longer holds is dropped, what is new starts anew.
-        same = {name for name in kept.keys() & self.tensors.keys() if kept[name].shape == self.tensors[name].shape}
-        tensors = {**self.initial, **start, **shared, **{name: kept[name] for name in same}}
-        self.put(task, self.method.receive(tensors, download, task.initial, data.train))
+        own = self._own(kept, partial(store.note, client))
+        tensors = {**self.initial, **start, **self.spread(shared), **self.spread(own)}
+        self.put(task, self.settled(tensors, self.method.receive(tensors, download, task.initial, data.train)))
         offset = self.method.offset(data.train, network.num_classes)
         network.offset = None if offset is None else offset.to(device)
         return task
+
+    def _own(self, kept: Mapping[str, Tensor], note: Callable[[str], None]) -> dict[str, Tensor]:
+        """What the client still holds of the tensors that it kept.
+
+        A client may have held another part before: what it no longer holds is dropped, what is new starts anew; both
+        are noted, but not what earlier versions kept of the network although it is no weight.
+        """
+        entries = dict(self.schemas["personal"].entries)
+        mine = {name: t for name, t in kept.items() if not name.startswith(MOMENTUM)}
+        own = {
+            name: mine[name]
+            for name, shape in entries.items()
+            if name in mine
+            and tuple(mine[name].shape) == tuple(shape)
+            and mine[name].is_floating_point() == self.tensors[name].is_floating_point()
+        }
+        dropped = [name for name in mine if name not in own and (name in entries or name not in self.weights)]
+        anew = [name for name in entries if name not in own] if mine else []
+        if dropped:
+            note(f"of its state, what its network has not, or in another shape or type, is not used: {_some(dropped)}")
+        if anew:
+            note(f"what its state lacks starts anew: {_some(anew)}")
+        return own
 
     def _download(self, request: TrainRequest, client: int) -> dict[str, Tensor]:
         """What the server sent to this client alone, by name; empty if nothing."""
@@ -127,13 +167,14 @@ class ClientModel:
         Tensors that are updates hold the difference between this and the common start.
         """
         initial = {**self.weights, **self.classifiers_at_start(request.seed, client)}
-        start = self.method.receive({**self.initial, **initial, **shared}, self._download(request, client), initial)
+        before = {**self.initial, **initial, **self.spread(shared)}
+        start = self.settled(before, self.method.receive(before, self._download(request, client), initial))
         moved = {
             name: start[name.removeprefix(UPDATE)] - initial[name.removeprefix(UPDATE)]
             for name in start
             if name.startswith(UPDATE)
         }
-        return {**start, **moved, **shared}
+        return {**start, **moved, **self.spread(shared)}
 
     def put(self, task: LocalTask, tensors: Mapping[str, Tensor]) -> None:
         """Load these tensors into a task: the network's into its network, the others into its state, on its device."""
@@ -153,8 +194,8 @@ class ClientModel:
         if personal is tensors:
             yield task.network
             return
-        kept = snapshot(task.network)
-        task.network.load_state_dict(personal)
+        kept, settled = snapshot(task.network), self.settled(tensors, personal)
+        task.network.load_state_dict({name: settled[name] for name in self.weights})
         try:
             yield task.network
         finally:
@@ -164,3 +205,9 @@ class ClientModel:
     def digest(self) -> str:
         """Fingerprint of the schemas."""
         return schema_hash(*(self.schemas[kind] for kind in KINDS))
+
+
+def _some(names: Sequence[str]) -> str:
+    """Up to three names, and how many others there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

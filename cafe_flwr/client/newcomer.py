@@ -148,9 +148,9 @@ def train_newcomer(
     """
     metadata, network = package.metadata, model.network
     classifiers = network.classifier_names()
-    backbone = {name: t for name, t in package.shared.items() if name not in classifiers}
-    heads = {**model.classifiers_at_start(metadata["seed"], client), **mean_heads(package.teacher, network)}
-    tensors = {**model.initial, **package.shared, **heads}
+    backbone = model.spread({name: t for name, t in package.shared.items() if name not in classifiers})
+    means = model.spread(mean_heads(model.spread(package.teacher), network))
+    tensors = {**model.initial, **backbone, **model.classifiers_at_start(metadata["seed"], client), **means}
     task = _epoch(model, package, client, data, epoch=0, epochs=epochs)
     model.put(task, tensors)
     network.offset = model.method.offset(data.train, network.num_classes)
@@ -180,7 +180,7 @@ def _epoch(
         network=model.network,
         data=data.train,
         active=[True] * (model.network.num_exits - 1),
-        download=package.teacher,
+        download=model.spread(package.teacher),
         budget=replace(budget, epochs=1, learning_rate=rate),
         rng=partial(rng_for, metadata["seed"], metadata["num_rounds"] + epoch, client),
         server_round=metadata["num_rounds"],

@@ -9,6 +9,8 @@
 ``max-width``  The share of the width of all layers that they can hold, such as ``0.5``; else all
 ``name``       What people call the node; it stands beside the clients' numbers in logs and records
 =============  =========================================================================================
+
+Bounds on requests: :mod:`cafe_flwr.client.node_bounds`; demands on privacy: :mod:`cafe_flwr.client.privacy`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cafe_flwr.client.node_bounds import NodeBounds
 from cafe_flwr.core.text import check_name
 
 NodeConfig = Mapping[str, Any]
@@ -49,6 +52,7 @@ def hosted(node: NodeConfig, num_clients: int | None) -> list[int]:
     partition = int(node["partition-id"])
     if num_clients is None:
         return [partition]
+    num_clients = NodeBounds.of(node).check_clients(num_clients)
     return hosted_clients(partition, int(node.get("num-partitions", num_clients)), num_clients)
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from cafe_flwr.core.options import values_of
 from cafe_flwr.wire.options import Privacy
 
 
@@ -27,9 +29,6 @@ def stricter(asked: Privacy, node_config: Mapping[str, Any]) -> Privacy:
         largest_clip = float(node_config.get("clip-norm", math.inf))
     except ValueError as error:
         raise ValueError(f"node-config clip-norm and noise-multiplier must be numbers: {error}") from None
-    withhold = str(node_config.get("report-metrics", "true")).lower()
-    if withhold not in ("true", "false"):
-        raise ValueError(f"node-config report-metrics must be true or false, got {withhold!r}")
     if asked.noise_multiplier < least_noise:
         raise ValueError(
             f"this node sends nothing with a noise-multiplier below {least_noise:g}, and the server asks for "
@@ -41,4 +40,13 @@ def stricter(asked: Privacy, node_config: Mapping[str, Any]) -> Privacy:
             f"this node sends nothing with a clip-norm beyond {largest_clip:g}, and the server asks for "
             f"{longest if asked.on else 'no clipping'}"
         )
-    return asked if withhold == "true" else Privacy(**{**vars(asked), "report_metrics": False})
+    return replace(asked, report_metrics=False) if withholds(node_config) else asked
+
+
+def withholds(node_config: Mapping[str, Any], run_config: Mapping[str, Any] | None = None) -> bool:
+    """Whether the node, or the run's settings, let clients report no metrics."""
+    said = str(node_config.get("report-metrics", "true")).lower()
+    if said not in ("true", "false"):
+        raise ValueError(f"node-config report-metrics must be true or false, got {said!r}")
+    asked = values_of(Privacy, run_config or {}).get("report_metrics", True)
+    return said == "false" or str(asked).lower() == "false"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cafe_flwr.client.capacity import held_by
 from cafe_flwr.client.model import ClientModel
+from cafe_flwr.client.node_bounds import NodeBounds
 from cafe_flwr.client.node_config import hosted
 from cafe_flwr.core.random import rng_for, seeded
 from cafe_flwr.core.schema import Schema, schema_hash
@@ -23,9 +24,12 @@ from cafe_flwr.methods.registry import METHODS, method_from
 from cafe_flwr.networks.capacity import Capacity, Networks, networks_of, start_alike
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import Placement
+from cafe_flwr.networks.weights import leading
 from cafe_flwr.personal.store import personal_folder
 from cafe_flwr.wire.codec import check_server, prefixed, record_of
+from cafe_flwr.wire.describe import QUERY
 from cafe_flwr.wire.keys import Keys
+from cafe_flwr.wire.reader import read
 
 BuildNetwork = Callable[[Context], EarlyExitNetwork | Networks]
 LoadData = Callable[[int, Context], ClientData]
@@ -90,10 +94,15 @@ class ProcessCache:
             network = held.of(whole.network)
             if held.width < 1:
                 self.placement.place(network)
-            shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
-            weights = {name: whole.weights[name][tuple(map(slice, shape))] for name, shape in shapes.items()}
+            own = {name: tensor.cpu().clone() for name, tensor in network.state_dict().items()}
+            weights = {**own, **leading(whole.weights, own)}
             self._parts[modality, held] = ClientModel(network, whole.method, weights, modality, held)
         return self._parts[modality, held]
+
+    @property
+    def largest(self) -> ClientModel:
+        """The model of the whole network with the most exits."""
+        return max(self.wholes.values(), key=lambda whole: whole.network.num_exits)
 
     def initial(self) -> NDArray[np.float32]:
         """The shared part that a run starts from, flat."""
@@ -116,13 +125,16 @@ class Node:
 
 
 class NodeContext:
-    """The node as it answers a message: ``config`` are the message's settings, ``seed`` is that of the run."""
+    """The node as it answers a message: ``config`` are the message's settings, ``seed`` is that of the run.
+
+    ValueError for a message of another protocol, or with senseless values.
+    """
 
     def __init__(self, node: Node, message: Message, context: Context) -> None:
         self.node, self.message, self.context = node, message, context
         self.config: Mapping[str, Any] = record_of(message, node.keys.config, ConfigRecord)
         check_server(self.config)
-        self.seed = int(self.config["seed"])
+        self.seed: int = read(self.config, QUERY)["seed"]
 
     @cached_property
     def process(self) -> ProcessCache:
@@ -142,8 +154,10 @@ class NodeContext:
 
     @property
     def num_clients(self) -> int | None:
-        """Number of clients if the message has it, as in a simulation."""
-        return int(self.config["num-clients"]) if "num-clients" in self.config else None
+        """Number of clients if the message has it, as in a simulation; ValueError if the node takes fewer."""
+        if "num-clients" not in self.config:
+            return None
+        return NodeBounds.of(self.context.node_config).check_clients(self.config["num-clients"])
 
     @cached_property
     def hosted(self) -> list[int]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cafe_flwr.client.model import MOMENTUM, ClientModel
+from cafe_flwr.client.node_bounds import NodeBounds
 from cafe_flwr.client.privacy import stricter
 from cafe_flwr.client.process import NodeContext
 from cafe_flwr.core.log import logger
@@ -53,6 +54,8 @@ class Assignment:
         Clients that failed and why, filled as the work goes on.
     exhausted
         Errors of clients that ran out of memory, until it is freed.
+    bounds, deadline
+        The most that the node does for a request, and when it stops.
     """
 
     here: NodeContext
@@ -63,10 +66,12 @@ class Assignment:
     tensors: Mapping[int, Mapping[str, Tensor]]
     failures: dict[int, str] = field(default_factory=dict)
     exhausted: dict[int, Exception] = field(default_factory=dict)
+    bounds: NodeBounds = field(default_factory=NodeBounds)
+    deadline: float = math.inf
 
     @classmethod
     def read(cls, here: NodeContext) -> Assignment:
-        """Read a message; ValueError if it does not fit the node's network, or the node demands more privacy."""
+        """Read a message; ValueError if it does not fit the node's network, or asks for more than the node does."""
         message, keys, process = here.message, here.node.keys, here.process
         models = {client: here.model(client) for client in clients_in(message, keys)}
         view = SharedSlice(process.shared, [model.shared for model in models.values()])
@@ -82,17 +87,22 @@ class Assignment:
             )
         if process.trouble:
             raise ValueError(process.trouble)
+        bounds = NodeBounds.of(here.context.node_config)
+        bounds.check(request)
         request = replace(request, privacy=stricter(request.privacy, here.context.node_config))
         store = PersonalStore(here.state_folder, request.run, message.metadata.created_at)
         unpacked = {
             id(model): model.schemas["shared"].unpack(view.part(request.shared, model.shared))
             for model in {id(model): model for model in models.values()}.values()
         }
-        return cls(here, request, store, models, view, {c: unpacked[id(model)] for c, model in models.items()})
+        tensors = {client: unpacked[id(model)] for client, model in models.items()}
+        return cls(here, request, store, models, view, tensors, bounds=bounds, deadline=bounds.deadline)
 
     def begin(self, client: int, data: ClientData, *, apart: bool = False) -> LocalTask:
         """A client's task at the start of the round; ``apart``: with a network of its own."""
-        return self.models[client].begin(self.request, client, self.tensors[client], self.store, data, apart=apart)
+        self.bounds.check_client(self.request.budget, len(data.train))
+        task = self.models[client].begin(self.request, client, self.tensors[client], self.store, data, apart=apart)
+        return replace(task, deadline=self.deadline)
 
     @contextmanager
     def trying(self, client: int, otherwise: str) -> Iterator[None]:

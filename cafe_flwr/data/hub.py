@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cafe_flwr.data.augmentation import Augmentation
-from cafe_flwr.data.local import column_of
+from cafe_flwr.data.folders import Places, files_below
+from cafe_flwr.data.labels import fault_in
+from cafe_flwr.data.local import column_of, encoded, parquet_rows
+from cafe_flwr.data.pictures import alike, as_pixels, read_pictures, scales_of
 from cafe_flwr.data.tokenizer import words
 from cafe_flwr.networks.preprocessing import SYMMETRIC, Normalisation
 
@@ -74,25 +77,23 @@ class OpenSet:
     about: HubSet
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
-    _rows: Any  # a datasets.Dataset
-    _origin: str
+    _rows: Any  # a datasets.Dataset, pictures encoded
+    _where: Callable[[int], str]  # place of a row; of −1: the set
 
     def images(self, rows: NDArray[np.int64]) -> Tensor:
         """Pictures of these rows as pixels, (N, 3, H, W) uint8; ValueError if one is damaged or of another size."""
         size = self.about.image_size
-        pixels = np.zeros((len(rows), size, size, 3), dtype=np.uint8)
+        pixels = np.zeros((len(rows), 3, size, size), dtype=np.uint8)
         pictures = self._rows.select_columns([self.about.inputs])
         for place, row in enumerate(rows.tolist()):
-            try:
-                picture = pictures[row][self.about.inputs].convert("RGB")
-            except Exception as error:
-                raise ValueError(f"row {row} of {self._origin} holds no image that can be read: {error}") from error
-            if picture.size != (size, size):
+            picture = read_pictures([pictures[row][self.about.inputs]], 0, self._where, [row])
+            (image,) = alike(picture, scales_of(picture), channels=3)
+            if image.shape[1:] != (size, size):
                 raise ValueError(
-                    f"row {row} of {self._origin} is {picture.size[0]}×{picture.size[1]} pixels, expected {size}×{size}"
+                    f"{self._where(row)} is {image.shape[2]}×{image.shape[1]} pixels, expected {size}×{size}"
                 )
-            pixels[place] = np.asarray(picture)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+            pixels[place] = as_pixels(image)
+        return torch.from_numpy(pixels)
 
     def texts(self, rows: NDArray[np.int64], part: str = "whole") -> list[str]:
         """Texts of these rows; with part ``"title"`` the column ``title`` or, without one, the first words of the text.
@@ -102,15 +103,18 @@ class OpenSet:
         """
         if not len(rows):
             return []
-        chosen = self._rows.select(rows)
-        if part == "title" and TITLE in self._rows.column_names:
-            return [str(text) for text in chosen[TITLE]]
-        texts = [str(text) for text in chosen[self.about.inputs]]
+        titled = part == "title" and TITLE in self._rows.column_names
+        column = TITLE if titled else self.about.inputs
+        texts = list(self._rows.select(rows)[column])
+        if wrong := [row for row, text in zip(rows.tolist(), texts, strict=True) if not isinstance(text, str)]:
+            raise ValueError(f"{self._where(wrong[0])} has no text in column {column!r}")
+        if titled:
+            return texts
         return [" ".join(words(text)[: self.about.title_words]) for text in texts] if part == "title" else texts
 
     def column(self, name: str) -> list[Any]:
         """Values of a column, with class names in place of labels. ValueError if it does not exist."""
-        return column_of(self._rows.remove_columns([self.about.inputs]), name, self._origin)
+        return column_of(self._rows.remove_columns([self.about.inputs]), name, self._where(-1))
 
 
 def open_set(name: str, data_dir: str = "") -> OpenSet:
@@ -133,15 +137,16 @@ def open_set(name: str, data_dir: str = "") -> OpenSet:
     about = HUB_SETS[name]
     folder = Path(data_dir).expanduser() / name if data_dir else None
     origin = f"dataset = {name!r}" + (f" in {folder}" if folder else "")
-    rows = _from_folder(folder, name) if folder else _from_hub(name)
+    rows, files = _from_folder(folder, name) if folder else (_from_hub(name), [])
     for column in (about.inputs, about.labels):
         if column not in rows.column_names:
             raise ValueError(
                 f"{origin} has no column {column!r}; it has {', '.join(rows.column_names)}. Expected are those of "
                 f"{about.repository} on the hub: {about.inputs} and {about.labels}"
             )
-    labels, class_names = _labels(rows, about, origin)
-    return OpenSet(about, labels, class_names, _decodable(rows, about), origin)
+    where = Places(origin, files)
+    labels, class_names = _labels(rows, about, where)
+    return OpenSet(about, labels, class_names, encoded(rows, about.inputs), where)
 
 
 def _from_hub(name: str) -> Any:
@@ -165,18 +170,20 @@ def _how_to_place(name: str, data_dir: str) -> str:
     )
 
 
-def _from_folder(folder: Path, name: str) -> Any:
-    from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
+def _from_folder(folder: Path, name: str) -> tuple[Any, list[Path]]:
+    """Rows of a copy, and the parquet files that they are of."""
+    from datasets import DatasetDict, concatenate_datasets, load_from_disk
 
     advice = _how_to_place(name, str(folder.parent))
     if not folder.is_dir():
         raise ValueError(f"dataset = {name!r}: there is no folder {folder}. {advice}")
-    parquet = sorted(folder.rglob("*.parquet"), key=lambda file: (_place(file, HUB_SETS[name].splits), file))
+    parquet = [file for file in files_below(folder) if file.suffix == ".parquet"]
+    parquet.sort(key=lambda file: (_place(file, HUB_SETS[name].splits), file))
     saved = any((folder / marker).is_file() for marker in ("dataset_dict.json", "state.json"))
     if not saved and not parquet:
         raise ValueError(f"dataset = {name!r}: {folder} holds no parquet files and no saved data set. {advice}")
     try:
-        found = load_from_disk(str(folder)) if saved else Dataset.from_parquet([str(file) for file in parquet])
+        found = load_from_disk(str(folder)) if saved else parquet_rows(parquet)
     except Exception as error:
         reason = error.__cause__ or error
         raise ValueError(
@@ -184,7 +191,7 @@ def _from_folder(folder: Path, name: str) -> Any:
         ) from error
     if isinstance(found, DatasetDict):
         found = concatenate_datasets([found[split] for split in HUB_SETS[name].splits if split in found])
-    return found
+    return found, [] if saved else parquet
 
 
 def _place(file: Path, splits: Sequence[str]) -> int:
@@ -192,40 +199,34 @@ def _place(file: Path, splits: Sequence[str]) -> int:
     return next((k for k, split in enumerate(splits) if file.name.startswith(split)), len(splits))
 
 
-def _labels(rows: Any, about: HubSet, origin: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _labels(rows: Any, about: HubSet, where: Places) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     from datasets import ClassLabel
 
-    listed = rows[about.labels][:]
-    values = np.asarray(listed)
-    if not len(values):
+    listed, origin, last = list(rows[about.labels]), where(-1), about.num_classes - 1
+    if not listed:
         raise ValueError(f"{origin} has no rows")
-    if missing := sum(label is None for label in listed):
-        raise ValueError(f"{origin} has {missing} rows without a label in column {about.labels!r}")
-    if not np.issubdtype(values.dtype, np.integer):
+    fault = fault_in(listed)
+    if fault and fault.missing:
         raise ValueError(
-            f"labels of {origin} must be numbers 0..{about.num_classes - 1}, got {listed[0]!r} in column "
-            f"{about.labels!r}"
+            f"{origin} has {fault.number} rows without a label in column {about.labels!r}, first {where(fault.row)}"
         )
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high >= about.num_classes:
-        withheld = " (-1: the label is withheld)" if low == -1 else ""
+    if fault:
         raise ValueError(
-            f"labels of {origin} are {low}..{high}{withheld}, expected 0..{about.num_classes - 1} in column "
-            f"{about.labels!r}"
+            f"labels of {origin} must be numbers 0..{last}, got {fault.label} in column {about.labels!r}, "
+            f"{where(fault.row)}"
+        )
+    low, high = min(listed), max(listed)
+    if low < 0 or high > last:
+        withheld = " (-1: the label is withheld)" if low == -1 else ""
+        first = next(row for row, label in enumerate(listed) if not 0 <= label <= last)
+        raise ValueError(
+            f"labels of {origin} are {low}..{high}{withheld}, expected 0..{last} in column {about.labels!r}; first "
+            f"{where(first)}"
         )
     feature = rows.features[about.labels]
     named = isinstance(feature, ClassLabel) and feature.num_classes == about.num_classes
     names = feature.names if named else map(str, range(about.num_classes))
-    return values.astype(np.int64), tuple(names)
-
-
-def _decodable(rows: Any, about: HubSet) -> Any:
-    """The rows with their pictures marked as such, which a file may lack."""
-    from datasets import Image
-
-    if about.image_size and not isinstance(rows.features[about.inputs], Image):
-        return rows.cast_column(about.inputs, Image())
-    return rows
+    return np.asarray(listed, dtype=np.int64), tuple(names)
 
 
 def _first_line(error: Exception) -> str:

@@ -2,70 +2,101 @@
 
 from __future__ import annotations
 
+import glob
 import logging
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-METADATA = ("metadata.csv", "metadata.jsonl")
+from cafe_flwr.core.log import logger
+from cafe_flwr.data.folders import Places, files_below, pictures_among, suffixes
+from cafe_flwr.data.labels import classes_of, composed, without_examples
+from cafe_flwr.data.pictures import Pixels, alike, read_pictures, scales_of
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Files that add columns to an image folder, by ``file_name``, as Hugging Face's imagefolder reads them."""
+
+IDS = 10
+"""Numbers this many times as large as the number of rows are ids, not classes."""
 
 
 class LocalSet(NamedTuple):
     """A set that has been read.
 
-    ``images``, (N, C, H, W): pixels (uint8) if all images have 8 bits, else float32, about −1..1. ``labels``: (N,)
-    int64, 0..K−1; ``class_names`` in their order. ``column`` gives the values of a column, (N,), by its name;
-    ValueError if it does not exist.
+    ``images``, (N, C, H, W): pixels (uint8) if all images have 8 bits, else float32, −1..1. ``labels``: (N,) int64,
+    0..K−1; ``class_names`` in their order. ``column`` gives the values of a column, (N,), by its name; ValueError if it
+    does not exist.
     """
 
-    images: NDArray[np.uint8] | NDArray[np.float32]
+    images: Pixels
     labels: NDArray[np.int64]
     class_names: tuple[str, ...]
     column: Callable[[str], Sequence[Any]]
 
 
-def read_local(path: Path, image_size: int, image_column: str, label_column: str) -> LocalSet:
+def read_local(
+    path: Path,
+    image_size: int,
+    image_column: str,
+    label_column: str,
+    image_range: str = "",
+    *,
+    channels: int = 0,
+    gaps: bool = True,
+) -> LocalSet:
     """Read a parquet file, a folder of them, or an image folder.
 
-    ValueError if it does not exist, lacks a column or a label, or has an unreadable image or images of several shapes.
+    Parameters
+    ----------
+    image_range
+        Numbers of black and white, see :func:`cafe_flwr.data.pictures.scales_of`.
+    channels
+        1 or 3 channels for all images; 0: 3 if any is coloured.
+    gaps
+        Whether labels that are numbers make a class of every number up to the largest, or of those that occur only.
+
+    Raises
+    ------
+    ValueError
+        If it does not exist, lacks a column or a label, has classes or images that would get lost, labels that are ids,
+        an unreadable image, or images of several shapes.
     """
     logging.getLogger("datasets").setLevel(logging.ERROR)
-    from datasets import ClassLabel, Image, Value
-
-    dataset = _open(path)
+    rows, where = _open(path)
     for column in (image_column, label_column):
-        if column not in dataset.column_names:
+        if column not in rows.column_names:
             raise ValueError(
-                f"dataset = 'local:{path}' has no column {column!r}; it has {', '.join(dataset.column_names)}. "
+                f"dataset = 'local:{path}' has no column {column!r}; it has {', '.join(rows.column_names)}. "
                 "Set image-column and label-column"
             )
-    if None in dataset.unique(label_column):
-        raise ValueError(f"dataset = 'local:{path}' has rows without a label in column {label_column!r}")
-    if dataset.features[label_column] in (Value("string"), Value("large_string")):
-        dataset = dataset.class_encode_column(label_column)
-    labels = np.asarray(dataset[label_column])
-    feature = dataset.features[label_column]
-    if isinstance(feature, ClassLabel):
-        names = tuple(feature.names)
-    elif np.issubdtype(labels.dtype, np.integer) and len(labels) and labels.min() >= 0:
-        names = tuple(str(c) for c in range(int(labels.max()) + 1))
-    else:
-        raise ValueError(f"column {label_column!r} of 'local:{path}' must hold labels 0..C−1 or names of classes")
-    if len(labels) == 0 or labels.min() < 0:
-        raise ValueError(f"dataset = 'local:{path}' has rows without a label, or no rows")
+    pictures = encoded(rows, image_column).select_columns([image_column])
+    labels, names = _classes(rows, label_column, where, gaps)
+    read = read_pictures((row[image_column] for row in pictures), image_size, where)
+    try:
+        images = alike(read, scales_of(read, image_range), channels)
+        del read  # floats are held once, as scaled
+    except ValueError as error:
+        raise ValueError(f"dataset = 'local:{path}', column {image_column!r}: {error}") from None
+    if len(shapes := {image.shape for image in images}) != 1:
+        raise ValueError(f"images of 'local:{path}' have {len(shapes)} different shapes: set data.image-size")
+    others, stacked = rows.remove_columns([image_column]), np.stack(cast(list[Any], images))
+    return LocalSet(stacked, labels, names, lambda name: column_of(others, name, f"dataset = 'local:{path}'"))
 
-    if isinstance(dataset.features[image_column], dict) or dataset.features[image_column] == Value("binary"):
-        dataset = dataset.cast_column(image_column, Image())  # as the hub's parquet files hold them
-    images = _read_images(dataset.select_columns([image_column]), image_column, image_size, f"'local:{path}'")
-    rows = dataset.remove_columns([image_column])
-    return LocalSet(
-        images, labels.astype(np.int64), names, lambda name: column_of(rows, name, f"dataset = 'local:{path}'")
-    )
+
+def encoded(rows: Any, column: str) -> Any:
+    """Rows of a ``datasets.Dataset`` with pictures as the bytes or paths of their files; numbers as they are."""
+    from datasets import Image, Value
+
+    feature = rows.features[column]
+    files = isinstance(feature, Image | dict) or feature in (Value("binary"), Value("large_binary"))
+    return rows.cast_column(column, Image(decode=False)) if files else rows
 
 
 def column_of(rows: Any, name: str, origin: str) -> list[Any]:
@@ -83,105 +114,121 @@ def column_of(rows: Any, name: str, origin: str) -> list[Any]:
     return values
 
 
-def normalised(images: NDArray[np.uint8] | NDArray[np.float32]) -> NDArray[np.float32]:
+def normalised(images: Pixels) -> NDArray[np.float32]:
     """Pixels (uint8) as float32 in −1..1; other images as they are."""
     return (
         images.astype(np.float32) / 127.5 - 1.0 if images.dtype == np.uint8 else images.astype(np.float32, copy=False)
     )
 
 
-def _open(path: Path) -> Any:
-    """Rows of the file or folder, with columns of images and labels if there are any."""
+def parquet_rows(files: Sequence[Path]) -> Any:
+    """Rows of parquet files, one after the other; whatever signs are in their paths."""
     from datasets import Dataset
 
+    return Dataset.from_parquet([glob.escape(str(file)) for file in files])
+
+
+def _classes(rows: Any, column: str, where: Places, gaps: bool) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Labels and names of the classes."""
+    from datasets import ClassLabel
+
+    feature, listed = rows.features[column], list(rows[column])
+    if not listed:
+        raise ValueError(f"dataset = {where(-1)} has no rows")
+    labels, names = classes_of(listed, feature.names if isinstance(feature, ClassLabel) else None, column, where)
+    largest = int(labels.max())
+    if names is None and not gaps:
+        found, labels = np.unique(labels, return_inverse=True)
+        names = tuple(map(str, found.tolist()))
+    elif names is None:
+        if largest >= IDS * len(labels):
+            raise ValueError(
+                f"column {column!r} of {where(-1)} holds numbers up to {max(listed)} for {len(labels)} rows (first "
+                f"{where(int(labels.argmax()))}): these are ids. Number the classes 0..C−1, or give their names as text"
+            )
+        names = tuple(map(str, range(largest + 1)))
+    elif largest >= len(names):
+        raise ValueError(f"column {column!r} of {where(-1)} has {len(names)} classes, and a label {largest}")
+    if gaps and (empty := without_examples(labels, names)):
+        logger.warning("%s, column %r: %s", where(-1), column, empty)
+    return labels.astype(np.int64), composed(names, where(-1))
+
+
+def _open(path: Path) -> tuple[Any, Places]:
+    """Rows of the file or folder, with columns of images and labels if there are any; and the names of their places."""
     if not path.exists():
         raise ValueError(f"dataset = 'local:{path}': there is no such file or folder on this machine")
-    parquet = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     if path.is_file() and path.suffix != ".parquet":
         raise ValueError(f"dataset = 'local:{path}': expected a .parquet file or a folder, got a {path.suffix} file")
-    described = path.is_dir() and any(next(path.rglob(name), None) for name in METADATA)
-    if not parquet and not described and not any(child.is_dir() for child in path.iterdir()):
-        raise ValueError(f"dataset = 'local:{path}' has no subfolders: expected one with images per class")
+    with _readable(path):
+        files = files_below(path) if path.is_dir() else [path]
+    parquet = [file for file in files if file.suffix == ".parquet" and file.name not in METADATA]
+    pictures, described = pictures_among(files), [file for file in files if file.name in METADATA]
+    read = parquet or [*pictures, *described]
+    if left := sorted(set(files) - set(read)):
+        logger.warning("%d files in 'local:%s' are left out: %s", len(left), path, suffixes(left))
+    if parquet:
+        with _readable(path):
+            return parquet_rows(parquet), Places(f"'local:{path}'", parquet)
+    rows = _described(path, pictures, described) if described else _by_folders(path, pictures)
+    return rows, Places(f"'local:{path}'", file_of=lambda row: os.path.relpath(rows[row]["image"]["path"], path))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what libraries raise into a ValueError that says what was expected."""
     try:
-        if parquet:
-            return Dataset.from_parquet([str(file) for file in parquet])
-        dataset = _open_folder(path)
+        yield
     except Exception as error:
+        reason = error.__cause__ or error
         raise ValueError(
-            f"dataset = 'local:{path}' cannot be read ({type(error).__name__}: {error}): expected a parquet file, a "
+            f"dataset = 'local:{path}' cannot be read ({type(reason).__name__}: {reason}): expected a parquet file, a "
             "folder of parquet files, or a folder with one subfolder of images per class"
         ) from error
-    return _with_classes(dataset, path) if described else dataset
 
 
-def _open_folder(path: Path) -> Any:
-    from datasets import load_dataset
+def _by_folders(path: Path, pictures: Sequence[Path]) -> Any:
+    """Rows of an image folder with a subfolder per class."""
+    from datasets import ClassLabel, Dataset, Features, Image
 
-    # All files: by default imagefolder takes 'train' or 'test' in a folder's name for a split.
-    files = {"train": str(path / "**")}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # datasets leaves metadata files to the garbage collector
-        return load_dataset("imagefolder", data_files=files, split="train", drop_labels=False)
-
-
-def _with_classes(dataset: Any, path: Path) -> Any:
-    """Add the classes of an image folder with metadata; ValueError if the metadata leaves out images."""
-    from datasets import Image
-    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
-
-    files = [Path(row["image"]["path"]) for row in dataset.cast_column("image", Image(decode=False))]
-    there = {file for file in path.rglob("*") if file.suffix.lower() in ImageFolder.EXTENSIONS}
-    if missing := sorted(there - set(files)):
+    places = [picture.relative_to(path).parts for picture in pictures]
+    if not any(len(place) > 1 for place in places):
+        raise ValueError(f"dataset = 'local:{path}' has no subfolders with images: expected one with images per class")
+    if odd := ["/".join(place) for place in places if len(place) != 2]:
         raise ValueError(
-            f"dataset = 'local:{path}': its metadata names {len(files)} of {len(there)} images, and not "
-            f"{missing[0].relative_to(path)}: add a line per image to {' or '.join(METADATA)}, or remove the file"
+            f"dataset = 'local:{path}': {len(odd)} of its {len(places)} images do not lie in a subfolder of their "
+            f"class, such as {odd[0]}: expected <class>/<image>. Move them, or name the folder with the class folders"
         )
-    if "label" in dataset.column_names or any(file.parent == path for file in files):
-        return dataset
-    return dataset.add_column("label", [file.parent.name for file in files])
+    names = sorted({name for name, _ in places})
+    there = [child.name for child in sorted(path.iterdir()) if child.is_dir() and not child.name.startswith(".")]
+    if empty := [name for name in there if name not in names]:
+        logger.warning("folders of 'local:%s' without an image are no classes: %s", path, ", ".join(map(repr, empty)))
+    number = {name: k for k, name in enumerate(names)}
+    columns = {"image": [str(picture) for picture in pictures], "label": [number[name] for name, _ in places]}
+    return Dataset.from_dict(columns, Features({"image": Image(decode=False), "label": ClassLabel(names=names)}))
 
 
-def _read_images(rows: Any, column: str, image_size: int, origin: str) -> NDArray[np.uint8] | NDArray[np.float32]:
-    images: list[NDArray[Any]] = []
-    for row in range(len(rows)):
-        try:
-            images.append(_to_pixels(rows[row][column], image_size))
-        except Exception as error:
-            raise ValueError(f"row {row} of {origin} holds no image that can be read: {error}") from error
-    images = alike(images)
-    if len({image.dtype for image in images}) > 1:
-        images = [normalised(image) for image in images]
-    shapes = {image.shape for image in images}
-    if len(shapes) != 1:
-        raise ValueError(f"images of {origin} have {len(shapes)} different shapes: set data.image-size")
-    return np.stack(images)
+def _described(path: Path, pictures: Sequence[Path], metadata: Sequence[Path]) -> Any:
+    """Rows of an image folder with metadata; ValueError unless these name every image once."""
+    from datasets import Image, load_dataset
 
-
-def alike(images: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
-    """Images (C, H, W), grey ones with three channels if there are coloured ones, too."""
-    mixed = len({len(image) for image in images}) > 1
-    return [np.repeat(image, 3, axis=0) if mixed and len(image) == 1 else image for image in images]
-
-
-def to_array(image: Any, size: int) -> NDArray[np.float32]:
-    """One image as (C, H, W) float32, about −1..1; resized to this height and width unless it is 0."""
-    return normalised(_to_pixels(image, size))
-
-
-def _to_pixels(image: Any, size: int) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """One image as (C, H, W): pixels (uint8), or float32, about −1..1, if it has more than 8 bits.
-
-    Grey images that are resized become float32, too, so that they are not rounded again.
-    """
-    from PIL import Image
-
-    if not isinstance(image, Image.Image):
-        image = Image.fromarray(np.asarray(image, dtype=np.uint8))
-    white = 65535.0 if image.mode.startswith("I") else 255.0  # "I" and "I;16" come from 16-bit files
-    grey = image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
-    image = image.convert("L") if image.mode in ("1", "LA") else image if grey else image.convert("RGB")
-    if size and image.size != (size, size):
-        image = (image.convert("F") if grey else image).resize((size, size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image) if image.mode in ("L", "RGB") else np.asarray(image.convert("F")) / (white / 2) - 1.0
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return np.array(pixels, dtype=np.uint8) if image.mode in ("L", "RGB") else np.array(pixels, dtype=np.float32)
+    with warnings.catch_warnings(), _readable(path):
+        warnings.simplefilter("ignore", ResourceWarning)  # datasets leaves metadata files to the garbage collector
+        named = [glob.escape(str(file)) for file in metadata]
+        rows = load_dataset("imagefolder", data_files={"train": named}, split="train", drop_labels=False)
+        rows = rows.cast_column("image", Image(decode=False))
+    files = [Path(image["path"]) for image in rows["image"]]
+    if missing := sorted(set(pictures) - set(files)):
+        raise ValueError(
+            f"dataset = 'local:{path}': its metadata names {len(set(files))} of {len(pictures)} images, and not "
+            f"{missing[0].relative_to(path)}: add a line per image to {metadata[0].name}, or remove the file"
+        )
+    twice = [file for file, count in Counter(files).items() if count > 1]
+    if wrong := [*twice, *(file for file in files if not file.is_file())]:
+        raise ValueError(
+            f"dataset = 'local:{path}': its metadata has {len(files)} lines for {len(pictures)} images; "
+            f"{os.path.relpath(wrong[0], path)} is {'named twice' if twice else 'not there'}"
+        )
+    if "label" in rows.column_names or any(file.parent == path for file in files):
+        return rows
+    return rows.add_column("label", [file.parent.name for file in files])

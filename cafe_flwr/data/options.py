@@ -134,6 +134,13 @@ class Data:
         sized=True,
         only={"dataset": LOCAL},
     )
+    image_range: str = shared(
+        "",
+        "Local data: numbers of black and white in images that have more than 8 bits, such as '0..1', '-1..1' or "
+        "'0..4095'; empty: as their type and their numbers tell, and an error where these do not.",
+        pattern=r"^(|-1\.\.1|0\.\.[1-9][0-9]{0,9})$",
+        only={"dataset": LOCAL},
+    )
     image_column: str = shared("image", "Local data: column of the images.", min_length=1, only={"dataset": LOCAL})
     label_column: str = shared("label", "Local data: column of the labels.", min_length=1, only={"dataset": LOCAL})
     image_channels: int = shared(

@@ -11,12 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from cafe_flwr.core.random import rng_for
+from cafe_flwr.data.labels import composed, shown
 from cafe_flwr.data.local import normalised, read_local
 from cafe_flwr.data.options import Data
 from cafe_flwr.data.partition import stratified_split
 from cafe_flwr.data.split import ClientData, Split
-
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)  # ITU-R 601, as in pillow
 
 
 def load_own(
@@ -40,11 +39,14 @@ def load_own(
     Raises
     ------
     ValueError
-        If the data cannot be read, or has labels that the federation does not know.
+        If the data cannot be read, or has labels that the federation does not know. Names are compared in Unicode's
+        composed form (NFC).
     """
-    images, labels, names, _ = read_local(path, shape[-1], options.image_column, options.label_column)
+    images, labels, names, _ = read_local(
+        path, shape[-1], options.image_column, options.label_column, options.image_range, channels=shape[0], gaps=False
+    )
     y = _in_the_federation(labels, names, class_names, path)
-    x = torch.from_numpy(_with_channels(normalised(images), shape[0]))
+    x = torch.from_numpy(normalised(images))
     rng = partial(rng_for, seed, 0, client)
     whole = Split(x, torch.from_numpy(y), torch.arange(len(y))[:, None])
     train, calibration, test = (whole.take(rows) for rows in stratified_split(y, options.shares, rng("split")))
@@ -58,7 +60,7 @@ def _in_the_federation(
     labels: NDArray[np.int64], names: Sequence[str], class_names: Sequence[str], path: Path
 ) -> NDArray[np.int64]:
     """Labels of the federation in place of the file's own, by their names."""
-    number = {name: k for k, name in enumerate(class_names)}
+    number = {name: k for k, name in enumerate(composed(class_names, "data.class-names"))}
     present = [names[label] for label in np.unique(labels)]
     if unknown := [name for name in present if name not in number]:
         rows = int(np.isin(labels, [names.index(name) for name in unknown]).sum())
@@ -69,15 +71,6 @@ def _in_the_federation(
     return np.array([number.get(name, -1) for name in names], dtype=np.int64)[labels]
 
 
-def _with_channels(images: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
-    """Images (N, C, H, W) with C = ``channels``, 1 or 3."""
-    if images.shape[1] == channels:
-        return images
-    if channels == 3:
-        return np.repeat(images, 3, axis=1)
-    return np.tensordot(images, _LUMA, axes=([1], [0]))[:, None].astype(np.float32)
-
-
 def _some(names: Sequence[str], most: int = 10) -> str:
-    text = ", ".join(map(repr, names[:most]))
+    text = ", ".join(map(shown, names[:most]))
     return text + f" and {len(names) - most} more" * (len(names) > most)

@@ -59,7 +59,7 @@ def _local(options: Data) -> Source:
         known = ", ".join(map(repr, (*digits.NUM_CLASSES, "docstrings", *HUB_SETS)))
         raise ValueError(f"dataset must be {known} or 'local:<path>', got {options.dataset!r}")
     images, labels, names, column = read_local(
-        Path(path).expanduser(), options.image_size, options.image_column, options.label_column
+        Path(path).expanduser(), options.image_size, options.image_column, options.label_column, options.image_range
     )
     shape = tuple(int(n) for n in images.shape[1:])
     return Source(labels, names, shape, lambda rows: torch.from_numpy(images[rows]), column)

@@ -6,15 +6,18 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cafe_flwr.data.folders import files_below, pictures_among
+from cafe_flwr.data.local import normalised
+from cafe_flwr.data.pictures import Scales, alike, as_pixels, read_picture, scales_of
 from cafe_flwr.device import ExitedModel
 
-_IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _ROWS = 256  # computed at a time
 
 
@@ -32,16 +35,19 @@ class FilePrediction(NamedTuple):
     confidence: float
 
 
-def predict_file(folder: Path, inputs: Path, out: Path | None = None) -> list[FilePrediction]:
+def predict_file(folder: Path, inputs: Path, out: Path | None = None, *, image_range: str = "") -> list[FilePrediction]:
     """Run the exported network in ``folder`` on inputs of a file or folder, as ``cafe-flwr predict`` does.
 
     Parameters
     ----------
     inputs
-        A ``.npy`` file with a batch (or one input), an image, or a folder of images, also in subfolders. Images are
-        brought to the network's size and normalised as in training; they need Pillow.
+        A ``.npy`` file with a batch (or one input), an image, or a folder of images, also in subfolders; hidden files
+        are left out. Images are read, brought to the network's size and channels, and normalised as in training
+        (:mod:`cafe_flwr.data.pictures`); they need Pillow.
     out
         A ``.csv`` or ``.json`` file to write, if any.
+    image_range
+        Numbers of black and white in images of more than 8 bits, as ``data.image-range`` of the run.
 
     Raises
     ------
@@ -61,10 +67,14 @@ def predict_file(folder: Path, inputs: Path, out: Path | None = None) -> list[Fi
     if not inputs.exists():
         raise ValueError(f"{inputs} is not there: give a .npy file, an image or a folder of images")
     array, names = _read_array(inputs, model) if inputs.suffix == ".npy" else (None, _image_names(inputs))
-    found = []
+    found: list[FilePrediction] = []
+    scales: Scales = {}
     for start in range(0, len(names), _ROWS):
         part = names[start : start + _ROWS]
-        x = _read_images(inputs, part, model) if array is None else array[start : start + _ROWS]
+        if array is None:
+            x, scales = _read_images(inputs, part, model, image_range, scales)
+        else:
+            x = array[start : start + _ROWS]
         rows = zip(part, *(values.tolist() for values in model.predict(x)), strict=True)
         found += [FilePrediction(name, y, model.class_names[y], k + 1, c) for name, y, k, c in rows]
     if out is not None:
@@ -102,16 +112,20 @@ def _read_array(path: Path, model: ExitedModel) -> tuple[NDArray[Any], list[str]
 
 
 def _image_names(path: Path) -> list[str]:
+    if find_spec("PIL") is None:
+        raise ValueError("images need Pillow: pip install pillow, or give a .npy file")
     if path.is_file():
         return [path.name]
-    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.suffix.lower() in _IMAGES)
+    names = sorted(file.relative_to(path).as_posix() for file in pictures_among(files_below(path)))
     if not names:
-        raise ValueError(f"{path} holds no images ({', '.join(_IMAGES)})")
+        raise ValueError(f"{path} holds no images, of formats such as .png, .jpg and .tif")
     return names
 
 
-def _read_images(path: Path, names: Sequence[str], model: ExitedModel) -> NDArray[Any]:
-    """Images as the network wants them, (B, C, H, W): pixels, or normalised."""
+def _read_images(
+    path: Path, names: Sequence[str], model: ExitedModel, image_range: str, known: Scales
+) -> tuple[NDArray[Any], Scales]:
+    """Images as the network wants them, (B, C, H, W): pixels, or normalised; and the scales of their numbers."""
     takes_pixels = model.manifest["input"]["dtype"] == "uint8"
     pixels: dict[str, float] | None = model.manifest.get("pixels")
     if (pixels is None and not takes_pixels) or len(model.input_shape) != 3:
@@ -119,31 +133,19 @@ def _read_images(path: Path, names: Sequence[str], model: ExitedModel) -> NDArra
             "this export does not say how pixels become its inputs: give a .npy file, or export with pixels=(mean, std)"
         )
     home = path if path.is_dir() else path.parent
-    images = np.stack([_read_image(home / name, model.input_shape) for name in names])
+    channels, height, width = model.input_shape
+    pictures = []
+    for name in names:
+        try:
+            picture = read_picture(home / name, height if height == width else 0)
+        except ValueError as error:
+            raise ValueError(f"{home / name} cannot be read as an image: {error}") from None
+        if picture.values.shape[1:] != (height, width):
+            size = "×".join(map(str, picture.values.shape[:0:-1]))
+            raise ValueError(f"{home / name} has {size} pixels, the network takes {width}×{height}")
+        pictures.append(picture)
+    scales = scales_of(pictures, image_range, known)
+    images = np.stack([normalised(image) for image in alike(pictures, scales, channels)])
     if takes_pixels or pixels is None:
-        return np.rint((images + 1) * 127.5).astype(np.uint8)
-    return (images - np.float32(2 * pixels["mean"] - 1)) / np.float32(2 * pixels["std"])
-
-
-def _read_image(path: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Pixels in −1..1, (C, H, W), read and resized as images of a local data set are."""
-    try:
-        from PIL import Image
-    except ModuleNotFoundError:
-        raise ValueError("images need Pillow: pip install pillow, or give a .npy file") from None
-    from cafe_flwr.data.local import to_array
-
-    channels, height, width = shape
-    try:
-        with Image.open(path) as image:
-            fits = image.size == (width, height)
-            if not fits and height != width:
-                raise ValueError(f"{path} has {image.width}×{image.height} pixels, the network takes {width}×{height}")
-            array: NDArray[np.float32] = to_array(image, 0 if fits else height)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
-    if len(array) == 1 and channels == 3:
-        array = np.repeat(array, channels, axis=0)
-    if len(array) != channels:
-        raise ValueError(f"{path} has {len(array)} channels, the network takes {channels}: convert the image")
-    return array
+        return as_pixels(images), scales
+    return (images - np.float32(2 * pixels["mean"] - 1)) / np.float32(2 * pixels["std"]), scales

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from cafe_flwr.core.numbers import check_counts
 from cafe_flwr.inference.batches import available, batches_of, progress_bar, rows_of
 from cafe_flwr.inference.policies import PerExit, Policy
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
@@ -99,8 +100,13 @@ class EarlyExitRunner:
         progress: bool = False,
         temperatures: Sequence[float] = (),
     ) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number from 1 up, not {batch_size!r}")
+        check_counts(batch_size=batch_size)
+        if not isinstance(policy, ExitThresholds) and not hasattr(policy, "leaves"):
+            raise ValueError(
+                f"policy must say which rows leave: MaxProb(0.9) for one threshold, PerExit((0.9, 0.8)) for one at "
+                "each exit but the last, ExitThresholds, or another object with leaves(k, logits, labels); not "
+                f"{policy!r}"
+            )
         if network.num_classes < 2:
             raise ValueError("a network of one class has nothing to decide: two classes or more are needed")
         _check_rows_are_independent(network)

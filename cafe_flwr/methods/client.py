@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -54,6 +56,8 @@ class LocalTask:
         Augmentation of the inputs of a batch.
     momentum
         The optimiser's momentum of the client's last round, by name, if the budget keeps it; replaced by each run.
+    deadline
+        When training must be done, in seconds of ``time.monotonic``.
     """
 
     network: EarlyExitNetwork
@@ -72,6 +76,7 @@ class LocalTask:
     augment: Augmentation | None = None
     momentum: dict[str, Tensor] = field(default_factory=dict)
     runs: int = 0
+    deadline: float = math.inf
 
     @property
     def training_exits(self) -> list[int]:
@@ -135,6 +140,8 @@ class LocalTask:
         return outcome.loss
 
     def _after_step(self) -> None:
+        if time.monotonic() > self.deadline:
+            raise TimeoutError("training took longer than this node allows (max-seconds in its node-config)")
         if self.objective_state is not None:
             self.objective_state.update()
 

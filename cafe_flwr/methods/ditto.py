@@ -34,11 +34,12 @@ class Ditto(FedAvg):
 
     def extra_tensors(self, network: EarlyExitNetwork) -> dict[str, Tensor]:
         """The personal model."""
-        return {_PERSONAL + name: t.clone() for name, t in network.state_dict().items()}
+        tensors = network.state_dict()
+        return {_PERSONAL + name: tensors[name].clone() for name in network.kept_names()}
 
     def personal_names(self, network: EarlyExitNetwork) -> list[str]:
         """The personal model, all of it."""
-        return [*super().personal_names(network), *(_PERSONAL + name for name in network.state_dict())]
+        return [*super().personal_names(network), *(_PERSONAL + name for name in network.kept_names())]
 
     def train(self, task: LocalTask) -> LocalResult:
         """Train the global model, then the personal one."""
@@ -46,10 +47,10 @@ class Ditto(FedAvg):
         received = snapshot(network)
         task.run(loss, part=phase(self, 0))
         trained = snapshot(network)
-        network.load_state_dict({name: task.state[_PERSONAL + name] for name in trained})
+        network.load_state_dict(without_prefix(task.state, _PERSONAL), strict=False)
         towards_global = pull(network, received, self.pull)
         result = LocalResult(task.run(loss, adjust=towards_global, part=phase(self, 1)))
-        task.state |= {_PERSONAL + name: t for name, t in snapshot(network).items()}
+        task.state |= self.extra_tensors(network)
         network.load_state_dict(trained)
         return result
 

@@ -20,6 +20,7 @@ from cafe_flwr.methods.client import LocalResult, LocalTask, Tensors, without_pr
 from cafe_flwr.methods.fedavg import FedAvg
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
 from cafe_flwr.networks.placement import device_of
+from cafe_flwr.networks.weights import tied_names
 from cafe_flwr.training.class_prior import class_counts, log_prior
 from cafe_flwr.training.losses import cross_entropies
 from cafe_flwr.training.objectives.base import exits_at
@@ -39,6 +40,14 @@ class FedRoD(FedAvg):
         tensors = network.state_dict()
         return {_PERSONAL + name: torch.zeros_like(tensors[name]) for name in network.classifier_names()}
 
+    def check(self, network: EarlyExitNetwork) -> None:
+        """Nothing can be added to a classifier that is also a tensor of the backbone."""
+        if tied := network.tied_classifiers():
+            raise ValueError(
+                f"{self.name} adds to every classifier, and {tied[0]} is also a tensor of the backbone: choose another "
+                "method, or untie them"
+            )
+
     def personal_names(self, network: EarlyExitNetwork) -> list[str]:
         """The personal classifiers."""
         return [*super().personal_names(network), *(_PERSONAL + name for name in network.classifier_names())]
@@ -48,12 +57,14 @@ class FedRoD(FedAvg):
         network = task.network
         balance = log_prior(class_counts(task.data.y, network.num_classes)).to(device_of(network))
         own = {name: t.clone().requires_grad_() for name, t in task.state.items()}
+        tied = tied_names(network)
+        by_tensor = {tied.get(name, name): t for name, t in without_prefix(own, _PERSONAL).items()}
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
             both = []
             features, logits = exits_at(network, x, range(network.num_exits))
             for k, (f, z) in enumerate(zip(features, logits, strict=True)):
-                weight, bias = (own[_PERSONAL + name] for name in network.head_names(k))
+                weight, bias = (by_tensor[tied.get(name, name)] for name in network.head_names(k))
                 both.append(z.detach() + F.linear(f.detach(), weight, bias))
             generic = [z + balance for z in logits]
             return self.exits_loss(task, x, y, generic, shift=balance) + cross_entropies(both, y).mean()

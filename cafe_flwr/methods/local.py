@@ -21,4 +21,4 @@ class Local(Method):
 
     def personal_names(self, network: EarlyExitNetwork) -> list[str]:
         """The whole network."""
-        return list(network.state_dict())
+        return network.kept_names()

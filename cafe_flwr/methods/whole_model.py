@@ -42,7 +42,7 @@ class WholeModel(Method):
 
     def personal_names(self, network: EarlyExitNetwork) -> list[str]:
         """The whole network."""
-        return list(network.state_dict())
+        return network.kept_names()
 
     def upload_names(self, network: EarlyExitNetwork) -> list[str]:
         """The client's update since the initial model."""

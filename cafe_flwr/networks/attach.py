@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from cafe_flwr.core.numbers import check_counts
 from cafe_flwr.networks.cutting import cut
 from cafe_flwr.networks.early_exit import EarlyExitNetwork, Exit
 
@@ -73,17 +74,17 @@ def attach_exits(
     """
     if head not in get_args(HeadKind):
         raise ValueError(f"head must be one of {', '.join(get_args(HeadKind))}; got {head!r}")
+    check_counts(**{n: v for n, v in {"num_classes": num_classes, "features": features}.items() if v is not None})
+    check_counts(input_shape=input_shape or ())
+    if example is not None and not isinstance(example, Tensor):
+        raise ValueError(f"example must be a tensor, a batch that the backbone takes; not a {type(example).__name__}")
     at = [at] if isinstance(at, str) else list(at)
     model = copy.deepcopy(backbone).eval()
     example = _example(model, input_shape) if example is None else example
     name, classifier, logits = _classifier(model, example)
-    pieces = cut(model, at, name)
+    pieces = cut(model, at, name, example)
     outputs, macs = _run(pieces, example)
-    if not torch.allclose(classifier(outputs[-1]), logits, rtol=1e-3, atol=1e-5):
-        raise ValueError(
-            f"{type(backbone).__name__}, cut after {', '.join(at)}, does not give the logits it gives as a whole: its "
-            "forward depends on more than its modules. Build an EarlyExitNetwork from stages and exits of your own"
-        )
+    _check_logits(model, nn.Sequential(*pieces, classifier), (at, example, logits))
 
     classes = classifier.out_features if num_classes is None else num_classes
     width = classifier.in_features if features is None else features
@@ -166,7 +167,7 @@ def _channels_last(model: nn.Module, example: Tensor, h: Tensor) -> bool:
 
 def _example(model: nn.Module, input_shape: Sequence[int] | None) -> Tensor:
     """Two random images of the given shape, or of the one in the attributes of torchvision's and timm's models."""
-    weight = next(model.parameters())
+    weight = next(model.parameters(), torch.empty(0))
     if input_shape is None:
         config = getattr(model, "pretrained_cfg", {})
         size = getattr(model, "image_size", None) or getattr(getattr(model, "patch_embed", None), "img_size", None)
@@ -215,6 +216,9 @@ def _run(pieces: Sequence[nn.Module], example: Tensor) -> tuple[list[Tensor], li
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which takes a tenth of a second
 
     outputs, macs, h = [], [], example
+    trained = {p for piece in pieces for p in piece.parameters() if p.requires_grad}
+    for p in trained:
+        p.requires_grad_(False)  # a counter of torch's stops at weights that are an argument of a module
     for piece in pieces:
         with FlopCounterMode(display=False) as counter:
             h = piece(h)
@@ -224,7 +228,31 @@ def _run(pieces: Sequence[nn.Module], example: Tensor) -> tuple[list[Tensor], li
             )
         outputs.append(h)
         macs.append(counter.get_total_flops())
+    for p in trained:
+        p.requires_grad_(True)
     return outputs, macs
+
+
+@torch.no_grad()
+def _check_logits(backbone: nn.Module, pieces: nn.Module, known: tuple[Sequence[str], Tensor, Tensor]) -> None:
+    """ValueError unless the pieces give the backbone's logits, for batches of several sizes."""
+    at, example, logits = known
+    why = "its forward depends on more than it is called with"
+    for batch in (example, example[:1], torch.cat([example, example[:1]])):
+        try:
+            expected = logits if batch is example else backbone(batch)
+        except Exception:
+            continue  # the backbone itself does not take a batch of this size
+        try:
+            same = torch.allclose(pieces(batch), expected, rtol=1e-3, atol=1e-5)
+        except Exception:
+            same = False
+        if not same:
+            raise ValueError(
+                f"{type(backbone).__name__}, cut after {', '.join(at)}, does not give the logits it gives as a whole: "
+                f"{why}. Build an EarlyExitNetwork from stages and exits of your own"
+            )
+        why = "its forward depends on the number of examples in the batch"
 
 
 def _weights(classifier: nn.Linear) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from cafe_flwr.core.numbers import check_counts
 from cafe_flwr.networks.checks import IMAGE_NORMS, check_images, check_norm, narrow
 from cafe_flwr.networks.early_exit import EarlyExitNetwork, Exit
 
@@ -31,6 +32,7 @@ class _Blocks(EarlyExitNetwork):
         features: int = 24,
         norm: str = "group",
     ) -> None:
+        check_counts(input_shape=input_shape, widths=widths, features=features)
         self._check_shape(tuple(input_shape), len(widths))
         super().__init__(*_blocks(input_shape, num_classes, widths, features, norm))
         self.input_shape = tuple(input_shape)

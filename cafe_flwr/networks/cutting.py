@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-from torch import fx, nn
-from torch.nn import functional as F
+import torch
+from torch import Tensor, fx, nn
+
+from cafe_flwr.networks.modes import Runner, extracted
+from cafe_flwr.networks.tracing import trace
 
 _LISTED = 60  # candidates in an error
 
 
-def cut(network: nn.Module, at: Sequence[str], end: str) -> list[nn.Module]:
+def cut(network: nn.Module, at: Sequence[str], end: str, example: Tensor | None = None) -> list[nn.Module]:
     """Cut the forward of a network into len(at) + 1 modules that run one after another, up to the input of ``end``.
 
     The pieces hold the network's own modules, under their own names. Only modules that contain a named one are traced;
@@ -27,6 +30,8 @@ def cut(network: nn.Module, at: Sequence[str], end: str) -> list[nn.Module]:
         Modules in the order in which they run; the rest of the network must need nothing but the output of each.
     end
         The classifier.
+    example
+        A batch that the network takes. Needed if its forward reads sizes that are used after a cut, or decides by them.
 
     Raises
     ------
@@ -48,7 +53,7 @@ def cut(network: nn.Module, at: Sequence[str], end: str) -> list[nn.Module]:
     for name in at:
         if name not in modules or not name:
             raise ValueError(f"there is no module {name!r} in {_kind(network)}: {candidates(network, near=name)}")
-    graph, nodes = _trace(network, [*at, end])
+    nodes = trace(network, [*at, end], example)
     for name in (*at, end):
         if name not in nodes:
             raise ValueError(
@@ -58,10 +63,8 @@ def cut(network: nn.Module, at: Sequence[str], end: str) -> list[nn.Module]:
     _check_order(at, [nodes[name] for name in at], nodes[end], end)
     starts = [None, *(nodes[name] for name in at)]
     ends = [*(nodes[name] for name in at), nodes[end].all_input_nodes[0]]
-    return [
-        _piece(network, graph, start, stop, name)
-        for start, stop, name in zip(starts, ends, ["the input", *at], strict=True)
-    ]
+    cutter = _Cutter(network, nodes[end], example)
+    return [cutter.piece(start, stop, name) for start, stop, name in zip(starts, ends, ["the input", *at], strict=True)]
 
 
 def candidates(network: nn.Module, near: str = "") -> str:
@@ -83,65 +86,6 @@ def candidates(network: nn.Module, near: str = "") -> str:
     return f"{hint}choose from {', '.join(names[:_LISTED])}{more}"
 
 
-class _Tracer(fx.Tracer):
-    """Traces only the opened modules, and records the outputs of the others."""
-
-    def __init__(self, opened: set[str]) -> None:
-        super().__init__()
-        self.opened = opened
-        self.given: dict[str, list[Any]] = {}
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.opened
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        given = super().call_module(m, forward, args, kwargs)
-        self.given.setdefault(self.path_of_module(m), []).append(given)
-        return given
-
-
-def _trace(network: nn.Module, names: Sequence[str]) -> tuple[fx.Graph, dict[str, fx.Node]]:
-    """The graph of the forward, and the nodes of the named modules that are called once and give one tensor."""
-    parts = [name.split(".") for name in names]
-    opened = {".".join(part[:i]) for part in parts for i in range(1, len(part))}
-    parameters = list(inspect.signature(network.forward).parameters.values())
-    defaults = {p.name: p.default for p in parameters[1:] if p.default is not p.empty}
-    graphs, nodes = [], {}
-    try:
-        for training in (True, False):
-            tracer = _Tracer(opened)
-            graphs.append(tracer.trace(network.train(training), concrete_args=defaults))
-            nodes = {n: g[0].node for n, g in tracer.given.items() if len(g) == 1 and isinstance(g[0], fx.Proxy)}
-    except Exception as error:
-        inner = f"and those of {', '.join(sorted(opened))} " if opened else ""
-        raise ValueError(
-            f"torch.fx cannot trace {_kind(network)} ({error}). Its forward {inner}must not branch on the data. Cut "
-            "after modules further out, or build an EarlyExitNetwork from stages and exits of your own"
-        ) from error
-    _unbake_dropout(network, *graphs)
-    return graphs[1], nodes
-
-
-def _unbake_dropout(network: nn.Module, training: fx.Graph, evaluation: fx.Graph) -> None:
-    """Replace dropout that was traced as "off" by a module, which follows the mode; nothing else may differ."""
-    here, there = list(training.nodes), list(evaluation.nodes)
-    if len(here) == len(there):
-        for a, b in zip(here, there, strict=True):
-            if b.target is F.dropout and str((a.args, a.kwargs)) != str((b.args, b.kwargs)):
-                name = f"{b.name}_off_in_evaluation"
-                p = b.kwargs.get("p", b.args[1] if len(b.args) > 1 else 0.5)
-                network.add_module(name, nn.Dropout(p).eval())
-                for node in (a, b):
-                    data = node.args[0] if node.args else node.kwargs["input"]
-                    node.op, node.target, node.args, node.kwargs = "call_module", name, (data,), {}
-    if str(training) != str(evaluation):
-        raise ValueError(
-            f"the forward of {_kind(network)} does different things in training and in evaluation (other than "
-            "dropout): move that into a module of its own, or build an EarlyExitNetwork from stages and exits of your "
-            "own"
-        )
-
-
 def _check_order(at: Sequence[str], nodes: Sequence[fx.Node], end: fx.Node, end_name: str) -> None:
     order = {node: i for i, node in enumerate(end.graph.nodes)}
     for name, node in zip(at, nodes, strict=True):
@@ -155,31 +99,121 @@ def _check_order(at: Sequence[str], nodes: Sequence[fx.Node], end: fx.Node, end_
         raise ValueError(f"exits out of order: give them as they run, at={right}, not {list(at)}")
 
 
-def _piece(network: nn.Module, graph: fx.Graph, start: fx.Node | None, stop: fx.Node, name: str) -> nn.Module:
-    """What the graph does from one node (the input, if None) to another."""
-    if start is stop:
-        return nn.Identity()
-    needed: set[fx.Node] = set()
-    todo = [stop]
-    source = start if start is not None else next(node for node in graph.nodes if node.op == "placeholder")
+class _Cutter:
+    """Makes pieces of the graph of a network's forward."""
+
+    def __init__(self, network: nn.Module, end: fx.Node, example: Tensor | None) -> None:
+        self.network, self.end, self.example = network, end, example
+        self.nodes = list(end.graph.nodes)
+
+    @cached_property
+    def seen(self) -> list[dict[fx.Node, Any]]:
+        """What every node gives for two batches that differ in size; nothing, without an example."""
+        batches = [] if self.example is None else [self.example, torch.cat([self.example, self.example[:1]])]
+        return [_values(self.network, self.end, batch) for batch in batches]
+
+    def piece(self, start: fx.Node | None, stop: fx.Node, name: str) -> nn.Module:
+        """What the graph does from one node (the input, if None) to another."""
+        if start is stop:
+            return nn.Identity()
+        source = self.nodes[0] if start is None else start
+        after = _descendants(source)
+        graph = fx.Graph()
+        copies: dict[fx.Node, Any] = {source: graph.placeholder("h")}
+        needed: set[fx.Node] = set()
+        todo: list[tuple[fx.Node, fx.Node | None]] = [(stop, None)]
+        while todo:
+            node, crossing = todo.pop()
+            if node in needed or node in copies:
+                continue
+            if node not in after:
+                crossing = crossing or node
+                if self._is_size(node):
+                    copies[node] = self._size([seen[node] for seen in self.seen], copies[source])
+                    continue
+            if node.op == "placeholder":
+                raise ValueError(
+                    f"{_kind(self.network)} needs more after {name!r} than what comes out of it: "
+                    f"{_called(crossing or node)} is used there as well (a connection around it): cut after whole "
+                    f"blocks; {candidates(self.network)}"
+                )
+            needed.add(node)
+            todo += [(n, crossing) for n in node.all_input_nodes]
+        for node in self.nodes:
+            if node in needed:
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(copies[stop])
+        return fx.GraphModule(self.network, graph)
+
+    def _is_size(self, node: fx.Node) -> bool:
+        """Whether a node gives the same for every batch, but for the number of examples in it."""
+        if node.op not in ("call_function", "call_method"):
+            return False
+        values = [seen[node] for seen in self.seen if node in seen]
+        return len(values) > 1 and self._follows(values)
+
+    def _follows(self, values: list[Any]) -> bool:
+        first, second = values
+        if isinstance(first, tuple) and len(first) == len(second):
+            return all(self._follows(list(pair)) for pair in zip(first, second, strict=True))
+        return isinstance(first, _PLAIN) and (first == second or self._is_batch(values))
+
+    def _is_batch(self, values: list[Any]) -> bool:
+        return values == [len(next(iter(seen.values()))) for seen in self.seen]
+
+    def _size(self, values: list[Any], h: fx.Node) -> Any:
+        """What :meth:`_is_size`, from a later output of the network: batch and device of that, else as they were."""
+        first, second = values
+        if isinstance(first, tuple):
+            return tuple(self._size(list(pair), h) for pair in zip(first, second, strict=True))
+        if isinstance(first, torch.device):
+            return h.graph.call_function(getattr, (h, "device"))
+        return h.graph.call_method("size", (h, 0)) if self._is_batch(values) else first
+
+
+_PLAIN = (int, float, bool, str, torch.device, torch.dtype, type(None))
+
+
+@torch.no_grad()
+def _values(network: nn.Module, end: fx.Node, x: Tensor) -> dict[fx.Node, Any]:
+    """What every node up to one gives for a batch; of tensors, shape and type."""
+    graph, copies = extracted(end)
+    originals = {copied: node for node, copied in copies.items()}
+    seen: dict[fx.Node, Any] = {}
+
+    class Noting(Runner):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n in originals:
+                seen[originals[n]] = value.to("meta") if isinstance(value, Tensor) else value
+            return value
+
+    try:
+        Noting(network, graph=graph).run(x)
+    except Exception as error:
+        reason = str(error).partition("While executing")[0].strip()
+        raise ValueError(
+            f"the forward of {_kind(network)}, traced by torch.fx, does not run ({reason}): cut after modules further "
+            "out, or build an EarlyExitNetwork from stages and exits of your own"
+        ) from error
+    return seen
+
+
+def _descendants(node: fx.Node) -> set[fx.Node]:
+    """What is computed from a node."""
+    found, todo = {node}, [node]
     while todo:
-        node = todo.pop()
-        if node in needed or node is source:
-            continue
-        if node.op == "placeholder":
-            raise ValueError(
-                f"{_kind(network)} needs more after {name!r} than what comes out of it (is there a connection around "
-                f"it?): cut after whole blocks; {candidates(network)}"
-            )
-        needed.add(node)
-        todo += node.all_input_nodes
-    piece = fx.Graph()
-    copies = {source: piece.placeholder("h")}
-    for node in graph.nodes:
-        if node in needed:
-            copies[node] = piece.node_copy(node, copies.__getitem__)
-    piece.output(copies[stop])
-    return fx.GraphModule(network, piece)
+        more = todo.pop().users.keys() - found
+        found |= more
+        todo += more
+    return found
+
+
+def _called(node: fx.Node) -> str:
+    """The output of a node, for people."""
+    if node.op == "placeholder":
+        return "its input"
+    return f"the output of {str(node.target)!r}" if node.op == "call_module" else f"the output of {node.name}"
 
 
 def _kind(network: nn.Module) -> str:

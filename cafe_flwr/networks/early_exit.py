@@ -9,8 +9,10 @@ from typing import Self, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from cafe_flwr.core.numbers import check_counts
 from cafe_flwr.networks.preprocessing import SYMMETRIC
 from cafe_flwr.networks.statistics import Statistics, batch_norm_names, drop_statistics
+from cafe_flwr.networks.weights import kept_names, leading, names_of_each, once, tied_names, weight_names
 
 
 class Exit(nn.Module):
@@ -21,6 +23,7 @@ class Exit(nn.Module):
     """
 
     def __init__(self, projection: nn.Module, width: int, num_classes: int) -> None:
+        check_counts(width=width, num_classes=num_classes)
         super().__init__()
         self.projection = projection
         self.head = nn.Linear(width, num_classes)
@@ -56,7 +59,7 @@ class EarlyExitNetwork(nn.Module):
         What happens to the running statistics of batch norms (docs/networks.md): ``"average"`` (the default): averaged
         like the weights; ``"personal"``: kept on the client; ``"drop"``: none, every batch is normalised by its own
         statistics, in evaluation too, which cannot be undone. The counters ``num_batches_tracked`` are neither shared
-        nor personal: they start anew.
+        nor personal: they start anew. All other buffers stay as the network was built with them.
     pixels
         How images that come as pixels (uint8) are normalised; other inputs are taken as they are.
     autocast
@@ -207,9 +210,7 @@ class EarlyExitNetwork(nn.Module):
         with torch.random.fork_rng(devices=[]):
             narrow = self.at_width(share).truncated(self.num_exits)
         narrow.pixels, narrow.statistics, narrow.autocast = self.pixels, self.statistics, self.autocast
-        tensors = self.state_dict()
-        leading = {name: tensors[name][tuple(map(slice, t.shape))] for name, t in narrow.state_dict().items()}
-        narrow.load_state_dict(leading)
+        narrow.load_state_dict(leading(self.state_dict(), narrow.state_dict()), strict=False)
         return narrow.to(next(self.parameters()).device)
 
     def at_width(self, share: float) -> EarlyExitNetwork:
@@ -224,28 +225,40 @@ class EarlyExitNetwork(nn.Module):
         return [f"exits.{k}.head.{name}" for name in self._head(k).state_dict()]
 
     def classifier_names(self) -> list[str]:
-        """State-dict names of the classifiers of all exits."""
-        return [name for k in range(self.num_exits) for name in self.head_names(k)]
+        """State-dict names of the classifiers of all exits; of tied tensors the last exit's."""
+        names = [name for k in range(self.num_exits) for name in self.head_names(k)]
+        return once(self, reversed(names))[::-1]
+
+    def tied_classifiers(self) -> list[str]:
+        """Those of :meth:`classifier_names` that are tied to a tensor outside of the classifiers."""
+        every, groups = {name for k in range(self.num_exits) for name in self.head_names(k)}, names_of_each(self)
+        return [name for name in self.classifier_names() if not every.issuperset(groups[name])]
 
     def personal_names(self) -> list[str]:
         """State-dict names that stay on the client: all classifiers, and ``"personal"`` running statistics."""
         return self.classifier_names() + self.statistics_names()
 
     def shared_names(self) -> list[str]:
-        """State-dict names that are averaged over clients: the stages and the exits' projections."""
-        others = {*self.personal_names(), *batch_norm_names(self)}
-        others -= set(self._running() if self._statistics == "average" else [])
-        return [name for name in self.state_dict() if name not in others]
+        """State-dict names that are averaged over clients: the weights of the stages and the exits' projections.
+
+        A tensor that is tied to a classifier belongs to the classifier.
+        """
+        tied = tied_names(self)
+        others = {tied.get(name, name) for name in self.personal_names()}
+        return [name for name in weight_names(self) if name not in others]
 
     def whole_names(self) -> list[str]:
-        """State-dict names that are averaged with the whole network: all but counters and personal statistics."""
-        counters = (name for name in batch_norm_names(self) if name.endswith("num_batches_tracked"))
-        others = {*counters, *self.statistics_names()}
-        return [name for name in self.state_dict() if name not in others]
+        """State-dict names that are averaged with the whole network: all weights but personal statistics."""
+        others = self.statistics_names()
+        return [name for name in weight_names(self) if name not in others]
+
+    def kept_names(self) -> list[str]:
+        """State-dict names that a client with a network of its own keeps: all weights, and counters of norms."""
+        return kept_names(self)
 
     def statistics_names(self) -> list[str]:
         """State-dict names of the running statistics that stay on the client: none, unless they are ``"personal"``."""
-        return self._running() if self._statistics == "personal" else []
-
-    def _running(self) -> list[str]:
-        return [name for name in batch_norm_names(self) if not name.endswith("num_batches_tracked")]
+        if self._statistics != "personal":
+            return []
+        weights = set(weight_names(self))
+        return [name for name in batch_norm_names(self) if name in weights]

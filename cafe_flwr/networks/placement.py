@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cafe_flwr.core.options import values_of
 from cafe_flwr.networks.options import DEVICE_PATTERN, Compute
+from cafe_flwr.networks.weights import tie
 
 if TYPE_CHECKING:
     from cafe_flwr.networks.early_exit import EarlyExitNetwork
@@ -54,8 +55,11 @@ class Placement:
     def place(self, network: EarlyExitNetwork) -> None:
         """Move a network to the device and set how it computes; its weights stay float32.
 
-        ValueError if the device does not exist (those that do are listed) or cannot compute with the precision.
+        ValueError if the device does not exist (those that do are listed) or cannot compute with the precision, or if
+        the network's weights are of half precision or complex.
         """
+        _check_weights(network)
+        tie(network)
         device = find_device(self.device)
         dtype = PRECISIONS[self.precision]
         if dtype is not None:
@@ -102,6 +106,15 @@ def find_device(name: str) -> torch.device:
             "of them, or to 'auto'"
         )
     return torch.device(wanted)
+
+
+def _check_weights(network: nn.Module) -> None:
+    for name, parameter in network.named_parameters():
+        if parameter.is_complex() or (parameter.is_floating_point() and parameter.element_size() < 4):
+            raise ValueError(
+                f"{name} is {str(parameter.dtype).removeprefix('torch.')}, and weights travel and are kept as float32: "
+                "build the network in float32; compute.precision = 'bfloat16' lets it compute in half precision"
+            )
 
 
 def _check_precision(device: torch.device, dtype: torch.dtype) -> None:

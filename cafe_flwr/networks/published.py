@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from cafe_flwr.core.numbers import check_counts
 from cafe_flwr.networks.attach import ClassToken, Pool
 from cafe_flwr.networks.checks import ImageNetwork, TextNetwork, check_tokens
 from cafe_flwr.networks.early_exit import Exit
@@ -38,6 +39,7 @@ class PublishedConvNet(ImageNetwork):
     """
 
     def __init__(self, input_shape: Sequence[int], num_classes: int) -> None:
+        check_counts(input_shape=input_shape)
         _check_size(input_shape)
         channels = [input_shape[0], _CHANNELS, _CHANNELS]
         stages = [nn.Sequential(nn.Conv2d(c, _CHANNELS, 3), nn.ReLU(), nn.MaxPool2d(2)) for c in channels]
@@ -85,6 +87,7 @@ class PublishedTransformer(TextNetwork):
     """
 
     def __init__(self, num_classes: int, vocabulary: int = 32_000, max_length: int = MAX_LENGTH) -> None:
+        check_counts(vocabulary=vocabulary, max_length=max_length)
         if not 1 <= max_length <= MAX_LENGTH:
             raise ValueError(
                 f"the published Transformer takes texts of 1 to {MAX_LENGTH} tokens, got {max_length}: set "

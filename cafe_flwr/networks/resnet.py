@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from cafe_flwr.core.numbers import check_counts
 from cafe_flwr.networks.checks import ImageNetwork, check_norm, narrow
 from cafe_flwr.networks.early_exit import Exit
 
@@ -66,6 +67,7 @@ class ResNet18(ImageNetwork):
         width: int = 64,
         stem_stride: int = 1,
     ) -> None:
+        check_counts(features=features)
         stages = residual_stages(input_shape, norm, width, stem_stride)
         for module in nn.ModuleList(stages).modules():
             if isinstance(module, nn.Conv2d):
@@ -87,6 +89,7 @@ def residual_stages(
 
     Parameters and errors are those of :class:`ResNet18`. Stage k, from 0, gives width · 2ᵏ channels.
     """
+    check_counts(input_shape=input_shape, width=width, stem_stride=stem_stride)
     channels, *size = input_shape
     if len(size) != 2 or min(size) < 8 * stem_stride:
         raise ValueError(

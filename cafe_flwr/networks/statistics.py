@@ -1,4 +1,4 @@
-"""Running statistics of batch norms: their names, and how to drop them or leave them untouched."""
+"""Running statistics of norms and of one's own layers: their names, and how to drop them or leave them untouched."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrizations import _SpectralNorm
 
+_NAMES = ("running_mean", "running_var", "num_batches_tracked")
 Statistics = Literal["average", "personal", "drop"]
 
 
 def batch_norm_names(network: nn.Module) -> list[str]:
-    """State-dict names of the running statistics of batch (and instance) norms: means, variances and counters.
+    """State-dict names of running statistics: means, variances and counters of batch (and instance) norms.
+
+    Buffers called ``running_mean``, ``running_var`` and ``num_batches_tracked`` are among them in other layers, too,
+    unless ``weight`` is a buffer as well, as in frozen norms; so are buffers that a layer names in its attribute
+    ``running_statistics``.
 
     Examples
     --------
@@ -23,14 +29,30 @@ def batch_norm_names(network: nn.Module) -> list[str]:
     return [
         f"{prefix}.{name}" if prefix else name
         for prefix, module in network.named_modules()
-        if isinstance(module, _NormBase)
-        for name in ("running_mean", "running_var", "num_batches_tracked")
-        if getattr(module, name) is not None
+        for name in _statistics_of(module)
     ]
 
 
+def _statistics_of(module: nn.Module) -> list[str]:
+    """Names of a layer's buffers that are running statistics and in its state dict."""
+    usual = () if "weight" in module._buffers else _NAMES
+    estimates = ("_u", "_v") if isinstance(module, _SpectralNorm) else ()
+    names = dict.fromkeys([*usual, *estimates, *getattr(module, "running_statistics", ())])
+    there = module._buffers.keys() - module._non_persistent_buffers_set
+    return [name for name in names if name in there and module._buffers[name] is not None]
+
+
 def drop_statistics(network: nn.Module) -> None:
-    """Make batch norms always normalise by the statistics of the batch, and keep none."""
+    """Make batch norms always normalise by the statistics of the batch, and keep none.
+
+    ValueError, before anything is changed, if other layers have running statistics, too.
+    """
+    others = {type(m).__name__ for m in network.modules() if not isinstance(m, _NormBase) and _statistics_of(m)}
+    if others:
+        raise ValueError(
+            f"only torch's batch norms can do without running statistics, not {', '.join(sorted(others))}: set "
+            "statistics to 'average' or 'personal'"
+        )
     for module in network.modules():
         if isinstance(module, _NormBase):
             module.track_running_stats = False

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cafe_flwr.core.numbers import check_counts
 from cafe_flwr.networks.checks import TextNetwork, check_norm, check_tokens
 from cafe_flwr.networks.early_exit import Exit
 
@@ -76,6 +78,11 @@ class TextTransformer(TextNetwork):
         dropout: float = 0.1,
     ) -> None:
         check_norm(norm, get_args(Norm))
+        check_counts(
+            vocabulary=vocabulary, max_length=max_length, features=features, width=width, heads=heads, blocks=blocks
+        )
+        if not isinstance(dropout, Real) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a share from 0 up and below 1, not {dropout!r}")
         parts = math.lcm(heads, _GROUPS if norm == "group" else 1)
         if width % parts:
             raise ValueError(f"width must be a multiple of {parts} for {heads} heads and {norm} norm, got {width}")

@@ -214,7 +214,8 @@ class PersonalStore:
             "asked-at": repr(self.asked_at),
             "checksum": checksum(arrays),
         }
-        content = save_tensors({name: t.contiguous() for name, t in tensors.items()}, metadata)
+        apart = {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        content = save_tensors(apart, metadata)
         sweep(folder)
         if path.exists() and _fact(path, "checksum") != metadata["checksum"]:
             set_aside(folder, [server_round])

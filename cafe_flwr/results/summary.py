@@ -50,7 +50,9 @@ def summarise(
     seconds
         Wall clock.
     """
-    num_clients = len({*run.clients, *(f.client for f in reports)})
+    evaluated = {f.client for f in reports}
+    num_clients = len({*run.clients, *evaluated})
+    missing = sorted({*run.clients, *run.kinds} - evaluated)
     accuracy = mean_rows(f.exits.accuracy for f in reports)
     dynamic, curve, exit_shares = _dynamic(reports, {f.client: _macs_of(run, f.client) for f in reports})
     kinds = _kinds(run, reports, plan)
@@ -73,6 +75,7 @@ def summarise(
         "seconds": seconds,
         "teacher_weights": _teacher_weights(plan),
         "clients": [_client(f) for f in reports],
+        **({"not_evaluated": missing} if missing else {}),
         **({"kinds": kinds} if len(kinds) > 1 else {}),
         "versions": _versions(),
     }

@@ -75,6 +75,11 @@ def fixed_path(num_exits: int) -> ThresholdPath:
     return ThresholdPath(np.repeat(_GRID[::-1, None], num_exits - 1, axis=1))
 
 
+def shared_bins(num_exits: int) -> NDArray[np.float64]:
+    """Lower ends of the bins of confidence that all clients share, (m − 1, bins); (0, 0) for one exit."""
+    return np.tile(_GRID, (num_exits - 1, 1)) if num_exits > 1 else np.zeros((0, 0))
+
+
 def client_histogram(confidence: ArrayLike, correct: ArrayLike) -> Histogram:
     """A client's examples and errors in bins of confidence that all clients share, for :func:`pooled_path`.
 
@@ -82,7 +87,7 @@ def client_histogram(confidence: ArrayLike, correct: ArrayLike) -> Histogram:
     """
     values = checked_confidence(confidence)
     right = checked_correct(correct, values.shape)
-    return histogram(np.tile(_GRID, (values.shape[1] - 1, 1)), values, ~right[:, :-1])
+    return histogram(shared_bins(values.shape[1]), values, ~right[:, :-1])
 
 
 def pooled_path(histograms: Sequence[Histogram]) -> ThresholdPath:

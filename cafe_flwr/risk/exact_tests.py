@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,13 @@ def minimum_trials(risk: float, delta: float) -> int:
     """
     check_level("risk", risk)
     check_level("delta", delta)
-    return max(1, math.ceil(math.log(delta) / math.log1p(-risk) - 1e-9))
+    exact = math.log(delta) / math.log1p(-risk)
+    if not math.isfinite(exact):
+        raise ValueError(f"risk {risk!r} is too small: no number of examples is enough")
+    n = max(1, round(exact))
+    if abs(exact - n) > 8 * sys.float_info.epsilon * n:
+        return max(1, math.ceil(exact))
+    return n if (1 - risk) ** n <= delta else n + 1  # too near to call: as the test itself computes it
 
 
 def binomial_p_values(errors: ArrayLike, trials: ArrayLike, risk: float) -> NDArray[np.float64]:

@@ -166,8 +166,10 @@ def required_examples(risk: float, confidence_level: float = 0.9, guarantee: str
         return 1
     certification = minimum_trials(risk, 1 - confidence_level)
     if guarantee == "joint":
-        certification = math.ceil(1 / risk - 1e-9) - 1
-    return next(n for n in range(certification, 2 * certification + 3) if n - n // 3 >= certification)
+        certification = math.ceil(1 / risk) - 1
+        certification -= 1 / certification <= risk  # 1 / risk may have been rounded up
+        certification += 1 / (certification + 1) > risk
+    return 3 * (certification - 1) // 2 + 1  # the fewest of which two thirds, rounded up, are so many
 
 
 def folds(num_examples: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

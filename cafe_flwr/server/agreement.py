@@ -12,6 +12,9 @@ from cafe_flwr.core.log import logger
 from cafe_flwr.wire.capacity import ClientSpec
 from cafe_flwr.wire.describe import NodeInfo
 
+Own = Callable[[], NodeInfo] | None
+"""Describes the network as the server builds it."""
+
 
 class Agreement:
     """What all nodes of a run must say of network and method (``reference``), and of kinds of clients (``kinds``).
@@ -20,7 +23,7 @@ class Agreement:
     it; it is called where nodes disagree.
     """
 
-    def __init__(self, own: Callable[[], NodeInfo] | None = None) -> None:
+    def __init__(self, own: Own = None) -> None:
         self.reference: NodeInfo
         self.kinds: dict[str, ClientSpec] = {}
         self.stands = False

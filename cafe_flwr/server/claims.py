@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 
 MAX_CLAIMS = 10_000  # of a node, where the number of clients is not known
 MAX_CLIENT = 2**31 - 1
-_LACKS = "its personal state of round"  # how a node begins the reason that it does not have the state it was asked for
+_LACKS = "its personal state of round"  # a node's reason if it does not have the state asked for
 
 
-def check_claims(clients: Sequence[int], num_clients: int | None) -> None:
-    """ValueError if a node claims clients that there cannot be, the same one twice, or too many.
+def check_claims(clients: Sequence[int], num_clients: int | None, own_numbers: bool = False) -> None:
+    """ValueError if a node claims clients that there cannot be, or too many.
 
-    ``num_clients`` is the number of clients of the federation; None where that is not known.
+    ``num_clients`` is the number of clients of the federation; None where that is not known. With ``own_numbers`` their
+    numbers need not be below it.
 
     Examples
     --------
@@ -22,13 +23,12 @@ def check_claims(clients: Sequence[int], num_clients: int | None) -> None:
         ...
     ValueError: claims clients that there are not: their numbers are 0 to 4
     """
-    most, last = (MAX_CLAIMS, MAX_CLIENT) if num_clients is None else (num_clients, num_clients - 1)
+    most = MAX_CLAIMS if num_clients is None else num_clients
+    last = MAX_CLIENT if num_clients is None or own_numbers else num_clients - 1
     if len(clients) > most:
         raise ValueError(f"claims {len(clients)} clients, at most {most} are allowed")
-    if not all(type(client) is int and 0 <= client <= last for client in clients):
+    if not all(0 <= client <= last for client in clients):
         raise ValueError(f"claims clients that there are not: their numbers are 0 to {last}")
-    if len({*clients}) < len(clients):
-        raise ValueError("claims a client twice")
 
 
 class Claims:
@@ -88,7 +88,7 @@ class Claims:
                 self._failed.pop((client, node), None)
                 if trained_in is not None:
                     self._trained[client, node] = trained_in
-            elif self._is_new(client, node) and left_out[client].startswith(_LACKS):
+            elif self._is_new(client, node) and _LACKS in left_out[client]:
                 self._lacking.add((client, node))  # the state is on the rival's disk: asked once more, without it
             else:
                 self._failed[client, node] = self._count

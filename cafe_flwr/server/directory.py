@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
@@ -13,8 +13,9 @@ from flwr.serverapp import Grid
 
 from cafe_flwr import __version__
 from cafe_flwr.core.log import logger
+from cafe_flwr.core.text import shown
 from cafe_flwr.methods.base import Method, settings_of
-from cafe_flwr.server.agreement import Agreement
+from cafe_flwr.server.agreement import Agreement, Own
 from cafe_flwr.server.claims import Claims, check_claims
 from cafe_flwr.wire.capacity import ClientSpec, are_unequal
 from cafe_flwr.wire.codec import method_config
@@ -22,7 +23,7 @@ from cafe_flwr.wire.describe import NodeInfo
 from cafe_flwr.wire.keys import PROTOCOL, Keys
 from cafe_flwr.wire.slices import SharedSlice
 
-_LISTED = 20  # clients that a line of the log names
+_LISTED = 20  # clients that a line of the log names, and problems of a node that it has
 
 
 def describe_request(seed: int, method: Method, num_clients: int | None) -> dict[str, Any]:
@@ -35,7 +36,8 @@ class Directory:
     """The nodes of a federation, and the clients they host; ``request`` is made by :func:`describe_request`.
 
     What most nodes say of network and method when the wait for them ends stands; nodes that say something else are
-    refused. ``own`` is that of :class:`cafe_flwr.server.agreement.Agreement`.
+    refused. ``own`` is that of :class:`cafe_flwr.server.agreement.Agreement`, ``own_numbers`` that of
+    :func:`cafe_flwr.server.claims.check_claims`.
     """
 
     poll_seconds = 1.0  # between two looks for nodes while waiting
@@ -43,9 +45,9 @@ class Directory:
     late_seconds = 10.0  # to wait, in a round, for the answer of a new node
     retry_seconds = 30.0  # until a node that did not answer is asked again
 
-    def __init__(self, keys: Keys, request: Mapping[str, Any], own: Callable[[], NodeInfo] | None = None) -> None:
+    def __init__(self, keys: Keys, request: Mapping[str, Any], own: Own = None, own_numbers: bool = False) -> None:
         self.keys = keys
-        self.request = request
+        self.request, self.own_numbers = request, own_numbers
         self.nodes: dict[int, NodeInfo] = {}
         self.names: dict[int, str] = {}  # of nodes, by client; also of nodes that are gone
         self.held: dict[int, ClientSpec] = {}  # by client, as of the last note_held
@@ -215,7 +217,8 @@ class Directory:
         self._assign()
 
     def _admit(self, node: int, info: NodeInfo, hosted: Collection[int]) -> None:
-        for problem in info.problems:
+        more = len(info.problems) - _LISTED
+        for problem in [*info.problems[:_LISTED], *([f"and {more} more problems"] if more > 0 else [])]:
             self._problem(f"{info.name}: {problem}" if info.name else problem)
         if taken := [client for client in info.clients if client in hosted]:
             who = f"the node of {_clients(info)}"
@@ -244,7 +247,7 @@ class Directory:
         try:
             info = NodeInfo.from_message(reply, self.keys)
             who = f"the node {info.name}" if info.name else who
-            check_claims(info.clients, self.request.get("num-clients"))
+            check_claims(info.clients, self.request.get("num-clients"), self.own_numbers)
             who = f"the node of {_clients(info)}"
             if info.version and info.version != __version__:
                 raise ValueError(f"runs cafe-flwr {info.version}, the server {__version__}")
@@ -282,6 +285,6 @@ def _listed(clients: Sequence[int]) -> str:
 
 
 def last_line(reason: str | None) -> str:
-    """The line of a traceback that says what happened."""
+    """The line of a traceback that says what happened, cut and made printable."""
     lines = [line.strip() for line in (reason or "").splitlines() if line.strip()]
-    return lines[-1].removesuffix("'>") if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>
+    return shown(lines[-1].removesuffix("'>")) if lines else "no reason given"  # Ray's errors come in <class 'x'>:<'…'>

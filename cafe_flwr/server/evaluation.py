@@ -39,6 +39,8 @@ class PersonalEvaluation(StrategyPart):
 
         def read(message: Message) -> EvaluationReply:
             reply = EvaluationReply.from_message(message, self.run.keys, num_exits=held)
+            for report in reply.reports:
+                report.check(self.directory.examples(report.client))
             most = self.directory.reference.num_exits
             return replace(reply, reports=[report.padded(most) for report in reply.reports])
 

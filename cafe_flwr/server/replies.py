@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from flwr.app import Message
 
+from cafe_flwr.core.text import shown
 from cafe_flwr.server.checkpoints import ServerState
 from cafe_flwr.server.directory import last_line
 from cafe_flwr.server.requests import PendingRequest
@@ -77,7 +79,7 @@ class ReplyReader(StrategyPart):
         run, directory, plain = self.run, self.directory, self.uniform_weights
         reported = clients_in(message, run.keys)
         if unknown := set(reported) - kinds.keys():
-            raise ValueError(f"it reports clients {sorted(unknown)}, which were not asked")
+            raise ValueError(f"it reports clients {shown(str(sorted(unknown)))}, which were not asked")
         view = directory.view(reported)
         sent = view.take(state.shared)
         expected = Expected(
@@ -94,7 +96,10 @@ class ReplyReader(StrategyPart):
             check_norm(reply.update(sent), run.bounds.max_norm, "its update")
         if reply.server_round != server_round:
             raise ValueError(f"it is of round {reply.server_round}")
+        evaluates = run.evaluates_in(server_round)
         for r in reply.reports:
+            if evaluates and r.test_examples and any(map(math.isnan, [*r.before.accuracy, *r.after.accuracy])):
+                raise ValueError(f"client {r.client} has {r.test_examples} test examples and no accuracy")
             check_norm(r.upload, run.bounds.max_norm, f"what client {r.client} sends of its own")
             if r.num_examples != (examples := directory.examples(r.client)):
                 raise ValueError(f"client {r.client} reports {r.num_examples} examples, {examples} at the start")
@@ -142,7 +147,7 @@ def sort_out(replies: Iterable[Message], pending: Sequence[PendingRequest], read
             if sorted(answered) != one.clients:
                 raise ValueError(f"it answers for clients {answered}, asked were {one.clients}")
         except Exception as error:  # whatever a node may send: the round goes on without it
-            left_out |= dict.fromkeys(one.clients, f"its node's reply cannot be used: {error}")
+            left_out |= dict.fromkeys(one.clients, f"its node's reply cannot be used: {shown(str(error))}")
             continue
         left_out |= reply.failures
         if reply.reports:

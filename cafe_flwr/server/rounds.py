@@ -18,6 +18,7 @@ from cafe_flwr.server.directory import Directory
 from cafe_flwr.server.replies import Replies
 from cafe_flwr.server.requests import PendingRequest
 from cafe_flwr.server.run import RunConstants, StrategyPart
+from cafe_flwr.wire.codec import filled
 from cafe_flwr.wire.reports import ClientReport
 from cafe_flwr.wire.train import TrainReply
 
@@ -198,8 +199,8 @@ class RoundLoop:
         configured = time.perf_counter()
         replies = list(self.grid.send_and_receive(messages, timeout=self.timeout))
         received = time.perf_counter()
-        cost.bytes_down += sum(map(_num_bytes, messages))
-        cost.bytes_up += sum(_num_bytes(reply) for reply in replies if reply.has_content())
+        cost.bytes_down += sum(map(num_bytes, messages))
+        cost.bytes_up += sum(num_bytes(reply) for reply in replies if reply.has_content())
         aggregated = self.strategy.aggregate_train(cost.server_round, replies)
         cost.seconds_server = (configured - started) + (time.perf_counter() - received)
         return aggregated
@@ -234,5 +235,9 @@ def round_record(run: RunConstants, directory: Directory, current: CurrentRound,
     )
 
 
-def _num_bytes(message: Message) -> int:
-    return sum(record.count_bytes() for record in message.content.values())
+def num_bytes(message: Message) -> int:
+    """Bytes of a message, but for empty lists: they have none, and Flower cannot count them."""
+    return sum(
+        (type(record)(filled(dict(record))) if isinstance(record, ConfigRecord) else record).count_bytes()
+        for record in message.content.values()
+    )

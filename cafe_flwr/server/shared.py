@@ -80,9 +80,9 @@ def _initial(reply: Message | None, directory: Directory, wire: str) -> NDArray[
     if reply.has_error():
         raise ValueError(last_line(reply.error.reason))
     schema, flat = directory.reference.shared, read_flat(reply, directory.keys.arrays, "float32")
-    if flat.shape != (schema.size,):
-        raise ValueError(f"its array has {flat.size} values, the federation shares {schema.size}")
-    check_norm(flat, MAX_NORM, "what a run would start from")
+    if len(flat) != schema.size:
+        raise ValueError(f"its array has {len(flat)} values, expected {schema.size}")
+    check_norm(flat, MAX_NORM, "the shared part that it gives")
     if wire == "float16":
         schema.check_half(flat, "the shared part")
     return flat

@@ -91,6 +91,8 @@ class FederatedStrategy(FedAvg):
     own_description
         Describes the network as the server builds it, without clients: where nodes describe different ones, those that
         agree with it take part. None, or where it raises: those that say what most nodes say.
+    own_numbers
+        Whether clients may have other numbers than 0 to ``num_clients`` − 1, as those with data of their own.
     """
 
     def __init__(  # noqa: PLR0913 (public constructor: a run is described by it, all by name)
@@ -113,6 +115,7 @@ class FederatedStrategy(FedAvg):
         callbacks: Sequence[RoundCallback] = (),
         resume_from: ServerState | None = None,
         own_description: Callable[[], NodeInfo] | None = None,
+        own_numbers: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **_with_defaults(args, kwargs))
@@ -127,7 +130,7 @@ class FederatedStrategy(FedAvg):
         self.evaluate_every, self.callbacks = evaluate_every, tuple(callbacks)
         self.keys = Keys(self.arrayrecord_key, self.configrecord_key, self.weighted_by_key)
         check_arguments(self.constants)
-        self.directory = Directory(self.keys, describe_request(seed, method, num_clients), own_description)
+        self.directory = Directory(self.keys, describe_request(seed, method, num_clients), own_description, own_numbers)
         self.log, self.current = RunLog(self.directory), CurrentRound()
         self.state = self._resume_from = resume_from
         self._evaluating: list[PendingRequest] = []

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cafe_flwr.data.augmentation import Augmentation
 from cafe_flwr.data.split import Split
@@ -96,11 +97,15 @@ def train(
     """Train a network in place for one round, on its device; mini-batches of ``data`` are moved there.
 
     ``loss`` takes inputs and labels and gives a scalar; exits that it does not use do not change, not even by weight
-    decay. ``rng`` draws the order of the examples, then their augmentation.
+    decay. ``rng`` draws the order of the examples, then their augmentation. A batch norm cannot train on one example:
+    in a network with one, a last mini-batch of one example joins the mini-batch before it.
     """
     how = options or LoopOptions()
     network.train()
-    device, todo = device_of(network), _share(batches_of(budget, len(data), rng, how.times), how.part)
+    device, drawn = device_of(network), batches_of(budget, len(data), rng, how.times)
+    if len(drawn) > 1 and len(drawn[-1]) == 1 and any(isinstance(m, _BatchNorm) for m in network.modules()):
+        drawn[-2:] = [np.concatenate(drawn[-2:])]
+    todo = _share(drawn, how.part)
     with frozen(network, how.only):
         named: dict[str, Tensor] = {name: p for name, p in network.named_parameters() if p.requires_grad}
         named.update({f"also.{i}": p for i, p in enumerate(how.also)})
@@ -172,8 +177,9 @@ def _stepper(
 
 @contextmanager
 def frozen(network: nn.Module, only: Sequence[str]) -> Iterator[None]:
-    """Freeze all parameters but those named in a ``with`` block; without names, none."""
-    frozen = [p for name, p in network.named_parameters() if only and name not in only and p.requires_grad]
+    """Freeze all parameters but those named in a ``with`` block; without names, none. Tied ones have several names."""
+    wanted = {p for name, p in network.named_parameters(remove_duplicate=False) if not only or name in only}
+    frozen = [p for p in network.parameters() if p not in wanted and p.requires_grad]
     for p in frozen:
         p.requires_grad_(False)
         p.grad = None

@@ -5,7 +5,7 @@ Methods are in a package above this one, so all that is known of a method here i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ from cafe_flwr.core.random import seeded
 from cafe_flwr.data.split import Split
 from cafe_flwr.metrics.exits import ExitMetrics, evaluate
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.weights import weights_of
 from cafe_flwr.training.loop import check_finite
 
 
@@ -85,6 +86,5 @@ def train_task(method: Trains[T, Result], task: T) -> Result:
     """Train one task in place, with torch's generator seeded, e.g. for dropout; ValueError for NaN or infinity."""
     with seeded(int(task.rng("torch").integers(2**63))):
         result = method.train(task)
-    tensors: Mapping[str, Tensor] = {**task.network.state_dict(), **task.state, **task.momentum}
-    check_finite(tensors)
+    check_finite({**weights_of(task.network), **task.state, **task.momentum})
     return result

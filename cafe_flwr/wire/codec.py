@@ -59,7 +59,7 @@ def notes_of(config: Mapping[str, Any]) -> dict[int, str]:
 
 
 def _by_client(config: Mapping[str, Any], clients: str, texts: str) -> dict[int, str]:
-    values = read(config, {clients: CLIENT, texts: words("n")})
+    values = read(config, {clients: CLIENT, texts: _WORDS})
     return dict(zip(distinct(values[clients], clients), values[texts], strict=True))
 
 
@@ -69,6 +69,7 @@ def filled(values: dict[str, Any]) -> dict[str, Any]:
 
 
 _T = TypeVar("_T")
+_WORDS = words("n")
 _HEADERS = {(1, 0): read_array_header_1_0, (2, 0): read_array_header_2_0}  # of numpy's format, by version
 
 

@@ -16,6 +16,9 @@ from cafe_flwr.wire.reader import CLIENT, MAX_SCHEMA, distinct, read, schema_of,
 
 _MOST_CLIENTS = 100_000  # of a node, and most nodes of a simulation
 _MOST_EXITS = 1000
+_MOST_PROBLEMS = 100  # told one by one
+QUERY = {"seed": whole(high=2**63 - 1), "method": token(), "num-clients": whole(low=1, default=None)}
+"""What every message to a node says."""
 _DECLARED = {
     "version": token(),
     "clients": CLIENT,
@@ -112,6 +115,8 @@ class NodeInfo:
         try:
             found = read(config, _DECLARED)
             values = {f.name: found[kebab(f.name)] for f in fields(cls)}
+            if (more := len(values["problems"]) - _MOST_PROBLEMS) > 0:
+                values["problems"][_MOST_PROBLEMS:] = [f"and {more} more"]
             for name in ("clients", "kinds"):
                 distinct(values[name], name)
             for name in ("shared", "upload", "download"):

@@ -26,7 +26,7 @@ MAX_ROUNDING = 1e-6
 """How far a share may lie outside of 0..1, by the rounding of float32."""
 
 _ABSENT = object()
-_EACH = {"": "", "n": " for every client", "nm": " for every exit of every client"}
+_EACH = {"n": " for every client", "m": " for every exit"}
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,16 @@ class Value:
                     return [shown(value, int(self.high)) for value in values]
                 if all(len(value) <= self.high and value.isprintable() for value in values):
                     return values
-            elif self.kind is bool or all(
-                self.low <= value <= self.high or (self.nan and value != value) for value in values
-            ):
+            elif self.kind is bool or self._in_range(values):
                 return list(map(float, values)) if self.kind is float and int in kinds else values
         raise ValueError(f"{key!r} must {self.words}{_EACH.get(self.size, '')}, got {shown(repr(given))}")
+
+    def _in_range(self, values: list[Any]) -> bool:
+        low, high, nan = self.low, self.high, self.nan
+        for value in values:  # noqa: SIM110 (this is faster, and every value of a reply passes here)
+            if not (low <= value <= high or (nan and value != value)):
+                return False
+        return True
 
 
 def whole(size: str = "", low: int = 0, high: int = MAX_WHOLE, **more: Any) -> Value:
@@ -90,15 +95,21 @@ def whole(size: str = "", low: int = 0, high: int = MAX_WHOLE, **more: Any) -> V
     return Value(int, f"be a whole number (no NaN, no infinity) of at least {low}{most}", low, high, size, **more)
 
 
-def real(size: str = "", low: float = -MAX_REAL, **more: Any) -> Value:
-    """A finite number; NaN where it was not measured."""
+def real(size: str = "", low: float = -MAX_REAL, high: float = MAX_REAL, nan: bool = True) -> Value:
+    """A finite number from ``low`` to ``high``; NaN where it was not measured."""
     least = "" if low == -MAX_REAL else f" of at least {low:g}"
-    return Value(float, f"be a number{least} that is not infinite", low, MAX_REAL, size, nan=True, **more)
+    most = "" if high == MAX_REAL else f" and at most {high:g}"
+    return Value(float, f"be a number{least}{most} that is not infinite", low, high, size, nan)
 
 
 def share(size: str = "") -> Value:
     """A number in 0..1; NaN where it was not measured."""
     return Value(float, "lie between 0 and 1", -MAX_ROUNDING, 1 + MAX_ROUNDING, size, nan=True)
+
+
+def cosine(size: str = "") -> Value:
+    """A number in −1..1, with some rounding; NaN where it cannot be measured."""
+    return Value(float, "lie between −1 and 1", -1.01, 1.01, size, nan=True)
 
 
 def token(longest: int = 64, **more: Any) -> Value:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice, product
 from typing import Any
 
@@ -16,6 +17,7 @@ from cafe_flwr.core.text import kebab
 from cafe_flwr.metrics.exits import ExitMetrics
 from cafe_flwr.wire.codec import of_client, scalars_of
 from cafe_flwr.wire.keys import PHASES, Keys
+from cafe_flwr.wire.reader import MAX_ROUNDING, Value, cosine, read, real, share, whole
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,19 @@ class ClientReport:
         )
 
 
-_SCALARS = {name: kind for name, kind in scalars_of(ClientReport).items() if name != "client"}
-_EXITS = [f.name for f in fields(ExitMetrics)]
+_SCALARS = [name for name in scalars_of(ClientReport) if name != "client"]
+EXITS = {"accuracy": share("m"), "loss": real("m", low=-MAX_ROUNDING), "ece": share("m")}
+_SECONDS = real("n", low=0, high=1e9, nan=False)
+_DECLARED = {
+    "num_examples": whole("n", low=1),
+    "test_examples": whole("n"),
+    "train_loss": real("n"),  # an objective may subtract
+    "local_steps": whole("n"),
+    "seconds_train": _SECONDS,
+    "seconds_evaluate": _SECONDS,
+    "similarity": cosine("s"),
+    **{f"{name}-{phase}": value for phase, (name, value) in product(PHASES, EXITS.items())},
+}
 
 
 def _key(name: str, keys: Keys) -> str:
@@ -71,11 +84,17 @@ def _key(name: str, keys: Keys) -> str:
     return keys.weight if name == "num_examples" else kebab(name)
 
 
+@lru_cache
+def _declared(keys: Keys) -> dict[str, Value]:
+    """What the columns may hold, by key."""
+    return {_key(name, keys): value for name, value in _DECLARED.items()}
+
+
 def columns_of(reports: Sequence[ClientReport], keys: Keys) -> dict[str, list[Any]]:
     """A list for every number, client after client."""
     columns = {_key(name, keys): [getattr(report, name) for report in reports] for name in _SCALARS}
     columns["similarity"] = [value for report in reports for value in report.similarity]
-    for phase, name in product(PHASES, _EXITS):
+    for phase, name in product(PHASES, EXITS):
         columns[f"{name}-{phase}"] = [value for report in reports for value in getattr(getattr(report, phase), name)]
     return columns
 
@@ -89,33 +108,18 @@ def reports_of(
 ) -> list[ClientReport]:
     """Inverse of :func:`columns_of`, with each client's upload; ValueError if a number is out of range."""
     exits = [of_client(num_exits, client) for client in clients]
+    found = read(
+        metrics, _declared(keys), {"n": len(exits), "m": sum(exits), "s": sum(exits) - len(exits)}, "its metrics"
+    )
 
-    def column(key: str, widths: Sequence[int]) -> list[list[Any]]:
-        values = metrics.get(key, [])
-        if not isinstance(values, list) or len(values) != sum(widths):
-            raise ValueError(f"its metrics need {sum(widths)} values of {key!r}, got {values!r}")
-        rows = iter(values)
-        return [list(islice(rows, width)) for width in widths]
+    def rows(key: str, widths: Iterable[int]) -> Iterator[list[float]]:
+        values = iter(found[key])
+        return (list(islice(values, width)) for width in widths)
 
-    scalars = {name: [row[0] for row in column(_key(name, keys), [1] * len(clients))] for name in _SCALARS}
-    weights = scalars["num_examples"]
-    if not all(isinstance(w, int) and 1 <= w < 2**53 for w in weights):
-        raise ValueError(f"{keys.weight!r} must be a whole number of at least 1 for every client, got {weights}")
-    if min(int(value) for name in ("test_examples", "local_steps") for value in scalars[name]) < 0:
-        raise ValueError("its test examples and local steps must be 0 or more")
-    similarity = column("similarity", [m - 1 for m in exits])
-    if any(abs(value) > 1.01 for row in similarity for value in row):  # NaN: it cannot be measured
-        raise ValueError("its similarities must lie between −1 and 1")
-    measured = {phase: zip(*(column(f"{name}-{phase}", exits) for name in _EXITS), strict=True) for phase in PHASES}
-    before, after = ([ExitMetrics(*values) for values in measured[phase]] for phase in PHASES)
+    scalars = zip(*(found[_key(name, keys)] for name in _SCALARS), strict=True)
+    similarity = rows("similarity", (m - 1 for m in exits))
+    before, after = (map(ExitMetrics, *(rows(f"{name}-{phase}", exits) for name in EXITS)) for phase in PHASES)
     return [
-        ClientReport(
-            client=clients[i],
-            **{name: kind(scalars[name][i]) for name, kind in _SCALARS.items()},  # type: ignore[arg-type]
-            similarity=similarity[i],
-            before=before[i],
-            after=after[i],
-            upload=uploads[i],
-        )
-        for i in range(len(clients))
+        ClientReport(client, *numbers, *own)
+        for client, numbers, *own in zip(clients, scalars, similarity, before, after, uploads, strict=True)
     ]

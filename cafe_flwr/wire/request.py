@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from cafe_flwr.core.text import kebab
+from cafe_flwr.core.text import kebab, shown
 from cafe_flwr.training.options import LocalBudget
 from cafe_flwr.wire.codec import prefixed
 from cafe_flwr.wire.keys import WIRES
@@ -49,13 +49,15 @@ def request_values(config: Mapping[str, Any], message_type: str, num_exits: int 
             f"{len(exits)} exits: they do not agree"
         )
     if not set(distinct(values["downloads"], "downloads")) <= set(distinct(clients, "clients")):
-        raise ValueError(f"the request has something for clients {values['downloads']}, and is for {clients}")
+        raise ValueError(
+            f"the request has something for clients {shown(repr(values['downloads']))}, which it is not for"
+        )
     now, last = values["server-round"], values["num-rounds"]
     newest = now if message_type.startswith("evaluate") else now - 1
     if now > last or values["resumable-from"] > now or max(versions, default=0) > newest:
         raise ValueError(
-            f"the request is of round {now} of {last}, from state of rounds {versions}, and may be resumed from round "
-            f"{values['resumable-from']}: they do not agree"
+            f"the request is of round {now} of {last}, may be resumed from round {values['resumable-from']}, and "
+            f"starts from state of rounds {shown(repr(versions))}: they do not agree"
         )
     return values
 
@@ -67,5 +69,9 @@ def settings_from(kind: type[_Settings], config: Mapping[str, Any], prefix: str)
     """Settings of a request; ValueError if one is unknown or out of range."""
     given = prefixed(config, prefix)
     if unknown := given.keys() - {f.name for f in fields(kind)}:
-        raise ValueError(f"this node knows no setting {', '.join(sorted(prefix + kebab(name) for name in unknown))}")
-    return kind(**given)
+        names = ", ".join(sorted(prefix + kebab(name) for name in unknown))
+        raise ValueError(f"this node knows no setting {shown(names)}")
+    try:
+        return kind(**given)
+    except ValueError as error:
+        raise ValueError(shown(str(error))) from None

@@ -39,6 +39,8 @@ from cafe_flwr.wire.slices import Weight
 # Fields of a request that its config holds unchanged, in this order.
 _PLAIN = ("run", "seed", "digest", "server_round", "num_rounds", "resumable_from", "clients", "versions")
 
+_REPLY = {"clients": CLIENT, "server-round": whole()}
+
 
 @dataclass(frozen=True)
 class TrainRequest:
@@ -229,7 +231,7 @@ class TrainReply:
         if config.get("digest") != expected.digest:
             found = shown(str(config.get("digest")))
             raise ValueError(f"its network has fingerprint {found}, expected {expected.digest}")
-        values = read(config, {"clients": CLIENT, "server-round": whole()})
+        values = read(config, _REPLY)
         clients, failures = distinct(values["clients"], "clients"), failures_of(config)
         shared: NDArray[Any] = np.zeros(0, dtype=np.float32)
         reports: list[ClientReport] = []

@@ -18,13 +18,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cafe_flwr.core.options import check_settings, setting
 from cafe_flwr.networks.early_exit import EarlyExitNetwork
+from cafe_flwr.networks.statistics import batch_norm_names
 
 
 @dataclass
 class ObjectiveState:
     """State of an objective during one training.
 
-    ``rng`` draws adversarial inputs. ``average`` is the average of ``network`` over its steps, if that is the teacher.
+    ``rng`` draws adversarial inputs. ``average`` is the average of ``network`` over its steps, if that is the teacher;
+    its buffers but running statistics stay those of the network.
     """
 
     network: EarlyExitNetwork
@@ -33,13 +35,17 @@ class ObjectiveState:
 
     @property
     def teacher(self) -> EarlyExitNetwork | None:
-        """The average of the network over the steps so far, parameters and buffers, in evaluation mode."""
+        """The average of the network over the steps so far, in evaluation mode."""
         return None if self.average is None else cast(EarlyExitNetwork, self.average.module)
 
     def update(self) -> None:
         """Update the teacher after a step: θ^T ← d·θ^T + (1−d)·θ."""
         if self.average is not None:
             self.average.update_parameters(self.network)
+            statistics = set(batch_norm_names(self.network))
+            for (name, own), mean in zip(self.network.named_buffers(), self.average.module.buffers(), strict=True):
+                if name not in statistics:
+                    mean.copy_(own)
 
 
 @dataclass(frozen=True, kw_only=True)
