@@ -126,8 +126,10 @@ class Settings(_Declared):
         """
         try:
             return cls.model_validate(nested(todays(run_config)), by_alias=True, by_name=False)
-        except ValidationError as error:
-            raise ValueError(shown("; ".join(_explain(detail) for detail in error.errors()), MAX_MESSAGE)) from None
+        except ValueError as error:
+            details = error.errors() if isinstance(error, ValidationError) else []
+            said = "; ".join(map(_explain, details)) or str(error)
+            raise ValueError(shown(said, MAX_MESSAGE)) from None
 
     def __reduce__(self) -> Any:  # the classes of tables cannot be pickled by their names
         return Settings.from_run_config, (self.to_run_config(),)
