@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model, model_validator
 from pydantic.alias_generators import to_snake
 
 from cafe_flwr.core.log import logger
 from cafe_flwr.core.older_settings import renamed
-from cafe_flwr.core.options import Option, options_of
+from cafe_flwr.core.options import Option, in_keys, options_of
+from cafe_flwr.core.strict import STRICT, fields_of
 from cafe_flwr.core.tables import leaves, nested
-from cafe_flwr.core.text import closest, kebab
+from cafe_flwr.core.text import MAX_MESSAGE, brief, closest, shown
 from cafe_flwr.data.options import TEXT_SETS, Data, Heterogeneity, check_clients, check_data
 from cafe_flwr.methods.base import Method, ObjectiveName
 from cafe_flwr.methods.registry import METHODS
@@ -26,18 +28,6 @@ from cafe_flwr.training.objectives.base import Objective
 from cafe_flwr.training.objectives.registry import OBJECTIVES
 from cafe_flwr.training.options import LocalBudget, Schedule, check_training
 from cafe_flwr.wire.options import Bounds, Privacy
-
-# For everything that people write by hand: kebab-case names, no unknown ones, no conversion of types.
-STRICT = ConfigDict(
-    alias_generator=kebab,
-    validate_by_name=True,
-    validate_by_alias=True,
-    extra="forbid",
-    frozen=True,
-    strict=True,
-    use_attribute_docstrings=True,
-    allow_inf_nan=False,
-)
 
 _SECTIONS = (
     *(Run, ObjectiveName, Federation, Aggregation, Bounds, Privacy, Data, Heterogeneity, Model),
@@ -89,26 +79,6 @@ def _read_when() -> dict[str, Mapping[str, Sequence[Any]]]:
 READ_WHEN = _read_when()
 
 
-def _whole(value: Any) -> Any:
-    """Refuse 1.0 and True in a choice among numbers, which pydantic compares by ``==``."""
-    if type(value) is not int:
-        raise ValueError("it should be a whole number")
-    return value
-
-
-def _fields(options: Sequence[Option]) -> dict[str, Any]:
-    """Options as fields of a pydantic model."""
-    bounds = ("ge", "gt", "le", "lt", "pattern", "min_length", "max_length")
-    found: dict[str, Any] = {}
-    for o in options:
-        kind: Any = Literal[o.said["choices"]] if o.said["choices"] else type(o.default)
-        if isinstance(o.default, int) and o.said["choices"]:
-            kind = Annotated[kind, BeforeValidator(_whole)]
-        said = {name: o.said[name] for name in bounds if o.said[name] is not None}
-        found[to_snake(o.key.rpartition(".")[2])] = (kind, Field(o.default, description=o.doc, **said))
-    return found
-
-
 if TYPE_CHECKING:
 
     class _Declared(BaseModel):
@@ -119,9 +89,9 @@ else:
 
     def _model() -> type[BaseModel]:
         of_table = {table: [o for o in OPTIONS.values() if o.table == table] for table in ("", *TABLES)}
-        found = _fields(of_table.pop(""))
+        found = fields_of(of_table.pop(""))
         for table, options in of_table.items():
-            part = create_model(table, __config__=_CONFIG, **_fields(options))
+            part = create_model(table, __config__=_CONFIG, **fields_of(options))
             found[to_snake(table)] = (part, part())
         return create_model("_Declared", __config__=_CONFIG, **found)
 
@@ -156,8 +126,10 @@ class Settings(_Declared):
         """
         try:
             return cls.model_validate(nested(todays(run_config)), by_alias=True, by_name=False)
-        except ValidationError as error:
-            raise ValueError("; ".join(_explain(detail) for detail in error.errors())) from None
+        except ValueError as error:
+            details = error.errors() if isinstance(error, ValidationError) else []
+            said = "; ".join(map(_explain, details)) or str(error)
+            raise ValueError(shown(said, MAX_MESSAGE)) from None
 
     def __reduce__(self) -> Any:  # the classes of tables cannot be pickled by their names
         return Settings.from_run_config, (self.to_run_config(),)
@@ -173,17 +145,21 @@ class Settings(_Declared):
 
     def of(self, declared: type[Wanted], **instead: Any) -> Wanted:
         """The options of a part, as the dataclass that declares them; ``instead`` replaces some of them."""
-        return declared(**{**{o.field: self.value(o.key) for o in options_of(declared)}, **instead})
+        try:
+            return declared(**{**{o.field: self.value(o.key) for o in options_of(declared)}, **instead})
+        except ValueError as error:
+            raise ValueError(in_keys(str(error), declared)) from None
 
     @model_validator(mode="after")
     def _agree(self) -> Settings:
         if self.method not in METHODS:
             hint = f"; did you mean {near!r}?" if (near := closest(self.method, METHODS)) else ""
-            raise ValueError(f"method should be one of {', '.join(METHODS)}, got {self.method!r}{hint}")
+            raise ValueError(f"method should be one of {', '.join(METHODS)}, got {brief(self.method)}{hint}")
         check_data(self.of(Data))
         check_model(self.of(Model))
         self.of(Bounds), self.of(Privacy)
-        read_shares(self.heterogeneity.depth_shares)
+        for held in read_shares(self.heterogeneity.depth_shares):
+            held.check(self.of(Model).num_exits, "heterogeneity.depth-shares")
         check_clients(self.of(Heterogeneity), self.network, self.dataset)
         check_training(self.build_budget(), self.of(Schedule), self.num_server_rounds)
         for problem in (*_disagreements(self), *_relative_paths(self)):
@@ -209,7 +185,11 @@ class Settings(_Declared):
             for other, values in conditions.items():
                 if not _among(has := self.value(other), values):
                     readers = " or ".join(repr(value) for value in values)
-                    found[key] = f"it is read with {other} = {readers}, and {other} = {has!r}"
+                    found[key] = f"it is read with {other} = {readers}, and {other} = {brief(has)}"
+        if not self.privacy.noise_multiplier:
+            found["privacy.delta"] = "it is read with privacy.noise-multiplier above 0"
+        if self.data.partition == "natural" and self.data.natural_split == "even":
+            found["dirichlet-alpha"] = "it is read with data.natural-split = 'dirichlet', and that is 'even'"
         return found
 
     def unread(self) -> dict[str, str]:
@@ -219,7 +199,8 @@ class Settings(_Declared):
     def check_read(self) -> None:
         """Raise ValueError if a setting was changed that nothing reads, naming what would."""
         if found := self.unread().items():
-            raise ValueError("; ".join(f"{k} = {self.value(k)!r} would change nothing: {why}" for k, why in found))
+            said = (f"{k} = {brief(self.value(k))} would change nothing: {why}" for k, why in found)
+            raise ValueError(shown("; ".join(said), MAX_MESSAGE))
 
     @property
     def run_name(self) -> str:
@@ -259,11 +240,24 @@ def _relative_paths(s: Settings) -> Iterator[str]:
         path = s.value(key)
         if key == "dataset":
             path = "" if s.data.dir else path.partition(":")[2]
-        if path and not Path(path).expanduser().is_absolute():
+        if why := _unusable(path):
+            yield f"{key} is no path that can be used, got {brief(path)}: {why}"
+        elif path and not Path(path).expanduser().is_absolute():
             yield (
-                f"{key} must be an absolute path or start with '~', got {path!r}: Flower's processes have "
+                f"{key} must be an absolute path or start with '~', got {brief(path)}: Flower's processes have "
                 "their own working directory" + "; or set data.dir, where it lies" * (key == "dataset")
             )
+
+
+def _unusable(path: str) -> str:
+    """Why a path cannot be used; empty if it can."""
+    if not path.isprintable():
+        return "it has characters that cannot be printed"
+    try:
+        parts = Path(path).expanduser().parts
+    except RuntimeError:
+        return "there is no such user"
+    return "a name in it is longer than 255 bytes" * any(len(os.fsencode(part)) > 255 for part in parts)
 
 
 def _among(value: Any, values: Sequence[Any]) -> bool:
@@ -284,11 +278,15 @@ def todays(run_config: Mapping[str, Any]) -> dict[str, Any]:
     """
     given: dict[str, Any] = {}
     for key, value in leaves(run_config):
+        if not key.isprintable():
+            raise ValueError(f"unknown setting {brief(key)}: names of settings are letters, digits, '-' and '.'")
         if key in given:
-            raise ValueError(f"{key!r} is there twice, in a table and with a dot: leave one out")
+            raise ValueError(f"{brief(key)} is there twice, in a table and with a dot: leave one out")
         if key in TABLES:
             name = next(k for k, o in OPTIONS.items() if o.table == key)
-            raise ValueError(f"{key} is a table of settings, got {value!r}: write {name} = {OPTIONS[name].default!r}")
+            raise ValueError(
+                f"{key} is a table of settings, got {brief(value)}: write {name} = {OPTIONS[name].default!r}"
+            )
         given[key] = value
     found: dict[str, Any] = {}
     former = []
@@ -325,12 +323,12 @@ def _explain(detail: Any) -> str:
         key = next(leaves({key: value}), (key, None))[0]
         if now := renamed(key):
             return f"unknown setting {key!r}: {now}"
-        hint = f"did you mean {near!r}?" if (near := _nearest(key)) else f"known settings: {', '.join(OPTIONS)}"
-        return f"unknown setting {key!r}; {hint}"
+        hint = f"did you mean {near!r}?" if (near := _nearest(key)) else "cafe-flwr settings lists all there are"
+        return f"unknown setting {brief(key)}; {hint}"
     if isinstance(value, dict):
-        return f"{key} is one value, got the table {value!r}: write {key} = {OPTIONS[key].default!r}, or the like"
+        return f"{key} is one value, got the table {brief(value)}: write {key} = {OPTIONS[key].default!r}, or the like"
     expected = detail["msg"].partition(" should ")[2] or detail["msg"]
-    return f"{key} should {expected}, got {value!r} ({OPTIONS[key].doc})"
+    return f"{key} should {shown(expected)}, got {brief(value)} ({OPTIONS[key].doc})"
 
 
 def _nearest(key: str) -> str | None:

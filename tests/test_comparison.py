@@ -286,7 +286,9 @@ EXPERIMENT = {
         "seeds": [1000],
         "settings": {"num-server-rounds": 6},
         "trials": {"learning-rate": [0.1, 0.3]},
-        "own": {"FedAvg + prior": [{"train.weight-decay": 1e30}, {"learning-rate": 0.3}]},  # the first diverges
+        "own": {
+            "FedAvg + prior": [{"learning-rate": 1e3, "train.weight-decay": 1e9}, {"learning-rate": 0.3}]
+        },  # the first diverges
     },
 }
 
@@ -346,7 +348,7 @@ def test_everything_is_there_and_a_failed_trial_is_reported(real: Real) -> None:
     assert (real.home / "experiment.yaml").read_bytes() == real.file.read_bytes()
     for text in (real.done.output, (real.home / "table.md").read_text(), (real.home / "comparison.html").read_text()):
         plain = " ".join(text.split())
-        assert "FedAvg + prior, a trial failed: weight-decay=1e+30, seed 1000" in plain
+        assert "FedAvg + prior, a trial failed: learning-rate=1000.0, weight-decay=1000000000.0, seed 1000" in plain
         assert "NaN or infinite" in plain
 
 
@@ -471,7 +473,7 @@ def test_more_rows_and_seeds_may_join(real: Real, tmp_path: Path) -> None:
 def test_a_failed_run_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_report: None) -> None:
     monkeypatch.setattr("cafe_flwr.experiments.execution.execute", serial)
     settings = {**EXPERIMENT["settings"], "num-server-rounds": 1}  # type: ignore[dict-item]
-    bad = {"label": "diverges", "method": "fedavg", "settings": {"train.weight-decay": 1e30}}
+    bad = {"label": "diverges", "method": "fedavg", "settings": {"learning-rate": 1e3, "train.weight-decay": 1e9}}
     vary = {"dirichlet-alpha": [1.0, 10.0]}
     del settings["dirichlet-alpha"]
     content = {"name": "bad", "seeds": [0], "settings": settings, "rows": [bad, "fedavg"], "vary": vary}

@@ -365,7 +365,9 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(tmp_path: Path, no_r
 
 
 def test_a_failed_run_gives_the_last_line_of_its_reason_and_a_log(tmp_path: Path, no_report: None) -> None:
-    (run,) = plan_runs(experiment(rows=["fedavg"], settings={**TINY, "train.weight-decay": 1e30}), tmp_path)
+    (run,) = plan_runs(
+        experiment(rows=["fedavg"], settings={**TINY, "learning-rate": 1e3, "train.weight-decay": 1e9}), tmp_path
+    )
     reason = run_one(run)
     assert reason is not None
     assert "NaN or infinite" in reason
@@ -428,7 +430,9 @@ class Deadly(PlannedRun):
 def test_processes_run_side_by_side_and_one_that_dies_or_fails_stops_no_other(tmp_path: Path) -> None:
     """Four runs on two processes: one dies with its process, one fails, two finish, with one thread each."""
     good = plan_runs(experiment(seeds=[0, 1], rows=["fedavg"]), tmp_path)
-    (bad,) = plan_runs(experiment(rows=["local"], settings={**TINY, "train.weight-decay": 1e30}), tmp_path)
+    (bad,) = plan_runs(
+        experiment(rows=["local"], settings={**TINY, "learning-rate": 1e3, "train.weight-decay": 1e9}), tmp_path
+    )
     (deadly,) = plan_runs(experiment(rows=["fedper"]), tmp_path)
     runs = [Deadly(deadly.row, deadly.condition, deadly.settings), bad, *good]
     before = dict(os.environ)

@@ -20,7 +20,7 @@ _HIDDEN = "<path>"
 _LONGEST = 4000  # characters of a text
 _ANYBODY = {"admin", "app", "client", "data", "flower", "node", "nobody", "root", "runner", "server", "ubuntu", "user"}
 
-_START = r"(?:file:/|/(?=[^\s/])|~[\w.-]*[/\\]|[A-Za-z]:[\\/]|\\\\(?=\w)|\.\.[\\/])"
+_START = r"(?:file:/|/(?=[^\s/'\"`])|~[\w.-]*[/\\]|[A-Za-z]:[\\/]|\\\\(?=\w)|\.\.[\\/])"
 _REST = r"[^\s'\"`<>|;,)\]}]*"
 _WORD = r"[^\s/\\:;'\"`]+"
 # Names may contain spaces: what follows belongs to the path if it has a separator, or ends as the name of a file.

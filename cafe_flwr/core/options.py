@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from functools import partial
@@ -15,7 +16,10 @@ from numbers import Integral, Real
 from typing import Any, Literal, Protocol, TypeVar
 
 from cafe_flwr.core.older_settings import PREFIXES
-from cafe_flwr.core.text import kebab
+from cafe_flwr.core.text import brief, kebab
+
+MOST = {int: 10**6, float: 1e9}
+"""Upper bounds of numbers that declare none: nobody means more."""
 
 Compare = Literal["all", "row", "budget", "free", "own"]
 Declared = TypeVar("Declared")
@@ -55,7 +59,7 @@ def option(  # noqa: PLR0913 (everything that a setting can declare)
     wire
         Settings of objectives only: name in messages, where it is not ``<objective>_<field>``.
     ge, gt, le, lt, choices, pattern, min_length, max_length
-        Allowed values.
+        Allowed values; numbers without an upper bound have that of :data:`MOST`.
     compare
         In a comparison: the same in ``"all"`` rows; each ``"row"``'s own; part of the ``"budget"``; ``"free"``, as it
         changes no number; or set by the comparison itself (``"own"``).
@@ -81,8 +85,25 @@ def option(  # noqa: PLR0913 (everything that a setting can declare)
         ...
     ValueError: pull must be at least 0, got -1.0
     """
+    if le is None and lt is None:
+        le = MOST.get(type(default))
     said = {name: value for name, value in locals().items() if name not in ("default", "choices")}
     return field(default=default, metadata={**said, "choices": tuple(choices)})
+
+
+def in_keys(message: str, declared: type) -> str:
+    """A message about fields of a dataclass, with the keys of a run's settings in their place.
+
+    Examples
+    --------
+    >>> from cafe_flwr.wire.options import Bounds
+    >>> in_keys("max_ratio must be greater than 1", Bounds)
+    'federation.max-update-ratio must be greater than 1'
+    """
+    for o in options_of(declared):
+        name = re.escape(o.field)
+        message = re.sub(rf"\b{name}\b" if "_" in name else rf"^{name}\b", o.key, message)
+    return message
 
 
 setting = option
@@ -212,7 +233,7 @@ class RunOptions:
 def check_settings(declared: Any) -> None:
     """Raise ValueError, naming every option of this dataclass whose value is of the wrong type or out of bounds."""
     values = ((f, getattr(declared, f.name)) for f in fields(declared) if "doc" in f.metadata)
-    if wrong := [f"{f.name} must be {what} got {value!r}" for f, value in values if (what := _expected(f, value))]:
+    if wrong := [f"{f.name} must be {what} got {brief(value)}" for f, value in values if (what := _expected(f, value))]:
         raise ValueError("; ".join(wrong))
 
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+_DEEPEST = 8
+
 
 def leaves(config: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """(key with dots, value) of every setting in nested tables.
+    """(key with dots, value) of every setting in nested tables; ValueError if tables are nested without end.
 
     Examples
     --------
     >>> dict(leaves({"seed": 1, "federation": {"wait-seconds": 5.0}}))
     {'seed': 1, 'federation.wait-seconds': 5.0}
     """
+    if before.count(".") > _DEEPEST:
+        raise ValueError(f"{before[:60]}… are tables in tables: settings are in one table, such as train.momentum")
     for key, value in config.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             yield from leaves(value, f"{before}{key}.")
         else:
             yield f"{before}{key}", value

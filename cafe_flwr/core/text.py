@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 MAX_NAME = 60
+MAX_MESSAGE = 2000
+"""Characters of an error message about what a person wrote."""
+
 MAX_TEXT = 500
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel, _BRIEF.maxstring, _BRIEF.maxother = 2, 200, 100
+
+
+def brief(value: Any) -> str:
+    """A value of any type and size as a message shows it: its ``repr``, without the middle where it is long.
+
+    Examples
+    --------
+    >>> brief("digits"), len(brief("x" * 10**6))
+    ("'digits'", 200)
+    """
+    try:
+        return shown(_BRIEF.repr(value))
+    except ValueError:  # Python does not write such a number
+        return f"something of type {type(value).__name__} that is too long to show"
 
 
 def shown(text: str, longest: int = MAX_TEXT) -> str:
@@ -39,7 +60,7 @@ def kebab(name: str) -> str:
 
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name most similar to this one; None if none is similar."""
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+    return next(iter(difflib.get_close_matches(name[:MAX_NAME], list(known), n=1)), None)
 
 
 def nearest(name: str, known: Iterable[str], listed: str = "known") -> str:
@@ -75,8 +96,8 @@ def in_words(detail: Mapping[str, Any], known: Iterable[str], what: str = "key")
     *outer, name = detail["loc"]
     where = f"{place(outer)}: " if outer else ""
     if detail["type"] == "extra_forbidden":
-        return f"{where}unknown {what} {name!r}; {nearest(str(name), known, f'known {what}s')}"
+        return f"{where}unknown {what} {brief(name)}; {nearest(str(name), known, f'known {what}s')}"
     if detail["type"] == "missing":
         return f"{where}the {what} {name!r} is missing"
     expected = detail["msg"].partition(" should ")[2] or detail["msg"]
-    return f"{place(detail['loc'])} should {expected}, got {detail['input']!r}"
+    return f"{place(detail['loc'])} should {expected}, got {brief(detail['input'])}"

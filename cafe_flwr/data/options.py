@@ -40,6 +40,7 @@ class Data:
         "'data-dir' comes first.",
         formerly="data-dir",
         sized=True,
+        only={"dataset": (*HUB_IMAGES, *HUB_TEXTS, "local", "local:<path>")},
     )
     augmentation: str = shared(
         "usual",
@@ -76,6 +77,7 @@ class Data:
         "Concentration of the Dirichlet partition: small = very different clients.",
         key="dirichlet-alpha",
         gt=0,
+        le=1e6,
         only={**_DEALT, "data.partition": ("dirichlet", "natural")},
     )
     dirichlet_cap: bool = shared(

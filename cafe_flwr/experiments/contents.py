@@ -9,7 +9,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, field_validator
 
-from cafe_flwr.settings import STRICT, todays
+from cafe_flwr.core.strict import STRICT
+from cafe_flwr.settings import todays
 
 Condition = tuple[tuple[str, Any], ...]
 """The settings of one table that differ between tables, as (setting, value) pairs; empty if nothing is varied."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cafe_flwr.core.options import check_settings, option, options_of, section, shared
+from cafe_flwr.core.text import brief
 
 NETWORKS = ("conv", "resnet18", "transformer", "published-conv", "published-resnet18", "published-transformer")
 TEXT_NETWORKS = ("transformer", "published-transformer")
@@ -34,16 +35,19 @@ class Model:
         choices=NETWORKS,
         sized=True,
     )
-    feature_width: int = shared(24, "Width of the features that enter the classifier of every exit.", ge=1, sized=True)
+    feature_width: int = shared(
+        24, "Width of the features that enter the classifier of every exit.", ge=1, le=65_536, sized=True
+    )
     width: int = shared(
         0,
         "Channels of the first block (conv) or stage (resnet18), or of the embeddings (transformer); 0: 8, 64 or 128.",
         formerly="network-width",
         ge=0,
+        le=8_192,
         sized=True,
     )
     depth: int = shared(
-        0, "Blocks, and exits; 0: 3 (conv) or 4. resnet18 has 4.", formerly="network-depth", ge=0, sized=True
+        0, "Blocks, and exits; 0: 3 (conv) or 4. resnet18 has 4.", formerly="network-depth", ge=0, le=64, sized=True
     )
     norm: Literal["group", "batch", "layer"] = shared(
         "group",
@@ -72,6 +76,14 @@ class Model:
     )
     dropout: float = shared(0.1, "Of the transformer.", ge=0, lt=1, only={"network": TEXT_NETWORKS})
 
+    @property
+    def num_exits(self) -> int:
+        """Exits of the network."""
+        return int(PUBLISHED.get(self.network, {}).get("depth", self.depth or (3 if self.network == "conv" else 4)))
+
+
+_WIDEST = 16_384  # channels of a block
+
 
 def check_model(model: Model) -> None:
     """Raise ValueError, in the keys of a run's settings, if options do not go together."""
@@ -91,6 +103,13 @@ def check_model(model: Model) -> None:
         )
     if model.network == "resnet18" and model.depth not in (0, 4):
         raise ValueError(f"resnet18 has 4 stages, got model.depth = {model.depth}: set it to 0")
+    doublings = {"conv": model.num_exits - 1, "resnet18": 3}.get(model.network, 0)
+    if (widest := (model.width or 8) << doublings) > _WIDEST:
+        raise ValueError(
+            f"model.width = {model.width} and model.depth = {model.depth} make a last block of {brief(widest)} "
+            "channels, as every block has twice the channels of the one before: lower one of them, to at most "
+            f"{_WIDEST} channels"
+        )
     if model.stem_stride != 1 and model.network != "resnet18":
         raise ValueError(f"model.stem-stride = {model.stem_stride} is of resnet18: set it to 1 for {model.network!r}")
 
