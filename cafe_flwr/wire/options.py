@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cafe_flwr.core.options import check_settings, option, options_of, section
+from cafe_flwr.core.options import check_settings, option, section
 
 
 @section("federation")
@@ -49,9 +49,9 @@ class Bounds:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        for o in options_of(Bounds):
-            if o.key.endswith("-ratio") and 0 < (ratio := getattr(self, o.field)) <= 1:
-                raise ValueError(f"{o.field} ({o.key}) must be greater than 1, or 0 for no bound, got {ratio}")
+        for name in ("max_ratio", "long_ratio", "max_examples_ratio"):
+            if 0 < (ratio := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} must be greater than 1, or 0 for no bound, got {ratio}")
 
 
 @section("privacy")
