@@ -841,6 +841,17 @@ def test_the_command_refuses_before_flower_starts(given, said):
     assert said in done.output
 
 
+def test_the_command_tells_what_is_wrong_with_data_before_flower_starts(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes(b"no image")
+    config = f'dataset="local:{tmp_path}" num-clients=2'
+    done = CliRunner().invoke(app, ["run", str(ROOT), "--run-config", config], env={"COLUMNS": "400"})
+    assert done.exit_code == 1
+    assert "cat/0.png" in done.output
+    assert "Traceback" not in done.output
+
+
 def test_the_command_takes_names_of_before_and_gives_flower_those_of_today(monkeypatch):
     seen = []
     monkeypatch.setattr(launch, "run_app", lambda app, env, pairs, *_: seen.extend(pairs) or launch.RunStatus(1, "x"))

@@ -33,6 +33,7 @@ def run(
     from cafe_flwr.app.launch import private_superlink, run_app, with_resources
 
     settings, overrides = _settings(folder, overridden(run_config, results_dir))
+    _look_at_data(settings)
     results = settings.results
     pairs = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items()]
     try:
@@ -76,6 +77,15 @@ def report(folder: _Results) -> None:
 
     with errors():
         console.print(f"Report: {write_page(folder)}", soft_wrap=True)
+
+
+def _look_at_data(settings: Settings) -> None:
+    """Read data that lie on this machine as its nodes will, so that what is wrong with them is told at once."""
+    from cafe_flwr.app.parts import federation
+
+    if settings.dataset.startswith("local:") or settings.data.dir:
+        with errors():
+            federation(settings)
 
 
 def _settings(folder: Path, overrides: dict[str, Any]) -> tuple[Settings, dict[str, Any]]:
