@@ -24,8 +24,7 @@ class RoundBounds(StrategyPart):
 
     def apply(self, state: ServerState, replies: Sequence[TrainReply]) -> tuple[list[TrainReply], dict[int, str]]:
         """The replies that can be used, and the clients of the others, with the reason."""
-        sent = [self.directory.view([r.client for r in reply.reports]).take(state.shared) for reply in replies]
-        lengths = [norm(reply.update(base)) for reply, base in zip(replies, sent, strict=True)]
+        lengths = [norm(reply.update(self._sent(state, reply))) for reply in replies]
         room = np.ones(len(replies))
         if self.run.local.epochs:
             room = np.minimum(_MOST_ROOM, room_for([reply.examples / len(reply.reports) for reply in replies]))
@@ -34,11 +33,15 @@ class RoundBounds(StrategyPart):
             refused.setdefault(i, f"its node's reply cannot be used: {reason}")
         long = () if self.run.aggregation.robust else far_longer(lengths, self.run.bounds.long_ratio, room)
         good = [
-            _limited(reply, sent[i], lengths, i) if i in long else reply
+            _limited(reply, self._sent(state, reply), lengths, i) if i in long else reply
             for i, reply in enumerate(replies)
             if i not in refused
         ]
         return good, {report.client: reason for i, reason in refused.items() for report in replies[i].reports}
+
+    def _sent(self, state: ServerState, reply: TrainReply) -> NDArray[np.float32]:
+        """What the clients of a reply started from."""
+        return self.directory.view([report.client for report in reply.reports]).take(state.shared)
 
     def _impossible(
         self, state: ServerState, replies: Sequence[TrainReply], lengths: Sequence[float]
