@@ -15,6 +15,7 @@ from cafe_flwr.wire.bounds import far_longer, norm, room_for, times_median
 from cafe_flwr.wire.train import TrainReply
 
 MOST_GROWTH = 10.0  # of the norm of the shared part since the start; honest runs: up to 1.6
+_UNEQUAL_ROOM = 2.0  # for updates of different parts of a network, whose norms are harder to compare
 _MOST_ROOM = 10.0  # for an update of many steps, whatever number of examples a client says it has
 
 
@@ -25,9 +26,9 @@ class RoundBounds(StrategyPart):
     def apply(self, state: ServerState, replies: Sequence[TrainReply]) -> tuple[list[TrainReply], dict[int, str]]:
         """The replies that can be used, and the clients of the others, with the reason."""
         lengths = [norm(reply.update(self._sent(state, reply))) for reply in replies]
-        room = np.ones(len(replies))
+        room = np.full(len(replies), _UNEQUAL_ROOM if self.directory.unequal else 1.0)
         if self.run.local.epochs:
-            room = np.minimum(_MOST_ROOM, room_for([reply.examples / len(reply.reports) for reply in replies]))
+            room *= np.minimum(_MOST_ROOM, room_for([reply.examples / len(reply.reports) for reply in replies]))
         refused: dict[int, str] = {}
         for i, reason in (*self._impossible(state, replies, lengths), *self._unlike_others(replies, lengths, room)):
             refused.setdefault(i, f"its node's reply cannot be used: {reason}")
