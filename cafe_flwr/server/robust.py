@@ -50,15 +50,13 @@ def trimmed_mean(
     alike, result = all(where is None for where in places.values()), before.copy()
 
     def block(start: int, stop: int) -> None:
-        if alike:
-            rows = np.stack([values[start:stop] for _, values in clients])
-        else:
-            rows = np.full((len(clients), stop - start), np.inf, dtype=np.float32)
-            for row, (part, values) in zip(rows, clients, strict=True):
-                held, found = _piece(values, places[part], start, stop)
-                row[held] = found
-        columns = np.ascontiguousarray(rows.T)
-        columns.sort(axis=1)  # what a client does not hold comes last
+        columns = np.empty((stop - start, len(clients)), dtype=np.float32)
+        if not alike:
+            columns.fill(np.inf)  # what a client does not hold comes last
+        for i, (part, values) in enumerate(clients):
+            held, found = _piece(values, places[part], start, stop)
+            columns[held, i] = found
+        columns.sort(axis=1)
         counts = np.full(stop - start, len(clients)) if alike else np.isfinite(columns).sum(axis=1)
         for count in np.unique(counts[counts > 0]).tolist():
             of_count, out = slice(None) if alike else counts == count, cut(count)
