@@ -842,14 +842,13 @@ def test_absent_clients_neither_stop_the_run_nor_change(tmp_path, coming_and_goi
 @pytest.mark.slow
 @some_variants
 def test_clients_that_fail_are_left_out_and_the_others_go_on(tmp_path, variant):
-    """Two nodes, {0, 2} and {1, 3}. Client 3's training data are not numbers: it is left out in every round, its
+    """Two nodes, {0, 2} and {1, 3}. Client 3 trains on what is no number: it is left out in every round, its
     neighbour is not. The other node raises in round 2 and sends an array of NaN in round 3: nothing of it reaches
     anybody, and in round 4 its clients start from what they last reported well."""
 
     def load(client):
         data = toy_data(client)
-        train = Split(data.train.x * torch.nan, data.train.y) if client == 3 else data.train
-        return ClientData(train, data.calibration, data.test)
+        return replace(data, augment=lambda x, rng: x * torch.nan) if client == 3 else data
 
     def fault(answer, message, context):
         if message.metadata.message_type != "train" or asked(message) != [0, 2]:

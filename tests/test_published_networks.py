@@ -176,7 +176,9 @@ def copies(tmp_path_factory):
 
 def settings_for(folder, copies, network, **changes):
     more = {"num_server_rounds": 2, "num_clients": 2, "batch_size": 4, "local_steps": 1, "evaluate_every": 2}
-    return small_settings(folder, data_dir=str(copies), network=network, **{**RUNS[network], **more, **changes})
+    if RUNS[network]["dataset"] != "digits":
+        more["data_dir"] = str(copies)
+    return small_settings(folder, network=network, **{**RUNS[network], **more, **changes})
 
 
 @pytest.mark.slow

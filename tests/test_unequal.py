@@ -811,12 +811,11 @@ def test_shares_that_are_none_are_refused(tmp_path, shares, message):
 
 
 def test_shares_of_a_deeper_network_end_the_run_before_the_first_round(tmp_path, no_report):
-    settings = small_settings(tmp_path, depth_shares="4:0.2")
-    with pytest.raises(
-        RuntimeError, match=r"no client can take part(.|\n)*depth-shares asks for 4 exits, and this network has 3"
-    ):
-        run_small(settings)
-    assert not (settings.results / "rounds.jsonl").exists()
+    with pytest.raises(ValueError, match=r"depth-shares asks for 4 exits, and this network has 3"):
+        small_settings(tmp_path, depth_shares="4:0.2")
+    grid = WatchedGrid(toy_app(), 2, {"heterogeneity.depth-shares": "4:0.5"})
+    with pytest.raises(RuntimeError, match=r"no client can take part(.|\n)*depth-shares asks for 4 exits"):
+        toy_strategy(num_clients=2, wait_seconds=0).start(grid)
 
 
 def test_shares_need_a_number_of_clients(tmp_path):

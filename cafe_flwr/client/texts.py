@@ -47,7 +47,7 @@ def without_paths(text: str, data: str = "") -> str:
     for folder in filter(None, (os.path.expanduser("~"), tempfile.gettempdir(), os.getcwd())):
         if len(folder) > 1:  # they may contain spaces
             text = text.replace(folder + os.sep, "/x/")
-    text = _PATH.sub(lambda found: found["kept"] or _quoted(found["quote"]), text)
+    text = _PATH.sub(lambda found: found["kept"] or _quoted(found["quote"]) + ":" * found[0].endswith(":"), text)
     return re.sub(rf"\b{re.escape(user)}\b", "<user>", text) if (user := _user()) else text
 
 

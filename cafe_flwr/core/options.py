@@ -18,9 +18,6 @@ from typing import Any, Literal, Protocol, TypeVar
 from cafe_flwr.core.older_settings import PREFIXES
 from cafe_flwr.core.text import brief, kebab
 
-MOST = {int: 10**6, float: 1e9}
-"""Upper bounds of numbers that declare none: nobody means more."""
-
 Compare = Literal["all", "row", "budget", "free", "own"]
 Declared = TypeVar("Declared")
 
@@ -59,7 +56,7 @@ def option(  # noqa: PLR0913 (everything that a setting can declare)
     wire
         Settings of objectives only: name in messages, where it is not ``<objective>_<field>``.
     ge, gt, le, lt, choices, pattern, min_length, max_length
-        Allowed values; numbers without an upper bound have that of :data:`MOST`.
+        Allowed values.
     compare
         In a comparison: the same in ``"all"`` rows; each ``"row"``'s own; part of the ``"budget"``; ``"free"``, as it
         changes no number; or set by the comparison itself (``"own"``).
@@ -85,8 +82,6 @@ def option(  # noqa: PLR0913 (everything that a setting can declare)
         ...
     ValueError: pull must be at least 0, got -1.0
     """
-    if le is None and lt is None:
-        le = MOST.get(type(default))
     said = {name: value for name, value in locals().items() if name not in ("default", "choices")}
     return field(default=default, metadata={**said, "choices": tuple(choices)})
 

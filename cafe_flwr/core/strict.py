@@ -11,6 +11,9 @@ from pydantic.alias_generators import to_snake
 from cafe_flwr.core.options import Option
 from cafe_flwr.core.text import kebab
 
+MOST = {int: 10**6, float: 1e9}
+"""Upper bounds of numbers in a run's settings that declare none: nobody means more."""
+
 STRICT = ConfigDict(
     alias_generator=kebab,
     validate_by_name=True,
@@ -39,5 +42,7 @@ def fields_of(options: Sequence[Option]) -> dict[str, Any]:
         if isinstance(o.default, int) and o.said["choices"]:
             kind = Annotated[kind, BeforeValidator(_whole)]
         said = {name: o.said[name] for name in bounds if o.said[name] is not None}
+        if not said.keys() & {"le", "lt"} and type(o.default) in MOST and not o.said["choices"]:
+            said["le"] = MOST[type(o.default)]
         found[to_snake(o.key.rpartition(".")[2])] = (kind, Field(o.default, description=o.doc, **said))
     return found

@@ -36,7 +36,6 @@ class LocalBudget:
         "(docs/evidence.md).",
         key="learning-rate",
         gt=0,
-        le=1_000,
         of_runs=0.15,
     )
     momentum: float = option(0.0, "Momentum of SGD; AdamW has running means instead.", ge=0, lt=1, of_runs=0.9)
