@@ -25,6 +25,7 @@ from cafe_flwr.app.run import calibrate
 from cafe_flwr.core.text import kebab
 from cafe_flwr.methods import CafeDistillMethod, settings_of
 from cafe_flwr.metrics import THRESHOLDS
+from cafe_flwr.server.options import Aggregation
 from cafe_flwr.settings import Settings
 from cafe_flwr.training import LocalBudget
 from cafe_flwr.wire.keys import PROTOCOL
@@ -382,6 +383,7 @@ def traffic(folder: Path) -> Iterator[WatchedGrid]:
     yield federation(toy_app(), 2, folder / "short")
     yield federation(FaultyApp(toy_app(), damage_state_of_client_1), 1, folder / "named", num_clients=2)
     yield federation(toy_app(), 2, num_clients=5, wire="float16", privacy=Privacy(clip_norm=1.0))
+    yield federation(toy_app(), 2, folder / "apart", num_clients=5, aggregation=Aggregation("median"))
     grid = federation(FaultyApp(toy_app(load), lose_state_of_client_1), 2, num_clients=5)
     (folder / "client-2.safetensors").unlink()
     settings = {"name": "calibrated", "results-dir": str(folder), "num-clients": 5, "federation.wait-seconds": 1.0}
@@ -410,7 +412,8 @@ def test_every_record_key_type_and_shape_is_as_documented(contract, tmp_path):
             sizes = {**size, "q": noted, "K": len(THRESHOLDS), "d": len(config.get("downloads", []))}
             checked.wire = np.dtype(config.get("wire-dtype", "float32"))
             checked.check(f"{message.metadata.message_type} Down", message.content, {**sizes, "n": n_down})
-            checked.check(f"{message.metadata.message_type} Up", reply.content, {**sizes, "n": n_up, "k": len(failed)})
+            sizes |= {"n": n_up, "k": len(failed), "s": n_up if config.get("apart") else min(n_up, 2)}
+            checked.check(f"{message.metadata.message_type} Up", reply.content, sizes)
     documented = {(table, *name) for table, rows in contract.items() for name in rows}
     assert documented - checked.met == set()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from cafe_flwr.wire.options import Bounds
 
 MAX_NORM = Bounds().max_norm
-_FEWEST = 3  # of two that differ, it is unknown which one is wrong
+FEWEST = 3  # of two that differ, it is unknown which one is wrong
 
 
 def norm(values: NDArray[Any]) -> float:
@@ -55,7 +54,7 @@ def far_longer(values: ArrayLike, max_ratio: float, room: ArrayLike = 1.0) -> li
     """
     found = np.asarray(values, dtype=np.float64)
     typical = np.median(found) if len(found) else 0.0
-    if not max_ratio or len(found) < _FEWEST or typical == 0:
+    if not max_ratio or len(found) < FEWEST or typical == 0:
         return []
     return [int(i) for i in np.flatnonzero(found > max_ratio * typical * np.asarray(room))]
 
@@ -74,7 +73,6 @@ def room_for(examples: ArrayLike) -> NDArray[np.float64]:
     return np.maximum(1.0, sizes / np.median(sizes)) if len(sizes) else sizes
 
 
-def times_median(values: Sequence[float], position: int) -> str:
-    """A value in comparison with the median of all, in words."""
-    typical = float(np.median(values))
-    return f"{values[position]:.4g}, {values[position] / typical:.4g} times the median, {typical:.4g}"
+def times_median(value: float, median: float) -> str:
+    """A value in comparison with a median, in words."""
+    return f"{value:.4g}, {value / median:.4g} times the median, {median:.4g}"
